@@ -1,0 +1,8 @@
+"""CompactLM-NeMo: prune a pretrained language model by measured importance and distil it from the original."""
+
+import warnings
+
+__version__ = "0.1.0"
+
+# Megatron-Core warns once for every optional library that is absent; none of it is of use to a user of this package.
+warnings.filterwarnings("ignore", module=r"megatron\.")

@@ -1,0 +1,21 @@
+"""The errors a user can meet. Each is one line: what was given, the rule it breaks, the way out."""
+
+
+class CompactLMError(Exception):
+    """Base of all errors that end a command with exit code 2 and one line."""
+
+
+class ConfigError(CompactLMError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(CompactLMError):
+    """A text, token file or calibration set that cannot be used."""
+
+
+class CheckpointError(CompactLMError):
+    """A model folder or checkpoint that is missing, damaged or not supported."""
+
+
+class NumericsError(CompactLMError):
+    """A NaN or infinity where a number was needed."""

@@ -1,0 +1,150 @@
+"""An architecture's integers -> Megatron-Core's GPTModel on the present mesh, and its filling with weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.spec import block_spec
+from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.launch import device
+
+ParameterSource = Callable[[str], Tensor]
+"""Megatron name with a global layer number -> the whole unpadded parameter on the CPU."""
+
+
+class HiddenStateModel(GPTModel):
+    """GPTModel whose last stage returns its final normed hidden states `[s, b, h]`.
+
+    The output layer is applied by the chunked loss heads, so that the logits of a sequence never exist at once.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        return hidden_states
+
+    @property
+    def head_weight(self) -> Tensor:
+        """`[V / tp, H]`: this rank's rows of the output layer. Last stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of an architecture; fusions are off, gradients are summed per token."""
+    return TransformerConfig(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden_size,
+        ffn_hidden_size=dims.ffn_hidden_size,
+        num_attention_heads=dims.num_heads,
+        num_query_groups=dims.num_query_groups,
+        kv_channels=dims.head_dim,
+        normalization="LayerNorm" if dims.layer_norm_1p else "RMSNorm",
+        layernorm_zero_centered_gamma=dims.layer_norm_1p,
+        layernorm_epsilon=dims.norm_eps,
+        gated_linear_unit=dims.gated_mlp,
+        activation_func=F.silu if dims.gated_mlp else squared_relu,
+        add_bias_linear=dims.mlp_bias,
+        add_qkv_bias=dims.qkv_bias,
+        qk_layernorm=dims.qk_norm,
+        window_size=None if dims.window is None else (dims.window - 1, 0),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=mesh.tp_size,
+        pipeline_model_parallel_size=mesh.pp_size,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def build_model(dims: Dims, mesh: Mesh, *, dtype: torch.dtype, vocab_multiple: int) -> HiddenStateModel:
+    """This rank's share of the model, weights not yet meaningful: use `fill` or a checkpoint."""
+    model = HiddenStateModel(
+        config=transformer_config(dims, mesh, dtype),
+        transformer_layer_spec=block_spec(dims.num_layers // mesh.pp_size, dims.qk_norm),
+        vocab_size=dims.padded_vocab(mesh.tp_size, vocab_multiple),
+        max_sequence_length=dims.max_position_embeddings,
+        pre_process=mesh.is_first_stage,
+        post_process=mesh.is_last_stage,
+        parallel_output=True,
+        share_embeddings_and_output_weights=dims.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=dims.rotary_percent,
+        rotary_base=int(dims.rope_theta),
+    )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(model.rotary_pos_emb.inv_freq.device)
+    return model.to(device())
+
+
+def inverse_frequencies(dims: Dims) -> Tensor:
+    """Rotary frequencies `theta^(-2i / d)`, `[d / 2]` float32, with Llama 3.1's scaling where the model has it.
+
+    Wavelengths longer than `original / low_freq_factor` are divided by `factor`, those shorter than
+    `original / high_freq_factor` kept, those between blended linearly in `original / wavelength`.
+    Source: Llama 3.1 reference code; the same rule as transformers' `llama3`.
+    """
+    rotary_dim = int(dims.head_dim * dims.rotary_percent)
+    inv_freq = 1.0 / dims.rope_theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+    if dims.rope_scaling is None:
+        return inv_freq
+    scaling = dims.rope_scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return inv_freq * (keep + (1 - keep) / scaling["factor"])
+
+
+def global_names(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of this rank under their names in the whole model (0-based global layer numbers)."""
+    for name, parameter in model.named_parameters():
+        match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+        if match:
+            layer = model.decoder.layers[int(match[1])]  # type: ignore[union-attr,index]
+            name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"  # type: ignore[union-attr]
+        yield name, parameter
+
+
+def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padded_vocab: int) -> Tensor:
+    """This TP rank's part of a whole parameter, as Megatron's parallel layers expect it."""
+    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        full = F.pad(full, (0, 0, 0, padded_vocab - full.shape[0]))
+        return full.chunk(size, 0)[rank]
+    if ".linear_fc1." in name and gated:
+        return torch.cat([half.chunk(size, 0)[rank] for half in full.chunk(2, 0)])
+    if ".linear_qkv." in name or ".linear_fc1." in name:
+        return full.chunk(size, 0)[rank]
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return full.chunk(size, 1)[rank]
+    return full
+
+
+@torch.no_grad()
+def fill(model: HiddenStateModel, dims: Dims, mesh: Mesh, source: ParameterSource, vocab_multiple: int) -> None:
+    """Copy this rank's share of every parameter from a source, one whole parameter in memory at a time."""
+    padded = dims.padded_vocab(mesh.tp_size, vocab_multiple)
+    for name, parameter in global_names(model):
+        if name == "output_layer.weight" and dims.tied_embeddings:
+            name = "embedding.word_embeddings.weight"
+        share = tp_share(
+            name, source(name), rank=mesh.tp_rank, size=mesh.tp_size, gated=dims.gated_mlp, padded_vocab=padded
+        )
+        parameter.copy_(share)

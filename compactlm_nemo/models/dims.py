@@ -1,0 +1,59 @@
+"""The integers (and few constants) that define an architecture, independent of any layout or file format."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dims:
+    """One decoder-only transformer.
+
+    `num_heads` are query heads, `num_query_groups` key/value heads; `vocab_size` is unpadded.
+    """
+
+    family: str
+    """Key of `families.FAMILIES`: llama, mistral, qwen2, qwen3, nemotron."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None = None
+    """Llama 3 scaling: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings."""
+    rotary_percent: float = 1.0
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    proj_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    gated_mlp: bool = True
+    """True: silu(gate) * up. False: squared ReLU."""
+    layer_norm_1p: bool = False
+    """True: LayerNorm with weight 1 + w and bias. False: RMSNorm."""
+    window: int | None = None
+    """Sliding attention window in tokens, None for full attention."""
+
+    def with_shape(self, *, layers: int, hidden: int, ffn: int, heads: int) -> Dims:
+        """The same architecture with other widths and depth."""
+        return replace(self, num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_heads=heads)
+
+    def padded_vocab(self, tp: int, multiple: int) -> int:
+        """The smallest multiple of `tp * multiple` that holds the vocabulary."""
+        unit = tp * multiple
+        return -(-self.vocab_size // unit) * unit
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Dims:
+        return Dims(**json.loads(path.read_text()))

@@ -1,0 +1,83 @@
+"""llama.cpp's GGUF file -> Hugging Face folder: dequantised weights, config and tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compactlm_nemo.errors import CheckpointError
+
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def undo_rope_interleaving(weight: Tensor, heads: int) -> Tensor:
+    """llama.cpp stores rotary pairs next to each other; Hugging Face stores the two halves of a head in turn.
+
+    Row (head, pair p, side s) of the file is row (head, s * d/2 + p) of the result.
+    """
+    return weight.reshape(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write `path` as a Hugging Face folder in float32. Only the llama architecture is supported."""
+    import gguf
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError) as error:
+        raise CheckpointError(f"model.source={path} is not a readable GGUF file: {error}") from None
+    architecture = reader.fields["general.architecture"].contents()
+    if architecture != "llama":
+        raise CheckpointError(f"model.source={path}: GGUF architecture {architecture} is not supported; only llama is.")
+    folder.mkdir(parents=True, exist_ok=True)
+    config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    tensors: dict[str, Tensor] = {}
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        weight = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped read-only
+        tensors[_hf_name(tensor.name)] = _in_hf_order(tensor.name, weight, config)
+    config.__dict__.pop("_model_name_or_path", None)  # a remark of the file's author, not of the model
+    config.tie_word_embeddings = "lm_head.weight" not in tensors
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _hf_name(name: str) -> str:
+    if name in _TOP:
+        return _TOP[name]
+    _, layer, part, kind = name.split(".")
+    if part not in _LAYER:
+        raise CheckpointError(f"GGUF tensor {name} is not supported.")
+    return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
+
+
+def _in_hf_order(name: str, weight: Tensor, config: Any) -> Tensor:
+    if ".attn_q." in name:
+        return undo_rope_interleaving(weight, config.num_attention_heads)
+    if ".attn_k." in name:
+        return undo_rope_interleaving(weight, config.num_key_value_heads)
+    return weight

@@ -1,0 +1,160 @@
+"""Hugging Face folders, read and written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.models.build import ParameterSource
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.families import dims_of, hf_names, parameter_shapes, resized
+
+SHARD_BYTES = 4 * 2**30
+"""A safetensors file is closed when it reaches this size."""
+
+
+def read_config(folder: Path) -> Any:
+    """The transformers config of a folder."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"model.source={folder} has no config.json; give a Hugging Face folder or a .gguf file.")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder}/config.json cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def merge_qkv(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
+    """Rows in Megatron's order: for each group its query heads, its key head, its value head."""
+    parts = [x.reshape(groups, -1, *x.shape[1:]) for x in (q, k, v)]
+    return torch.cat(parts, dim=1).flatten(0, 1)
+
+
+def split_qkv(qkv: Tensor, heads: int, groups: int, head_dim: int) -> list[Tensor]:
+    """Inverse of `merge_qkv`."""
+    rows = qkv.reshape(groups, -1, *qkv.shape[1:])
+    sizes = [heads // groups * head_dim, head_dim, head_dim]
+    return [part.flatten(0, 1) for part in rows.split(sizes, dim=1)]
+
+
+class HFSource:
+    """A `ParameterSource` over the safetensors of a folder; every header is checked before the first read."""
+
+    def __init__(self, folder: Path, dims: Dims) -> None:
+        self.dims = dims
+        self.files: dict[str, Any] = {}
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise CheckpointError(f"model.source={folder} has no *.safetensors file; pickled weights are not read.")
+        for path in paths:
+            try:
+                handle = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged ({error}); fetch it again.") from None
+            self.files |= dict.fromkeys(handle.keys(), handle)
+        self._check()
+
+    def _check(self) -> None:
+        expected = {n for name in parameter_shapes(self.dims) for n in hf_names(name, self.dims)}
+        if missing := sorted(expected - self.files.keys()):
+            raise CheckpointError(f"model.source lacks {len(missing)} tensors, first {missing[0]}; is a shard missing?")
+        ignored = {"lm_head.weight"} if self.dims.tied_embeddings else set()
+        extra = sorted(n for n in self.files.keys() - expected - ignored if not n.endswith("rotary_emb.inv_freq"))
+        if extra:
+            raise CheckpointError(f"model.source has {len(extra)} tensors the config does not explain, first {extra[0]}.")
+
+    def __call__(self, name: str) -> Tensor:
+        parts = [self.files[n].get_tensor(n) for n in hf_names(name, self.dims)]
+        full = merge_qkv(*parts, self.dims.num_query_groups) if "linear_qkv" in name else torch.cat(parts)
+        wanted = parameter_shapes(self.dims)[name]
+        if tuple(full.shape) != wanted:
+            raise CheckpointError(f"{name}: shape {tuple(full.shape)} in the files, {wanted} by the config.")
+        return full
+
+
+def open_hf(folder: Path) -> tuple[Dims, HFSource]:
+    """Architecture and weights of a Hugging Face folder; all checks are done when this returns."""
+    dims = dims_of(read_config(folder))
+    return dims, HFSource(folder, dims)
+
+
+COMPANIONS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+"""Files that travel with a model from import to export."""
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy config, tokenizer and generation settings, not the weights."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def export_hf(companions: Path, folder: Path, dims: Dims, source: ParameterSource, dtype: torch.dtype) -> int:
+    """Write a Hugging Face folder from a source and return the number of parameters in the written files."""
+    copy_companions(companions, folder)
+    config = resized(read_config(companions), dims)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+    shards: list[dict[str, Tensor]] = [{}]
+    index: dict[str, int] = {}
+    size_bytes = total_params = 0
+    for name in parameter_shapes(dims):
+        full = source(name).to(dtype)
+        if "linear_qkv" in name:
+            parts = split_qkv(full, dims.num_heads, dims.num_query_groups, dims.head_dim)
+        else:
+            names = hf_names(name, dims)
+            parts = list(full.chunk(len(names))) if len(names) > 1 else [full]
+        for hf_name, part in zip(hf_names(name, dims), parts, strict=True):
+            if size_bytes + part.nbytes > SHARD_BYTES and shards[-1]:
+                _write_shard(folder, len(shards), shards[-1])
+                shards[-1] = {}
+                shards.append({})
+                size_bytes = 0
+            shards[-1][hf_name] = part.contiguous()
+            index[hf_name] = len(shards)
+            size_bytes += part.nbytes
+            total_params += part.numel()
+    _write_shard(folder, len(shards), shards[-1])
+    _finish_shards(folder, len(shards), index, total_params * dtype.itemsize)
+    return total_params
+
+
+def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, folder / f"part-{number}.safetensors", metadata={"format": "pt"})
+
+
+def _finish_shards(folder: Path, count: int, index: dict[str, int], total_bytes: int) -> None:
+    """Give the shards the names transformers looks for, which hold their total number."""
+    if count == 1:
+        (folder / "part-1.safetensors").rename(folder / "model.safetensors")
+        return
+    names = {i: f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)}
+    for number, name in names.items():
+        (folder / f"part-{number}.safetensors").rename(folder / name)
+    weight_map = {name: names[number] for name, number in index.items()}
+    text = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def count_params(folder: Path) -> int:
+    """Parameters in the safetensors of a folder, counted from the files."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118  (not a dict)
+                total += torch.Size(handle.get_slice(name).get_shape()).numel()
+    return total

@@ -1,0 +1,101 @@
+"""Layer specification for Megatron-Core without Transformer Engine: our norm and attention, its linears."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+
+class Norm(torch.nn.Module):
+    """RMSNorm, or LayerNorm with weight 1 + w when the config centres its weight at zero.
+
+    Statistics are float32. The weight carries `sequence_parallel`, by which Megatron sums its gradient over TP ranks.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.is_layer_norm = config.normalization == "LayerNorm"
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        start = torch.zeros if self.zero_centered else torch.ones
+        self.weight = torch.nn.Parameter(start(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        if self.is_layer_norm:
+            self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+            self.bias.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (x.shape[-1],)
+        weight = self.weight + 1 if self.zero_centered else self.weight
+        if self.is_layer_norm:
+            return F.layer_norm(x, shape, weight, self.bias, self.eps)
+        return F.rms_norm(x, shape, weight, self.eps)
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Causal, optionally sliding-window attention by `scaled_dot_product_attention`.
+
+    query `[s, b, heads, d]`, key and value `[s, b, groups, d]` of this TP rank; returns `[s, b, heads * d]`.
+    """
+
+    def __init__(self, config: TransformerConfig, *_: object, **__: object) -> None:
+        super().__init__(config=config)
+        self.window = config.window_size[0] + 1 if config.window_size else None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        length = q.shape[-2]
+        mask = None
+        if self.window is not None and length > self.window:
+            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
+            mask = (distance >= 0) & (distance < self.window)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def layer_spec(qk_norm: bool) -> ModuleSpec:
+    """One decoder layer: separate norms, so that scoring can hook the same places in every model."""
+    norm_qk = Norm if qk_norm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=SdpaCoreAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=norm_qk,
+                    k_layernorm=norm_qk,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def block_spec(num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage and the final norm."""
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(qk_norm)] * num_layers, layer_norm=Norm)

@@ -1,0 +1,82 @@
+"""Megatron-Core on a machine without CUDA.
+
+Megatron-Core names the CUDA device in its source: `device="cuda"`, `torch.cuda.current_device()`, streams, RNG states,
+`param.type() == "torch.cuda.FloatTensor"`. On a CPU these names are given their CPU meaning, so that the very same
+schedules, optimizer and checkpoints run on gloo. This is the one place that replaces functions of another library,
+and it does nothing where CUDA is available.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+
+
+class _InertStream:
+    """Stands for a CUDA stream: everything on a CPU is already ordered."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+class _CudaNamesMeanCpu(TorchFunctionMode):
+    """Rewrites the device argument of torch calls, `Tensor.cuda()` and the names that `Tensor.type()` returns."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs = {**kwargs, "device": _CPU}
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+@contextlib.contextmanager
+def _no_stream(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+def _cpu_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+_mode: _CudaNamesMeanCpu | None = None
+
+
+def use_cpu() -> None:
+    """Make Megatron-Core run on the CPU in this process; without effect on CUDA or when done already."""
+    global _mode
+    if _mode is not None or torch.cuda.is_available():
+        return
+    import megatron.core.models.gpt.gpt_model  # noqa: F401  before the names change: it reads them when imported
+    import megatron.core.optimizer  # noqa: F401
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *args, **kwargs: None
+    torch.cuda.get_rng_state = _cpu_rng_state
+    torch.cuda.set_rng_state = _set_cpu_rng_state
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.Stream = torch.cuda.Event = _InertStream  # type: ignore[misc,assignment]
+    torch.cuda.current_stream = torch.cuda.default_stream = _InertStream  # type: ignore[assignment]
+    torch.cuda.stream = _no_stream  # type: ignore[assignment]
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = _cpu_rng_state
+    megatron_random._set_cuda_rng_state = _set_cpu_rng_state
+    _mode = _CudaNamesMeanCpu()
+    _mode.__enter__()

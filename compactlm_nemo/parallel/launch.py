@@ -1,0 +1,58 @@
+"""Starts the process group and the mesh: nccl where CUDA is, gloo elsewhere, one process or torchrun alike."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from compactlm_nemo.parallel.host import use_cpu
+
+
+def launch_world_size() -> int:
+    """Number of processes torchrun or srun started, 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def device() -> torch.device:
+    """The device of this process's model."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def start_mesh(tp: int, pp: int, seed: int) -> None:
+    """Make Megatron's groups in an initialised process group and seed every parallel RNG."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+@contextmanager
+def launched(tp: int, pp: int, seed: int) -> Iterator[None]:
+    """Process group and mesh for the body; both are taken down afterwards."""
+    from megatron.core import parallel_state
+
+    use_cpu()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        if launch_world_size() == 1:
+            dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+        try:
+            start_mesh(tp, pp, seed)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
