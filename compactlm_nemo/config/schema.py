@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -55,8 +56,8 @@ class RunConfig:
 class ModelConfig:
     source: str = MISSING
     """Teacher: a Hugging Face folder (safetensors), a `.gguf` file, or a Megatron `torch_dist` folder."""
-    tokenizer: str | None = None
-    """Folder with the tokenizer; null takes the source's own."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Hugging Face config values the source must have; a dry run plans with them where the source is absent."""
     precision: Precision = Precision.fp32
     """Weights and activations; bf16 trains with fp32 main weights."""
     vocab_multiple: int = 128

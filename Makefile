@@ -1,0 +1,49 @@
+# Everything runs from .venv; the first target that needs it builds it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.PHONY: help install compress test lint format docs clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+# torch goes first, so that the build pip is set up for (CPU or CUDA) is the one everything else is resolved against.
+$(STAMP): setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install torch==2.13.0
+	$(BIN)/pip install -e '.[dev]'
+	touch $@
+
+install: $(STAMP)  ## Build .venv
+
+compress: $(STAMP)  ## Fetch, prune and distil SmolLM2-135M on the CPU; overrides go in ARGS="distill.steps=100"
+	$(BIN)/python -m recipes.fetch experiment=smollm2_135m_cpu
+	$(BIN)/python -m recipes.compress experiment=smollm2_135m_cpu $(ARGS)
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/pytest -q $(ARGS)
+
+lint: $(STAMP)  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs:  ## Check that every relative link of the Markdown files leads to a file
+	@fail=0; for page in *.md docs/*.md slurm/*.md; do \
+		[ -e "$$page" ] || continue; \
+		for link in $$(grep -oE '\]\([^)# ]+' "$$page" | sed 's/^](//' | grep -vE '^[a-z]+:'); do \
+			[ -e "$$(dirname "$$page")/$$link" ] || { echo "$$page: dead link $$link"; fail=1; }; \
+		done; \
+	done; exit $$fail
+
+clean:  ## Remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,105 @@
+"""Rules between settings. All broken ones are reported at once, before any process group or model exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compactlm_nemo.config.schema import Config
+from compactlm_nemo.errors import CompactLMError, ConfigError
+from compactlm_nemo.models.dims import Dims
+
+
+def source_dims(config: Config) -> Dims | None:
+    """Architecture of `model.source`, or of `model.architecture` in a dry run without it; None for a GGUF file."""
+    from compactlm_nemo.models.families import dims_of
+    from compactlm_nemo.models.hf import read_config
+
+    source = Path(config.model.source)
+    if source.is_dir():
+        return dims_of(read_config(source))
+    if config.model.architecture and config.dry_run:
+        from transformers import AutoConfig
+
+        return dims_of(AutoConfig.for_model(**config.model.architecture))
+    return None
+
+
+def check(config: Config) -> None:
+    """Raise one ConfigError that lists every broken rule."""
+    problems = _missing_files(config)
+    try:
+        dims = source_dims(config)
+    except CompactLMError as error:
+        problems.append(str(error))
+        dims = None
+    if dims is not None:
+        problems += _layout_problems(config, dims)
+    distill = config.distill
+    if distill.global_batch % distill.micro_batch:
+        problems.append(
+            f"distill.micro_batch={distill.micro_batch} must divide distill.global_batch={distill.global_batch}."
+        )
+    shared = {c.path for c in config.data.train.values()} & {c.path for c in config.data.heldout.values()}
+    problems += [f"data.heldout and data.train share {path}; hold out other documents." for path in sorted(shared)]
+    if problems:
+        raise ConfigError(_listed(problems))
+
+
+def launch_problems(config: Config, world_size: int) -> str:
+    """What is wrong with running this configuration on `world_size` processes; empty when nothing is."""
+    parallel, distill = config.parallel, config.distill
+    model_ranks = parallel.tp * parallel.pp
+    if world_size % model_ranks:
+        return (
+            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} = {model_ranks} must divide the {world_size} "
+            f"processes started; use torchrun --nproc-per-node={model_ranks} or a multiple."
+        )
+    dp = world_size // model_ranks
+    if distill.global_batch % (dp * distill.micro_batch):
+        return (
+            f"distill.global_batch={distill.global_batch} must be a multiple of data-parallel ranks {dp} x "
+            f"distill.micro_batch={distill.micro_batch}; use {dp * distill.micro_batch} or a multiple."
+        )
+    return ""
+
+
+def _listed(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return "\n- ".join([f"{len(problems)} problems:", *problems])
+
+
+def _missing_files(config: Config) -> list[str]:
+    if config.dry_run and config.model.architecture:
+        return []
+    problems = []
+    if not Path(config.model.source).exists():
+        problems.append(f"model.source={config.model.source} does not exist; give a model folder or a .gguf file.")
+    for part in ("train", "heldout"):
+        for name, corpus in getattr(config.data, part).items():
+            path = Path(corpus.path)
+            if not path.is_file() and not path.with_name(path.name + ".idx").is_file():
+                problems.append(f"data.{part}.{name}.path={path} does not exist; give a .jsonl file or a Megatron prefix.")
+    return problems
+
+
+def _layout_problems(config: Config, dims: Dims) -> list[str]:
+    tp, pp = config.parallel.tp, config.parallel.pp
+    search = config.search
+    sizes = {
+        "query groups": [dims.num_query_groups],
+        "heads": [dims.num_heads, *search.heads],
+        "MLP width": [dims.ffn_hidden_size, *search.ffn],
+    }
+    problems = [
+        f"parallel.tp={tp} must divide the {name} {size}; use a common divisor."
+        for name, values in sizes.items()
+        for size in dict.fromkeys(values)
+        if size % tp
+    ]
+    problems += [
+        f"parallel.pp={pp} must divide the {layers} layers; use a divisor."
+        for layers in dict.fromkeys([dims.num_layers, *search.layers])
+        if layers % pp
+    ]
+    return problems

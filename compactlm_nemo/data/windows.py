@@ -1,0 +1,189 @@
+"""Samples at exact positions: which tokens sample i holds depends on the seed and on i, on no layout and no history.
+
+A corpus is one stream of tokens, its documents one after another, cut into windows that overlap by one token: the last
+target of a window is the first input of the next, so no target occurs twice. Shapes: L tokens of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+
+import numpy
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+
+from compactlm_nemo.errors import DataError
+
+_CHECK_TOKENS = 2**24
+_GROW_SAMPLES = 4096
+
+
+class Purpose(IntEnum):
+    """Separates the random streams of one seed."""
+
+    training = 0
+    calibration = 1
+
+
+class TokenStream:
+    """The tokens of a Megatron indexed dataset as one memory-mapped array.
+
+    Args:
+        prefix: `PREFIX.bin` and `PREFIX.idx`.
+        vocab_size: Every token is checked against it, in one pass over the file; None skips the pass.
+    """
+
+    def __init__(self, prefix: Path, vocab_size: int | None = None) -> None:
+        self.prefix = prefix
+        for suffix in (".bin", ".idx"):
+            if not Path(f"{prefix}{suffix}").is_file():
+                raise DataError(f"{prefix}{suffix} does not exist; tokenise the corpus first or correct the prefix.")
+        try:
+            index = IndexedDataset(str(prefix), mmap=False).index
+            self.num_tokens = int(index.sequence_lengths.sum(dtype=numpy.int64))
+            dtype = numpy.dtype(index.dtype)
+        except Exception as error:  # Megatron asserts on a damaged index, NumPy and struct have errors of their own
+            raise DataError(f"{prefix}.idx is damaged ({error}); delete it and tokenise the corpus again.") from error
+        num_bytes = Path(f"{prefix}.bin").stat().st_size
+        if num_bytes != self.num_tokens * dtype.itemsize:
+            raise DataError(
+                f"{prefix}.bin has {num_bytes} bytes, its index says {self.num_tokens * dtype.itemsize}; "
+                "delete both and tokenise the corpus again."
+            )
+        if self.num_tokens == 0:
+            raise DataError(f"{prefix} holds no tokens; give a corpus with text.")
+        self._tokens = numpy.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
+        if vocab_size is not None:
+            self._check_ids(vocab_size)
+
+    def num_windows(self, sequence_length: int) -> int:
+        """Whole windows of `sequence_length` inputs, each with its target."""
+        return (self.num_tokens - 1) // sequence_length
+
+    def window(self, idx: int, sequence_length: int) -> Tensor:
+        """Window idx: int64 ``[L + 1]``, tokens ``idx * L`` to ``(idx + 1) * L`` inclusive."""
+        start = idx * sequence_length
+        return torch.from_numpy(self._tokens[start : start + sequence_length + 1].astype(numpy.int64))
+
+    def _check_ids(self, vocab_size: int) -> None:
+        for start in range(0, self.num_tokens, _CHECK_TOKENS):
+            chunk = self._tokens[start : start + _CHECK_TOKENS]
+            low, high = int(chunk.min()), int(chunk.max())
+            if low < 0 or high >= vocab_size:
+                raise DataError(
+                    f"{self.prefix}.bin holds token {high if high >= vocab_size else low}, outside the model's "
+                    f"vocabulary of {vocab_size}; tokenise the corpus with the model's own tokenizer."
+                )
+
+
+class Windows:
+    """An endless, seeded blend of corpora.
+
+    Sample i belongs to the corpus with the largest deficit ``w_c * (i + 1) - taken_c`` (w normalised to sum 1, the
+    first of equals), which keeps every corpus near its share at every length. Within a corpus, each pass takes every
+    window once in an order of its own.
+
+    Args:
+        prefixes: Megatron prefix and weight, > 0, of each corpus; their order is part of the definition.
+        sequence_length: L.
+        seed: Decides the orders.
+        vocab_size: Larger or negative tokens raise DataError here, once for all data.
+        purpose: Calibration and training draw from separate random streams of one seed.
+    """
+
+    def __init__(
+        self,
+        prefixes: Sequence[tuple[Path, float]],
+        sequence_length: int,
+        seed: int,
+        vocab_size: int | None,
+        *,
+        purpose: Purpose = Purpose.training,
+    ) -> None:
+        if not prefixes:
+            raise DataError("data.train is empty; give at least one corpus.")
+        self.sequence_length = sequence_length
+        self.streams = [_open_with_windows(prefix, sequence_length, vocab_size) for prefix, _ in prefixes]
+        weights = numpy.array([weight for _, weight in prefixes], dtype=numpy.float64)
+        self._shares = weights / weights.sum()
+        self._seed, self._purpose = seed, purpose
+        self._orders: dict[int, tuple[int, numpy.ndarray]] = {}
+        self._corpus_of = numpy.empty(0, dtype=numpy.int16)
+        self._rank_of = numpy.empty(0, dtype=numpy.int64)
+        self._taken = numpy.zeros(len(prefixes), dtype=numpy.int64)
+
+    def sample(self, i: int) -> Tensor:
+        """Sample i >= 0: int64 ``[L + 1]``, inputs ``[:-1]`` and targets ``[1:]``."""
+        corpus_idx, rank = self.place(i)
+        stream = self.streams[corpus_idx]
+        pass_idx, position = divmod(rank, stream.num_windows(self.sequence_length))
+        return stream.window(int(self._order(corpus_idx, pass_idx)[position]), self.sequence_length)
+
+    def place(self, i: int) -> tuple[int, int]:
+        """Corpus of sample i, and how many samples of that corpus come before it."""
+        while len(self._corpus_of) <= i:
+            self._grow()
+        return int(self._corpus_of[i]), int(self._rank_of[i])
+
+    def _grow(self) -> None:
+        first = len(self._corpus_of)
+        count = max(_GROW_SAMPLES, first)
+        corpus_of, rank_of = numpy.empty(count, dtype=numpy.int16), numpy.empty(count, dtype=numpy.int64)
+        for j in range(count):
+            corpus_idx = int(numpy.argmax(self._shares * (first + j + 1) - self._taken))
+            corpus_of[j], rank_of[j] = corpus_idx, self._taken[corpus_idx]
+            self._taken[corpus_idx] += 1
+        self._corpus_of = numpy.concatenate([self._corpus_of, corpus_of])
+        self._rank_of = numpy.concatenate([self._rank_of, rank_of])
+
+    def _order(self, corpus_idx: int, pass_idx: int) -> numpy.ndarray:
+        held = self._orders.get(corpus_idx)
+        if held is None or held[0] != pass_idx:
+            generator = numpy.random.default_rng([self._seed, self._purpose, corpus_idx, pass_idx])
+            order = generator.permutation(self.streams[corpus_idx].num_windows(self.sequence_length))
+            held = self._orders[corpus_idx] = (pass_idx, order)
+        return held[1]
+
+
+def heldout_windows(prefix: Path, sequence_length: int, max_tokens: int, *, vocab_size: int | None = None) -> Tensor:
+    """The first windows of a corpus, in order: int64 ``[n, L + 1]``, n = min(max_tokens // L, all windows) >= 1."""
+    if max_tokens < sequence_length:
+        raise DataError(
+            f"evaluate.tokens={max_tokens} is less than one window of data.sequence_length={sequence_length}; raise it."
+        )
+    stream = _open_with_windows(prefix, sequence_length, vocab_size)
+    num_windows = min(max_tokens // sequence_length, stream.num_windows(sequence_length))
+    return torch.stack([stream.window(idx, sequence_length) for idx in range(num_windows)])
+
+
+def calibration_windows(
+    prefixes: Sequence[tuple[Path, float]], n: int, sequence_length: int, seed: int, *, vocab_size: int | None = None
+) -> Tensor:
+    """Random different windows of a blend: int64 ``[n, L]``; DataError when a corpus has fewer than its share of n.
+
+    The draw is independent of the training order of the same seed.
+    """
+    windows = Windows(prefixes, sequence_length, seed, vocab_size, purpose=Purpose.calibration)
+    num_taken = [0] * len(windows.streams)
+    for i in range(n):
+        num_taken[windows.place(i)[0]] += 1
+    for stream, needed in zip(windows.streams, num_taken, strict=True):
+        if needed > (held := stream.num_windows(sequence_length)):
+            raise DataError(
+                f"{stream.prefix} has {held} windows of {sequence_length} tokens, its share of score.samples={n} is "
+                f"{needed}; lower score.samples or its weight, or add text."
+            )
+    return torch.stack([windows.sample(i)[:-1] for i in range(n)])
+
+
+def _open_with_windows(prefix: Path, sequence_length: int, vocab_size: int | None) -> TokenStream:
+    stream = TokenStream(prefix, vocab_size)
+    if stream.num_windows(sequence_length) == 0:
+        raise DataError(
+            f"{prefix} has {stream.num_tokens} tokens, less than one window of data.sequence_length={sequence_length} "
+            "and its target; add text or shorten the window."
+        )
+    return stream

@@ -1,0 +1,97 @@
+"""One distillation step: the teacher's forward-only pass, then the student's forward and backward schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from compactlm_nemo.distill.linear_kd import linear_kd
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.forward import forward_each, positions_of
+from compactlm_nemo.parallel.collectives import all_reduce_sum, broadcast_object
+from compactlm_nemo.parallel.groups import Mesh
+
+TERMS = ("train/kd_logit_nats", "train/lm_loss_nats", "train/teacher_lm_loss_nats")
+"""W&B names of the loss terms: means over the tokens of the global batch."""
+
+
+def teacher_hidden_states(teacher: Any, batches_BT: list[Tensor]) -> list[Tensor]:
+    """The teacher's final normed hidden states `[S, B, G]` of every micro-batch; empty before the last stage."""
+    return forward_each(teacher, [batch[:, :-1] for batch in batches_BT], lambda idx, hidden: hidden)
+
+
+def forward_backward(
+    student: Any,
+    teacher: Any,
+    dims: Dims,
+    mesh: Mesh,
+    batches_BT: list[Tensor],
+    *,
+    temperature: float,
+    chunk_tokens: int,
+) -> dict[str, float]:
+    """Accumulate the gradient of the mean loss over the global batch and return the loss terms. Collective.
+
+    Args:
+        student: Megatron DDP around the student; its gradients are zeroed here.
+        teacher: Teacher model on the same mesh; runs without gradients.
+        batches_BT: This data-parallel rank's micro-batches, each `[B, S + 1]` token ids.
+    Returns:
+        `TERMS` and `train/tokens`, reduced over data parallel, equal on every rank.
+    """
+    student.zero_grad_buffer()
+    targets = teacher_hidden_states(teacher, batches_BT)
+    hidden_of = targets if targets else [None] * len(batches_BT)
+    size, length = batches_BT[0].shape[0], batches_BT[0].shape[1] - 1
+
+    def step(iterator: Iterator[tuple[Tensor, Tensor | None]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        tokens_BT, target_SBG = next(iterator)
+        inputs_BS = tokens_BT[:, :-1]
+        hidden = model(inputs_BS, positions_of(inputs_BS), None)
+        return hidden, partial(loss, tokens_BT, target_SBG)
+
+    def loss(tokens_BT: Tensor, target_SBG: Tensor, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight_VH = student.module.head_weight
+        labels_N = tokens_BT[:, 1:].T.flatten()
+        terms = linear_kd(
+            hidden_SBH.flatten(0, 1),
+            weight_VH,
+            target_SBG.flatten(0, 1),
+            teacher.head_weight,
+            labels_N,
+            torch.ones_like(labels_N, dtype=torch.float32),
+            temperature=temperature,
+            chunk_tokens=chunk_tokens,
+            vocab_size=dims.vocab_size,
+            vocab_start=mesh.tp_rank * weight_VH.shape[0],
+            tp_group=mesh.tp_group,
+        )
+        tokens = torch.tensor(labels_N.numel(), dtype=torch.int, device=labels_N.device)
+        sums = torch.stack([term.detach().double() for term in (terms.kd_sum, terms.ce_sum, terms.teacher_ce_sum)])
+        return terms.kd_sum, tokens, torch.cat([sums, tokens[None].double()])
+
+    sums = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(zip(batches_BT, hidden_of, strict=True)),
+        model=student,
+        num_microbatches=len(batches_BT),
+        seq_length=length,
+        micro_batch_size=size,
+        forward_only=False,
+    )
+    return _reduced(sums, mesh, batches_BT[0].device)
+
+
+def _reduced(sums: list[Tensor], mesh: Mesh, device: torch.device) -> dict[str, float]:
+    """Sum over micro-batches and data-parallel ranks, divided by the token count; known on every stage."""
+    total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
+    total = all_reduce_sum(total, mesh.dp_group).cpu()
+    if mesh.pp_size > 1:
+        total = broadcast_object(total, mesh.pp_group, src=mesh.last_stage_rank)
+    tokens = float(total[-1])
+    return {name: float(value) / tokens for name, value in zip(TERMS, total, strict=False)} | {"train/tokens": tokens}

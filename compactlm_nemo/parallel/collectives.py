@@ -1,0 +1,58 @@
+"""The only caller of torch.distributed collectives. No function changes its input.
+
+Reductions take the group they run over; None is the single rank that holds everything. The tensor must be on the
+device of the group's backend (CUDA for nccl, CPU for gloo). Objects are pickled and only exchanged between own ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+
+def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Elementwise sum over the ranks of `group`, in the dtype and shape of `tensor`; no gradient flows through."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM, group)
+
+
+def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Elementwise maximum over the ranks of `group`, in the dtype and shape of `tensor`; no gradient flows through."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX, group)
+
+
+def broadcast_object(obj: T, group: ProcessGroup | None = None, src: int = 0) -> T:
+    """The `obj` of global rank `src` on every rank of `group` (None: all ranks)."""
+    if not dist.is_initialized():
+        return obj
+    box = [obj]
+    dist.broadcast_object_list(box, src=src, group=group)
+    return box[0]
+
+
+def gather_objects(obj: T) -> list[T] | None:
+    """The `obj` of every rank in rank order on global rank 0; None on the other ranks."""
+    if not dist.is_initialized():
+        return [obj]
+    boxes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(obj, boxes, dst=0)
+    return boxes
+
+
+def barrier() -> None:
+    """Return when every rank has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _all_reduce(tensor: Tensor, op: Any, group: ProcessGroup | None) -> Tensor:
+    # Contiguous: the backends reduce memory, not strides.
+    out = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if group is not None:
+        dist.all_reduce(out, op=op, group=group)
+    return out

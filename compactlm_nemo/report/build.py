@@ -1,0 +1,84 @@
+"""The report of a run: one table, the plots, and how the numbers came about."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors.torch import load_file
+
+from compactlm_nemo.artifacts import atomic_write_text, read_manifest
+from compactlm_nemo.report.plots import plot_importance, plot_loss_curve, plot_sizes
+from compactlm_nemo.report.tables import comparison_markdown, rich_table
+from compactlm_nemo.training.tracker import METRICS
+
+
+def table_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """One row a model with rounded figures."""
+    rows = json.loads((run_dir / "evaluate" / "results.json").read_text())
+    table = []
+    for row in rows:
+        losses = {key: value for key, value in row.items() if key.startswith("loss_")}
+        table.append(
+            {
+                "model": row["model"],
+                "parameters": row["params"],
+                **{f"LM loss {key.removeprefix('loss_')}": f"{value:.4f}" for key, value in losses.items()},
+                "tokens trained": row["tokens_trained"],
+                "forward tokens/s": round(row["forward_tokens_per_second"]),
+            }
+        )
+    return table
+
+
+def report(run: Any, folder: Path) -> dict[str, Any]:
+    """report.md and its plots, from the manifests and results of the other stages."""
+    from compactlm_nemo.verbs import main_rank_writes
+
+    with main_rank_writes() as writes:
+        if writes:
+            _write(run.dir, folder)
+    return {}
+
+
+def _write(run_dir: Path, folder: Path) -> None:
+    evaluation = read_manifest(run_dir / "evaluate")["results"]
+    metrics = [json.loads(line) for line in (run_dir / "distill" / METRICS).read_text().splitlines()]
+    plot_loss_curve(metrics, folder / "loss.png")
+    plot_importance(load_file(run_dir / "score" / "scores.safetensors"), folder / "importance.png")
+    points = [
+        {"model": row["model"], "params": row["params"], "lm_loss_nats": value, "text": key.removeprefix("loss_")}
+        for row in evaluation["rows"]
+        for key, value in row.items()
+        if key.startswith("loss_")
+    ]
+    plot_sizes(points, folder / "sizes.png")
+    recovered = [f"- {name}: {share:.1%}" for name, share in evaluation["recovered"].items()]
+    shape = read_manifest(run_dir / "student")["results"]["shape"]
+    text = [
+        f"# {run_dir.name}",
+        "",
+        comparison_markdown(table_rows(run_dir)),
+        "",
+        "Share of the loss gap between teacher and pruned model that distillation closed:",
+        "",
+        *recovered,
+        "",
+        f"Student shape: {shape['layers']} layers, hidden {shape['hidden']}, MLP {shape['ffn']}, heads {shape['heads']}.",
+        "",
+        "![Loss over steps](loss.png)",
+        "![Importance per layer](importance.png)",
+        "![Loss against size](sizes.png)",
+    ]
+    atomic_write_text(folder / "report.md", "\n".join(text) + "\n")
+
+
+def show(run_dir: Path, console: Console) -> None:
+    """The closing table and where the results are."""
+    console.print(rich_table(run_dir.name, table_rows(run_dir)))
+    for name, share in read_manifest(run_dir / "evaluate")["results"]["recovered"].items():
+        console.print(f"loss gap closed on {name}: {share:.1%}")
+    console.print(f"Hugging Face folder: {read_manifest(run_dir / 'export')['results']['folder']}", soft_wrap=True)
+    console.print(f"report: {run_dir / 'report' / 'report.md'}", soft_wrap=True)

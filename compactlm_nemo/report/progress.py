@@ -1,0 +1,43 @@
+"""Progress of long work on the main rank: samples done, tokens a second, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from compactlm_nemo.parallel.launch import is_main_rank
+
+
+@contextmanager
+def progress_bar(label: str, samples: int, tokens_per_sample: int) -> Iterator[Callable[[int], None]]:
+    """Yields `advance(samples)`. A bar on a terminal, one closing line elsewhere, nothing on other ranks."""
+    console = Console()
+    if not is_main_rank():
+        yield lambda count: None
+        return
+    start, done = time.perf_counter(), 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=samples, speed=0.0)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            speed = done * tokens_per_sample / (time.perf_counter() - start)
+            bar.update(task, completed=min(done, samples), speed=speed)
+
+        yield advance
+    seconds = time.perf_counter() - start
+    console.print(
+        f"  {label}: {samples} samples, {samples * tokens_per_sample / seconds:.0f} tokens/s, {seconds:.0f} s"
+    )

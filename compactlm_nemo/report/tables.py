@@ -1,0 +1,58 @@
+"""Rows of results -> Markdown and terminal tables. A column is a key; its place is where a row first has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+MISSING = "–"
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _cell(value: Any) -> str:
+    """Integers with thousands separators, floats with four significant digits, nothing as a dash."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _is_numeric(rows: list[dict[str, Any]], column: str) -> bool:
+    values = [row[column] for row in rows if row.get(column) is not None]
+    return bool(values) and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+
+
+def comparison_markdown(rows: list[dict[str, Any]]) -> str:
+    """A GitHub Markdown table ending in a newline; numeric columns are right-aligned. No rows give an empty string."""
+    if not rows:
+        return ""
+
+    def line(cells: list[str]) -> str:
+        # A pipe or a line break inside a cell would end it.
+        return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |\n"
+
+    columns = _columns(rows)
+    rule = ["---:" if _is_numeric(rows, column) else "---" for column in columns]
+    body = [line([_cell(row.get(column)) for column in columns]) for row in rows]
+    return line(columns) + line(rule) + "".join(body)
+
+
+def rich_table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """The same table for a terminal; text is shown as it is, never read as rich markup."""
+    table = Table(title=escape(title))
+    columns = _columns(rows)
+    for column in columns:
+        table.add_column(escape(column), justify="right" if _is_numeric(rows, column) else "left")
+    for row in rows:
+        table.add_row(*(escape(_cell(row.get(column))) for column in columns))
+    return table

@@ -1,0 +1,118 @@
+"""Which units stay, and how much of the measured importance a candidate keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compactlm_nemo.errors import ConfigError, NumericsError
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.search.cost import num_params
+
+HIDDEN = "hidden"
+DEPTH = "depth.bi"
+
+
+def mlp_key(layer_idx: int) -> str:
+    """Name of a layer's neuron scores."""
+    return f"layers.{layer_idx}.mlp"
+
+
+def heads_key(layer_idx: int) -> str:
+    """Name of a layer's query head scores."""
+    return f"layers.{layer_idx}.heads"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One architecture with its rank information; `dataclasses.asdict` gives its JSON form."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    params: int
+    kept_importance: float
+    """Share of the teacher's importance that the cut keeps, in [0, 1]."""
+
+    def dims(self, teacher: Dims) -> Dims:
+        """The teacher's architecture in this candidate's sizes."""
+        return teacher.with_shape(layers=self.layers, hidden=self.hidden, ffn=self.ffn, heads=self.heads)
+
+
+def check_scores(teacher: Dims, scores: dict[str, Tensor]) -> None:
+    """ConfigError unless every score vector is there in the teacher's length; NumericsError on NaN or infinity."""
+    expected = {HIDDEN: teacher.hidden_size, DEPTH: teacher.num_layers}
+    for i in range(teacher.num_layers):
+        expected |= {mlp_key(i): teacher.ffn_hidden_size, heads_key(i): teacher.num_heads}
+    for name, length in expected.items():
+        if name not in scores:
+            raise ConfigError(f"scores: {name} is missing; run the score stage on this teacher.")
+        if tuple(scores[name].shape) != (length,):
+            raise ConfigError(
+                f"scores: {name} has shape {list(scores[name].shape)}, the teacher needs [{length}]; "
+                "they belong to another model: run the score stage on this teacher."
+            )
+        if not bool(scores[name].isfinite().all()):
+            raise NumericsError(f"scores: {name} holds NaN or infinity; run the score stage again in fp32.")
+    extra = f"layers.{teacher.num_layers}."
+    if any(name.startswith(extra) for name in scores):
+        raise ConfigError(f"scores: {extra}* is beyond the teacher's {teacher.num_layers} layers; score this teacher.")
+
+
+def top_units(score_E: Tensor, k: int) -> Tensor:
+    """Indices of the k highest scores, ascending, int64 on the CPU; of equal scores the lower index stays."""
+    order = torch.sort(score_E.cpu(), descending=True, stable=True).indices
+    return order[:k].sort().values
+
+
+def top_heads(score_E: Tensor, k: int, groups: int) -> Tensor:
+    """Indices of k query heads, ascending: the best ``k / groups`` of each group.
+
+    Head h belongs to group ``h // (heads / groups)``; `groups` must divide k and the number of heads.
+    """
+    per_group = score_E.numel() // groups
+    chosen = [top_units(score, k // groups) + g * per_group for g, score in enumerate(score_E.split(per_group))]
+    return torch.cat(chosen)
+
+
+def kept_share(score_E: Tensor, kept: Tensor) -> float:
+    """``sum over kept of s / sum of s``, negative scores counted as 0; 1 when there is nothing to lose."""
+    mass_E = score_E.cpu().double().clamp(min=0)
+    total = float(mass_E.sum())
+    return float(mass_E[kept].sum()) / total if total > 0 else 1.0
+
+
+def rank_candidates(teacher: Dims, candidates: list[Dims], scores: dict[str, Tensor]) -> list[Candidate]:
+    """Candidates by `kept_importance`, best first; of equals the smaller model, then the order given.
+
+    ``kept = share(hidden) * mean_l share(mlp_l) * mean_l share(heads_l) * share(depth)``, where share is the part of
+    the score mass held by the units that stay (query heads chosen inside their groups) and l runs over all layers
+    of the teacher.
+    """
+    check_scores(teacher, scores)
+    layers, groups = range(teacher.num_layers), teacher.num_query_groups
+
+    def kept_importance(dims: Dims) -> float:
+        mlp = [kept_share(scores[mlp_key(i)], top_units(scores[mlp_key(i)], dims.ffn_hidden_size)) for i in layers]
+        heads = [
+            kept_share(scores[heads_key(i)], top_heads(scores[heads_key(i)], dims.num_heads, groups)) for i in layers
+        ]
+        hidden = kept_share(scores[HIDDEN], top_units(scores[HIDDEN], dims.hidden_size))
+        depth = kept_share(scores[DEPTH], top_units(scores[DEPTH], dims.num_layers))
+        return hidden * sum(mlp) / len(mlp) * sum(heads) / len(heads) * depth
+
+    ranked = [
+        Candidate(
+            layers=dims.num_layers,
+            hidden=dims.hidden_size,
+            ffn=dims.ffn_hidden_size,
+            heads=dims.num_heads,
+            params=num_params(dims),
+            kept_importance=kept_importance(dims),
+        )
+        for dims in candidates
+    ]
+    return sorted(ranked, key=lambda c: (-c.kept_importance, c.params))

@@ -1,0 +1,179 @@
+"""The stages of a run, what each depends on, and the running of them: done ones are skipped, failures are named."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from compactlm_nemo.artifacts import fresh_folder, read_manifest, settings_of, stage_is_done, write_manifest
+from compactlm_nemo.config.checks import check, launch_problems
+from compactlm_nemo.config.load import to_yaml
+from compactlm_nemo.config.schema import Config
+from compactlm_nemo.errors import CompactLMError, ConfigError
+from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, launched
+
+EDGE_BYTES = 2**20
+"""Bytes hashed at either end of an input file: enough to tell files apart without reading terabytes at each start."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One verb: its folder, the stages whose results it reads, and the settings that decide its result."""
+
+    name: str
+    folder: str
+    needs: tuple[str, ...]
+    settings: Callable[[Config], dict[str, Any]]
+    inputs: Callable[[Config], list[Path]] = lambda config: []
+
+
+def _corpora(config: Config) -> list[Path]:
+    return [Path(corpus.path) for corpus in (config.data.train | config.data.heldout).values()]
+
+
+def _source(config: Config) -> list[Path]:
+    source = Path(config.model.source)
+    return sorted([*source.glob("*.safetensors"), source / "config.json"]) if source.is_dir() else [source]
+
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("import", "teacher", (), lambda c: {"model.precision": c.model.precision}, _source),
+        Stage("tokenize", "tokens", ("import",), lambda c: {"corpora": sorted(c.data.train | c.data.heldout)}, _corpora),
+        Stage(
+            "score",
+            "score",
+            ("import", "tokenize"),
+            lambda c: {
+                "score": {k: v for k, v in asdict(c.score).items() if k != "micro_batch"},
+                "data.sequence_length": c.data.sequence_length,
+                "data.train": asdict(c.data)["train"],
+                "run.seed": c.run.seed,
+            },
+        ),
+        Stage("search", "search", ("score",), lambda c: {"search": c.search}),
+        Stage("prune", "student", ("search",), lambda c: {"prune": c.prune}),
+        Stage(
+            "distill",
+            "distill",
+            ("prune",),
+            lambda c: {"distill": c.distill, "data.sequence_length": c.data.sequence_length, "run.seed": c.run.seed},
+        ),
+        Stage("evaluate", "evaluate", ("distill",), lambda c: {"evaluate": c.evaluate}),
+        Stage("export", "export", ("distill",), lambda c: {}),
+        Stage("report", "report", ("evaluate", "export"), lambda c: {}),
+    )
+}
+
+
+def file_identity(path: Path) -> str:
+    """SHA-256 over a file's size and its first and last MiB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(EDGE_BYTES))
+        file.seek(max(0, size - EDGE_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _inputs(stage: Stage, config: Config) -> dict[str, str]:
+    """Identity of everything the stage reads: files of the user, results of other stages."""
+    files = {path.name: path for path in stage.inputs(config)}
+    identities = {name: file_identity(path) for name, path in files.items() if path.is_file()}
+    run = Path(config.run.dir)
+    for name in stage.needs:
+        try:
+            identities[name] = read_manifest(run / STAGES[name].folder)["fingerprint"]
+        except CompactLMError:
+            raise ConfigError(
+                f"run.dir={run} has no finished {name} stage, which {stage.name} needs; "
+                f"run recipes.{verb(name)} first, or recipes.compress."
+            ) from None
+    return identities
+
+
+def verb(stage: str) -> str:
+    """The recipe of a stage."""
+    return "import_hf" if stage == "import" else stage
+
+
+def run_stages(config: Config, only: str | None = None) -> None:
+    """Run one stage, or all in order. Every process of the launch calls it."""
+    check(config)
+    if config.dry_run:
+        from compactlm_nemo.dry_run import plan_lines
+
+        if is_main_rank():
+            print(to_yaml(config))
+            print("\n".join(plan_lines(config, [STAGES[only]] if only else list(STAGES.values()))))
+        return
+    if problems := launch_problems(config, launch_world_size()):
+        raise ConfigError(problems)
+    names = [only] if only else list(STAGES)
+    pending = names
+    console = Console(quiet=not is_main_rank())
+    while pending and _done(STAGES[pending[0]], config):
+        console.print(f"{pending[0]}: done before, skipped")
+        pending = pending[1:]
+    if pending:
+        with launched(config.parallel.tp, config.parallel.pp, config.run.seed):
+            for name in pending:
+                _run_one(STAGES[name], config, console)
+    if names[-1] == "report":
+        from compactlm_nemo.report.build import show
+
+        show(Path(config.run.dir), console)
+
+
+def _settings(stage: Stage, config: Config) -> dict[str, Any]:
+    return settings_of(stage.settings(config))
+
+
+def _done(stage: Stage, config: Config) -> bool:
+    return stage_is_done(Path(config.run.dir) / stage.folder, _settings(stage, config), _inputs(stage, config))
+
+
+def _run_one(stage: Stage, config: Config, console: Console) -> None:
+    from compactlm_nemo import verbs
+    from compactlm_nemo.parallel.collectives import barrier
+    from compactlm_nemo.parallel.groups import current_mesh
+    from compactlm_nemo.report.build import report
+
+    work: dict[str, Callable[..., dict[str, Any]]] = {
+        "import": verbs.import_model,
+        "tokenize": verbs.tokenize,
+        "score": verbs.score,
+        "search": verbs.search,
+        "prune": verbs.prune,
+        "distill": verbs.train,
+        "evaluate": verbs.evaluate,
+        "export": verbs.export,
+        "report": report,
+    }
+    folder = Path(config.run.dir) / stage.folder
+    if _done(stage, config):
+        console.print(f"{stage.name}: done before, skipped")
+        return
+    console.print(f"{stage.name} ...")
+    barrier()
+    if is_main_rank():
+        fresh_folder(folder)
+    barrier()
+    try:
+        results = work[stage.name](verbs.Run(config, current_mesh()), folder)
+    except CompactLMError as error:
+        raise type(error)(f"{stage.name}: {error}") from error
+    except Exception as error:
+        error.add_note(f"The stage that failed: {stage.name}")
+        raise
+    barrier()
+    if is_main_rank():
+        write_manifest(folder, _settings(stage, config), _inputs(stage, config), results)
+    barrier()

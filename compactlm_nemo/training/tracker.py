@@ -1,0 +1,188 @@
+"""Where metrics go: one JSON line a step, the console, and Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import secrets
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from compactlm_nemo.artifacts import atomic_write_text
+from compactlm_nemo.config.schema import WandbConfig, WandbMode
+
+METRICS = "metrics.jsonl"
+WANDB_ID = "wandb_id"
+LOSS = "train/kd_logit_nats"
+"""Metric shown on the console, in nats."""
+SPEED = "perf/tokens_per_second"
+"""Metric shown on the console."""
+
+_log = logging.getLogger(__name__)
+_PLAIN_LINES = 10
+
+
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the lines of `step` and later, and any that a crash cut short, before training goes on at `step`."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    atomic_write_text(path, "".join(f"{line}\n" for line in lines if _is_before(line, step)))
+
+
+def wandb_mode(mode: WandbMode) -> Literal["disabled", "offline", "online"]:
+    """`disabled`, `offline` or `online`; auto is online with a W&B key in the environment or in ~/.netrc."""
+    if mode is WandbMode.disabled:
+        return "disabled"
+    if mode is WandbMode.offline:
+        return "offline"
+    if mode is WandbMode.online:
+        return "online"
+    netrc = Path.home() / ".netrc"
+    has_login = bool(os.environ.get("WANDB_API_KEY")) or (
+        netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace")
+    )
+    return "online" if has_login else "disabled"
+
+
+class Tracker:
+    """Context manager around a training loop.
+
+    Args:
+        folder: Stage folder, `run.dir/<stage>`; gets `metrics.jsonl`, `wandb_id` and `wandb/`.
+        wandb_cfg: Mode, project and name of the W&B run.
+        config: Shown as the W&B run's config; must hold no secret.
+        is_writer: False on all ranks but one: every call is then free and without effect.
+        total_steps: Steps of the whole training, those before a resume included.
+        start_step: 0-based step at which this process begins; later lines of an earlier process are dropped.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        wandb_cfg: WandbConfig,
+        config: dict[str, Any],
+        is_writer: bool,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+    ) -> None:
+        self._folder, self._wandb_cfg, self._config = folder, wandb_cfg, config
+        self._is_writer, self._total_steps, self._start_step = is_writer, total_steps, start_step
+        self._run: Any = None
+
+    def __enter__(self) -> Tracker:
+        if self._is_writer:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            truncate_metrics(self._folder / METRICS, self._start_step)
+            self._file = (self._folder / METRICS).open("a", encoding="utf-8")
+            self._run = self._start_wandb()
+            self._console = _ConsoleView(self._total_steps, self._start_step)
+        return self
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record the metrics of 0-based `step`; what is not finite becomes null in the file."""
+        if not self._is_writer:
+            return
+        values = {name: float(value) for name, value in metrics.items()}
+        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._console.show(step, values)
+        if self._run is not None:
+            # `step` is a value, not W&B's own counter: that one refuses to go back when a run resumes.
+            self._run.log({"step": step} | values)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._is_writer:
+            return
+        self._console.close()
+        self._file.close()
+        if self._run is not None:
+            self._run.finish(exit_code=0 if kind is None else 1)
+
+    def _start_wandb(self) -> Any:
+        mode = wandb_mode(self._wandb_cfg.mode)
+        if mode == "disabled":
+            return None
+        try:
+            import wandb
+
+            run = wandb.init(
+                mode=mode,
+                project=self._wandb_cfg.project,
+                name=self._wandb_cfg.name or self._folder.resolve().parent.name,
+                id=self._wandb_id(secrets.token_hex(4)),
+                resume="allow",
+                dir=str(self._folder),
+                config=self._config,
+                settings=wandb.Settings(console="off"),
+            )
+            run.define_metric("step")
+            run.define_metric("*", step_metric="step")
+            return run
+        except Exception as error:  # network, login, a full disk: no metric service may end a training
+            reason = str(error).strip().partition("\n")[0]
+            _log.warning("W&B did not start (%s: %s); training goes on without it.", type(error).__name__, reason)
+            return None
+
+    def _wandb_id(self, new_id: str) -> str:
+        """The run's id of before when training resumes; a training from the start is a run of its own."""
+        path = self._folder / WANDB_ID
+        if self._start_step > 0 and path.exists():
+            return path.read_text().strip()
+        atomic_write_text(path, new_id + "\n")
+        return new_id
+
+
+class _ConsoleView:
+    """A progress bar on a terminal; elsewhere about ten plain lines."""
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        self._total_steps, self._start_step = total_steps, start_step
+        self._start_time = time.monotonic()
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._lines_due = start_step * _PLAIN_LINES // total_steps
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task("", total=total_steps, completed=start_step)
+            self._progress.start()
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        num_done = step + 1
+        text = self._text(num_done, values)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=num_done, description=text)
+        elif (line := num_done * _PLAIN_LINES // self._total_steps) > self._lines_due:
+            self._lines_due = line
+            self._console.print(f"step {num_done}/{self._total_steps}  {text}", markup=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _text(self, num_done: int, values: dict[str, float]) -> str:
+        seconds_each = (time.monotonic() - self._start_time) / max(1, num_done - self._start_step)
+        left = timedelta(seconds=round(seconds_each * (self._total_steps - num_done)))
+        parts = [f"loss {values[LOSS]:.4f}"] if LOSS in values else []
+        parts += [f"{values[SPEED]:,.0f} tokens/s"] if SPEED in values else []
+        return "  ".join([*parts, f"{left} left"])
+
+
+def _is_before(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] < step
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,294 @@
+"""What each verb does, in terms of the folders it reads and writes.
+
+Every function takes the context of a run and the folder to write, and returns what its manifest should tell later
+readers. All ranks call it; only the main rank writes plain files.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
+from compactlm_nemo.config.schema import Config, Precision
+from compactlm_nemo.data.tokens import load_tokenizer, tokenize_corpus
+from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
+from compactlm_nemo.distill.loop import distill
+from compactlm_nemo.errors import CheckpointError, ConfigError, DataError
+from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
+from compactlm_nemo.importance.collect import collect_scores
+from compactlm_nemo.models import gguf
+from compactlm_nemo.models.build import HiddenStateModel, build_model, fill
+from compactlm_nemo.models.checkpoint import CheckpointSource, load_model, save_model
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.hf import copy_companions, count_params, export_hf, open_hf
+from compactlm_nemo.parallel.collectives import barrier
+from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.launch import device, is_main_rank
+from compactlm_nemo.pruning.cut import CutSource
+from compactlm_nemo.pruning.plan import Plan, make_plan
+from compactlm_nemo.report.progress import progress_bar
+from compactlm_nemo.search.cost import num_params
+from compactlm_nemo.search.select import Candidate, rank_candidates
+from compactlm_nemo.search.space import enumerate_space
+from compactlm_nemo.training.checkpoint import latest_step
+from compactlm_nemo.training.tracker import METRICS, Tracker
+
+MODEL = "model.json"
+HF = "hf"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration on a mesh."""
+
+    config: Config
+    mesh: Mesh
+
+    @property
+    def dir(self) -> Path:
+        return Path(self.config.run.dir)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.model.precision is Precision.bf16 else torch.float32
+
+    def dims(self, stage: str) -> Dims:
+        return Dims.load(self.dir / stage / MODEL)
+
+    def build(self, dims: Dims) -> HiddenStateModel:
+        return build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=self.config.model.vocab_multiple)
+
+    def load(self, stage: str) -> HiddenStateModel:
+        """The model that a stage made, on this run's mesh."""
+        model = self.build(self.dims(stage))
+        load_model(self.dir / stage, model, self.mesh)
+        return model
+
+    def save(self, folder: Path, model: HiddenStateModel, dims: Dims) -> None:
+        if is_main_rank():
+            dims.save(folder / MODEL)
+        save_model(folder, model, self.mesh)
+
+    def train_prefixes(self) -> list[tuple[Path, float]]:
+        return [(token_prefix(self, name), corpus.weight) for name, corpus in self.config.data.train.items()]
+
+
+@contextmanager
+def main_rank_writes() -> Iterator[bool]:
+    """True on the rank that writes plain files; the others leave the block when it is done."""
+    yield is_main_rank()
+    barrier()
+
+
+def import_model(run: Run, folder: Path) -> dict[str, Any]:
+    """Teacher folder or GGUF file -> checkpoint, `model.json`, and `hf/` with config and tokenizer."""
+    source = Path(run.config.model.source)
+    converted = folder / "converted"
+    if source.suffix == ".gguf":
+        with main_rank_writes() as writes:
+            if writes:
+                gguf.convert(source, converted)
+        source = converted
+    dims, weights = open_hf(source)
+    with main_rank_writes() as writes:
+        if writes:
+            copy_companions(source, folder / HF)
+    model = run.build(dims)
+    fill(model, dims, run.mesh, weights, run.config.model.vocab_multiple)
+    run.save(folder, model, dims)
+    with main_rank_writes() as writes:
+        if writes:
+            shutil.rmtree(converted, ignore_errors=True)
+    return {"params": num_params(dims)}
+
+
+def token_prefix(run: Run, corpus: str) -> Path:
+    """Where the tokens of a corpus are: its own Megatron files, or those the tokenize stage made."""
+    configured = Path((run.config.data.train | run.config.data.heldout)[corpus].path)
+    if configured.with_name(configured.name + ".idx").is_file():
+        return configured
+    return run.dir / "tokens" / corpus
+
+
+def tokenize(run: Run, folder: Path) -> dict[str, Any]:
+    """Every corpus given as text -> Megatron token files; documents end with the tokenizer's end-of-text token."""
+    counts: dict[str, int] = {}
+    with main_rank_writes() as writes:
+        if writes:
+            tokenizer = load_tokenizer(run.dir / "teacher" / HF)
+            vocab = run.dims("teacher").vocab_size
+            if len(tokenizer) > vocab:
+                raise ConfigError(f"model.source: its vocabulary of {vocab} is smaller than its tokenizer's {len(tokenizer)}.")
+            end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+            if end is None or end == tokenizer.unk_token_id != tokenizer.eos_token_id:
+                end = tokenizer.eos_token_id
+            for name, corpus in (run.config.data.train | run.config.data.heldout).items():
+                if token_prefix(run, name).parent == folder:
+                    counts[name] = tokenize_corpus(Path(corpus.path), folder / name, tokenizer, end)
+    return {"tokens": counts}
+
+
+def score(run: Run, folder: Path) -> dict[str, Any]:
+    """Teacher + calibration windows -> scores.safetensors."""
+    config = run.config
+    dims = run.dims("teacher")
+    windows = calibration_windows(
+        run.train_prefixes(),
+        config.score.samples,
+        config.data.sequence_length,
+        config.run.seed,
+        vocab_size=dims.vocab_size,
+    ).to(device())
+    teacher = run.load("teacher").eval()
+    with progress_bar("score", config.score.samples, config.data.sequence_length) as advance:
+        scores = collect_scores(teacher, dims, run.mesh, windows, config.score, advance)
+    with main_rank_writes() as writes:
+        if writes:
+            save_file(scores, folder / "scores.safetensors")
+    return {"samples": config.score.samples, "tokens": windows.numel()}
+
+
+def search(run: Run, folder: Path) -> dict[str, Any]:
+    """Scores + budget -> candidates.json, best first."""
+    dims = run.dims("teacher")
+    found = enumerate_space(dims, run.config.search)
+    ranked = rank_candidates(dims, found, load_file(run.dir / "score" / "scores.safetensors"))
+    with main_rank_writes() as writes:
+        if writes:
+            atomic_write_text(folder / "candidates.json", json.dumps([asdict(c) for c in ranked], indent=2) + "\n")
+    return {"candidates": len(ranked), "best": asdict(ranked[0])}
+
+
+def prune(run: Run, folder: Path) -> dict[str, Any]:
+    """Teacher + scores + one candidate -> student checkpoint; parameters planned and counted."""
+    candidates = json.loads((run.dir / "search" / "candidates.json").read_text())
+    chosen = run.config.prune.candidate
+    if not 0 <= chosen < len(candidates):
+        raise ConfigError(f"prune.candidate={chosen} must be in [0, {len(candidates)}), the number of candidates.")
+    teacher = run.dims("teacher")
+    student = Candidate(**candidates[chosen]).dims(teacher)
+    plan: Plan = make_plan(teacher, student, load_file(run.dir / "score" / "scores.safetensors"))
+    model = run.build(student)
+    source = CutSource(teacher, plan, CheckpointSource(run.dir / "teacher", teacher))
+    fill(model, student, run.mesh, source, run.config.model.vocab_multiple)
+    run.save(folder, model, student)
+    with main_rank_writes() as writes:
+        if writes:
+            atomic_write_text(folder / "plan.json", json.dumps(plan.to_json()) + "\n")
+    return {"params": num_params(student), "teacher_params": num_params(teacher), "shape": candidates[chosen]}
+
+
+def train(run: Run, folder: Path) -> dict[str, Any]:
+    """Teacher + student + tokens -> trained student. Training state lives in `run.dir/training` until the end."""
+    config = run.config
+    state = run.dir / "training"
+    _claim(state, settings_of({"distill": config.distill, "data": config.data, "run.seed": config.run.seed}))
+    dims = run.dims("student")
+    samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed, dims.vocab_size)
+    student, teacher = run.load("student"), run.load("teacher")
+    start = latest_step(state / "checkpoints") or 0
+    name = config.wandb.name or run.dir.name
+    with Tracker(
+        state, replace(config.wandb, name=name), settings_of(asdict(config)), is_main_rank(), config.distill.steps,
+        start_step=start,
+    ) as tracker:  # fmt: skip
+        distill(
+            student,
+            teacher,
+            dims,
+            run.mesh,
+            samples.sample,
+            config.distill,
+            checkpoints=state / "checkpoints",
+            log=tracker.log,
+            is_main=is_main_rank(),
+            device=device(),
+        )
+    run.save(folder, student, dims)
+    with main_rank_writes() as writes:
+        if writes:
+            shutil.copyfile(state / METRICS, folder / METRICS)
+    return {"tokens": config.distill.steps * config.distill.global_batch * config.data.sequence_length}
+
+
+def _claim(state: Path, settings: dict[str, Any]) -> None:
+    """Refuse to continue training that was started with other settings."""
+    text = json.dumps(settings, sort_keys=True)
+    with main_rank_writes() as writes:
+        if writes and not (state / "settings.json").exists():
+            state.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(state / "settings.json", text)
+    old = json.loads((state / "settings.json").read_text())
+    new = json.loads(text)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if differing:
+        raise ConfigError(
+            f"{state} holds training with another {differing[0]}={old.get(differing[0])}; "
+            f"choose another run.dir or delete {state}."
+        )
+
+
+def evaluate(run: Run, folder: Path) -> dict[str, Any]:
+    """LM loss on every held-out text, size and forward speed of teacher, pruned and distilled model."""
+    config = run.config
+    if not config.data.heldout:
+        raise DataError("data.heldout is empty; give at least one held-out text.")
+    rows: list[dict[str, Any]] = []
+    tokens_trained = read_manifest(run.dir / "distill")["results"]["tokens"]
+    for label, stage, trained in (("teacher", "teacher", 0), ("pruned", "student", 0), ("distilled", "distill", tokens_trained)):
+        dims = run.dims(stage)
+        model = run.load(stage)
+        row: dict[str, Any] = {"model": label, "params": num_params(dims), "tokens_trained": trained}
+        speeds = []
+        for name in config.data.heldout:
+            windows = heldout_windows(
+                token_prefix(run, name), config.data.sequence_length, config.evaluate.tokens, vocab_size=dims.vocab_size
+            ).to(device())
+            with progress_bar(f"evaluate {label} on {name}", len(windows), config.data.sequence_length) as advance:
+                result = evaluate_lm_loss(
+                    model,
+                    dims,
+                    run.mesh,
+                    windows,
+                    micro_batch=config.evaluate.micro_batch,
+                    chunk_tokens=config.distill.chunk_tokens,
+                    progress=advance,
+                )
+            row[f"loss_{name}"] = result.loss_nats
+            row[f"tokens_{name}"] = result.tokens
+            speeds.append(result.tokens_per_second)
+        row["forward_tokens_per_second"] = max(speeds)
+        rows.append(row)
+    with main_rank_writes() as writes:
+        if writes:
+            atomic_write_text(folder / "results.json", json.dumps(rows, indent=2) + "\n")
+    return {"rows": rows, "recovered": {name: _recovered(rows, f"loss_{name}") for name in config.data.heldout}}
+
+
+def _recovered(rows: list[dict[str, Any]], key: str) -> float:
+    """Share of the loss gap between teacher and pruned model that distillation closed."""
+    teacher, pruned, distilled = (row[key] for row in rows)
+    return (pruned - distilled) / (pruned - teacher)
+
+
+def export(run: Run, folder: Path) -> dict[str, Any]:
+    """Distilled student -> Hugging Face folder `export/hf`; its parameters, counted in the files, equal the plan."""
+    dims = run.dims("distill")
+    target = folder / HF
+    with main_rank_writes() as writes:
+        if writes:
+            source = CheckpointSource(run.dir / "distill", dims)
+            export_hf(run.dir / "teacher" / HF, target, dims, source, run.dtype)
+    counted = count_params(target)
+    if counted != num_params(dims):
+        raise CheckpointError(f"{target} holds {counted} parameters, the plan says {num_params(dims)}.")
+    return {"params": counted, "folder": str(target)}

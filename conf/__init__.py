@@ -1,0 +1,1 @@
+"""Values only: makes the YAML files installable as package data."""

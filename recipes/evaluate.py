@@ -1,0 +1,9 @@
+"""LM loss, size and speed of teacher, pruned and distilled model."""
+
+from compactlm_nemo.config.load import recipe
+from compactlm_nemo.stages import run_stages
+
+main = recipe(lambda config: run_stages(config, only="evaluate"), __doc__)
+
+if __name__ == "__main__":
+    main()

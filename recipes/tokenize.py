@@ -1,0 +1,9 @@
+"""Text corpora -> Megatron indexed token files."""
+
+from compactlm_nemo.config.load import recipe
+from compactlm_nemo.stages import run_stages
+
+main = recipe(lambda config: run_stages(config, only="tokenize"), __doc__)
+
+if __name__ == "__main__":
+    main()

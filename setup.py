@@ -1,0 +1,46 @@
+"""Package metadata. Versions are the ranges the test suite has run with; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+
+setup(
+    name="compactlm-nemo",
+    version="0.1.0",
+    description="Prune a language model by measured importance on a Megatron mesh and distil the original into it.",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["compactlm_nemo", "compactlm_nemo.*", "recipes", "recipes.*", "conf"]),
+    # The recipes read conf/ as files next to recipes/, so both are installed side by side and never from a zip.
+    package_data={"conf": ["*.yaml", "*/*.yaml"]},
+    zip_safe=False,
+    # apex and Transformer Engine are missing on purpose: they come with NVIDIA's image, and Megatron-Core finds them
+    # there. The `apex` of the package index is another project.
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "megatron-core>=0.16.1,<0.17",
+        "einops",
+        "psutil",
+        "numpy",
+        "packaging",
+        "hydra-core>=1.3,<1.4",
+        "omegaconf>=2.3,<2.4",
+        "wandb>=0.31,<0.32",
+        "transformers>=5,<6",
+        "safetensors",
+        "gguf>=0.17,<0.20",
+        "rich",
+        "matplotlib",
+        "scipy",
+    ],
+    extras_require={
+        "nemo": ["nemo-toolkit==3.0.0"],
+        "eval": ["lm-eval"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "hypothesis", "pre-commit"],
+    },
+)

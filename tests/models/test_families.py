@@ -1,0 +1,136 @@
+"""Every family on every layout against transformers, and back to Hugging Face bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compactlm_nemo.models.build import build_model, fill, inverse_frequencies
+from compactlm_nemo.models.checkpoint import CheckpointSource, load_model, save_model
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.families import dims_of, resized
+from compactlm_nemo.models.forward import forward_each
+from compactlm_nemo.models.hf import HFSource, count_params, export_hf, open_hf
+from compactlm_nemo.parallel.groups import Mesh, current_mesh
+from compactlm_nemo.parallel.host import use_cpu
+from compactlm_nemo.parallel.launch import start_mesh
+from tests.models.tiny import CASES, LENGTH, VOCAB, save_tiny, tiny_config, tiny_model, tokens
+from tests.ranks import run_ranks
+
+VOCAB_MULTIPLE = 8
+
+
+@pytest.fixture(scope="module")
+def hf_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder a case with the Hugging Face model and its logits."""
+    root = tmp_path_factory.mktemp("hf")
+    for case in CASES:
+        model = save_tiny(case, root / case)
+        with torch.no_grad():
+            torch.save(model(tokens()).logits, root / case / "logits.pt")
+    return root
+
+
+def _logits(model: torch.nn.Module, mesh: Mesh) -> Tensor | None:
+    """`[B, S, vocab]` on the ranks of the last stage, through the pipeline schedule."""
+
+    def visit(_: int, hidden_SBH: Tensor) -> Tensor:
+        own = (hidden_SBH @ model.head_weight.T).transpose(0, 1).contiguous()
+        parts = [torch.empty_like(own) for _ in range(mesh.tp_size)]
+        dist.all_gather(parts, own, group=mesh.tp_group)
+        return torch.cat(parts, dim=-1)[..., :VOCAB]
+
+    results = forward_each(model, [tokens()], visit)
+    return results[0] if mesh.is_last_stage else None
+
+
+def _compare_and_save(rank: int, world: int, tp: int, pp: int, root: Path, out: Path, dims: dict[str, Dims]) -> None:
+    use_cpu()
+    start_mesh(tp, pp, seed=1)
+    mesh = current_mesh()
+    for case, case_dims in dims.items():
+        model = build_model(case_dims, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE).eval()
+        fill(model, case_dims, mesh, HFSource(root / case, case_dims), VOCAB_MULTIPLE)
+        got = _logits(model, mesh)
+        if got is not None:
+            want = torch.load(root / case / "logits.pt")
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-4, msg=lambda m, case=case: f"{case}: {m}")
+        save_model(out / case, model, mesh)
+        copy = build_model(case_dims, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE)
+        load_model(out / case, copy, mesh)
+        for (name, a), b in zip(model.named_parameters(), copy.parameters(), strict=True):
+            assert torch.equal(a, b), f"{case}: {name} differs after saving and loading"
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_logits_are_those_of_transformers_and_export_is_exact(tp: int, pp: int, hf_root: Path, tmp_path: Path) -> None:
+    dims = {case: open_hf(hf_root / case)[0] for case in CASES}
+    run_ranks(_compare_and_save, tp * pp, tmp_path, tp, pp, hf_root, tmp_path / "ck", dims)
+    for case in CASES:
+        source = CheckpointSource(tmp_path / "ck" / case, dims[case])
+        target = tmp_path / "export" / case
+        written = export_hf(hf_root / case, target, dims[case], source, torch.float32)
+        want, got = load_file(hf_root / case / "model.safetensors"), load_file(target / "model.safetensors")
+        assert want.keys() == got.keys(), case
+        assert all(torch.equal(want[name], got[name]) for name in want), case
+        assert written == count_params(target) == sum(tensor.numel() for tensor in want.values())
+        model, info = AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager", output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (case, info)
+        with torch.no_grad():
+            assert torch.equal(model.eval()(tokens()).logits, torch.load(hf_root / case / "logits.pt")), case
+
+
+def test_cases_would_show_the_difference() -> None:
+    """The references depend on what each case is about: a window, partial rotation, the scaling of the frequencies."""
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    full = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 1.0}
+    for case, changes in (
+        ("mistral_window", {"sliding_window": LENGTH}),
+        ("mistral_window", {"sliding_window": 8}),
+        ("llama_tied_llama3_rope", {"rope_parameters": plain}),
+        ("nemotron", {"rope_parameters": full}),
+        ("llama", {"rms_norm_eps": 1e-6}),
+        ("nemotron", {"norm_eps": 1e-6}),
+    ):
+        with torch.no_grad():
+            gap = tiny_model(case)(tokens()).logits - tiny_model(case, **changes)(tokens()).logits
+        assert gap.abs().max() > 1e-2, (case, changes)
+
+
+def test_llama3_frequencies_are_those_of_transformers() -> None:
+    dims = dims_of(tiny_config("llama_tied_llama3_rope"))
+    want = tiny_model("llama_tied_llama3_rope").model.rotary_emb.inv_freq
+    torch.testing.assert_close(inverse_frequencies(dims), want, rtol=1e-6, atol=0)
+
+
+def test_shards_hold_the_model_together(hf_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compactlm_nemo.models.hf.SHARD_BYTES", 60_000)
+    dims, source = open_hf(hf_root / "qwen3")
+    export_hf(hf_root / "qwen3", tmp_path, dims, source, torch.float32)
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens()).logits, torch.load(hf_root / "qwen3" / "logits.pt"))
+    assert open_hf(tmp_path)[0] == dims
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resized_config_makes_the_smaller_model(case: str) -> None:
+    config = tiny_config(case)
+    small = dims_of(config).with_shape(layers=3, hidden=32, ffn=56, heads=2)
+    new = resized(config, small)
+    assert dims_of(new) == small
+    assert config.num_hidden_layers == 4, "the config given is not changed"
+    model = AutoModelForCausalLM.from_config(new)
+    assert len(model.model.layers) == 3
+    assert model.model.layers[0].self_attn.q_proj.weight.shape == (2 * 16, 32)
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (2 * 16, 32)
+    assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 56)
+    if getattr(new, "layer_types", None):
+        assert len(new.layer_types) == 3

@@ -1,0 +1,96 @@
+"""Plans against a choice made with plain Python sorting, and by hand."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compactlm_nemo.errors import CheckpointError, ConfigError
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.pruning.plan import Plan, make_plan
+
+TEACHER = Dims(
+    family="llama", num_layers=5, hidden_size=16, ffn_hidden_size=24, num_heads=6, num_query_groups=2, head_dim=4,
+    vocab_size=11, max_position_embeddings=32, norm_eps=1e-5, rope_theta=10000.0,
+)  # fmt: skip
+STUDENT = TEACHER.with_shape(layers=3, hidden=9, ffn=7, heads=4)
+
+
+def scores_of(dims: Dims, seed: int = 0) -> dict[str, torch.Tensor]:
+    # Few distinct values, so that ties are common.
+    draw = torch.Generator().manual_seed(seed)
+    lengths = {"hidden": dims.hidden_size, "depth.bi": dims.num_layers}
+    for i in range(dims.num_layers):
+        lengths |= {f"layers.{i}.mlp": dims.ffn_hidden_size, f"layers.{i}.heads": dims.num_heads}
+    return {name: torch.randint(0, 4, (n,), generator=draw).double() for name, n in lengths.items()}
+
+
+def naive_top(values: list[float], k: int, among: range | None = None) -> list[int]:
+    indices = among if among is not None else range(len(values))
+    return sorted(sorted(indices, key=lambda i: (-values[i], i))[:k])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_plan_is_the_naive_choice(seed):
+    scores = scores_of(TEACHER, seed)
+    plain = {name: value.tolist() for name, value in scores.items()}
+    plan = make_plan(TEACHER, STUDENT, scores)
+    assert plan.layers == naive_top(plain["depth.bi"], 3)
+    assert plan.hidden.tolist() == naive_top(plain["hidden"], 9)
+    assert list(plan.mlp) == list(plan.heads) == plan.layers
+    for i in plan.layers:
+        heads = plain[f"layers.{i}.heads"]
+        assert plan.mlp[i].tolist() == naive_top(plain[f"layers.{i}.mlp"], 7)
+        assert plan.heads[i].tolist() == naive_top(heads, 2, range(0, 3)) + naive_top(heads, 2, range(3, 6))
+        assert plan.heads[i].dtype == plan.mlp[i].dtype == plan.hidden.dtype == torch.int64
+
+
+def test_heads_are_chosen_inside_their_group():
+    scores = scores_of(TEACHER) | {f"layers.{i}.heads": torch.tensor([9.0, 8, 7, 1, 3, 2]) for i in range(5)}
+    plan = make_plan(TEACHER, replace(STUDENT, num_heads=2), scores)
+    assert all(kept.tolist() == [0, 4] for kept in plan.heads.values())
+
+
+def test_nothing_cut_keeps_everything():
+    plan = make_plan(TEACHER, TEACHER, scores_of(TEACHER))
+    assert plan.layers == list(range(5)) and plan.hidden.tolist() == list(range(16))
+    assert all(plan.heads[i].tolist() == list(range(6)) and plan.mlp[i].tolist() == list(range(24)) for i in range(5))
+
+
+def test_json_round_trip():
+    plan = make_plan(TEACHER, STUDENT, scores_of(TEACHER))
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again.to_json() == plan.to_json() and again.layers == plan.layers
+    assert torch.equal(again.hidden, plan.hidden) and again.hidden.dtype == torch.int64
+    assert set(again.mlp) == set(plan.mlp) and all(torch.equal(again.heads[i], plan.heads[i]) for i in plan.layers)
+
+
+@pytest.mark.parametrize("broken", [{}, {"layers": [0], "hidden": ["x"], "mlp": {}, "heads": {}}, {"layers": None}])
+def test_a_broken_plan_is_refused(broken):
+    with pytest.raises(CheckpointError, match="pruning plan"):
+        Plan.from_json(broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 17}, r"hidden_size=17 must be in \[1, 16\]"),
+        ({"num_layers": 6}, r"num_layers=6 must be in \[1, 5\]"),
+        ({"ffn_hidden_size": 0}, r"ffn_hidden_size=0 must be in \[1, 24\]"),
+        ({"num_heads": 8}, r"num_heads=8 must be in \[1, 6\]"),
+        ({"num_heads": 3}, "num_heads=3 must be a multiple of the teacher's 2 query groups"),
+        ({"head_dim": 2, "vocab_size": 10}, "student head_dim, vocab_size must be the teacher's"),
+    ],
+)
+def test_students_that_are_no_cut_of_the_teacher(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_plan(TEACHER, replace(STUDENT, **changes), scores_of(TEACHER))
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "ffn_hidden_size", "num_heads", "num_layers"])
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_scores_of_another_model_are_refused(name, factor):
+    other = replace(TEACHER, **{name: int(getattr(TEACHER, name) * factor)})
+    with pytest.raises(ConfigError, match="scores: "):
+        make_plan(TEACHER, STUDENT, scores_of(other))

@@ -1,0 +1,132 @@
+"""Manifests: complete or not there, and which configuration they belong to."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from enum import Enum
+
+import pytest
+
+from compactlm_nemo import artifacts
+from compactlm_nemo.config.schema import CorpusConfig, DataConfig, ScoreConfig
+from compactlm_nemo.errors import CheckpointError, ConfigError
+
+SETTINGS = {"score.samples": 1024, "score.lr": 0.1, "score.axes": [1, 2], "run.seed": 7}
+
+
+def finished(tmp_path, inputs=None):
+    folder = artifacts.fresh_folder(tmp_path / "run" / "score")
+    (folder / "scores.bin").write_bytes(b"abc")
+    artifacts.write_manifest(folder, SETTINGS, inputs or {}, {"loss": 1.5})
+    return folder
+
+
+def test_done_only_with_the_same_settings(tmp_path):
+    folder = tmp_path / "run" / "score"
+    assert artifacts.stage_is_done(folder, SETTINGS, {}) is False
+    artifacts.fresh_folder(folder)
+    assert artifacts.stage_is_done(folder, SETTINGS, {}) is False
+    finished(tmp_path)
+    assert artifacts.stage_is_done(folder, dict(reversed(SETTINGS.items())), {}) is True
+    with pytest.raises(ConfigError) as caught:
+        artifacts.stage_is_done(folder, SETTINGS | {"score.samples": 512, "new.key": None}, {})
+    assert str(caught.value) == (
+        f"run.dir={folder.parent} holds score of another configuration "
+        f"(differs: new.key=(absent) vs None, score.samples=1024 vs 512); choose another run.dir or delete {folder}."
+    )
+
+
+def test_other_input_is_another_configuration(tmp_path):
+    folder = finished(tmp_path, {"teacher": "a" * 64})
+    assert artifacts.stage_is_done(folder, SETTINGS, {"teacher": "a" * 64})
+    with pytest.raises(ConfigError, match="input teacher=aaaaaaaaaaaa vs bbbbbbbbbbbb"):
+        artifacts.stage_is_done(folder, SETTINGS, {"teacher": "b" * 64})
+
+
+def test_manifest_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "very-secret-value")
+    monkeypatch.setattr(artifacts, "HASHED_BYTES", 100)
+    folder = artifacts.fresh_folder(tmp_path / "score")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "small").write_bytes(b"abc")
+    (folder / "large").write_bytes(b"x" * 100)
+    artifacts.write_manifest(folder, SETTINGS, {"teacher": "t"}, {"loss": 1.5})
+    manifest = artifacts.read_manifest(folder)
+    assert manifest["outputs"] == {
+        "large": {"bytes": 100},
+        "sub/small": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()},
+    }
+    assert (manifest["seed"], manifest["settings"], manifest["results"]) == (7, SETTINGS, {"loss": 1.5})
+    assert manifest["inputs"] == {"teacher": "t"} and manifest["packages"]["torch"]
+    assert sorted(path.name for path in folder.iterdir()) == ["large", "manifest.json", "sub"]
+    assert "very-secret-value" not in (folder / "manifest.json").read_text()
+
+
+def test_bad_manifests(tmp_path):
+    folder = finished(tmp_path)
+    path = folder / "manifest.json"
+    whole = json.loads(path.read_text())
+    for text in (
+        path.read_text()[:-20],
+        "[]",
+        json.dumps({"settings": {}}),
+        json.dumps(whole | {"schema_version": 99}),
+    ):
+        path.write_text(text)
+        with pytest.raises(CheckpointError, match="run the stage again"):
+            artifacts.stage_is_done(folder, SETTINGS, {})
+    path.unlink()
+    with pytest.raises(CheckpointError, match="did not finish"):
+        artifacts.read_manifest(folder)
+
+
+def test_fresh_folder_removes_only_its_own_leftovers(tmp_path):
+    folder = artifacts.fresh_folder(tmp_path / "run" / "score")
+    (folder / "half").touch()
+    artifacts.fresh_folder(folder)
+    assert not (folder / "half").exists()
+    foreign = tmp_path / "report"
+    foreign.mkdir()
+    artifacts.fresh_folder(foreign)
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter").touch()
+    with pytest.raises(ConfigError, match="holds files of something else"):
+        artifacts.fresh_folder(other)
+    assert (other / "chapter").exists()
+    done = finished(tmp_path)
+    with pytest.raises(ConfigError, match="already holds a finished stage"):
+        artifacts.fresh_folder(done)
+    assert (done / "scores.bin").exists()
+
+
+def test_atomic_write_keeps_the_old_text_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    artifacts.atomic_write_text(path, "old")
+
+    def fail(*_):
+        raise OSError("disk")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk"):
+        artifacts.atomic_write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_settings_are_flat_and_equal_after_json():
+    class Color(Enum):
+        red = "#f00"
+
+    @dataclass
+    class Part:
+        color: Color = Color.red
+        sizes: tuple[int, ...] = (1, 2)
+        nested: ScoreConfig = field(default_factory=lambda: ScoreConfig(samples=3))
+
+    data = DataConfig(train={"wiki": CorpusConfig(path="w.jsonl", weight=2.0)})
+    flat = artifacts.settings_of({"part": Part(), "data": data, "run.seed": 5})
+    assert flat["part.color"] == "red" and flat["part.sizes"] == [1, 2] and flat["part.nested.samples"] == 3
+    assert flat["data.train.wiki.weight"] == 2.0 and flat["data.sequence_length"] == 512 and flat["run.seed"] == 5
+    assert json.loads(json.dumps(flat)) == flat

@@ -1,0 +1,277 @@
+"""The sbatch scripts: syntax, arguments that arrive untouched, and a real two-node job where Slurm is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+VERBS = ("compress", "distill")
+OVERRIDES = [
+    "experiment=smollm2_135m_cpu",
+    "run.dir=runs/with two  spaces",
+    "search.heads=[6, 9]",
+    "search.ffn_multiples=[2.5,*]",
+    """wandb.name='it''s "quoted" $HOME `id`'""",
+    "model.tokenizer=",
+    "data.train={a: {path: x\\y.jsonl}}",
+]
+# Prints its arguments and the variables Slurm and the script set, one JSON file a process.
+RECORDER = """#!{python}
+import json, os, sys
+keys = ["MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NNODES", "SLURMD_NODENAME"]
+env = {{key: os.environ.get(key) for key in keys + ["RANK", "WORLD_SIZE"]}}
+name = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+with open({folder!r} + "/{prefix}" + name + ".json", "w") as file:
+    json.dump({{"argv": sys.argv[1:], "env": env}}, file)
+"""
+FAKE_SRUN = """#!{python}
+import json, os, sys
+options = [arg for arg in sys.argv[1:] if arg.startswith("--")]
+count = next(i for i, arg in enumerate(sys.argv[1:]) if not arg.startswith("--"))
+with open({folder!r} + "/srun.json", "w") as file:
+    json.dump(sys.argv[1 : 1 + count], file)
+os.execvp(sys.argv[1 + count], sys.argv[1 + count :])
+"""
+# `yes`-long output: the first line must be taken without breaking the pipe.
+FAKE_SCONTROL = """#!/bin/bash
+[[ "$*" == "show hostnames gpu[01-99]" ]] || exit 7
+for i in $(seq 1 20000); do printf '{host}-%d\\n' "$i"; done | sed '1s/.*/{host}/'
+"""
+
+
+def _script(path: Path, text: str, **values: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text.format(python=sys.executable, **values))
+    path.chmod(0o755)
+    return path
+
+
+def _run_with_fakes(tmp_path: Path, verb: str, host: str, **env: str) -> subprocess.CompletedProcess[str]:
+    folder, bin_dir = str(tmp_path), tmp_path / "bin"
+    _script(bin_dir / "srun", FAKE_SRUN, folder=folder)
+    _script(bin_dir / "scontrol", FAKE_SCONTROL, host=host)
+    _script(bin_dir / "python", RECORDER, folder=folder, prefix="python")
+    job = {"SLURM_JOB_ID": "135791", "SLURM_JOB_NODELIST": "gpu[01-99]", "SLURM_NNODES": "3"}
+    return subprocess.run(
+        ["bash", str(ROOT / "slurm" / f"{verb}.sbatch"), *OVERRIDES],
+        cwd=tmp_path,
+        env={"PATH": f"{bin_dir}:/usr/bin:/bin", "HOME": folder} | job | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_script_is_valid_bash(verb: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "slurm" / f"{verb}.sbatch")], check=True)
+
+
+def _directives(verb: str) -> list[str]:
+    lines = (ROOT / "slurm" / f"{verb}.sbatch").read_text().splitlines()
+    return [line for line in lines if line.startswith("#SBATCH")]
+
+
+def test_scripts_requeue_and_differ_only_in_their_verb() -> None:
+    assert "#SBATCH --requeue" in _directives("compress")
+    compress, distill = ((ROOT / "slurm" / f"{verb}.sbatch").read_text() for verb in VERBS)
+    assert compress.replace("compress", "distill") == distill
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_overrides_and_rendezvous_arrive_untouched(tmp_path: Path, verb: str) -> None:
+    done = _run_with_fakes(tmp_path, verb, "gpu01")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "python0.json").read_text())
+    # 10000 + 135791 % 20000, worked out by hand.
+    assert record["argv"] == [
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=3",
+        "--nproc-per-node=8",
+        "--rdzv-id=135791",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=gpu01:25791",
+        "-m",
+        f"recipes.{verb}",
+        *OVERRIDES,
+    ]
+    assert (record["env"]["MASTER_ADDR"], record["env"]["MASTER_PORT"]) == ("gpu01", "25791")
+    srun = json.loads((tmp_path / "srun.json").read_text())
+    assert srun == ["--kill-on-bad-exit=1", "--nodes=3", "--ntasks-per-node=1"]
+
+
+def test_environment_sets_python_gpus_and_container(tmp_path: Path) -> None:
+    other = _script(tmp_path / "venv" / "my python", RECORDER, folder=str(tmp_path), prefix="venv")
+    settings = {"COMPACTLM_PYTHON": str(other), "SLURM_GPUS_ON_NODE": "4", "CONTAINER_IMAGE": "image with space.sqsh"}
+    done = _run_with_fakes(tmp_path, "distill", "gpu01", **settings, CONTAINER_MOUNTS="/data:/data")
+    assert done.returncode == 0, done.stderr
+    assert "--nproc-per-node=4" in json.loads((tmp_path / "venv0.json").read_text())["argv"]
+    assert json.loads((tmp_path / "srun.json").read_text())[3:] == [
+        "--container-image=image with space.sqsh",
+        f"--container-mounts={tmp_path}:{tmp_path},/data:/data",
+        f"--container-workdir={tmp_path}",
+    ]
+    (tmp_path / "venv0.json").unlink()
+    assert _run_with_fakes(tmp_path, "distill", "gpu01", **settings, GPUS_PER_NODE="2").returncode == 0
+    assert "--nproc-per-node=2" in json.loads((tmp_path / "venv0.json").read_text())["argv"]
+
+
+def test_failure_of_a_rank_or_of_scontrol_fails_the_job(tmp_path: Path) -> None:
+    assert _run_with_fakes(tmp_path, "distill", "gpu01", COMPACTLM_PYTHON="/bin/false").returncode == 1
+    assert _run_with_fakes(tmp_path, "distill", "gpu01", SLURM_JOB_NODELIST="unknown").returncode == 7
+
+
+@pytest.mark.slow
+def test_overrides_pass_through_the_real_launcher(tmp_path: Path) -> None:
+    """torch.distributed.run parses its own options; the ranks' argv must still be the overrides."""
+    _script(tmp_path / "recipes" / "distill.py", RECORDER, folder=str(tmp_path), prefix="rank")
+    (tmp_path / "recipes" / "__init__.py").touch()
+    env = {"COMPACTLM_PYTHON": sys.executable, "GPUS_PER_NODE": "2", "SLURM_NNODES": "1"}
+    done = _run_with_fakes(tmp_path, "distill", "localhost", **env)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        record = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert record["argv"] == OVERRIDES
+        assert (record["env"]["RANK"], record["env"]["WORLD_SIZE"]) == (str(rank), "2")
+
+
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+SlurmctldPort={ports[0]}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdSpoolDir={folder}/spool-%n
+StateSaveLocation={folder}/state
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 Gres=gpu:8
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 Gres=gpu:8
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for sock in sockets:
+        sock.bind(("127.0.0.1", 0))
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+def _missing_for_slurm() -> str:
+    if os.name != "posix" or os.geteuid() != 0:
+        return "needs root to start Slurm's daemons"
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    programs = ("sbatch", "srun", "scontrol", "sinfo", "munged", "slurmctld", "slurmd")
+    missing = [name for name in programs if not shutil.which(name, path=path)]
+    return f"needs Slurm and munge installed; missing: {', '.join(missing)}" if missing else ""
+
+
+@pytest.fixture
+def slurm_env(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A munged, a slurmctld and two slurmd of this test alone; yields the environment that clients need."""
+    reason = _missing_for_slurm()
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path / "s"
+    for name in ("state", "spool-n1", "spool-n2"):
+        (folder / name).mkdir(parents=True)
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o400)
+    conf = folder / "slurm.conf"
+    conf.write_text(SLURM_CONF.format(host=socket.gethostname().split(".")[0], folder=folder, ports=_free_ports(3)))
+    # Plain files stand for the GPUs: slurmd counts them and never opens them.
+    for gpu in range(8):
+        (folder / f"gpu{gpu}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
+    env = os.environ | {"SLURM_CONF": str(conf), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+    munge = [f"--{name}={folder}/munge.{end}" for name, end in (("key-file", "key"), ("socket", "socket"))]
+    munge += [f"--{name}={folder}/munge.{end}" for name, end in (("pid-file", "pid"), ("log-file", "log"))]
+    commands = [
+        ["munged", "--foreground", "--force", *munge, f"--seed-file={folder}/munge.seed"],
+        ["slurmctld", "-D", "-f", str(conf)],
+        ["slurmd", "-D", "-f", str(conf), "-N", "n1"],
+        ["slurmd", "-D", "-f", str(conf), "-N", "n2"],
+    ]
+    daemons: list[subprocess.Popen[bytes]] = []
+    try:
+        for command in commands:
+            with (folder / "daemons.log").open("ab") as log:
+                daemons.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+            if command[0] == "munged":
+                _wait_for(lambda: (folder / "munge.socket").exists(), folder, "munged")
+        _wait_for(lambda: _idle_nodes(env) == 2, folder, "two idle nodes")
+        yield env
+    finally:
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            try:
+                daemon.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+def _wait_for(holds: Callable[[], bool], folder: Path, what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in folder.glob("*.log"))
+            pytest.fail(f"no {what} within {seconds:g} s\n{logs}")
+        time.sleep(0.2)
+
+
+def _idle_nodes(env: dict[str, str]) -> int:
+    command = ["sinfo", "--noheader", "--Node", "--format=%T"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+    return done.stdout.split().count("idle")
+
+
+@pytest.mark.slow
+def test_two_node_job_on_a_real_slurm(tmp_path: Path, slurm_env: dict[str, str]) -> None:
+    stub = _script(tmp_path / "venv" / "python", RECORDER, folder=str(tmp_path), prefix="node")
+    done = subprocess.run(
+        ["sbatch", "--wait", "--parsable", "--nodes=2", str(ROOT / "slurm" / "distill.sbatch"), *OVERRIDES],
+        cwd=tmp_path,
+        env=slurm_env | {"COMPACTLM_PYTHON": str(stub)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    output = "".join(path.read_text() for path in tmp_path.glob("compactlm-distill-*.out"))
+    assert done.returncode == 0, done.stderr + output
+    job_id = done.stdout.strip()
+    records = [json.loads((tmp_path / f"node{rank}.json").read_text()) for rank in range(2)]
+    port = str(10000 + int(job_id) % 20000)
+    for rank, record in enumerate(records):
+        launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=8", f"--rdzv-id={job_id}"]
+        launcher += ["--rdzv-backend=c10d", f"--rdzv-endpoint=n1:{port}", "-m", "recipes.distill"]
+        assert record["argv"] == [*launcher, *OVERRIDES]
+        env = record["env"]
+        assert (env["SLURM_PROCID"], env["SLURMD_NODENAME"], env["SLURM_NNODES"]) == (str(rank), f"n{rank + 1}", "2")
+        assert (env["MASTER_ADDR"], env["MASTER_PORT"], env["SLURM_JOB_ID"]) == ("n1", port, job_id)
