@@ -36,7 +36,8 @@ format: $(STAMP)  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs:  ## Check that every relative link of the Markdown files leads to a file
+docs: $(STAMP)  ## Remake docs/configuration.md and check the links of all pages
+	$(BIN)/python -m compactlm_nemo.config.load > docs/configuration.md
 	@fail=0; for page in *.md docs/*.md slurm/*.md; do \
 		[ -e "$$page" ] || continue; \
 		for link in $$(grep -oE '\]\([^)# ]+' "$$page" | sed 's/^](//' | grep -vE '^[a-z]+:'); do \

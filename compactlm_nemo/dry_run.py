@@ -29,7 +29,9 @@ def plan_lines(config: Config, stages: list[Stage]) -> list[str]:
         lines += _sizes(config, "teacher", teacher, 2 if config.model.precision is Precision.bf16 else 4)
         found = enumerate_space(teacher, config.search)
         lines.append(f"candidates: {len(found)}")
-        lines += _sizes(config, "student (largest candidate)", max(found, key=num_params), TRAINING_BYTES[config.model.precision])
+        lines += _sizes(
+            config, "student (largest candidate)", max(found, key=num_params), TRAINING_BYTES[config.model.precision]
+        )
     return lines + [f"{stage.name}: writes {Path(config.run.dir) / stage.folder}" for stage in stages]
 
 

@@ -45,7 +45,9 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("import", "teacher", (), lambda c: {"model.precision": c.model.precision}, _source),
-        Stage("tokenize", "tokens", ("import",), lambda c: {"corpora": sorted(c.data.train | c.data.heldout)}, _corpora),
+        Stage(
+            "tokenize", "tokens", ("import",), lambda c: {"corpora": sorted(c.data.train | c.data.heldout)}, _corpora
+        ),
         Stage(
             "score",
             "score",

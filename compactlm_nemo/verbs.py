@@ -127,7 +127,9 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
             tokenizer = load_tokenizer(run.dir / "teacher" / HF)
             vocab = run.dims("teacher").vocab_size
             if len(tokenizer) > vocab:
-                raise ConfigError(f"model.source: its vocabulary of {vocab} is smaller than its tokenizer's {len(tokenizer)}.")
+                raise ConfigError(
+                    f"model.source: its vocabulary of {vocab} is smaller than its tokenizer's {len(tokenizer)}."
+                )
             end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
             if end is None or end == tokenizer.unk_token_id != tokenizer.eos_token_id:
                 end = tokenizer.eos_token_id
@@ -244,7 +246,11 @@ def evaluate(run: Run, folder: Path) -> dict[str, Any]:
         raise DataError("data.heldout is empty; give at least one held-out text.")
     rows: list[dict[str, Any]] = []
     tokens_trained = read_manifest(run.dir / "distill")["results"]["tokens"]
-    for label, stage, trained in (("teacher", "teacher", 0), ("pruned", "student", 0), ("distilled", "distill", tokens_trained)):
+    for label, stage, trained in (
+        ("teacher", "teacher", 0),
+        ("pruned", "student", 0),
+        ("distilled", "distill", tokens_trained),
+    ):
         dims = run.dims(stage)
         model = run.load(stage)
         row: dict[str, Any] = {"model": label, "params": num_params(dims), "tokens_trained": trained}

@@ -14,14 +14,23 @@ def source_dims(config: Config) -> Dims | None:
     from compactlm_nemo.models.families import dims_of
     from compactlm_nemo.models.hf import read_config
 
-    source = Path(config.model.source)
-    if source.is_dir():
-        return dims_of(read_config(source))
-    if config.model.architecture and config.dry_run:
+    source, declared = Path(config.model.source), None
+    if config.model.architecture:
         from transformers import AutoConfig
 
-        return dims_of(AutoConfig.for_model(**config.model.architecture))
-    return None
+        declared = dims_of(AutoConfig.for_model(**config.model.architecture))
+    if not source.is_dir():
+        return declared if config.dry_run else None
+    found = dims_of(read_config(source))
+    if declared is not None and declared != found:
+        raise ConfigError(_difference(source, declared, found))
+    return found
+
+
+def _difference(source: Path, declared: Dims, found: Dims) -> str:
+    pairs = {key: (value, getattr(found, key)) for key, value in vars(declared).items()}
+    told = ", ".join(f"{key} {want} but {have}" for key, (want, have) in pairs.items() if want != have)
+    return f"model.source={source} is not the model.architecture of this experiment: {told}; give the right teacher."
 
 
 def check(config: Config) -> None:
@@ -79,7 +88,9 @@ def _missing_files(config: Config) -> list[str]:
         for name, corpus in getattr(config.data, part).items():
             path = Path(corpus.path)
             if not path.is_file() and not path.with_name(path.name + ".idx").is_file():
-                problems.append(f"data.{part}.{name}.path={path} does not exist; give a .jsonl file or a Megatron prefix.")
+                problems.append(
+                    f"data.{part}.{name}.path={path} does not exist; give a .jsonl file or a Megatron prefix."
+                )
     return problems
 
 

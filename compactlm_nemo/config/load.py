@@ -127,3 +127,13 @@ def schema_reference() -> list[tuple[str, str, str, str]]:
 
     walk(Config, "")
     return rows
+
+
+def reference_markdown() -> str:
+    """docs/configuration.md, made from the dataclasses; `python -m compactlm_nemo.config.load` prints it."""
+    head = "# Settings\n\nMade from `compactlm_nemo/config/schema.py` by `make docs`.\n\n| key | default | meaning |\n|---|---|---|\n"
+    return head + "".join(f"| `{key}` | `{default}` | {meaning} |\n" for key, _, default, meaning in schema_reference())
+
+
+if __name__ == "__main__":
+    print(reference_markdown(), end="")

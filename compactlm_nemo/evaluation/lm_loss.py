@@ -61,8 +61,8 @@ def evaluate_lm_loss(
     model.eval()
     start = time.perf_counter()
     sums = forward_each(model, [batch[:, :-1] for batch in batches], loss_of)
-    total = torch.tensor([float(sum(sums)), float(mine[:, 1:].numel())], dtype=torch.float64)
-    total = broadcast_object(all_reduce_sum(total, mesh.dp_group), mesh.pp_group, src=mesh.last_stage_rank)
+    total = torch.tensor([float(sum(sums)), float(mine[:, 1:].numel())], dtype=torch.float64, device=mine.device)
+    total = broadcast_object(all_reduce_sum(total, mesh.dp_group).cpu(), mesh.pp_group, src=mesh.last_stage_rank)
     seconds = time.perf_counter() - start
     tokens = int(total[1])
     return LMLoss(loss_nats=float(total[0]) / tokens, tokens=tokens, tokens_per_second=tokens / seconds)

@@ -21,20 +21,27 @@ class Family:
     qk_norm: bool = False
     qkv_bias: bool | None = None
     """Fixed by the architecture, or None when `attention_bias` decides."""
+    mlp_bias: bool = False
+    """Whether the architecture has the setting `mlp_bias`; the others have no such bias."""
+    partial_rotary: bool = False
+    """Whether the architecture can rotate only a part of each head."""
     norm_eps: str = "rms_norm_eps"
     """Config key of the norm's epsilon."""
     window: bool = False
-    """Whether `sliding_window` applies by itself (Mistral) and not behind `use_sliding_window`."""
+    """Whether `sliding_window` applies to all layers by itself (Mistral): a query sees the last `window` tokens, its own
+    among them. Elsewhere `sliding_window` means nothing without `use_sliding_window`."""
     also: Mapping[str, Any] = field(default_factory=dict)
     """Further config keys of this family with the only values we support."""
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(activation="silu"),
+    "llama": Family(activation="silu", mlp_bias=True),
     "mistral": Family(activation="silu", qkv_bias=False, window=True),
     "qwen2": Family(activation="silu", qkv_bias=True, also={"use_sliding_window": False}),
     "qwen3": Family(activation="silu", qk_norm=True, also={"use_sliding_window": False}),
-    "nemotron": Family(activation="relu2", gated_mlp=False, layer_norm_1p=True, norm_eps="norm_eps"),
+    "nemotron": Family(
+        activation="relu2", gated_mlp=False, layer_norm_1p=True, norm_eps="norm_eps", mlp_bias=True, partial_rotary=True
+    ),
 }
 
 _READ = {
@@ -47,7 +54,7 @@ _HARMLESS = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "_name_or_path",
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "attention_dropout", "hidden_dropout",
     "max_window_layers", "pretraining_tp", "name_or_path", "output_attentions", "return_dict", "_attn_implementation",
-    "is_llama_config", "transformers.js_config", "rope_interleaved",
+    "is_llama_config", "transformers.js_config",
 }  # fmt: skip
 """Keys without influence on the forward pass in evaluation, or that only describe the file."""
 
@@ -65,15 +72,16 @@ def dims_of(config: Any) -> Dims:
     _only(kind, "hidden_act", config.hidden_act, family.activation)
     for key, value in family.also.items():
         _only(kind, key, getattr(config, key, value), value)
+    window = getattr(config, "sliding_window", None) if family.window else None
     for layer_type in getattr(config, "layer_types", None) or []:
-        if not (family.window and layer_type == "sliding_attention"):
-            _only(kind, "layer_types", layer_type, "full_attention")
+        _only(kind, "layer_types", layer_type, "full_attention" if window is None else "sliding_attention")
     attention_bias = bool(getattr(config, "attention_bias", False))
-    mlp_bias = attention_bias if kind == "nemotron" and not hasattr(config, "mlp_bias") else bool(
-        getattr(config, "mlp_bias", False)
-    )  # fmt: skip
-    if family.qkv_bias is None:
-        _only(kind, "mlp_bias", mlp_bias, attention_bias)
+    mlp_bias = family.mlp_bias and bool(getattr(config, "mlp_bias", False))
+    if family.qkv_bias is None and attention_bias != mlp_bias:  # Megatron has one switch for the output biases of both
+        raise CheckpointError(
+            f"config.json: attention_bias={attention_bias} with mlp_bias={mlp_bias} is not supported for {kind}; "
+            "Megatron-Core needs both or neither."
+        )
     rope = _rope(config, kind)
     return Dims(
         family=kind,
@@ -81,7 +89,7 @@ def dims_of(config: Any) -> Dims:
         hidden_size=config.hidden_size,
         ffn_hidden_size=config.intermediate_size,
         num_heads=config.num_attention_heads,
-        num_query_groups=config.num_key_value_heads,
+        num_query_groups=config.num_key_value_heads or config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
@@ -93,7 +101,7 @@ def dims_of(config: Any) -> Dims:
         qk_norm=family.qk_norm,
         gated_mlp=family.gated_mlp,
         layer_norm_1p=family.layer_norm_1p,
-        window=getattr(config, "sliding_window", None) if family.window else None,
+        window=window,
         **rope,
     )
 
@@ -111,6 +119,8 @@ def _rope(config: Any, kind: str) -> dict[str, Any]:
         parameters = dict(old)
     theta = parameters.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0
     percent = parameters.pop("partial_rotary_factor", None) or getattr(config, "partial_rotary_factor", None) or 1.0
+    if not FAMILIES[kind].partial_rotary:
+        _only(kind, "partial_rotary_factor", float(percent), 1.0)
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     if rope_type not in ("default", "llama3"):
         raise CheckpointError(f"config.json: rope_type={rope_type!r} is not supported for {kind}; use default or llama3.")
@@ -140,7 +150,7 @@ def resized(config: Any, dims: Dims) -> Any:
 
 
 def hf_names(name: str, dims: Dims) -> list[str]:
-    """HF tensors that, concatenated by `merge`, are the Megatron parameter `name` (global layer numbers)."""
+    """HF tensors that, put together along dim 0 (`merge_qkv` for qkv), are the Megatron parameter `name` (global layer numbers)."""
     if name == "embedding.word_embeddings.weight":
         return ["model.embed_tokens.weight"]
     if name == "output_layer.weight":
@@ -159,6 +169,16 @@ def hf_names(name: str, dims: Dims) -> list[str]:
         "mlp.linear_fc2": ["mlp.down_proj"],
     }[".".join(middle)]
     return [f"model.layers.{layer}.{part}.{kind}" for part in parts]
+
+
+def hf_shapes(name: str, wanted: tuple[int, ...], dims: Dims) -> list[tuple[int, ...]]:
+    """Shapes of the tensors of `hf_names`, in their order; `wanted` is the shape of the whole Megatron parameter."""
+    if "linear_qkv" in name:
+        rows = [heads * dims.head_dim for heads in (dims.num_heads, dims.num_query_groups, dims.num_query_groups)]
+    else:
+        parts = len(hf_names(name, dims))
+        rows = [wanted[0] // parts] * parts
+    return [(count, *wanted[1:]) for count in rows]
 
 
 def parameter_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ _LAYER = {
 def undo_rope_interleaving(weight: Tensor, heads: int) -> Tensor:
     """llama.cpp stores rotary pairs next to each other; Hugging Face stores the two halves of a head in turn.
 
-    Row (head, pair p, side s) of the file is row (head, s * d/2 + p) of the result.
+    Row `head * d + 2 * p + s` (pair p, side s) of the file is row `head * d + s * d/2 + p` of the result; `weight` is
+    `[heads * d, ...]`, a matrix or its bias.
     """
-    return weight.reshape(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def convert(path: Path, folder: Path) -> None:
@@ -47,9 +49,12 @@ def convert(path: Path, folder: Path) -> None:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError) as error:
         raise CheckpointError(f"model.source={path} is not a readable GGUF file: {error}") from None
-    architecture = reader.fields["general.architecture"].contents()
+    architecture = _field(reader, "general.architecture")
     if architecture != "llama":
         raise CheckpointError(f"model.source={path}: GGUF architecture {architecture} is not supported; only llama is.")
+    scaling = _field(reader, "llama.rope.scaling.type")
+    if scaling not in (None, "none"):
+        raise CheckpointError(f"model.source={path}: GGUF rope scaling {scaling} is not supported; use the HF folder.")
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     tensors: dict[str, Tensor] = {}
@@ -59,6 +64,7 @@ def convert(path: Path, folder: Path) -> None:
         tensors[_hf_name(tensor.name)] = _in_hf_order(tensor.name, weight, config)
     config.__dict__.pop("_model_name_or_path", None)  # a remark of the file's author, not of the model
     config.tie_word_embeddings = "lm_head.weight" not in tensors
+    config.rms_norm_eps = round(config.rms_norm_eps, 12)  # GGUF holds it in float32: 1e-5 reads 9.99999974e-06
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = torch.float32
     config.save_pretrained(folder)
@@ -66,12 +72,18 @@ def convert(path: Path, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _field(reader: Any, name: str) -> Any:
+    """The value of a GGUF key, None where the file has no such key."""
+    return reader.fields[name].contents() if name in reader.fields else None
+
+
 def _hf_name(name: str) -> str:
     if name in _TOP:
         return _TOP[name]
-    _, layer, part, kind = name.split(".")
-    if part not in _LAYER:
-        raise CheckpointError(f"GGUF tensor {name} is not supported.")
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    if not match or match[2] not in _LAYER:
+        raise CheckpointError(f"GGUF tensor {name} is not supported; use the Hugging Face folder of this model.")
+    layer, part, kind = match.groups()
     return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
 
 

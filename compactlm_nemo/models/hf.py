@@ -15,7 +15,7 @@ from torch import Tensor
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import dims_of, hf_names, parameter_shapes, resized
+from compactlm_nemo.models.families import FAMILIES, dims_of, hf_names, hf_shapes, parameter_shapes, resized
 
 SHARD_BYTES = 4 * 2**30
 """A safetensors file is closed when it reaches this size."""
@@ -23,14 +23,23 @@ SHARD_BYTES = 4 * 2**30
 
 def read_config(folder: Path) -> Any:
     """The transformers config of a folder."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    if not folder.is_dir():
+        raise CheckpointError(f"model.source={folder} does not exist; give a Hugging Face folder or a .gguf file.")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model.source={folder} has no config.json; give a Hugging Face folder or a .gguf file.")
     try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind not in FAMILIES:  # here, because transformers' own message on an unknown type is about upgrading it
+            raise CheckpointError(
+                f"{folder}/config.json: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}."
+            )
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read: {str(error).splitlines()[0]}") from None
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}/config.json cannot be read: {reason}") from None
 
 
 def merge_qkv(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
@@ -47,15 +56,16 @@ def split_qkv(qkv: Tensor, heads: int, groups: int, head_dim: int) -> list[Tenso
 
 
 class HFSource:
-    """A `ParameterSource` over the safetensors of a folder; every header is checked before the first read."""
+    """A `ParameterSource` over the safetensors of a folder.
+
+    Names and shapes of all tensors are checked from the headers when it is made; weights are read one by one after.
+    """
 
     def __init__(self, folder: Path, dims: Dims) -> None:
         self.dims = dims
+        self.folder = folder
         self.files: dict[str, Any] = {}
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise CheckpointError(f"model.source={folder} has no *.safetensors file; pickled weights are not read.")
-        for path in paths:
+        for path in _weight_files(folder):
             try:
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -64,21 +74,55 @@ class HFSource:
         self._check()
 
     def _check(self) -> None:
-        expected = {n for name in parameter_shapes(self.dims) for n in hf_names(name, self.dims)}
-        if missing := sorted(expected - self.files.keys()):
-            raise CheckpointError(f"model.source lacks {len(missing)} tensors, first {missing[0]}; is a shard missing?")
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, shape in parameter_shapes(self.dims).items():
+            expected |= zip(hf_names(name, self.dims), hf_shapes(name, shape, self.dims), strict=True)
+        if missing := [name for name in expected if name not in self.files]:
+            raise CheckpointError(
+                f"model.source={self.folder} lacks {len(missing)} tensors, first {missing[0]}; is a shard missing?"
+            )
         ignored = {"lm_head.weight"} if self.dims.tied_embeddings else set()
-        extra = sorted(n for n in self.files.keys() - expected - ignored if not n.endswith("rotary_emb.inv_freq"))
-        if extra:
-            raise CheckpointError(f"model.source has {len(extra)} tensors the config does not explain, first {extra[0]}.")
+        extra = self.files.keys() - expected.keys() - ignored
+        if extra := {name for name in extra if not name.endswith("rotary_emb.inv_freq")}:
+            raise CheckpointError(
+                f"model.source={self.folder} has {len(extra)} tensors its config.json does not explain, "
+                f"first {min(extra)}; only plain decoders without adapters or quantisation are read."
+            )
+        for name, shape in expected.items():
+            stored = tuple(self.files[name].get_slice(name).get_shape())
+            if stored != shape:
+                raise CheckpointError(
+                    f"model.source={self.folder}: {name} has shape {list(stored)} in the files and {list(shape)} by "
+                    "config.json; they belong to different models."
+                )
 
     def __call__(self, name: str) -> Tensor:
         parts = [self.files[n].get_tensor(n) for n in hf_names(name, self.dims)]
-        full = merge_qkv(*parts, self.dims.num_query_groups) if "linear_qkv" in name else torch.cat(parts)
-        wanted = parameter_shapes(self.dims)[name]
-        if tuple(full.shape) != wanted:
-            raise CheckpointError(f"{name}: shape {tuple(full.shape)} in the files, {wanted} by the config.")
-        return full
+        return merge_qkv(*parts, self.dims.num_query_groups) if "linear_qkv" in name else torch.cat(parts)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files transformers would read: those of the index, or `model.safetensors`, or all there are.
+
+    Some repositories keep a second copy under other tensor names beside them, so the folder's list is no guide.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{index} is damaged; fetch it again.") from None
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise CheckpointError(
+                f"model.source={folder} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; fetch them."
+            )
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"model.source={folder} has no *.safetensors file; pickled weights are not read.")
+    return paths
 
 
 def open_hf(folder: Path) -> tuple[Dims, HFSource]:

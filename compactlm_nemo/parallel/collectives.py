@@ -35,12 +35,12 @@ def broadcast_object(obj: T, group: ProcessGroup | None = None, src: int = 0) ->
     return box[0]
 
 
-def gather_objects(obj: T) -> list[T] | None:
-    """The `obj` of every rank in rank order on global rank 0; None on the other ranks."""
+def gather_objects(obj: T) -> list[T]:
+    """The `obj` of every rank in rank order, on every rank."""
     if not dist.is_initialized():
         return [obj]
-    boxes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(obj, boxes, dst=0)
+    boxes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(boxes, obj)
     return boxes
 
 

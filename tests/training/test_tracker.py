@@ -4,6 +4,7 @@ import json
 import logging
 import struct
 import sys
+import time
 
 import pytest
 
@@ -122,6 +123,17 @@ def wandb_records(folder):
     return records
 
 
+def finished_records(folder, num_runs):
+    """`wandb_records` once every run has its exit: W&B's process writes the end of a file after `finish` returns."""
+    deadline = time.monotonic() + 30
+    while True:
+        records = wandb_records(folder)
+        if sum(record.HasField("exit") for record in records) == num_runs:
+            return records
+        assert time.monotonic() < deadline, "a run has no exit record"
+        time.sleep(0.05)
+
+
 def test_offline_run_holds_metrics_config_and_one_id(tmp_path):
     pytest.importorskip("wandb")
     folder = tmp_path / "my-run" / "distill"
@@ -131,7 +143,7 @@ def test_offline_run_holds_metrics_config_and_one_id(tmp_path):
         tracker.log(1, {"train/loss": 2.0})
     with Tracker(folder, cfg, {"distill": {"lr": 0.5}}, True, 4, start_step=1) as tracker:
         tracker.log(1, {"train/loss": 1.0})
-    records = wandb_records(folder)
+    records = finished_records(folder, num_runs=2)
     runs = [record.run for record in records if record.HasField("run")]
     assert {run.run_id for run in runs} == {(folder / "wandb_id").read_text().strip()}
     assert runs[0].project == "proj" and runs[0].display_name == "my-run"

@@ -1,0 +1,123 @@
+"""Loss terms and gradients of a whole step, on every layout, against transformers' models and autograd in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from compactlm_nemo.distill.step import forward_backward
+from compactlm_nemo.models.build import build_model, fill, global_names, tp_share
+from compactlm_nemo.models.hf import open_hf
+from compactlm_nemo.parallel.groups import Mesh, current_mesh
+from compactlm_nemo.parallel.host import use_cpu
+from compactlm_nemo.parallel.launch import start_mesh
+from compactlm_nemo.training.optimizer import wrap_data_parallel
+from tests.models.tiny import VOCAB, save_tiny
+from tests.ranks import run_ranks
+
+CASES = ("llama", "llama_tied_llama3_rope", "nemotron")
+VOCAB_MULTIPLE = 8  # pads the vocabulary of 131 differently for TP 1 and TP 2
+STUDENT = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
+TEMPERATURE = 2.0
+LENGTH = 12
+
+
+def samples() -> Tensor:
+    return torch.randint(0, VOCAB, (4, LENGTH + 1), generator=torch.Generator().manual_seed(3))
+
+
+def reference(student: Any, teacher: Any) -> dict[str, float]:
+    """Means over the tokens of the definition; leaves the gradient of the first in the student."""
+    tokens = samples()
+    labels = tokens[:, 1:].flatten()
+    s, t = (model(tokens[:, :-1]).logits.flatten(0, 1) for model in (student, teacher))
+    t = t.detach()
+    log_q, log_p = F.log_softmax(s / TEMPERATURE, -1), F.log_softmax(t / TEMPERATURE, -1)
+    kd = TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    kd.backward()
+    return {
+        "train/kd_logit_nats": kd.item(),
+        "train/lm_loss_nats": F.cross_entropy(s, labels).item(),
+        "train/teacher_lm_loss_nats": F.cross_entropy(t, labels).item(),
+        "train/tokens": labels.numel(),
+    }
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For each case a teacher, a student, and the student's gradients written as if they were weights."""
+    root = tmp_path_factory.mktemp("hf")
+    for case in CASES:
+        teacher = save_tiny(case, root / case / "teacher").double()
+        student = save_tiny(case, root / case / "student", **STUDENT).double()
+        torch.save(reference(student, teacher), root / case / "terms.pt")
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.copy_(parameter.grad)
+        student.float().save_pretrained(root / case / "gradients")
+    return root
+
+
+def gradients(ddp: Any, mesh: Mesh) -> dict[str, Tensor]:
+    """Reduced gradients under global names; the shards of data-parallel ranks are put together."""
+    for buffer in ddp.buffers:
+        for bucket in buffer.buckets:
+            shards = list(bucket.grad_data.chunk(mesh.dp_size))
+            whole = [torch.empty_like(shard) for shard in shards]
+            dist.all_gather(whole, shards[mesh.dp_rank].clone(), group=mesh.dp_group)
+            bucket.grad_data.copy_(torch.cat(whole))
+    return {name: parameter.main_grad for name, parameter in global_names(ddp.module)}
+
+
+def _step(root: Path, mesh: Mesh, student: str, micro_batch: int) -> tuple[Any, Any, dict[str, float]]:
+    models = []
+    for folder in (root / student, root / "teacher"):
+        dims, source = open_hf(folder)
+        model = build_model(dims, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE)
+        fill(model, dims, mesh, source, VOCAB_MULTIPLE)
+        models.append(model)
+    ddp = wrap_data_parallel(models[0].train())
+    batches = list(samples()[mesh.dp_rank :: mesh.dp_size].split(micro_batch))
+    settings: dict[str, Any] = {"temperature": TEMPERATURE, "chunk_tokens": 7}
+    # Twice: the second must not see anything of the first.
+    forward_backward(ddp, models[1].eval(), dims, mesh, batches, **settings)
+    terms = forward_backward(ddp, models[1], dims, mesh, batches, **settings)
+    return ddp, dims, terms
+
+
+def _matches(rank: int, world: int, tp: int, pp: int, root: Path) -> None:
+    use_cpu()
+    start_mesh(tp, pp, seed=1)
+    mesh = current_mesh()
+    for case in CASES:
+        micro_batch = 1 if case == "llama" else 2
+        ddp, dims, terms = _step(root / case, mesh, "student", micro_batch)
+        assert terms == pytest.approx(torch.load(root / case / "terms.pt"), rel=1e-5), case
+        _, wanted = open_hf(root / case / "gradients")
+        padded = dims.padded_vocab(tp, VOCAB_MULTIPLE)
+        compared = 0
+        for name, got in gradients(ddp, mesh).items():
+            stored = "embedding.word_embeddings.weight" if dims.tied_embeddings and "output_layer" in name else name
+            want = tp_share(
+                name, wanted(stored), rank=mesh.tp_rank, size=tp, gated=dims.gated_mlp, padded_vocab=padded
+            )
+            scale = max(float(want.abs().max()), 1e-6)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, n=name: f"{case} {n}: {m}")
+            compared += 1
+        assert compared == len(list(ddp.module.parameters()))
+
+        ddp, _, terms = _step(root / case, mesh, "teacher", micro_batch)
+        assert abs(terms["train/kd_logit_nats"]) < 1e-6
+        assert terms["train/lm_loss_nats"] == pytest.approx(terms["train/teacher_lm_loss_nats"], abs=1e-9)
+        assert max(float(g.abs().max()) for g in gradients(ddp, mesh).values()) < 1e-6
+
+
+@pytest.mark.parametrize(("world", "tp", "pp"), [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2)])
+def test_step_is_the_definition_in_every_layout(world, tp, pp, root, tmp_path):
+    run_ranks(_matches, world, tmp_path, tp, pp, root)

@@ -1,0 +1,136 @@
+"""Every experiment composes and plans; every documented command runs; bad input ends in one line and exit code 2."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compactlm_nemo.config.load import CONF, compose, reference_markdown, schema_reference
+from compactlm_nemo.errors import CompactLMError
+from compactlm_nemo.stages import STAGES, run_stages, verb
+
+ROOT = CONF.parent
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# Published sizes: arXiv 2407.14679 tables 1 and 5 (15.6B, 8.27B, 4.19B), arXiv 2408.11796 (8.0B, 4.5B; 12.2B, 8.4B).
+PUBLISHED_BILLIONS = {
+    "nemotron4_15b_to_8b": (15.6, 8.27),
+    "nemotron4_15b_to_4b": (15.6, 4.19),
+    "llama31_8b_to_4b_width": (8.03, 4.51),
+    "llama31_8b_to_4b_depth": (8.03, 4.54),
+    "mistral_nemo_12b_to_8b": (12.2, 8.4),
+}
+
+
+def _run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def _dry(experiment: str) -> list[str]:
+    return [f"experiment={experiment}", "dry_run=true", "model.source=absent"]
+
+
+@pytest.mark.parametrize("experiment", sorted(PUBLISHED_BILLIONS))
+def test_an_experiment_plans_the_published_sizes(experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run_stages(compose(_dry(experiment)))
+    out = capsys.readouterr().out
+    teacher, student = (
+        float(re.search(rf"^{who}.*?: ([\d,]+) parameters", out, re.M)[1].replace(",", "")) / 1e9  # type: ignore[index]
+        for who in ("teacher", "student")
+    )
+    want_teacher, want_student = PUBLISHED_BILLIONS[experiment]
+    assert teacher == pytest.approx(want_teacher, abs=0.06)
+    assert student == pytest.approx(want_student, abs=0.02)
+    assert "ranks needed: a multiple of tp 8 x pp 1 = 8" in out
+    for stage in STAGES.values():
+        assert f"{stage.name}: writes runs/{experiment}/{stage.folder}" in out
+
+
+def test_every_experiment_composes() -> None:
+    assert {*PUBLISHED_BILLIONS, "smollm2_135m_cpu"} == set(EXPERIMENTS)
+    for experiment in EXPERIMENTS:
+        assert compose(_dry(experiment)).dry_run
+
+
+def test_per_rank_sizes_add_up_under_another_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    run_stages(compose([*_dry("nemotron4_15b_to_8b"), "parallel.tp=1", "parallel.pp=4"]))
+    out = capsys.readouterr().out.split("student")[0]
+    stages = [int(n.replace(",", "")) for n in re.findall(r"pipeline stage \d: ([\d,]+) parameters", out)]
+    assert sum(stages) == 15_628_775_424  # vocabulary 256000 needs no padding, embeddings are untied: nothing is twice
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["distill.stepz=3"], ["distill.stepz"]),
+        (["distill.lr=-1"], ["distill.lr=-1", "> 0"]),
+        (["distill.steps=many"], ["many"]),
+        (["experiment=nothing"], ["nothing"]),
+        (["run.dir=x"], ["model.source"]),
+        (["run.dir=x", "model.source=absent", "data.train.a.path=gone"], ["model.source=absent", "data.train.a.path=gone"]),
+        (["experiment=llama31_8b_to_4b_width", "dry_run=true", "model.source=absent", "parallel.tp=3"], ["parallel.tp=3"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_useful_message(overrides: list[str], words: list[str]) -> None:
+    result = _run("-m", "recipes.compress", *overrides)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+    for word in words:
+        assert word in result.stderr
+    assert not (ROOT / "x").exists()
+
+
+def test_cross_field_problems_are_listed_together() -> None:
+    with pytest.raises(CompactLMError) as caught:
+        run_stages(
+            compose([*_dry("llama31_8b_to_4b_width"), "parallel.tp=3", "parallel.pp=5", "distill.micro_batch=7"])
+        )
+    for word in ("parallel.tp=3", "parallel.pp=5", "distill.micro_batch=7"):
+        assert word in str(caught.value)
+
+
+def test_help_names_every_setting() -> None:
+    result = _run("-m", "recipes.distill", "--help")
+    assert result.returncode == 0
+    for key, _, _, meaning in schema_reference():
+        assert key in result.stdout
+        assert meaning, f"{key} has no docstring"
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_every_verb_plans(stage: str) -> None:
+    result = _run("-m", f"recipes.{verb(stage)}", *_dry("llama31_8b_to_4b_depth"))
+    assert result.returncode == 0, result.stderr
+    assert STAGES[stage].folder in result.stdout
+
+
+def documented_commands() -> list[str]:
+    """Every `python -m recipes...` or torchrun line in a code block of the documents."""
+    lines: list[str] = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "slurm").glob("*.md"))]:
+        for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.S):
+            joined = block.replace("\\\n", " ")
+            lines += [line.strip() for line in joined.splitlines() if "recipes." in line]
+    return lines
+
+
+def test_documented_commands_plan() -> None:
+    commands = documented_commands()
+    assert commands
+    for command in commands:
+        words = shlex.split(command)
+        module = next(word for word in words if word.startswith("recipes."))
+        rest = [word for word in words[words.index(module) + 1 :] if "=" in word]
+        assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), command
+        config = compose([*rest, "dry_run=true"])
+        if config.model.architecture:
+            run_stages(config)
+
+
+def test_the_configuration_reference_is_current() -> None:
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference_markdown()
