@@ -67,11 +67,11 @@ def test_per_rank_sizes_add_up_under_another_layout(capsys: pytest.CaptureFixtur
     "overrides, words",
     [
         (["distill.stepz=3"], ["distill.stepz"]),
-        (["distill.lr=-1"], ["distill.lr=-1", "> 0"]),
+        (["experiment=smollm2_135m_cpu", "distill.lr=-1"], ["distill.lr=-1", "> 0"]),
         (["distill.steps=many"], ["many"]),
         (["experiment=nothing"], ["nothing"]),
         (["run.dir=x"], ["model.source"]),
-        (["run.dir=x", "model.source=absent", "data.train.a.path=gone"], ["model.source=absent", "data.train.a.path=gone"]),
+        (["run.dir=x", "model.source=absent", "data.train.a=gone"], ["model.source=absent", "data.train.a.path=gone"]),
         (["experiment=llama31_8b_to_4b_width", "dry_run=true", "model.source=absent", "parallel.tp=3"], ["parallel.tp=3"]),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING as NO_DEFAULT
@@ -18,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import CompactLMError, ConfigError
 
+OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture)\.[^.=]+=")
+"""A name of the user's choosing, as in `data.train.web=web.jsonl`; Hydra would ask for `++` before it."""
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -39,6 +42,7 @@ def to_config(tree: DictConfig) -> Config:
 def compose(overrides: list[str]) -> Config:
     """The configuration that a command line of these overrides gives."""
     register_schema()
+    overrides = ["++" + text if OPEN_KEY.match(text) else text for text in overrides]
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         return to_config(hydra.compose("config", overrides))
 

@@ -92,16 +92,31 @@ class CorpusConfig:
         require(self.weight > 0, f"data.*.weight={self.weight} must be > 0; remove the corpus instead.")
 
 
+def _corpus(key: str, value: Any) -> CorpusConfig:
+    """A corpus from its short form (a path) or its long one. OmegaConf cannot type dict values that users add."""
+    if isinstance(value, CorpusConfig):
+        return value
+    given = {"path": value} if isinstance(value, str) else dict(value or {})
+    unknown = given.keys() - {"path", "weight"}
+    require(
+        not unknown and isinstance(given.get("path"), str),
+        f"{key}={value} must be a path or {{path: PATH, weight: NUMBER}}; for example {key}=text.jsonl.",
+    )
+    return CorpusConfig(**given)
+
+
 @dataclass(kw_only=True)
 class DataConfig:
-    train: dict[str, CorpusConfig] = field(default_factory=dict)
-    """Training blend; calibration windows are drawn from it as well."""
-    heldout: dict[str, CorpusConfig] = field(default_factory=dict)
-    """Evaluation texts; none of their documents may be in `train`."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Training blend, name to path or to {path, weight}; calibration windows are drawn from it as well."""
+    heldout: dict[str, Any] = field(default_factory=dict)
+    """Evaluation texts, name to path; none of their documents may be in `train`."""
     sequence_length: int = 512
     """Tokens of one sample."""
 
     def __post_init__(self) -> None:
+        for part in ("train", "heldout"):
+            setattr(self, part, {name: _corpus(f"data.{part}.{name}", v) for name, v in getattr(self, part).items()})
         require(self.sequence_length > 1, f"data.sequence_length={self.sequence_length} must be > 1; try 512.")
 
 

@@ -28,8 +28,8 @@ class Family:
     norm_eps: str = "rms_norm_eps"
     """Config key of the norm's epsilon."""
     window: bool = False
-    """Whether `sliding_window` applies to all layers by itself (Mistral): a query sees the last `window` tokens, its own
-    among them. Elsewhere `sliding_window` means nothing without `use_sliding_window`."""
+    """Whether `sliding_window` applies to all layers by itself (Mistral): a query sees `window` tokens up to its own.
+    Elsewhere `sliding_window` means nothing without `use_sliding_window`."""
     also: Mapping[str, Any] = field(default_factory=dict)
     """Further config keys of this family with the only values we support."""
 
@@ -123,7 +123,9 @@ def _rope(config: Any, kind: str) -> dict[str, Any]:
         _only(kind, "partial_rotary_factor", float(percent), 1.0)
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     if rope_type not in ("default", "llama3"):
-        raise CheckpointError(f"config.json: rope_type={rope_type!r} is not supported for {kind}; use default or llama3.")
+        raise CheckpointError(
+            f"config.json: rope_type={rope_type!r} is not supported for {kind}; use default or llama3."
+        )
     return {
         "rope_theta": float(theta),
         "rotary_percent": float(percent),
@@ -150,7 +152,10 @@ def resized(config: Any, dims: Dims) -> Any:
 
 
 def hf_names(name: str, dims: Dims) -> list[str]:
-    """HF tensors that, put together along dim 0 (`merge_qkv` for qkv), are the Megatron parameter `name` (global layer numbers)."""
+    """HF tensors that, put together along dim 0 (qkv by `merge_qkv`), are the Megatron parameter `name`.
+
+    Layer numbers are global and 0-based.
+    """
     if name == "embedding.word_embeddings.weight":
         return ["model.embed_tokens.weight"]
     if name == "output_layer.weight":

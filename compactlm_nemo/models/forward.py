@@ -22,9 +22,12 @@ def micro_batches(samples: Tensor, micro_batch: int) -> list[Tensor]:
 
 @torch.no_grad()
 def forward_each(
-    model: Any, batches: list[Tensor], visit: Callable[[int, Tensor], Any], on_input: Callable[[int], None] | None = None
+    model: Any,
+    batches: list[Tensor],
+    visit: Callable[[int, Tensor], Any],
+    on_input: Callable[[int], None] | None = None,
 ) -> list[Any]:
-    """Run token batches `[B, S]` forward only; on the last stage `visit(batch_idx, hidden [S, B, H])` is called for each.
+    """Run token batches `[B, S]` forward only; the last stage calls `visit(batch_idx, hidden [S, B, H])` for each.
 
     Pipeline stages exchange tensors of one shape per schedule call, so batches of another size get their own call.
     Returns what `visit` returned, in order; empty on other stages. `on_input` is told which batch a stage starts.

@@ -98,7 +98,10 @@ class HFSource:
 
     def __call__(self, name: str) -> Tensor:
         parts = [self.files[n].get_tensor(n) for n in hf_names(name, self.dims)]
-        return merge_qkv(*parts, self.dims.num_query_groups) if "linear_qkv" in name else torch.cat(parts)
+        if "linear_qkv" in name:
+            q, k, v = parts
+            return merge_qkv(q, k, v, self.dims.num_query_groups)
+        return torch.cat(parts)
 
 
 def _weight_files(folder: Path) -> list[Path]:

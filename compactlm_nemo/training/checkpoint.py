@@ -34,6 +34,35 @@ def _folder(root: Path, step: int) -> Path:
     return root / f"step_{step:07d}"
 
 
+def _allocate_adam(optimizer: Any) -> None:
+    """Give torch's Adam the state it otherwise makes at its first step: Megatron reads `step` before it loads."""
+    for part in optimizer.chained_optimizers:
+        adam = part.optimizer
+        if isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
+            for parameter in (p for group in adam.param_groups for p in group["params"]):
+                zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.tensor(0.0)} | zeros
+
+
+def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load Megatron's optimizer; with torch's Adam in two parts, because Megatron mishandles its `step`.
+
+    It looks for `step` among the moments, where no checkpoint has it, and loads one tensor for all parameters, which
+    Adam would advance once for each of them.
+    """
+    (part,) = optimizer.chained_optimizers  # more only with expert layers
+    adam = part.optimizer
+    if not isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
+        optimizer.load_state_dict(state)
+        return
+    moments = state.pop("param_state")
+    part.load_state_dict(state)
+    steps = {parameter: values.pop("step").clone() for parameter, values in adam.state.items()}
+    part.load_parameter_state_from_fully_reshardable(moments)
+    for parameter, step in steps.items():
+        adam.state[parameter]["step"] = step
+
+
 def _state(ddp: Any, optimizer: Any, schedule: Any, mesh: Mesh, step: int, is_loading: bool) -> dict[str, Any]:
     metadata = sharding_metadata(mesh)
     model_state = ddp.module.sharded_state_dict(metadata=metadata)
@@ -68,10 +97,11 @@ def load_training(root: Path, ddp: Any, optimizer: Any, schedule: Any, mesh: Mes
     step = latest_step(root)
     if step is None or not (_folder(root, step) / "metadata.json").is_file():
         raise CheckpointError(f"{root} names no complete checkpoint; delete the folder to start again.")
+    _allocate_adam(optimizer)
     state = _state(ddp, optimizer, schedule, mesh, step, is_loading=True)
     state = dist_checkpointing.load(state, str(_folder(root, step)))
     ddp.module.load_state_dict(state["model"], strict=True)
-    optimizer.load_state_dict(state["optimizer"])
+    _load_optimizer(optimizer, state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["rng"])
     return int(state["step"])

@@ -104,11 +104,11 @@ def _matches(rank: int, world: int, tp: int, pp: int, root: Path) -> None:
         compared = 0
         for name, got in gradients(ddp, mesh).items():
             stored = "embedding.word_embeddings.weight" if dims.tied_embeddings and "output_layer" in name else name
-            want = tp_share(
-                name, wanted(stored), rank=mesh.tp_rank, size=tp, gated=dims.gated_mlp, padded_vocab=padded
-            )
+            want = tp_share(name, wanted(stored), rank=mesh.tp_rank, size=tp, gated=dims.gated_mlp, padded_vocab=padded)
             scale = max(float(want.abs().max()), 1e-6)
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, n=name: f"{case} {n}: {m}")
+            torch.testing.assert_close(
+                got, want, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, n=f"{case} {name}": f"{n}: {m}"
+            )
             compared += 1
         assert compared == len(list(ddp.module.parameters()))
 

@@ -80,7 +80,9 @@ def test_logits_are_those_of_transformers_and_export_is_exact(tp: int, pp: int, 
         assert want.keys() == got.keys(), case
         assert all(torch.equal(want[name], got[name]) for name in want), case
         assert written == count_params(target) == sum(tensor.numel() for tensor in want.values())
-        model, info = AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager", output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            target, attn_implementation="eager", output_loading_info=True
+        )
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (case, info)
         with torch.no_grad():
             assert torch.equal(model.eval()(tokens()).logits, torch.load(hf_root / case / "logits.pt")), case

@@ -1,0 +1,105 @@
+"""Stopping and resuming changes nothing: on the same layout bit for bit, on another one up to rounding."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compactlm_nemo.config.schema import DistillConfig
+from compactlm_nemo.distill.loop import distill
+from compactlm_nemo.models.build import build_model, fill, global_names
+from compactlm_nemo.models.hf import open_hf
+from compactlm_nemo.parallel.groups import current_mesh
+from compactlm_nemo.parallel.host import use_cpu
+from compactlm_nemo.parallel.launch import start_mesh
+from tests.models.tiny import VOCAB, save_tiny
+from tests.ranks import run_ranks
+
+CASE = "llama_tied_llama3_rope"
+CONFIG = DistillConfig(
+    steps=5, global_batch=4, micro_batch=1, chunk_tokens=7, lr=1e-2, min_lr=1e-3, warmup_steps=2, checkpoint_every=2
+)
+STOP = 3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Metrics = dict[int, dict[str, float]]
+
+
+def sample(idx: int) -> Tensor:
+    return torch.randint(0, VOCAB, (13,), generator=torch.Generator().manual_seed(idx))
+
+
+def train(
+    root: Path, checkpoints: Path, rank: int, until: int | None, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, Tensor], Metrics]:
+    """Weights after training a fresh model from the newest checkpoint, and the metrics of the steps done here."""
+    mesh = current_mesh()
+    models: list[Any] = []
+    for name in ("student", "teacher"):
+        dims, source = open_hf(root / name)
+        model = build_model(dims, mesh, dtype=dtype, vocab_multiple=8)
+        fill(model, dims, mesh, source, vocab_multiple=8)
+        models.append(model)
+    seen: Metrics = {}
+    finished = distill(
+        *models, dims, mesh, sample, CONFIG,
+        checkpoints=checkpoints, log=lambda step, values: seen.update({step: values}),
+        is_main=rank == 0, device=torch.device("cpu"), until=until,
+    )  # fmt: skip
+    assert finished == (until or CONFIG.steps)
+    weights = {name: value.detach().clone() for name, value in global_names(models[0])}
+    return weights, {s: {k: v for k, v in m.items() if not k.startswith("perf/")} for s, m in seen.items()}
+
+
+def _one_rank(rank: int, world: int, root: Path) -> None:
+    use_cpu()
+    start_mesh(1, 1, seed=1)
+    for name, dtype in DTYPES.items():
+        want, metrics = train(root, root / name / "whole", rank, None, dtype)
+        _, before = train(root, root / name / "stopped", rank, STOP, dtype)
+        assert sorted(before) == list(range(STOP))
+        shutil.copytree(root / name / "stopped", root / name / "at_stop")
+        got, after = train(root, root / name / "stopped", rank, None, dtype)
+        assert sorted(after) == list(range(STOP, CONFIG.steps))
+        assert before | after == metrics, name
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[key], want[key]) for key in want), name
+        # The run is one where a forgotten moment, learning rate or sample would show.
+        assert metrics[0]["train/lr"] != metrics[3]["train/lr"]
+        assert len({m["train/kd_logit_nats"] for m in metrics.values()}) == CONFIG.steps
+        torch.save(metrics, root / name / "metrics.pt")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, and the results of one rank, with a checkpoint of `STOP` steps in `at_stop`."""
+    root = tmp_path_factory.mktemp("resume")
+    save_tiny(CASE, root / "teacher")
+    save_tiny(CASE, root / "student", num_hidden_layers=2, hidden_size=32, intermediate_size=48)
+    run_ranks(_one_rank, 1, root, root)
+    return root
+
+
+def test_resuming_equals_not_stopping(root):
+    kept = sorted(path.name for path in (root / "fp32" / "whole").glob("step_*"))
+    assert kept == ["step_0000004", "step_0000005"]  # the newest keep_checkpoints
+
+
+def _other_layout(rank: int, world: int, tp: int, pp: int, root: Path, copies: Path) -> None:
+    use_cpu()
+    start_mesh(tp, pp, seed=1)
+    _, after = train(root, copies, rank, None)
+    want = torch.load(root / "fp32" / "metrics.pt")
+    assert sorted(after) == list(range(STOP, CONFIG.steps))
+    for step, values in after.items():
+        assert values == pytest.approx(want[step], rel=1e-4), step
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)])
+def test_checkpoint_continues_in_another_layout(tp, pp, root, tmp_path):
+    copies = shutil.copytree(root / "fp32" / "at_stop", tmp_path / "checkpoints")
+    run_ranks(_other_layout, 2, tmp_path, tp, pp, root, Path(copies))

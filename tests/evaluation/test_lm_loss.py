@@ -1,0 +1,56 @@
+"""The loss of every layout against transformers' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
+from compactlm_nemo.models.build import build_model, fill
+from compactlm_nemo.models.hf import open_hf
+from compactlm_nemo.parallel.groups import current_mesh
+from compactlm_nemo.parallel.host import use_cpu
+from compactlm_nemo.parallel.launch import start_mesh
+from tests.models.tiny import VOCAB, save_tiny
+from tests.ranks import run_ranks
+
+CASES = ("llama", "qwen2_tied")
+
+
+def windows() -> Tensor:
+    """Five windows: neither two data-parallel ranks nor micro-batches of two come out even."""
+    return torch.randint(0, VOCAB, (5, 13), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("loss")
+    for case in CASES:
+        model = save_tiny(case, root / case).double()
+        with torch.no_grad():
+            torch.save(float(model(windows(), labels=windows()).loss), root / case / "loss.pt")
+    return root
+
+
+def _matches(rank: int, world: int, tp: int, pp: int, root: Path) -> None:
+    use_cpu()
+    start_mesh(tp, pp, seed=1)
+    mesh = current_mesh()
+    for case in CASES:
+        dims, source = open_hf(root / case)
+        model = build_model(dims, mesh, dtype=torch.float32, vocab_multiple=8)
+        fill(model, dims, mesh, source, vocab_multiple=8)
+        got = evaluate_lm_loss(
+            model, dims, mesh, windows(), micro_batch=2, chunk_tokens=7, progress=lambda samples: None
+        )
+        assert got.loss_nats == pytest.approx(torch.load(root / case / "loss.pt"), rel=1e-5)
+        assert got.tokens == 5 * 12
+        assert got.tokens_per_second > 0
+
+
+@pytest.mark.parametrize(("world", "tp", "pp"), [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2)])
+def test_loss_is_that_of_transformers_in_every_layout(world, tp, pp, root, tmp_path):
+    run_ranks(_matches, world, tmp_path, tp, pp, root)

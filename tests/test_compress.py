@@ -1,0 +1,149 @@
+"""The whole road on a tiny random model: run, rerun, kill and go on; the exported folder is the trained student."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from compactlm_nemo.config.load import CONF
+
+ROOT = CONF.parent
+WORDS = [f"w{i}" for i in range(90)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a word-level tokenizer, and texts."""
+    folder = tmp_path_factory.mktemp("inputs")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 93}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "teacher")
+    vocabulary = {word: i for i, word in enumerate(["<|endoftext|>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>"
+    ).save_pretrained(folder / "teacher")
+    generator = torch.Generator().manual_seed(1)
+    for name, count in (("train", 60), ("test", 10)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for _ in range(count):
+                words = torch.randint(0, len(WORDS), (40,), generator=generator).tolist()
+                file.write(json.dumps({"text": " ".join(WORDS[i] for i in words)}) + "\n")
+    return folder
+
+
+def _command(inputs: Path, run: Path, *overrides: str, recipe: str = "compress") -> list[str]:
+    return [
+        "-m", f"recipes.{recipe}", f"run.dir={run}", f"model.source={inputs}/teacher",
+        f"data.train.a={inputs}/train.jsonl", f"data.heldout.b={inputs}/test.jsonl",
+        "data.sequence_length=16", "score.samples=8", "search.ffn=[32]", "search.layers=[2]", "search.heads=[2]",
+        "search.hidden=[24]", "distill.steps=6", "distill.global_batch=4", "distill.micro_batch=2",
+        "distill.checkpoint_every=2", "distill.lr=1e-3", "evaluate.tokens=64", *overrides,
+    ]  # fmt: skip
+
+
+def _run(words: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *launcher, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def _metrics(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "one"
+    result = _run(_command(inputs, run))
+    assert result.returncode == 0, result.stderr
+    assert "Hugging Face folder" in result.stdout
+    assert "warn" not in result.stderr.lower(), result.stderr
+    return run
+
+
+def test_a_second_run_does_nothing_and_says_so(inputs: Path, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    result = _run(_command(inputs, finished))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("done before, skipped") == 9
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+
+
+def test_the_exported_folder_is_the_trained_student(finished: Path) -> None:
+    folder = finished / "export" / "hf"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == json.loads((finished / "student/manifest.json").read_text())[
+        "results"
+    ]["params"]
+    assert AutoTokenizer.from_pretrained(folder)("w1 w2")["input_ids"] == [3, 4]
+
+
+def test_losses_in_the_results_are_what_transformers_computes(inputs: Path, finished: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "teacher")
+    stream: list[int] = []
+    for line in (inputs / "test.jsonl").read_text().splitlines():
+        stream += [*tokenizer(json.loads(line)["text"])["input_ids"], 0]
+    windows = torch.tensor([stream[i * 16 : i * 16 + 17] for i in range(4)])
+    rows = {row["model"]: row for row in json.loads((finished / "evaluate" / "results.json").read_text())}
+    for label, folder in (("teacher", inputs / "teacher"), ("distilled", finished / "export" / "hf")):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            logits = model(windows[:, :-1]).logits.double()
+        want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+        assert rows[label]["loss_b"] == pytest.approx(float(want), rel=1e-5)
+
+
+def test_two_by_two_ranks_give_the_run_of_one(inputs: Path, finished: Path, tmp_path: Path) -> None:
+    result = _run(_command(inputs, tmp_path / "run", "parallel.tp=2", "parallel.pp=2"), ranks=4)
+    assert result.returncode == 0, result.stderr
+    one, four = (load_file(run / "score" / "scores.safetensors") for run in (finished, tmp_path / "run"))
+    for name, value in one.items():
+        torch.testing.assert_close(four[name], value, rtol=1e-5, atol=1e-7)
+    for a, b in zip(_metrics(finished), _metrics(tmp_path / "run"), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on_to_the_same_result(inputs: Path, finished: Path, tmp_path: Path, how: int) -> None:
+    """Killed once in every stage folder's lifetime: as soon as each appears, and in the middle of training."""
+    run = tmp_path / "run"
+    for sign in ("teacher", "score", "training/checkpoints/latest.json", "evaluate"):
+        process = subprocess.Popen(
+            [sys.executable, *_command(inputs, run)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not (run / sign).exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(how)
+        process.wait(timeout=120)
+    result = _run(_command(inputs, run))
+    assert result.returncode == 0, result.stderr
+    assert _metrics(run) == _metrics(finished)
+    for name, value in load_file(finished / "export/hf/model.safetensors").items():
+        assert torch.equal(load_file(run / "export/hf/model.safetensors")[name], value)
+
+
+def test_a_folder_of_another_run_is_refused(inputs: Path, finished: Path) -> None:
+    result = _run(_command(inputs, finished, "score.samples=9", recipe="score"))
+    assert result.returncode == 2
+    assert "score.samples=8" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_missing_stage_is_named(inputs: Path, tmp_path: Path) -> None:
+    result = _run(_command(inputs, tmp_path / "run", recipe="prune"))
+    assert result.returncode == 2
+    assert "recipes.search" in result.stderr and not (tmp_path / "run").exists()
