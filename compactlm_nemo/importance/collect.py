@@ -25,7 +25,7 @@ from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.importance.statistics import SampleAggregate, over_sequence
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each, micro_batches
-from compactlm_nemo.parallel.collectives import broadcast_object, gather_objects
+from compactlm_nemo.parallel.collectives import gather_objects
 from compactlm_nemo.parallel.groups import Mesh
 
 Key = tuple[str, int]
@@ -99,8 +99,7 @@ def collect_scores(
     collector = Collector(model, dims.head_dim, cfg)
     batches = micro_batches(windows_NS[mesh.dp_rank :: mesh.dp_size], cfg.micro_batch)
     forward_each(model, batches, lambda idx, hidden: None, lambda idx: progress(len(batches[idx]) * mesh.dp_size))
-    gathered = gather_objects((mesh.tp_rank, mesh.dp_rank, collector.states()))
-    return broadcast_object(assemble(dims, cfg, gathered) if gathered else {})
+    return assemble(dims, cfg, gather_objects((mesh.tp_rank, mesh.dp_rank, collector.states())))
 
 
 def assemble(dims: Dims, cfg: ScoreConfig, gathered: list[tuple[int, int, dict[Key, Any]]]) -> dict[str, Tensor]:

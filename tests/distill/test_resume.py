@@ -96,7 +96,7 @@ def _other_layout(rank: int, world: int, tp: int, pp: int, root: Path, copies: P
     want = torch.load(root / "fp32" / "metrics.pt")
     assert sorted(after) == list(range(STOP, CONFIG.steps))
     for step, values in after.items():
-        assert values == pytest.approx(want[step], rel=1e-4), step
+        assert values == pytest.approx(want[step], rel=1e-4), (step, values, want[step])
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)])
