@@ -28,14 +28,16 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 93}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=0)
+    config = LlamaConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=0
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "teacher")
     vocabulary = {word: i for i, word in enumerate(["<|endoftext|>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>"
-    ).save_pretrained(folder / "teacher")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>").save_pretrained(
+        folder / "teacher"
+    )
     generator = torch.Generator().manual_seed(1)
     for name, count in (("train", 60), ("test", 10)):
         with (folder / f"{name}.jsonl").open("w") as file:
@@ -87,9 +89,10 @@ def test_a_second_run_does_nothing_and_says_so(inputs: Path, finished: Path) -> 
 def test_the_exported_folder_is_the_trained_student(finished: Path) -> None:
     folder = finished / "export" / "hf"
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert sum(p.numel() for p in model.parameters()) == json.loads((finished / "student/manifest.json").read_text())[
-        "results"
-    ]["params"]
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == json.loads((finished / "student/manifest.json").read_text())["results"]["params"]
+    )
     assert AutoTokenizer.from_pretrained(folder)("w1 w2")["input_ids"] == [3, 4]
 
 

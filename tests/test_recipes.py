@@ -72,7 +72,7 @@ def test_per_rank_sizes_add_up_under_another_layout(capsys: pytest.CaptureFixtur
         (["experiment=nothing"], ["nothing"]),
         (["run.dir=x"], ["model.source"]),
         (["run.dir=x", "model.source=absent", "data.train.a=gone"], ["model.source=absent", "data.train.a.path=gone"]),
-        (["experiment=llama31_8b_to_4b_width", "dry_run=true", "model.source=absent", "parallel.tp=3"], ["parallel.tp=3"]),
+        ([*_dry("llama31_8b_to_4b_width"), "parallel.tp=3"], ["parallel.tp=3"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_useful_message(overrides: list[str], words: list[str]) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -135,8 +134,12 @@ def schema_reference() -> list[tuple[str, str, str, str]]:
 
 def reference_markdown() -> str:
     """docs/configuration.md, made from the dataclasses; `python -m compactlm_nemo.config.load` prints it."""
-    head = "# Settings\n\nMade from `compactlm_nemo/config/schema.py` by `make docs`.\n\n| key | default | meaning |\n|---|---|---|\n"
-    return head + "".join(f"| `{key}` | `{default}` | {meaning} |\n" for key, _, default, meaning in schema_reference())
+    head = "# Settings\n\nMade from `compactlm_nemo/config/schema.py` by `make docs`.\n\n"
+    return (
+        head
+        + "| key | default | meaning |\n|---|---|---|\n"
+        + "".join(f"| `{key}` | `{default}` | {meaning} |\n" for key, _, default, meaning in schema_reference())
+    )
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def forward_backward(
         hidden = model(inputs_BS, positions_of(inputs_BS), None)
         return hidden, partial(loss, tokens_BT, target_SBG)
 
-    def loss(tokens_BT: Tensor, target_SBG: Tensor, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss(tokens_BT: Tensor, target_SBG: Tensor | None, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert target_SBG is not None  # the last stage, where the loss is, keeps the teacher's too
         weight_VH = student.module.head_weight
         labels_N = tokens_BT[:, 1:].T.flatten()
         terms = linear_kd(

@@ -76,7 +76,9 @@ class Collector:
 
     def _finite(self, key: Key, values: Tensor) -> None:
         if not torch.isfinite(values).all():
-            raise NumericsError(f"score: {key[0]} activations of layer {key[1]} are NaN or infinite; check the teacher.")
+            raise NumericsError(
+                f"score: {key[0]} activations of layer {key[1]} are NaN or infinite; check the teacher."
+            )
 
     def _add(self, key: Key, x_SBE: Tensor) -> None:
         values_BE = over_sequence(x_SBE.transpose(0, 1), self.cfg.sequence_aggregator)

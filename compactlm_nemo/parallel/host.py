@@ -66,10 +66,11 @@ def use_cpu() -> None:
         return
     import megatron.core.models.gpt.gpt_model  # noqa: F401  before the names change: it reads them when imported
     import megatron.core.optimizer  # noqa: F401
+
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.cuda.get_rng_state = _cpu_rng_state
-    torch.cuda.set_rng_state = _set_cpu_rng_state
+    torch.cuda.set_rng_state = _set_cpu_rng_state  # type: ignore[assignment]
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.Stream = torch.cuda.Event = _InertStream  # type: ignore[misc,assignment]
     torch.cuda.current_stream = torch.cuda.default_stream = _InertStream  # type: ignore[assignment]

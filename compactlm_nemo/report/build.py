@@ -66,7 +66,7 @@ def _write(run_dir: Path, folder: Path) -> None:
         "",
         *recovered,
         "",
-        f"Student shape: {shape['layers']} layers, hidden {shape['hidden']}, MLP {shape['ffn']}, heads {shape['heads']}.",
+        "Student: {layers} layers, hidden {hidden}, MLP {ffn}, heads {heads}.".format(**shape),
         "",
         "![Loss over steps](loss.png)",
         "![Importance per layer](importance.png)",
