@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -91,6 +92,12 @@ def build_model(dims: Dims, mesh: Mesh, *, dtype: torch.dtype, vocab_multiple: i
         rotary_percent=dims.rotary_percent,
         rotary_base=int(dims.rope_theta),
     )
+    for module in model.modules():
+        # Megatron marks shards while it initialises them, which we skip; unmarked, the gradient norm drops those of
+        # every TP rank but the first.
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
+            if module.weight is not None:  # None: a tied output layer on the stage of the embedding
+                module.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
     model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(model.rotary_pos_emb.inv_freq.device)
     return model.to(device())
 
