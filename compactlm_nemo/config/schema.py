@@ -55,7 +55,7 @@ class RunConfig:
 @dataclass(kw_only=True)
 class ModelConfig:
     source: str = MISSING
-    """Teacher: a Hugging Face folder (safetensors), a `.gguf` file, or a Megatron `torch_dist` folder."""
+    """Teacher: a Hugging Face folder (safetensors) or a `.gguf` file."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """Hugging Face config values the source must have; a dry run plans with them where the source is absent."""
     precision: Precision = Precision.fp32
@@ -224,8 +224,6 @@ class EvaluateConfig:
     """Held-out tokens per text (whole windows; fewer when the text is shorter)."""
     micro_batch: int = 4
     """Samples per forward pass on one rank."""
-    tasks: list[str] = field(default_factory=list)
-    """lm-eval tasks run on the exported folder (needs the `eval` extra)."""
 
     def __post_init__(self) -> None:
         require(self.tokens > 0, f"evaluate.tokens={self.tokens} must be > 0.")

@@ -43,7 +43,7 @@ def undo_rope_interleaving(weight: Tensor, heads: int) -> Tensor:
 def convert(path: Path, folder: Path) -> None:
     """Write `path` as a Hugging Face folder in float32. Only the llama architecture is supported."""
     import gguf
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     try:
         reader = gguf.GGUFReader(path)
@@ -68,6 +68,7 @@ def convert(path: Path, folder: Path) -> None:
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = torch.float32
     config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
