@@ -132,5 +132,16 @@ def test_documented_commands_plan() -> None:
             run_stages(config)
 
 
+def test_slurm_commands_plan() -> None:
+    """What follows a batch script in slurm/README.md are overrides that compose; NAME is any experiment."""
+    text = (ROOT / "slurm" / "README.md").read_text().replace("\\\n", " ").replace("NAME", "nemotron4_15b_to_8b")
+    commands = re.findall(r"slurm/(?:compress|distill)\.sbatch ((?:[\w.]+=\S+ *)+)", text)
+    assert len(commands) >= 4
+    for words in commands:
+        overrides = words.replace(")", "").split()
+        source = [] if "model.source" in words else ["model.source=absent"]
+        run_stages(compose([*overrides, *source, "dry_run=true"]))
+
+
 def test_the_configuration_reference_is_current() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == reference_markdown()

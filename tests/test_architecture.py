@@ -1,0 +1,62 @@
+"""The rules of the code's layout, read from the imports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from compactlm_nemo.config.load import CONF
+
+ROOT = CONF.parent
+PACKAGE = sorted((ROOT / "compactlm_nemo").rglob("*.py"))
+LONGEST_LINES = 400
+
+# Library (or part of one) -> the only files that may import it.
+ONLY_USERS = {
+    "hydra": {"config/load.py"},
+    "omegaconf": {"config/load.py", "config/schema.py"},
+    "megatron.core.parallel_state": {"parallel/groups.py", "parallel/launch.py"},
+    "wandb": {"training/tracker.py"},
+}
+
+
+def _imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("library", sorted(ONLY_USERS))
+def test_a_library_is_imported_where_it_belongs(library: str) -> None:
+    users = {
+        str(path.relative_to(ROOT / "compactlm_nemo"))
+        for path in PACKAGE
+        if any(name == library or name.startswith(library + ".") for name in _imports(path))
+    }
+    assert users == ONLY_USERS[library]
+
+
+def test_only_the_host_layer_replaces_functions_of_torch() -> None:
+    for path in PACKAGE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            names = [ast.unparse(target) for target in targets]
+            if path.name != "host.py":
+                assert not [name for name in names if name.startswith(("torch.", "megatron"))], path
+
+
+def test_pickles_and_remote_code_are_never_loaded() -> None:
+    for path in PACKAGE:
+        assert "pickle" not in {name.split(".")[0] for name in _imports(path)}, path
+        assert "trust_remote_code=True" not in path.read_text(), path
+
+
+def test_files_stay_short() -> None:
+    for path in [*PACKAGE, *(ROOT / "tests").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= LONGEST_LINES, path
