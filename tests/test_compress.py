@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,3 +151,15 @@ def test_a_missing_stage_is_named(inputs: Path, tmp_path: Path) -> None:
     result = _run(_command(inputs, tmp_path / "run", recipe="prune"))
     assert result.returncode == 2
     assert "recipes.search" in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_anything_is_written(
+    inputs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(inputs / "teacher", tmp_path / "teacher")
+    config = tmp_path / "teacher" / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 93', '"vocab_size": 50'))
+    result = _run(_command(inputs, tmp_path / "run", f"model.source={tmp_path}/teacher"))
+    assert result.returncode == 2
+    assert "vocab_size=50" in result.stderr and "tokenizer's 92" in result.stderr
+    assert not (tmp_path / "run").exists()

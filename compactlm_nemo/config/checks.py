@@ -42,7 +42,7 @@ def check(config: Config) -> None:
         problems.append(str(error))
         dims = None
     if dims is not None:
-        problems += _layout_problems(config, dims)
+        problems += _layout_problems(config, dims) + _tokenizer_problems(Path(config.model.source), dims)
     distill = config.distill
     if distill.global_batch % distill.micro_batch:
         problems.append(
@@ -92,6 +92,20 @@ def _missing_files(config: Config) -> list[str]:
                     f"data.{part}.{name}.path={path} does not exist; give a .jsonl file or a Megatron prefix."
                 )
     return problems
+
+
+def _tokenizer_problems(source: Path, dims: Dims) -> list[str]:
+    if not (source / "tokenizer.json").is_file():
+        return []
+    from compactlm_nemo.data.tokens import load_tokenizer
+
+    try:
+        size = len(load_tokenizer(source))
+    except CompactLMError as error:
+        return [str(error)]
+    if size <= dims.vocab_size:
+        return []
+    return [f"model.source={source}: vocab_size={dims.vocab_size} is smaller than its tokenizer's {size}; they differ."]
 
 
 def _layout_problems(config: Config, dims: Dims) -> list[str]:
