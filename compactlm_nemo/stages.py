@@ -38,7 +38,10 @@ def _corpora(config: Config) -> list[Path]:
 
 def _source(config: Config) -> list[Path]:
     source = Path(config.model.source)
-    return sorted([*source.glob("*.safetensors"), source / "config.json"]) if source.is_dir() else [source]
+    companions = [Path(config.model.companions) / "config.json"] if config.model.companions else []
+    if not source.is_dir():
+        return [source]
+    return [*sorted([*source.glob("*.safetensors"), *source.rglob(".metadata"), source / "config.json"]), *companions]
 
 
 STAGES: dict[str, Stage] = {

@@ -26,10 +26,11 @@ from compactlm_nemo.errors import CheckpointError, ConfigError, DataError
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.importance.collect import collect_scores
 from compactlm_nemo.models import gguf
-from compactlm_nemo.models.build import HiddenStateModel, build_model, fill
-from compactlm_nemo.models.checkpoint import CheckpointSource, load_model, save_model
+from compactlm_nemo.models.build import HiddenStateModel, ParameterSource, build_model, fill
+from compactlm_nemo.models.checkpoint import CheckpointSource, find_weights, load_model, save_model
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.hf import copy_companions, count_params, export_hf, open_hf
+from compactlm_nemo.models.families import dims_of
+from compactlm_nemo.models.hf import copy_companions, count_params, export_hf, open_hf, read_config
 from compactlm_nemo.parallel.collectives import barrier
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.parallel.launch import device, is_main_rank
@@ -90,7 +91,7 @@ def main_rank_writes() -> Iterator[bool]:
 
 
 def import_model(run: Run, folder: Path) -> dict[str, Any]:
-    """Teacher folder or GGUF file -> checkpoint, `model.json`, and `hf/` with config and tokenizer."""
+    """Teacher of any kind -> checkpoint, `model.json`, and `hf/` with config and tokenizer."""
     source = Path(run.config.model.source)
     converted = folder / "converted"
     if source.suffix == ".gguf":
@@ -98,10 +99,16 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
             if writes:
                 gguf.convert(source, converted)
         source = converted
-    dims, weights = open_hf(source)
+    companions = Path(run.config.model.companions or source)
+    weights: ParameterSource
+    if find_weights(source) is not None:
+        dims = dims_of(read_config(companions))
+        weights = CheckpointSource(source, dims)
+    else:
+        dims, weights = open_hf(source)
     with main_rank_writes() as writes:
         if writes:
-            copy_companions(source, folder / HF)
+            copy_companions(companions, folder / HF)
     model = run.build(dims)
     fill(model, dims, run.mesh, weights, run.config.model.vocab_multiple)
     run.save(folder, model, dims)

@@ -21,10 +21,25 @@ def source_dims(config: Config) -> Dims | None:
         declared = dims_of(AutoConfig.for_model(**config.model.architecture))
     if not source.is_dir():
         return declared if config.dry_run else None
-    found = dims_of(read_config(source))
+    found = dims_of(read_config(description_folder(config)))
     if declared is not None and declared != found:
         raise ConfigError(_difference(source, declared, found))
     return found
+
+
+def description_folder(config: Config) -> Path:
+    """The folder with the teacher's `config.json` and tokenizer."""
+    from compactlm_nemo.models.checkpoint import find_weights
+
+    source = Path(config.model.source)
+    if find_weights(source) is None:
+        return source
+    if config.model.companions is None:
+        raise ConfigError(
+            f"model.source={source} is a torch_dist folder without config.json and tokenizer; "
+            "set model.companions to a folder that has them."
+        )
+    return Path(config.model.companions)
 
 
 def _difference(source: Path, declared: Dims, found: Dims) -> str:
@@ -41,8 +56,10 @@ def check(config: Config) -> None:
     except CompactLMError as error:
         problems.append(str(error))
         dims = None
+    if dims is not None and Path(config.model.source).exists():
+        problems += _tokenizer_problems(description_folder(config), dims)
     if dims is not None:
-        problems += _layout_problems(config, dims) + _tokenizer_problems(Path(config.model.source), dims)
+        problems += _layout_problems(config, dims)
     distill = config.distill
     if distill.global_batch % distill.micro_batch:
         problems.append(
@@ -105,7 +122,7 @@ def _tokenizer_problems(source: Path, dims: Dims) -> list[str]:
         return [str(error)]
     if size <= dims.vocab_size:
         return []
-    return [f"model.source={source}: vocab_size={dims.vocab_size} is smaller than its tokenizer's {size}; they differ."]
+    return [f"{source}: vocab_size={dims.vocab_size} is smaller than its tokenizer's {size}; they differ."]
 
 
 def _layout_problems(config: Config, dims: Dims) -> list[str]:

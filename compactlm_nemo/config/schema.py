@@ -55,7 +55,10 @@ class RunConfig:
 @dataclass(kw_only=True)
 class ModelConfig:
     source: str = MISSING
-    """Teacher: a Hugging Face folder (safetensors) or a `.gguf` file."""
+    """Teacher: a Hugging Face folder (safetensors), a `.gguf` file, or a NeMo 2, Megatron-Bridge or Megatron-Core
+    `torch_dist` folder (then `model.companions` is needed)."""
+    companions: str | None = None
+    """Folder with `config.json` and tokenizer of a teacher that is a `torch_dist` folder."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """Hugging Face config values the source must have; a dry run plans with them where the source is absent."""
     precision: Precision = Precision.fp32

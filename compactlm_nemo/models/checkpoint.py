@@ -74,32 +74,75 @@ class _Slice(LoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
 
 
+def find_weights(folder: Path) -> Path | None:
+    """The `torch_dist` folder in a model folder: ours and NeMo 2's `weights`, Megatron-Bridge's newest `iter_*`."""
+    candidates = [folder / WEIGHTS, folder, *sorted(folder.glob("iter_*"), reverse=True)]
+    return next((path for path in candidates if (path / ".metadata").is_file()), None)
+
+
+# Transformer Engine keeps a norm's weight in the linear layer that follows it.
+_FUSED_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
 class CheckpointSource:
     """A `ParameterSource` over a distributed checkpoint: any whole parameter, without process group or model.
 
     Megatron stacks the layers of a homogeneous model: `decoder.layers.mlp.linear_fc2.weight` is `[L, H, F]`, and
-    this class reads only the slice of the wanted layer.
+    this class reads only the slice of the wanted layer. It also reads what NeMo 2 and Megatron-Bridge write: names
+    under `module.`, norms fused into linear layers, a vocabulary padded to another multiple, layers under numbers of
+    their own. Every name and shape is checked before the first read.
     """
 
     def __init__(self, folder: Path, dims: Dims) -> None:
-        weights = folder / WEIGHTS
-        if not (weights / ".metadata").is_file():
+        weights = find_weights(folder)
+        if weights is None:
             raise CheckpointError(f"{folder} holds no model; run the stage that makes it.")
         self.reader = FileSystemReader(weights)
         self.metadata = self.reader.read_metadata()
         self.shapes = parameter_shapes(dims)
+        self.places = {name: self._place(name) for name in self.shapes}
+
+    def _place(self, name: str) -> tuple[str, int | None]:
+        """Stored key of a parameter, and its index in a stack of layers (None: it is stored by itself)."""
+        stored = self.metadata.state_dict_metadata
+        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
+        tails = [match[2] if match else name]
+        tails += [tails[0].replace(ours, fused) for ours, fused in _FUSED_NORMS.items() if tails[0].startswith(ours)]
+        for prefix in ("", "module."):
+            for tail in tails:
+                options: list[tuple[str, int | None]] = [(f"{prefix}{tail}", None)]
+                if match:
+                    options = [(f"{prefix}decoder.layers.{tail}", int(match[1]))]
+                    options.append((f"{prefix}decoder.layers.{match[1]}.{tail}", None))
+                for key, layer in options:
+                    if isinstance(stored.get(key), TensorStorageMetadata):
+                        self._check_shape(name, key, layer)
+                        return key, layer
+        raise CheckpointError(f"checkpoint {self.reader.path} has no parameter {name}; is this its config?")
+
+    def _check_shape(self, name: str, key: str, layer: int | None) -> None:
+        size = list(self.metadata.state_dict_metadata[key].size)  # type: ignore[union-attr]
+        if layer is not None and layer >= size[0]:
+            raise CheckpointError(f"checkpoint {self.reader.path} has {size[0]} layers, the config more.")
+        have, want = size if layer is None else size[1:], list(self.shapes[name])
+        is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        if have != want and not (is_vocabulary and have[1:] == want[1:] and have[0] >= want[0]):
+            raise CheckpointError(f"checkpoint {self.reader.path}: {key} is {have} a layer, by the config {want}.")
 
     def __call__(self, name: str) -> Tensor:
-        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
-        key = f"decoder.layers.{match[2]}" if match else name
-        stored = self.metadata.state_dict_metadata.get(key)
-        if not isinstance(stored, TensorStorageMetadata):
-            raise CheckpointError(f"checkpoint {self.reader.path} has no parameter {key}.")
+        key, layer = self.places[name]
+        stored = self.metadata.state_dict_metadata[key]
+        assert isinstance(stored, TensorStorageMetadata)
         shape = self.shapes[name]
-        box = ([1, *shape], [int(match[1])] + [0] * len(shape)) if match else (list(shape), [0] * len(shape))
-        buffer = torch.empty(box[0], dtype=stored.properties.dtype)
-        planner = _Slice(key, stored, box[1], buffer)
+        sizes, offsets = list(shape), [0] * len(shape)
+        if layer is not None:
+            sizes, offsets = [1, *sizes], [layer, *offsets]
+        buffer = torch.empty(sizes, dtype=stored.properties.dtype)
+        planner = _Slice(key, stored, offsets, buffer)
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         plan = self.reader.prepare_local_plan(planner.create_local_plan())
         self.reader.read_data(plan, planner).wait()
-        return buffer[0] if match else buffer
+        return buffer if layer is None else buffer[0]

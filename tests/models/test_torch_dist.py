@@ -1,0 +1,78 @@
+"""Checkpoints as NeMo 2 and Megatron-Bridge write them: saved by Megatron-Core itself, under their names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from safetensors.torch import load_file
+
+from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.models.build import build_model, fill
+from compactlm_nemo.models.checkpoint import CheckpointSource, sharding_metadata
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.hf import export_hf, open_hf
+from compactlm_nemo.parallel.groups import current_mesh
+from compactlm_nemo.parallel.host import use_cpu
+from compactlm_nemo.parallel.launch import start_mesh
+from tests.models.tiny import save_tiny
+from tests.ranks import run_ranks
+
+FUSED = {
+    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
+    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
+}
+
+
+def _transformer_engine_name(name: str) -> str:
+    for ours, fused in FUSED.items():
+        name = name.replace(ours, fused)
+    return name
+
+
+def _save_as(rank: int, world: int, hf: Path, dims: Dims, nemo: Path, bridge: Path) -> None:
+    use_cpu()
+    start_mesh(world, 1, seed=1)
+    mesh = current_mesh()
+    model = build_model(dims, mesh, dtype=torch.float32, vocab_multiple=32)
+    fill(model, dims, mesh, open_hf(hf)[1], 32)
+    for folder, prefix in ((nemo / "weights", "module."), (bridge / "iter_0000007", "")):
+        state = model.sharded_state_dict(metadata=sharding_metadata(mesh))
+        for tensor in state.values():
+            if hasattr(tensor, "key"):
+                tensor.key = prefix + _transformer_engine_name(tensor.key)
+        if rank == 0:
+            folder.mkdir(parents=True)
+        torch.distributed.barrier()
+        dist_checkpointing.save(state, str(folder))
+
+
+@pytest.mark.parametrize("case", ["llama", "nemotron", "qwen3_tied"])
+def test_other_tools_checkpoints_are_the_same_model(case: str, tmp_path: Path) -> None:
+    save_tiny(case, tmp_path / "hf")
+    dims, _ = open_hf(tmp_path / "hf")
+    run_ranks(_save_as, 2, tmp_path, tmp_path / "hf", dims, tmp_path / "nemo", tmp_path / "bridge")
+    want = load_file(tmp_path / "hf" / "model.safetensors")
+    for tool in ("nemo", "bridge"):
+        source = CheckpointSource(tmp_path / tool, dims)
+        export_hf(tmp_path / "hf", tmp_path / f"from_{tool}", dims, source, torch.float32)
+        got = load_file(tmp_path / f"from_{tool}" / "model.safetensors")
+        assert want.keys() == got.keys()
+        assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "hf")
+    dims, _ = open_hf(tmp_path / "hf")
+    run_ranks(_save_as, 1, tmp_path, tmp_path / "hf", dims, tmp_path / "nemo", tmp_path / "bridge")
+    wide = dims.with_shape(layers=4, hidden=48, ffn=88, heads=4)
+    deep = dims.with_shape(layers=5, hidden=48, ffn=80, heads=4)
+    for other, words in ((wide, "by the config"), (deep, "has 4 layers")):
+        with pytest.raises(CheckpointError, match=words):
+            CheckpointSource(tmp_path / "nemo", other)
+    shutil.rmtree(tmp_path / "nemo" / "weights")
+    with pytest.raises(CheckpointError, match="holds no model"):
+        CheckpointSource(tmp_path / "nemo", dims)
