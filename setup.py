@@ -40,7 +40,7 @@ setup(
     ],
     extras_require={
         "nemo": ["nemo-toolkit==3.0.0"],
-        "eval": ["lm-eval"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "hypothesis", "pre-commit"],
+        "eval": ["lm-eval[hf]>=0.4.13,<0.5"],
+        "dev": ["lm-eval[hf]>=0.4.13,<0.5", "pytest", "pytest-xdist", "ruff", "mypy", "hypothesis", "pre-commit"],
     },
 )

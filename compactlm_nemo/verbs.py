@@ -23,6 +23,7 @@ from compactlm_nemo.data.tokens import load_tokenizer, tokenize_corpus
 from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
 from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.errors import CheckpointError, ConfigError, DataError
+from compactlm_nemo.evaluation.harness import run_tasks
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.importance.collect import collect_scores
 from compactlm_nemo.models import gguf
@@ -247,44 +248,60 @@ def _claim(state: Path, settings: dict[str, Any]) -> None:
 
 
 def evaluate(run: Run, folder: Path) -> dict[str, Any]:
-    """LM loss on every held-out text, size and forward speed of teacher, pruned and distilled model."""
-    config = run.config
-    if not config.data.heldout:
+    """Held-out LM loss, size, forward speed and lm-eval tasks of teacher, pruned and distilled model."""
+    if not run.config.data.heldout:
         raise DataError("data.heldout is empty; give at least one held-out text.")
-    rows: list[dict[str, Any]] = []
-    tokens_trained = read_manifest(run.dir / "distill")["results"]["tokens"]
-    for label, stage, trained in (
-        ("teacher", "teacher", 0),
-        ("pruned", "student", 0),
-        ("distilled", "distill", tokens_trained),
-    ):
-        dims = run.dims(stage)
-        model = run.load(stage)
-        row: dict[str, Any] = {"model": label, "params": num_params(dims), "tokens_trained": trained}
-        speeds = []
-        for name in config.data.heldout:
-            windows = heldout_windows(
-                token_prefix(run, name), config.data.sequence_length, config.evaluate.tokens, vocab_size=dims.vocab_size
-            ).to(device())
-            with progress_bar(f"evaluate {label} on {name}", len(windows), config.data.sequence_length) as advance:
-                result = evaluate_lm_loss(
-                    model,
-                    dims,
-                    run.mesh,
-                    windows,
-                    micro_batch=config.evaluate.micro_batch,
-                    chunk_tokens=config.distill.chunk_tokens,
-                    progress=advance,
-                )
-            row[f"loss_{name}"] = result.loss_nats
-            row[f"tokens_{name}"] = result.tokens
-            speeds.append(result.tokens_per_second)
-        row["forward_tokens_per_second"] = max(speeds)
-        rows.append(row)
+    trained = read_manifest(run.dir / "distill")["results"]["tokens"]
+    models = (("teacher", "teacher", 0), ("pruned", "student", 0), ("distilled", "distill", trained))
+    rows = [
+        {"model": label, "params": num_params(run.dims(stage)), "tokens_trained": tokens}
+        | _heldout_losses(run, label, stage)
+        for label, stage, tokens in models
+    ]
     with main_rank_writes() as writes:
         if writes:
+            for row, (_, stage, _) in zip(rows, models, strict=True):
+                row |= _task_results(run, stage, folder / "as_hf")
             atomic_write_text(folder / "results.json", json.dumps(rows, indent=2) + "\n")
-    return {"rows": rows, "recovered": {name: _recovered(rows, f"loss_{name}") for name in config.data.heldout}}
+    return {
+        "rows": rows,
+        "recovered": {name: _recovered(rows, f"loss_{name}") for name in run.config.data.heldout},
+    }
+
+
+def _heldout_losses(run: Run, label: str, stage: str) -> dict[str, float]:
+    """LM loss on each held-out text and the best forward speed seen."""
+    config, dims, model = run.config, run.dims(stage), run.load(stage)
+    row: dict[str, float] = {}
+    speeds = []
+    for name in config.data.heldout:
+        windows = heldout_windows(
+            token_prefix(run, name), config.data.sequence_length, config.evaluate.tokens, vocab_size=dims.vocab_size
+        ).to(device())
+        with progress_bar(f"evaluate {label} on {name}", len(windows), config.data.sequence_length) as advance:
+            result = evaluate_lm_loss(
+                model,
+                dims,
+                run.mesh,
+                windows,
+                micro_batch=config.evaluate.micro_batch,
+                chunk_tokens=config.distill.chunk_tokens,
+                progress=advance,
+            )
+        row |= {f"loss_{name}": result.loss_nats, f"tokens_{name}": result.tokens}
+        speeds.append(result.tokens_per_second)
+    return row | {"forward_tokens_per_second": max(speeds)}
+
+
+def _task_results(run: Run, stage: str, scratch: Path) -> dict[str, float]:
+    """lm-eval results of a stage's model, exported for the purpose; none without tasks."""
+    if not run.config.evaluate.tasks:
+        return {}
+    dims = run.dims(stage)
+    export_hf(run.dir / "teacher" / HF, scratch, dims, CheckpointSource(run.dir / stage, dims), run.dtype)
+    values = run_tasks(scratch, run.config.evaluate)
+    shutil.rmtree(scratch)
+    return {f"task_{name}": value for name, value in values.items()}
 
 
 def _recovered(rows: list[dict[str, Any]], key: str) -> float:

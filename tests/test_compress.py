@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from compactlm_nemo.config.load import CONF
+from tests.evaluation.test_harness import TASK
 
 ROOT = CONF.parent
 WORDS = [f"w{i}" for i in range(90)]
@@ -45,7 +46,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for _ in range(count):
                 words = torch.randint(0, len(WORDS), (40,), generator=generator).tolist()
                 file.write(json.dumps({"text": " ".join(WORDS[i] for i in words)}) + "\n")
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "own.yaml").write_text(TASK.format(data=folder / "task.json"))
+    document = {"question": "w1 w2", "choices": ["w3", "w4"], "answer": 1}
+    (folder / "task.json").write_text(json.dumps(document) + "\n")
     return folder
+
+
+def _tasks(inputs: Path) -> list[str]:
+    return ["evaluate.tasks=[own_choice]", f"evaluate.task_folder={inputs}/tasks"]
 
 
 def _command(inputs: Path, run: Path, *overrides: str, recipe: str = "compress") -> list[str]:
@@ -72,7 +81,7 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "one"
-    result = _run(_command(inputs, run))
+    result = _run(_command(inputs, run, *_tasks(inputs)))
     assert result.returncode == 0, result.stderr
     assert "Hugging Face folder" in result.stdout
     assert "warn" not in result.stderr.lower(), result.stderr
@@ -81,7 +90,7 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_second_run_does_nothing_and_says_so(inputs: Path, finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    result = _run(_command(inputs, finished))
+    result = _run(_command(inputs, finished, *_tasks(inputs)))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done before, skipped") == 9
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
@@ -95,6 +104,13 @@ def test_the_exported_folder_is_the_trained_student(finished: Path) -> None:
         == json.loads((finished / "student/manifest.json").read_text())["results"]["params"]
     )
     assert AutoTokenizer.from_pretrained(folder)("w1 w2")["input_ids"] == [3, 4]
+
+
+def test_tasks_of_all_three_models_are_in_the_results(finished: Path) -> None:
+    rows = json.loads((finished / "evaluate" / "results.json").read_text())
+    assert [row["task_own_choice/acc"] in (0.0, 1.0) for row in rows] == [True] * 3
+    assert "own_choice/acc" in (finished / "report" / "report.md").read_text()
+    assert not (finished / "evaluate" / "as_hf").exists()
 
 
 def test_losses_in_the_results_are_what_transformers_computes(inputs: Path, finished: Path) -> None:
@@ -126,7 +142,17 @@ def test_two_by_two_ranks_give_the_run_of_one(inputs: Path, finished: Path, tmp_
 def test_a_killed_run_goes_on_to_the_same_result(inputs: Path, finished: Path, tmp_path: Path, how: int) -> None:
     """Killed once in every stage folder's lifetime: as soon as each appears, and in the middle of training."""
     run = tmp_path / "run"
-    for sign in ("teacher", "score", "training/checkpoints/latest.json", "evaluate"):
+    signs = (
+        "teacher",
+        "tokens",
+        "score",
+        "search",
+        "student",
+        "training/checkpoints/latest.json",
+        "distill",
+        "evaluate",
+    )
+    for sign in (*signs, "export", "report"):
         process = subprocess.Popen(
             [sys.executable, *_command(inputs, run)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

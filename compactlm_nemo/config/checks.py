@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import CompactLMError, ConfigError
+from compactlm_nemo.evaluation.harness import harness_problem
 from compactlm_nemo.models.dims import Dims
 
 
@@ -65,6 +66,8 @@ def check(config: Config) -> None:
         problems.append(
             f"distill.micro_batch={distill.micro_batch} must divide distill.global_batch={distill.global_batch}."
         )
+    if problem := harness_problem(config.evaluate):
+        problems.append(problem)
     shared = {c.path for c in config.data.train.values()} & {c.path for c in config.data.heldout.values()}
     problems += [f"data.heldout and data.train share {path}; hold out other documents." for path in sorted(shared)]
     if problems:

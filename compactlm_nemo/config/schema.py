@@ -228,6 +228,13 @@ class EvaluateConfig:
     micro_batch: int = 4
     """Samples per forward pass on one rank."""
 
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval tasks, run on teacher, pruned and distilled model as exported (needs the `eval` extra)."""
+    task_folder: str | None = None
+    """Folder with further lm-eval task files."""
+    task_limit: int | None = None
+    """Samples of each task; null takes all."""
+
     def __post_init__(self) -> None:
         require(self.tokens > 0, f"evaluate.tokens={self.tokens} must be > 0.")
         require(self.micro_batch > 0, f"evaluate.micro_batch={self.micro_batch} must be > 0.")

@@ -21,11 +21,13 @@ def table_rows(run_dir: Path) -> list[dict[str, Any]]:
     table = []
     for row in rows:
         losses = {key: value for key, value in row.items() if key.startswith("loss_")}
+        tasks = {key: value for key, value in row.items() if key.startswith("task_")}
         table.append(
             {
                 "model": row["model"],
                 "parameters": row["params"],
                 **{f"LM loss {key.removeprefix('loss_')}": f"{value:.4f}" for key, value in losses.items()},
+                **{key.removeprefix("task_"): f"{value:.4f}" for key, value in tasks.items()},
                 "tokens trained": row["tokens_trained"],
                 "forward tokens/s": round(row["forward_tokens_per_second"]),
             }
