@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compactlm_nemo.config.checks import source_dims
+from compactlm_nemo.checks import source_dims
 from compactlm_nemo.config.schema import Config, Precision
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import num_params, params_per_rank
@@ -15,7 +15,17 @@ if TYPE_CHECKING:
     from compactlm_nemo.stages import Stage
 
 TRAINING_BYTES = {Precision.fp32: 4 + 4 + 8, Precision.bf16: 2 + 4 + 4 + 8}
-"""Bytes a parameter while training on one data-parallel rank: weight, float32 gradient, main weight, two moments."""
+"""Bytes a parameter while training: weight, float32 gradient, main weight, two moments; one data-parallel rank."""
+
+
+HOLDS = {
+    "import": ("teacher",),
+    "score": ("teacher",),
+    "prune": ("student",),
+    "distill": ("teacher", "training"),
+    "evaluate": ("teacher",),
+}
+"""What each stage has in a rank's memory at its fullest; the others hold no model. Activations come on top."""
 
 
 def plan_lines(config: Config, stages: list[Stage]) -> list[str]:
@@ -24,26 +34,39 @@ def plan_lines(config: Config, stages: list[Stage]) -> list[str]:
     lines = [f"ranks needed: a multiple of tp {parallel.tp} x pp {parallel.pp} = {parallel.tp * parallel.pp}"]
     teacher = source_dims(config)
     if teacher is None:
-        lines.append("sizes: known after import (the source is a GGUF file)")
-    else:
-        lines += _sizes(config, "teacher", teacher, 2 if config.model.precision is Precision.bf16 else 4)
-        found = enumerate_space(teacher, config.search)
-        lines.append(f"candidates: {len(found)}")
-        lines += _sizes(
-            config, "student (largest candidate)", max(found, key=num_params), TRAINING_BYTES[config.model.precision]
-        )
-    return lines + [f"{stage.name}: writes {Path(config.run.dir) / stage.folder}" for stage in stages]
-
-
-def _sizes(config: Config, label: str, dims: Dims, bytes_per_param: int) -> list[str]:
-    parallel = config.parallel
-    lines = [f"{label}: {num_params(dims):,} parameters, {_shape(dims)}"]
-    for stage in range(parallel.pp):
-        params = params_per_rank(
-            dims, tp=parallel.tp, pp=parallel.pp, stage=stage, vocab_multiple=config.model.vocab_multiple
-        )
-        lines.append(f"  pipeline stage {stage}: {params:,} parameters, {params * bytes_per_param:,} bytes a rank")
+        lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
+        return lines + [f"{stage.name}: writes {Path(config.run.dir) / stage.folder}" for stage in stages]
+    found = enumerate_space(teacher, config.search)
+    student = max(found, key=num_params)
+    lines += _sizes(config, "teacher", teacher)
+    lines.append(f"candidates: {len(found)}")
+    lines += _sizes(config, "student (largest candidate)", student)
+    weight = 2 if config.model.precision is Precision.bf16 else 4
+    sizes = {
+        "teacher": max(_rank_params(config, teacher)) * weight,
+        "student": max(_rank_params(config, student)) * weight,
+        "training": max(_rank_params(config, student)) * TRAINING_BYTES[config.model.precision],
+    }
+    for stage in stages:
+        held = sum(sizes[model] for model in HOLDS.get(stage.name, ()))
+        memory = f"{held:,} bytes a rank for weights and optimizer; " if held else ""
+        lines.append(f"{stage.name}: {memory}writes {Path(config.run.dir) / stage.folder}")
     return lines
+
+
+def _rank_params(config: Config, dims: Dims) -> list[int]:
+    """Parameters of one rank of each pipeline stage."""
+    tp, pp = config.parallel.tp, config.parallel.pp
+    return [
+        params_per_rank(dims, tp=tp, pp=pp, stage=stage, vocab_multiple=config.model.vocab_multiple)
+        for stage in range(pp)
+    ]
+
+
+def _sizes(config: Config, label: str, dims: Dims) -> list[str]:
+    lines = [f"{label}: {num_params(dims):,} parameters, {_shape(dims)}"]
+    stages = enumerate(_rank_params(config, dims))
+    return lines + [f"  pipeline stage {stage}: {params:,} parameters a rank" for stage, params in stages]
 
 
 def _shape(dims: Dims) -> str:

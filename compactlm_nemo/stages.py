@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from compactlm_nemo.artifacts import fresh_folder, read_manifest, settings_of, stage_is_done, write_manifest
-from compactlm_nemo.config.checks import check, launch_problems
+from compactlm_nemo.checks import check, launch_problems
 from compactlm_nemo.config.load import to_yaml
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import CompactLMError, ConfigError
@@ -33,7 +33,8 @@ class Stage:
 
 
 def _corpora(config: Config) -> list[Path]:
-    return [Path(corpus.path) for corpus in (config.data.train | config.data.heldout).values()]
+    paths = [Path(corpus.path) for corpus in (config.data.train | config.data.heldout).values()]
+    return [path.with_name(path.name + end) for path in paths for end in ("", ".idx", ".bin")]
 
 
 def _source(config: Config) -> list[Path]:

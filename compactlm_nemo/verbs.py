@@ -27,11 +27,11 @@ from compactlm_nemo.evaluation.harness import run_tasks
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.importance.collect import collect_scores
 from compactlm_nemo.models import gguf
-from compactlm_nemo.models.build import HiddenStateModel, ParameterSource, build_model, fill
-from compactlm_nemo.models.checkpoint import CheckpointSource, find_weights, load_model, save_model
+from compactlm_nemo.models.build import HiddenStateModel, build_model, fill
+from compactlm_nemo.models.checkpoint import CheckpointSource, load_model, save_model
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import dims_of
-from compactlm_nemo.models.hf import copy_companions, count_params, export_hf, open_hf, read_config
+from compactlm_nemo.models.hf import copy_companions, count_params, export_hf
+from compactlm_nemo.models.teacher import companions_folder, open_teacher
 from compactlm_nemo.parallel.collectives import barrier
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.parallel.launch import device, is_main_rank
@@ -93,23 +93,16 @@ def main_rank_writes() -> Iterator[bool]:
 
 def import_model(run: Run, folder: Path) -> dict[str, Any]:
     """Teacher of any kind -> checkpoint, `model.json`, and `hf/` with config and tokenizer."""
-    source = Path(run.config.model.source)
-    converted = folder / "converted"
-    if source.suffix == ".gguf":
+    teacher, converted = run.config.model, folder / "converted"
+    if Path(teacher.source).suffix == ".gguf":
         with main_rank_writes() as writes:
             if writes:
-                gguf.convert(source, converted)
-        source = converted
-    companions = Path(run.config.model.companions or source)
-    weights: ParameterSource
-    if find_weights(source) is not None:
-        dims = dims_of(read_config(companions))
-        weights = CheckpointSource(source, dims)
-    else:
-        dims, weights = open_hf(source)
+                gguf.convert(Path(teacher.source), converted)
+        teacher = replace(teacher, source=str(converted))
+    dims, weights = open_teacher(teacher)
     with main_rank_writes() as writes:
         if writes:
-            copy_companions(companions, folder / HF)
+            copy_companions(companions_folder(teacher), folder / HF)
     model = run.build(dims)
     fill(model, dims, run.mesh, weights, run.config.model.vocab_multiple)
     run.save(folder, model, dims)
@@ -156,7 +149,6 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
         config.score.samples,
         config.data.sequence_length,
         config.run.seed,
-        vocab_size=dims.vocab_size,
     ).to(device())
     teacher = run.load("teacher").eval()
     with progress_bar("score", config.score.samples, config.data.sequence_length) as advance:
@@ -203,7 +195,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     state = run.dir / "training"
     _claim(state, settings_of({"distill": config.distill, "data": config.data, "run.seed": config.run.seed}))
     dims = run.dims("student")
-    samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed, dims.vocab_size)
+    samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed, None)
     student, teacher = run.load("student"), run.load("teacher")
     start = latest_step(state / "checkpoints") or 0
     name = config.wandb.name or run.dir.name
@@ -275,9 +267,9 @@ def _heldout_losses(run: Run, label: str, stage: str) -> dict[str, float]:
     row: dict[str, float] = {}
     speeds = []
     for name in config.data.heldout:
-        windows = heldout_windows(
-            token_prefix(run, name), config.data.sequence_length, config.evaluate.tokens, vocab_size=dims.vocab_size
-        ).to(device())
+        windows = heldout_windows(token_prefix(run, name), config.data.sequence_length, config.evaluate.tokens).to(
+            device()
+        )
         with progress_bar(f"evaluate {label} on {name}", len(windows), config.data.sequence_length) as advance:
             result = evaluate_lm_loss(
                 model,

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
@@ -183,9 +186,44 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_anything_is_
     inputs: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(inputs / "teacher", tmp_path / "teacher")
-    config = tmp_path / "teacher" / "config.json"
-    config.write_text(config.read_text().replace('"vocab_size": 93', '"vocab_size": 50'))
+    config = LlamaConfig.from_pretrained(inputs / "teacher", vocab_size=50)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
     result = _run(_command(inputs, tmp_path / "run", f"model.source={tmp_path}/teacher"))
     assert result.returncode == 2
     assert "vocab_size=50" in result.stderr and "tokenizer's 92" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def _truncate_weights(teacher: Path) -> None:
+    weights = teacher / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _another_vocabulary(teacher: Path) -> None:
+    builder = IndexedDatasetBuilder(str(teacher / "ids.bin"), dtype=numpy.int32)
+    builder.add_document(torch.full((400,), 93), [400])
+    builder.finalize(str(teacher / "ids.idx"))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "override", "words"),
+    [
+        (_truncate_weights, "", "model.safetensors is damaged"),
+        (_another_vocabulary, "data.train.a={teacher}/ids", "holds token 93"),
+        (lambda teacher: None, "parallel.tp=4", "parallel.tp=4 must divide the query groups 2"),
+        (lambda teacher: None, "parallel.tp=2", "processes started"),
+        (lambda teacher: (teacher / "model.safetensors").unlink(), "", "no *.safetensors"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_before_anything_is_built(
+    inputs: Path, tmp_path: Path, spoil: Callable[[Path], None], override: str, words: str
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(inputs / "teacher", teacher)
+    spoil(teacher)
+    overrides = [f"model.source={teacher}", *([override.format(teacher=teacher)] if override else [])]
+    result = _run(_command(inputs, tmp_path / "run", *overrides))
+    assert result.returncode == 2, result.stderr
+    assert words in result.stderr
+    assert all(line.startswith(("error: ", "- ")) for line in result.stderr.splitlines())
     assert not (tmp_path / "run").exists()

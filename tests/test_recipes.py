@@ -47,7 +47,21 @@ def test_an_experiment_plans_the_published_sizes(experiment: str, capsys: pytest
     assert student == pytest.approx(want_student, abs=0.02)
     assert "ranks needed: a multiple of tp 8 x pp 1 = 8" in out
     for stage in STAGES.values():
-        assert f"{stage.name}: writes runs/{experiment}/{stage.folder}" in out
+        assert re.search(rf"^{stage.name}: .*writes runs/{experiment}/{stage.folder}$", out, re.M)
+
+
+def test_bytes_of_a_stage_are_those_of_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    run_stages(compose(_dry("llama31_8b_to_4b_depth")))
+    out = capsys.readouterr().out
+    held = {stage: int(n.replace(",", "")) for stage, n in re.findall(r"^(\w+): ([\d,]+) bytes a rank", out, re.M)}
+    # Llama 3.1 8B, counted by hand: 2 x 129024 x 4096 outside the layers (128256 padded to 8 ranks x 128 rows); a layer
+    # has (32 + 2 x 8) x 128 x 4096 for q, k, v, 4096^2 for the output, 3 x 4096 x 14336 for the MLP, all split over
+    # 8 ranks, and two norms that are not.
+    outside, norm = 2 * 129024 * 4096, 4096
+    layer = (32 + 16) * 128 * 4096 + 4096**2 + 3 * 4096 * 14336
+    teacher, student = ((outside + n * layer) // 8 + (2 * n + 1) * norm for n in (32, 16))
+    assert held["score"] == 2 * teacher  # bf16
+    assert held["distill"] == 2 * teacher + (2 + 4 + 4 + 4 + 4) * student
 
 
 def test_every_experiment_composes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING as NO_DEFAULT
@@ -75,6 +76,9 @@ def recipe(run: Callable[[Config], None], description: str | None) -> Callable[[
             run(compose(overrides))
         except CompactLMError as error:
             sys.exit(_fail(f"error: {error}"))
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
         except (HydraException, OmegaConfBaseException) as error:
             sys.exit(_fail(f"error: {_user_cause(error) or one_line(error)}"))
 

@@ -54,7 +54,7 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         layernorm_epsilon=dims.norm_eps,
         gated_linear_unit=dims.gated_mlp,
         activation_func=F.silu if dims.gated_mlp else squared_relu,
-        add_bias_linear=dims.mlp_bias,
+        add_bias_linear=False,  # attention and MLP have their own switches: spec.py
         add_qkv_bias=dims.qkv_bias,
         qk_layernorm=dims.qk_norm,
         window_size=None if dims.window is None else (dims.window - 1, 0),
@@ -81,7 +81,7 @@ def build_model(dims: Dims, mesh: Mesh, *, dtype: torch.dtype, vocab_multiple: i
     """This rank's share of the model, weights not yet meaningful: use `fill` or a checkpoint."""
     model = HiddenStateModel(
         config=transformer_config(dims, mesh, dtype),
-        transformer_layer_spec=block_spec(dims.num_layers // mesh.pp_size, dims.qk_norm),
+        transformer_layer_spec=block_spec(dims, dims.num_layers // mesh.pp_size),
         vocab_size=dims.padded_vocab(mesh.tp_size, vocab_multiple),
         max_sequence_length=dims.max_position_embeddings,
         pre_process=mesh.is_first_stage,

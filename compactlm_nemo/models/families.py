@@ -77,11 +77,6 @@ def dims_of(config: Any) -> Dims:
         _only(kind, "layer_types", layer_type, "full_attention" if window is None else "sliding_attention")
     attention_bias = bool(getattr(config, "attention_bias", False))
     mlp_bias = family.mlp_bias and bool(getattr(config, "mlp_bias", False))
-    if family.qkv_bias is None and attention_bias != mlp_bias:  # Megatron has one switch for the output biases of both
-        raise CheckpointError(
-            f"config.json: attention_bias={attention_bias} with mlp_bias={mlp_bias} is not supported for {kind}; "
-            "Megatron-Core needs both or neither."
-        )
     rope = _rope(config, kind)
     return Dims(
         family=kind,

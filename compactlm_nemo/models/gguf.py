@@ -40,10 +40,10 @@ def undo_rope_interleaving(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def convert(path: Path, folder: Path) -> None:
-    """Write `path` as a Hugging Face folder in float32. Only the llama architecture is supported."""
+def read(path: Path) -> tuple[Any, Any]:
+    """The open file and its transformers config; CheckpointError unless it is a llama that can be converted."""
     import gguf
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig
 
     try:
         reader = gguf.GGUFReader(path)
@@ -55,18 +55,27 @@ def convert(path: Path, folder: Path) -> None:
     scaling = _field(reader, "llama.rope.scaling.type")
     if scaling not in (None, "none"):
         raise CheckpointError(f"model.source={path}: GGUF rope scaling {scaling} is not supported; use the HF folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config.__dict__.pop("_model_name_or_path", None)  # a remark of the file's author, not of the model
+    config.tie_word_embeddings = "lm_head.weight" not in {_hf_name(tensor.name) for tensor in reader.tensors}
+    config.rms_norm_eps = round(config.rms_norm_eps, 12)  # GGUF holds it in float32: 1e-5 reads 9.99999974e-06
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = torch.float32
+    return reader, config
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write `path` as a Hugging Face folder in float32. Only the llama architecture is supported."""
+    import gguf
+    from transformers import AutoTokenizer, GenerationConfig
+
+    reader, config = read(path)
+    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         weight = torch.from_numpy(np.array(values, dtype=np.float32))  # a copy: the file is mapped read-only
         tensors[_hf_name(tensor.name)] = _in_hf_order(tensor.name, weight, config)
-    config.__dict__.pop("_model_name_or_path", None)  # a remark of the file's author, not of the model
-    config.tie_word_embeddings = "lm_head.weight" not in tensors
-    config.rms_norm_eps = round(config.rms_norm_eps, 12)  # GGUF holds it in float32: 1e-5 reads 9.99999974e-06
-    config.architectures = ["LlamaForCausalLM"]
-    config.dtype = torch.float32
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)

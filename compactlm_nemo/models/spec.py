@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -16,6 +18,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+
+from compactlm_nemo.models.dims import Dims
 
 
 class Norm(torch.nn.Module):
@@ -67,9 +71,23 @@ class SdpaCoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def layer_spec(qk_norm: bool) -> ModuleSpec:
+class BiasedColumnParallelLinear(ColumnParallelLinear):
+    """With a bias, whatever the config says: Megatron has one switch for attention and MLP, families have two."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "bias": True})
+
+
+class BiasedRowParallelLinear(RowParallelLinear):
+    """As `BiasedColumnParallelLinear`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "bias": True})
+
+
+def layer_spec(dims: Dims) -> ModuleSpec:
     """One decoder layer: separate norms, so that scoring can hook the same places in every model."""
-    norm_qk = Norm if qk_norm else IdentityOp
+    norm_qk = Norm if dims.qk_norm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -80,7 +98,7 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=SdpaCoreAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=BiasedRowParallelLinear if dims.proj_bias else RowParallelLinear,
                     q_layernorm=norm_qk,
                     k_layernorm=norm_qk,
                 ),
@@ -89,13 +107,16 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
             pre_mlp_layernorm=Norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=BiasedColumnParallelLinear if dims.mlp_bias else ColumnParallelLinear,
+                    linear_fc2=BiasedRowParallelLinear if dims.mlp_bias else RowParallelLinear,
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def block_spec(num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage and the final norm."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(qk_norm)] * num_layers, layer_norm=Norm)
+def block_spec(dims: Dims, num_layers: int) -> TransformerBlockSubmodules:
+    """The `num_layers` layers of one pipeline stage and the final norm."""
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(dims)] * num_layers, layer_norm=Norm)

@@ -87,7 +87,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "partial rotation": (_config(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5", "must be 1.0"]),
     "gelu": (_config(hidden_act="gelu"), ["hidden_act='gelu'", "'silu'"]),
-    "half of the biases": (_config(attention_bias=True), ["attention_bias=True", "mlp_bias=False", "both or neither"]),
     "unknown setting": (_config(logit_scale=0.5), ["logit_scale=0.5"]),
     "layer types": (_config(layer_types=["full_attention"] * 3 + ["sliding_attention"]), ["layer_types"]),
     "truncated data": (_truncate(0.5), ["model.safetensors is damaged", "fetch it again"]),

@@ -4,43 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compactlm_nemo.artifacts import MANIFEST
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.data.tokens import load_tokenizer
+from compactlm_nemo.data.windows import TokenStream
 from compactlm_nemo.errors import CompactLMError, ConfigError
 from compactlm_nemo.evaluation.harness import harness_problem
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.teacher import companions_folder, declared_dims, teacher_dims
+from compactlm_nemo.parallel.launch import is_main_rank
 
 
 def source_dims(config: Config) -> Dims | None:
-    """Architecture of `model.source`, or of `model.architecture` in a dry run without it; None for a GGUF file."""
-    from compactlm_nemo.models.families import dims_of
-    from compactlm_nemo.models.hf import read_config
-
-    source, declared = Path(config.model.source), None
-    if config.model.architecture:
-        from transformers import AutoConfig
-
-        declared = dims_of(AutoConfig.for_model(**config.model.architecture))
-    if not source.is_dir():
+    """Architecture of the teacher; in a dry run without it, the one that `model.architecture` states."""
+    declared = declared_dims(config.model)
+    if not Path(config.model.source).exists():
         return declared if config.dry_run else None
-    found = dims_of(read_config(description_folder(config)))
+    found = teacher_dims(config.model)
     if declared is not None and declared != found:
-        raise ConfigError(_difference(source, declared, found))
+        raise ConfigError(_difference(Path(config.model.source), declared, found))
     return found
-
-
-def description_folder(config: Config) -> Path:
-    """The folder with the teacher's `config.json` and tokenizer."""
-    from compactlm_nemo.models.checkpoint import find_weights
-
-    source = Path(config.model.source)
-    if find_weights(source) is None:
-        return source
-    if config.model.companions is None:
-        raise ConfigError(
-            f"model.source={source} is a torch_dist folder without config.json and tokenizer; "
-            "set model.companions to a folder that has them."
-        )
-    return Path(config.model.companions)
 
 
 def _difference(source: Path, declared: Dims, found: Dims) -> str:
@@ -57,9 +40,9 @@ def check(config: Config) -> None:
     except CompactLMError as error:
         problems.append(str(error))
         dims = None
-    if dims is not None and Path(config.model.source).exists():
-        problems += _tokenizer_problems(description_folder(config), dims)
     if dims is not None:
+        problems += _tokenizer_problems(config, dims)
+        problems += _token_file_problems(config, dims)
         problems += _layout_problems(config, dims)
     distill = config.distill
     if distill.global_batch % distill.micro_batch:
@@ -114,18 +97,32 @@ def _missing_files(config: Config) -> list[str]:
     return problems
 
 
-def _tokenizer_problems(source: Path, dims: Dims) -> list[str]:
-    if not (source / "tokenizer.json").is_file():
+def _tokenizer_problems(config: Config, dims: Dims) -> list[str]:
+    source = Path(config.model.source)
+    if not source.is_dir() or not (companions_folder(config.model) / "tokenizer.json").is_file():
         return []
-    from compactlm_nemo.data.tokens import load_tokenizer
-
     try:
-        size = len(load_tokenizer(source))
+        size = len(load_tokenizer(companions_folder(config.model)))
     except CompactLMError as error:
         return [str(error)]
     if size <= dims.vocab_size:
         return []
-    return [f"{source}: vocab_size={dims.vocab_size} is smaller than its tokenizer's {size}; they differ."]
+    return [f"model.source={source}: vocab_size={dims.vocab_size} is smaller than its tokenizer's {size}; they differ."]
+
+
+def _token_file_problems(config: Config, dims: Dims) -> list[str]:
+    """Token files of the user are read once, by one rank, until the tokenize stage has accepted them."""
+    if config.dry_run or not is_main_rank() or (Path(config.run.dir) / "tokens" / MANIFEST).is_file():
+        return []
+    problems = []
+    for corpus in (config.data.train | config.data.heldout).values():
+        path = Path(corpus.path)
+        if path.with_name(path.name + ".idx").is_file():
+            try:
+                TokenStream(path, dims.vocab_size)
+            except CompactLMError as error:
+                problems.append(str(error))
+    return problems
 
 
 def _layout_problems(config: Config, dims: Dims) -> list[str]:
