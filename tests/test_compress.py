@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from compactlm_nemo.config.load import CONF
 from tests.evaluation.test_harness import TASK
+from tests.training.test_tracker import finished_records
 
 ROOT = CONF.parent
 WORDS = [f"w{i}" for i in range(90)]
@@ -56,8 +57,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _tasks(inputs: Path) -> list[str]:
-    return ["evaluate.tasks=[own_choice]", f"evaluate.task_folder={inputs}/tasks"]
+def _extras(inputs: Path) -> list[str]:
+    """What only the finished run has, because it takes long: tasks, and W&B in a file."""
+    return ["evaluate.tasks=[own_choice]", f"evaluate.task_folder={inputs}/tasks", "wandb.mode=offline"]
 
 
 def _command(inputs: Path, run: Path, *overrides: str, recipe: str = "compress") -> list[str]:
@@ -84,7 +86,7 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "one"
-    result = _run(_command(inputs, run, *_tasks(inputs)))
+    result = _run(_command(inputs, run, *_extras(inputs)))
     assert result.returncode == 0, result.stderr
     assert "Hugging Face folder" in result.stdout
     assert "warn" not in result.stderr.lower(), result.stderr
@@ -93,7 +95,7 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_second_run_does_nothing_and_says_so(inputs: Path, finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    result = _run(_command(inputs, finished, *_tasks(inputs)))
+    result = _run(_command(inputs, finished, *_extras(inputs)))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done before, skipped") == 9
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
@@ -107,6 +109,26 @@ def test_the_exported_folder_is_the_trained_student(finished: Path) -> None:
         == json.loads((finished / "student/manifest.json").read_text())["results"]["params"]
     )
     assert AutoTokenizer.from_pretrained(folder)("w1 w2")["input_ids"] == [3, 4]
+
+
+def test_wandb_has_every_metric_of_every_step_and_the_configuration(finished: Path) -> None:
+    records = finished_records(finished / "training", num_runs=1)
+    (run,) = [record.run for record in records if record.HasField("run")]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["distill.steps"] == 6 and config["search.ffn"] == [32]
+    history = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    lines = [json.loads(line) for line in (finished / "distill" / "metrics.jsonl").read_text().splitlines()]
+    assert len(history) == len(lines) == 6
+    for logged, line in zip(history, lines, strict=True):
+        assert {key: logged[key] for key in line} == line
+    assert {
+        "train/kd_logit_nats", "train/lm_loss_nats", "train/teacher_lm_loss_nats", "train/grad_norm", "train/lr",
+        "train/tokens", "perf/tokens_per_second", "perf/step_seconds", "perf/peak_memory_bytes", "step",
+    } == lines[0].keys()  # fmt: skip
 
 
 def test_tasks_of_all_three_models_are_in_the_results(finished: Path) -> None:
