@@ -17,59 +17,23 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from compactlm_nemo.config.load import CONF
-from tests.evaluation.test_harness import TASK
+from tests.tiny_run import command, make_inputs
 from tests.training.test_tracker import finished_records
 
 ROOT = CONF.parent
-WORDS = [f"w{i}" for i in range(90)]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama with a word-level tokenizer, and texts."""
-    folder = tmp_path_factory.mktemp("inputs")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 93}
-    config = LlamaConfig(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=0
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "teacher")
-    vocabulary = {word: i for i, word in enumerate(["<|endoftext|>", "<unk>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", unk_token="<unk>").save_pretrained(
-        folder / "teacher"
-    )
-    generator = torch.Generator().manual_seed(1)
-    for name, count in (("train", 60), ("test", 10)):
-        with (folder / f"{name}.jsonl").open("w") as file:
-            for _ in range(count):
-                words = torch.randint(0, len(WORDS), (40,), generator=generator).tolist()
-                file.write(json.dumps({"text": " ".join(WORDS[i] for i in words)}) + "\n")
-    (folder / "tasks").mkdir()
-    (folder / "tasks" / "own.yaml").write_text(TASK.format(data=folder / "task.json"))
-    document = {"question": "w1 w2", "choices": ["w3", "w4"], "answer": 1}
-    (folder / "task.json").write_text(json.dumps(document) + "\n")
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _extras(inputs: Path) -> list[str]:
     """What only the finished run has, because it takes long: tasks, and W&B in a file."""
     return ["evaluate.tasks=[own_choice]", f"evaluate.task_folder={inputs}/tasks", "wandb.mode=offline"]
-
-
-def _command(inputs: Path, run: Path, *overrides: str, recipe: str = "compress") -> list[str]:
-    return [
-        "-m", f"recipes.{recipe}", f"run.dir={run}", f"model.source={inputs}/teacher",
-        f"data.train.a={inputs}/train.jsonl", f"data.heldout.b={inputs}/test.jsonl",
-        "data.sequence_length=16", "score.samples=8", "search.ffn=[32]", "search.layers=[2]", "search.heads=[2]",
-        "search.hidden=[24]", "distill.steps=6", "distill.global_batch=4", "distill.micro_batch=2",
-        "distill.checkpoint_every=2", "distill.lr=1e-3", "evaluate.tokens=64", *overrides,
-    ]  # fmt: skip
 
 
 def _run(words: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
@@ -86,7 +50,7 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "one"
-    result = _run(_command(inputs, run, *_extras(inputs)))
+    result = _run(command(inputs, run, *_extras(inputs)))
     assert result.returncode == 0, result.stderr
     assert "Hugging Face folder" in result.stdout
     assert "warn" not in result.stderr.lower(), result.stderr
@@ -95,7 +59,7 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_second_run_does_nothing_and_says_so(inputs: Path, finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    result = _run(_command(inputs, finished, *_extras(inputs)))
+    result = _run(command(inputs, finished, *_extras(inputs)))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done before, skipped") == 9
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
@@ -154,7 +118,7 @@ def test_losses_in_the_results_are_what_transformers_computes(inputs: Path, fini
 
 
 def test_two_by_two_ranks_give_the_run_of_one(inputs: Path, finished: Path, tmp_path: Path) -> None:
-    result = _run(_command(inputs, tmp_path / "run", "parallel.tp=2", "parallel.pp=2"), ranks=4)
+    result = _run(command(inputs, tmp_path / "run", "parallel.tp=2", "parallel.pp=2"), ranks=4)
     assert result.returncode == 0, result.stderr
     one, four = (load_file(run / "score" / "scores.safetensors") for run in (finished, tmp_path / "run"))
     for name, value in one.items():
@@ -179,13 +143,13 @@ def test_a_killed_run_goes_on_to_the_same_result(inputs: Path, finished: Path, t
     )
     for sign in (*signs, "export", "report"):
         process = subprocess.Popen(
-            [sys.executable, *_command(inputs, run)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, *command(inputs, run)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         while not (run / sign).exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(how)
         process.wait(timeout=120)
-    result = _run(_command(inputs, run))
+    result = _run(command(inputs, run))
     assert result.returncode == 0, result.stderr
     assert _metrics(run) == _metrics(finished)
     for name, value in load_file(finished / "export/hf/model.safetensors").items():
@@ -193,13 +157,13 @@ def test_a_killed_run_goes_on_to_the_same_result(inputs: Path, finished: Path, t
 
 
 def test_a_folder_of_another_run_is_refused(inputs: Path, finished: Path) -> None:
-    result = _run(_command(inputs, finished, "score.samples=9", recipe="score"))
+    result = _run(command(inputs, finished, "score.samples=9", recipe="score"))
     assert result.returncode == 2
     assert "score.samples=8" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_missing_stage_is_named(inputs: Path, tmp_path: Path) -> None:
-    result = _run(_command(inputs, tmp_path / "run", recipe="prune"))
+    result = _run(command(inputs, tmp_path / "run", recipe="prune"))
     assert result.returncode == 2
     assert "recipes.search" in result.stderr and not (tmp_path / "run").exists()
 
@@ -210,7 +174,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_anything_is_
     shutil.copytree(inputs / "teacher", tmp_path / "teacher")
     config = LlamaConfig.from_pretrained(inputs / "teacher", vocab_size=50)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
-    result = _run(_command(inputs, tmp_path / "run", f"model.source={tmp_path}/teacher"))
+    result = _run(command(inputs, tmp_path / "run", f"model.source={tmp_path}/teacher"))
     assert result.returncode == 2
     assert "vocab_size=50" in result.stderr and "tokenizer's 92" in result.stderr
     assert not (tmp_path / "run").exists()
@@ -244,7 +208,7 @@ def test_bad_input_ends_before_anything_is_built(
     shutil.copytree(inputs / "teacher", teacher)
     spoil(teacher)
     overrides = [f"model.source={teacher}", *([override.format(teacher=teacher)] if override else [])]
-    result = _run(_command(inputs, tmp_path / "run", *overrides))
+    result = _run(command(inputs, tmp_path / "run", *overrides))
     assert result.returncode == 2, result.stderr
     assert words in result.stderr
     assert all(line.startswith(("error: ", "- ")) for line in result.stderr.splitlines())

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_run import command, make_inputs
+
 ROOT = Path(__file__).parents[1]
 VERBS = ("compress", "distill")
 OVERRIDES = [
@@ -275,3 +277,33 @@ def test_two_node_job_on_a_real_slurm(tmp_path: Path, slurm_env: dict[str, str])
         env = record["env"]
         assert (env["SLURM_PROCID"], env["SLURMD_NODENAME"], env["SLURM_NNODES"]) == (str(rank), f"n{rank + 1}", "2")
         assert (env["MASTER_ADDR"], env["MASTER_PORT"], env["SLURM_JOB_ID"]) == ("n1", port, job_id)
+
+
+@pytest.mark.slow
+def test_a_requeued_job_on_two_nodes_goes_on_to_the_end(tmp_path: Path, slurm_env: dict[str, str]) -> None:
+    """The real recipe, one rank a node, tensor parallel across nodes; requeued by hand in the middle of training."""
+    inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
+    # No name service here knows the nodes; their names are replaced on the way to the real launcher.
+    python = _script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n1:/127.0.0.1:}}"\n')
+    overrides = command(inputs, run, "parallel.tp=2", "distill.steps=40")[2:]
+    submit = ["sbatch", "--parsable", "--nodes=2", str(ROOT / "slurm" / "compress.sbatch"), *overrides]
+    env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(ROOT)}
+    job = subprocess.run(submit, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.strip()
+    _wait_for(lambda: (run / "training" / "checkpoints" / "latest.json").exists(), tmp_path, "checkpoint", 180)
+    subprocess.run(["scontrol", "requeue", job], env=env, check=True)
+    assert not (run / "distill" / "manifest.json").exists(), "requeued too late to show anything"
+    # Slurm lets a requeued job wait two minutes; a test need not.
+    _wait_for(lambda: _job(job, env)["JobState"] == "PENDING", tmp_path, "requeued job", 60)
+    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=env, check=True)
+    _wait_for(lambda: (run / "report" / "manifest.json").exists(), tmp_path, "report", 180)
+    assert _job(job, env)["Restarts"] == "1"
+    log = "".join(path.read_text() for path in tmp_path.glob("compactlm-compress-*.out"))
+    assert "score: done before, skipped" in log, "the second start skipped what the first had finished"
+    steps = [json.loads(line)["step"] for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(40))
+
+
+def _job(job: str, env: dict[str, str]) -> dict[str, str]:
+    shown = subprocess.run(["scontrol", "show", "job", job], env=env, capture_output=True, text=True, check=True).stdout
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
