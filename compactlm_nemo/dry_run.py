@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from compactlm_nemo.checks import source_dims
 from compactlm_nemo.config.schema import Config, Precision
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import num_params, params_per_rank
 from compactlm_nemo.search.space import enumerate_space
-
-if TYPE_CHECKING:
-    from compactlm_nemo.stages import Stage
 
 TRAINING_BYTES = {Precision.fp32: 4 + 4 + 8, Precision.bf16: 2 + 4 + 4 + 8}
 """Bytes a parameter while training: weight, float32 gradient, main weight, two moments; one data-parallel rank."""
@@ -28,14 +24,14 @@ HOLDS = {
 """What each stage has in a rank's memory at its fullest; the others hold no model. Activations come on top."""
 
 
-def plan_lines(config: Config, stages: list[Stage]) -> list[str]:
-    """Ranks, per-rank parameters and bytes, and output folders of each stage."""
+def plan_lines(config: Config, folders: dict[str, str]) -> list[str]:
+    """Ranks, per-rank parameters and bytes, and output folder of each stage, given as name -> folder."""
     parallel = config.parallel
     lines = [f"ranks needed: a multiple of tp {parallel.tp} x pp {parallel.pp} = {parallel.tp * parallel.pp}"]
     teacher = source_dims(config)
     if teacher is None:
         lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
-        return lines + [f"{stage.name}: writes {Path(config.run.dir) / stage.folder}" for stage in stages]
+        return lines + [f"{name}: writes {Path(config.run.dir) / folder}" for name, folder in folders.items()]
     found = enumerate_space(teacher, config.search)
     student = max(found, key=num_params)
     lines += _sizes(config, "teacher", teacher)
@@ -47,10 +43,10 @@ def plan_lines(config: Config, stages: list[Stage]) -> list[str]:
         "student": max(_rank_params(config, student)) * weight,
         "training": max(_rank_params(config, student)) * TRAINING_BYTES[config.model.precision],
     }
-    for stage in stages:
-        held = sum(sizes[model] for model in HOLDS.get(stage.name, ()))
+    for name, folder in folders.items():
+        held = sum(sizes[model] for model in HOLDS.get(name, ()))
         memory = f"{held:,} bytes a rank for weights and optimizer; " if held else ""
-        lines.append(f"{stage.name}: {memory}writes {Path(config.run.dir) / stage.folder}")
+        lines.append(f"{name}: {memory}writes {Path(config.run.dir) / folder}")
     return lines
 
 

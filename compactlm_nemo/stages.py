@@ -118,7 +118,8 @@ def run_stages(config: Config, only: str | None = None) -> None:
 
         if is_main_rank():
             print(to_yaml(config))
-            print("\n".join(plan_lines(config, [STAGES[only]] if only else list(STAGES.values()))))
+            names = [only] if only else list(STAGES)
+            print("\n".join(plan_lines(config, {name: STAGES[name].folder for name in names})))
         return
     if problems := launch_problems(config, launch_world_size()):
         raise ConfigError(problems)

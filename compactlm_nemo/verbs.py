@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,8 @@ from compactlm_nemo.models.checkpoint import CheckpointSource, load_model, save_
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import copy_companions, count_params, export_hf
 from compactlm_nemo.models.teacher import companions_folder, open_teacher
-from compactlm_nemo.parallel.collectives import barrier
 from compactlm_nemo.parallel.groups import Mesh
-from compactlm_nemo.parallel.launch import device, is_main_rank
+from compactlm_nemo.parallel.launch import device, is_main_rank, main_rank_writes
 from compactlm_nemo.pruning.cut import CutSource
 from compactlm_nemo.pruning.plan import Plan, make_plan
 from compactlm_nemo.report.progress import progress_bar
@@ -82,13 +79,6 @@ class Run:
 
     def train_prefixes(self) -> list[tuple[Path, float]]:
         return [(token_prefix(self, name), corpus.weight) for name, corpus in self.config.data.train.items()]
-
-
-@contextmanager
-def main_rank_writes() -> Iterator[bool]:
-    """True on the rank that writes plain files; the others leave the block when it is done."""
-    yield is_main_rank()
-    barrier()
 
 
 def import_model(run: Run, folder: Path) -> dict[str, Any]:

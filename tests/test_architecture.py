@@ -60,3 +60,21 @@ def test_pickles_and_remote_code_are_never_loaded() -> None:
 def test_files_stay_short() -> None:
     for path in [*PACKAGE, *(ROOT / "tests").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]:
         assert len(path.read_text().splitlines()) <= LONGEST_LINES, path
+
+
+# A module imports only what stands at or above its own place.
+ORDER = [
+    "errors", "config", "parallel", "artifacts", "models", "data", "importance", "search", "pruning", "training",
+    "distill", "evaluation", "report", "checks", "dry_run", "verbs", "stages",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_upwards(path: Path) -> None:
+    parts = path.relative_to(ROOT / "compactlm_nemo").with_suffix("").parts
+    if parts[0] == "__init__":
+        return
+    for name in _imports(path):
+        if name.startswith("compactlm_nemo."):
+            used = name.split(".")[1]
+            assert ORDER.index(used) <= ORDER.index(parts[0]), f"{path} imports {name}"

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from compactlm_nemo.parallel.collectives import barrier
 from compactlm_nemo.parallel.host import use_cpu
 
 
@@ -20,6 +21,13 @@ def launch_world_size() -> int:
 
 def is_main_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextmanager
+def main_rank_writes() -> Iterator[bool]:
+    """True on the rank that writes plain files; the others leave the block when it is done."""
+    yield is_main_rank()
+    barrier()
 
 
 def device() -> torch.device:

@@ -10,6 +10,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest
+from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.report.plots import plot_importance, plot_loss_curve, plot_sizes
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
 from compactlm_nemo.training.tracker import METRICS
@@ -37,8 +38,6 @@ def table_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def report(run: Any, folder: Path) -> dict[str, Any]:
     """report.md and its plots, from the manifests and results of the other stages."""
-    from compactlm_nemo.verbs import main_rank_writes
-
     with main_rank_writes() as writes:
         if writes:
             _write(run.dir, folder)
