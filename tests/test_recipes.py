@@ -159,3 +159,19 @@ def test_slurm_commands_plan() -> None:
 
 def test_the_configuration_reference_is_current() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == reference_markdown()
+
+
+def test_make_compress_is_the_two_recipes() -> None:
+    done = subprocess.run(["make", "-n", "compress", "ARGS=dry_run=true"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line) for line in done.stdout.splitlines() if "recipes." in line]
+    assert [words[2] for words in commands] == ["recipes.fetch", "recipes.compress"]
+    for words in commands:
+        assert compose(words[3:]).run.dir == "runs/smollm2_135m_cpu"
+    assert compose(commands[1][3:]).dry_run
+    assert "make compress" in (ROOT / "README.md").read_text() and "make test" in (ROOT / "README.md").read_text()
+
+
+def test_fetch_plans_too() -> None:
+    result = _run("-m", "recipes.fetch", "experiment=smollm2_135m_cpu", "dry_run=true")
+    assert (result.returncode, result.stdout) == (0, "fetch: writes runs/assets\n"), result.stderr
