@@ -87,13 +87,10 @@ def _missing_files(config: Config) -> list[str]:
     problems = []
     if not Path(config.model.source).exists():
         problems.append(f"model.source={config.model.source} does not exist; give a model folder or a .gguf file.")
-    for part in ("train", "heldout"):
-        for name, corpus in getattr(config.data, part).items():
-            path = Path(corpus.path)
-            if not path.is_file() and not path.with_name(path.name + ".idx").is_file():
-                problems.append(
-                    f"data.{part}.{name}.path={path} does not exist; give a .jsonl file or a Megatron prefix."
-                )
+    for name, corpus in config.data.corpora().items():
+        path = Path(corpus.path)
+        if not path.is_file() and not path.with_name(path.name + ".idx").is_file():
+            problems.append(f"data.{name}.path={path} does not exist; give a .jsonl file or a Megatron prefix.")
     return problems
 
 
@@ -115,7 +112,7 @@ def _token_file_problems(config: Config, dims: Dims) -> list[str]:
     if config.dry_run or not is_main_rank() or (Path(config.run.dir) / "tokens" / MANIFEST).is_file():
         return []
     problems = []
-    for corpus in (config.data.train | config.data.heldout).values():
+    for corpus in config.data.corpora().values():
         path = Path(corpus.path)
         if path.with_name(path.name + ".idx").is_file():
             try:

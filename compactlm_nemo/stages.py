@@ -15,6 +15,7 @@ from compactlm_nemo.checks import check, launch_problems
 from compactlm_nemo.config.load import to_yaml
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import CompactLMError, ConfigError
+from compactlm_nemo.models.hf import COMPANIONS
 from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, launched
 
 EDGE_BYTES = 2**20
@@ -29,29 +30,32 @@ class Stage:
     folder: str
     needs: tuple[str, ...]
     settings: Callable[[Config], dict[str, Any]]
-    inputs: Callable[[Config], list[Path]] = lambda config: []
+    inputs: Callable[[Config], dict[str, Path]] = lambda config: {}
 
 
-def _corpora(config: Config) -> list[Path]:
-    paths = [Path(corpus.path) for corpus in (config.data.train | config.data.heldout).values()]
-    return [path.with_name(path.name + end) for path in paths for end in ("", ".idx", ".bin")]
+def _corpora(config: Config) -> dict[str, Path]:
+    return {
+        f"data.{name}{end}": Path(corpus.path + end)
+        for name, corpus in config.data.corpora().items()
+        for end in ("", ".idx", ".bin")
+    }
 
 
-def _source(config: Config) -> list[Path]:
+def _source(config: Config) -> dict[str, Path]:
     source = Path(config.model.source)
-    companions = [Path(config.model.companions) / "config.json"] if config.model.companions else []
     if not source.is_dir():
-        return [source]
-    return [*sorted([*source.glob("*.safetensors"), *source.rglob(".metadata"), source / "config.json"]), *companions]
+        return {"model.source": source}
+    kinds = ("*.safetensors", "*.distcp", ".metadata")
+    files = {str(path.relative_to(source)): path for kind in kinds for path in source.rglob(kind)}
+    described = Path(config.model.companions or source)
+    return files | {f"companions/{name}": described / name for name in COMPANIONS}
 
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         Stage("import", "teacher", (), lambda c: {"model.precision": c.model.precision}, _source),
-        Stage(
-            "tokenize", "tokens", ("import",), lambda c: {"corpora": sorted(c.data.train | c.data.heldout)}, _corpora
-        ),
+        Stage("tokenize", "tokens", ("import",), lambda c: {"corpora": sorted(c.data.corpora())}, _corpora),
         Stage(
             "score",
             "score",
@@ -91,8 +95,8 @@ def file_identity(path: Path) -> str:
 
 def _inputs(stage: Stage, config: Config) -> dict[str, str]:
     """Identity of everything the stage reads: files of the user, results of other stages."""
-    files = {path.name: path for path in stage.inputs(config)}
-    identities = {name: file_identity(path) for name, path in files.items() if path.is_file()}
+    files = stage.inputs(config)
+    identities = {name: file_identity(path) for name, path in sorted(files.items()) if path.is_file()}
     run = Path(config.run.dir)
     for name in stage.needs:
         try:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
 from compactlm_nemo.config.schema import Config, Precision
-from compactlm_nemo.data.tokens import load_tokenizer, tokenize_corpus
+from compactlm_nemo.data.tokens import load_tokenizer, refuse_shared_documents, tokenize_corpus
 from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
 from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.errors import CheckpointError, ConfigError, DataError
@@ -78,7 +78,7 @@ class Run:
         save_model(folder, model, self.mesh)
 
     def train_prefixes(self) -> list[tuple[Path, float]]:
-        return [(token_prefix(self, name), corpus.weight) for name, corpus in self.config.data.train.items()]
+        return [(token_prefix(self, f"train.{name}"), corpus.weight) for name, corpus in self.config.data.train.items()]
 
 
 def import_model(run: Run, folder: Path) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
 
 def token_prefix(run: Run, corpus: str) -> Path:
     """Where the tokens of a corpus are: its own Megatron files, or those the tokenize stage made."""
-    configured = Path((run.config.data.train | run.config.data.heldout)[corpus].path)
+    configured = Path(run.config.data.corpora()[corpus].path)
     if configured.with_name(configured.name + ".idx").is_file():
         return configured
     return run.dir / "tokens" / corpus
@@ -124,7 +124,8 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
             end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
             if end is None or end == tokenizer.unk_token_id != tokenizer.eos_token_id:
                 end = tokenizer.eos_token_id
-            for name, corpus in (run.config.data.train | run.config.data.heldout).items():
+            refuse_shared_documents(run.config.data)
+            for name, corpus in run.config.data.corpora().items():
                 if token_prefix(run, name).parent == folder:
                     counts[name] = tokenize_corpus(Path(corpus.path), folder / name, tokenizer, end)
     return {"tokens": counts}
@@ -257,9 +258,8 @@ def _heldout_losses(run: Run, label: str, stage: str) -> dict[str, float]:
     row: dict[str, float] = {}
     speeds = []
     for name in config.data.heldout:
-        windows = heldout_windows(token_prefix(run, name), config.data.sequence_length, config.evaluate.tokens).to(
-            device()
-        )
+        prefix = token_prefix(run, f"heldout.{name}")
+        windows = heldout_windows(prefix, config.data.sequence_length, config.evaluate.tokens).to(device())
         with progress_bar(f"evaluate {label} on {name}", len(windows), config.data.sequence_length) as advance:
             result = evaluate_lm_loss(
                 model,

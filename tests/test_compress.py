@@ -95,6 +95,27 @@ def test_wandb_has_every_metric_of_every_step_and_the_configuration(finished: Pa
     } == lines[0].keys()  # fmt: skip
 
 
+def test_train_and_heldout_texts_of_one_name_stay_apart(inputs: Path, finished: Path) -> None:
+    counts = json.loads((finished / "tokens" / "manifest.json").read_text())["results"]["tokens"]
+    assert counts == {"train.a": 60 * 41, "heldout.a": 10 * 41}
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "teacher")
+    for part, file in (("train", "train.jsonl"), ("heldout", "test.jsonl")):
+        want: list[int] = []
+        for line in (inputs / file).read_text().splitlines():
+            want += [*tokenizer(json.loads(line)["text"])["input_ids"], 0]
+        stored = numpy.fromfile(finished / "tokens" / f"{part}.a.bin", dtype=numpy.uint16)
+        assert stored.tolist() == want
+
+
+def test_a_document_in_both_parts_is_refused(inputs: Path, tmp_path: Path) -> None:
+    lines = (inputs / "test.jsonl").read_text().splitlines()[3:4] + (inputs / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    run = tmp_path / "run"
+    result = _run(command(inputs, run, f"data.train.a={tmp_path}/train.jsonl"))
+    assert result.returncode == 2
+    assert "train.jsonl:1 and" in result.stderr and "test.jsonl:4" in result.stderr, result.stderr
+
+
 def test_tasks_of_all_three_models_are_in_the_results(finished: Path) -> None:
     rows = json.loads((finished / "evaluate" / "results.json").read_text())
     assert [row["task_own_choice/acc"] in (0.0, 1.0) for row in rows] == [True] * 3
@@ -114,7 +135,7 @@ def test_losses_in_the_results_are_what_transformers_computes(inputs: Path, fini
         with torch.no_grad():
             logits = model(windows[:, :-1]).logits.double()
         want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
-        assert rows[label]["loss_b"] == pytest.approx(float(want), rel=1e-5)
+        assert rows[label]["loss_a"] == pytest.approx(float(want), rel=1e-5)
 
 
 def test_two_by_two_ranks_give_the_run_of_one(inputs: Path, finished: Path, tmp_path: Path) -> None:

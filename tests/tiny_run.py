@@ -46,7 +46,7 @@ def command(inputs: Path, run: Path, *overrides: str, recipe: str = "compress") 
     """Arguments of python for a run of a recipe on the inputs."""
     return [
         "-m", f"recipes.{recipe}", f"run.dir={run}", f"model.source={inputs}/teacher",
-        f"data.train.a={inputs}/train.jsonl", f"data.heldout.b={inputs}/test.jsonl",
+        f"data.train.a={inputs}/train.jsonl", f"data.heldout.a={inputs}/test.jsonl",
         "data.sequence_length=16", "score.samples=8", "search.ffn=[32]", "search.layers=[2]", "search.heads=[2]",
         "search.hidden=[24]", "distill.steps=6", "distill.global_batch=4", "distill.micro_batch=2",
         "distill.checkpoint_every=2", "distill.lr=1e-3", "evaluate.tokens=64", *overrides,

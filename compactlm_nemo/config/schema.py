@@ -122,6 +122,11 @@ class DataConfig:
             setattr(self, part, {name: _corpus(f"data.{part}.{name}", v) for name, v in getattr(self, part).items()})
         require(self.sequence_length > 1, f"data.sequence_length={self.sequence_length} must be > 1; try 512.")
 
+    def corpora(self) -> dict[str, CorpusConfig]:
+        """Every corpus under a name of its own: `train.NAME` and `heldout.NAME`, which may share NAME."""
+        parts = {"train": self.train, "heldout": self.heldout}
+        return {f"{part}.{name}": corpus for part, held in parts.items() for name, corpus in held.items()}
+
 
 @dataclass(kw_only=True)
 class ScoreConfig:

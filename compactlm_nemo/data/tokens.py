@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+from compactlm_nemo.config.schema import DataConfig
 from compactlm_nemo.errors import CheckpointError, DataError
 
 _BATCH_DOCUMENTS = 512
@@ -67,6 +69,25 @@ def tokenize_corpus(path: Path, prefix: Path, tokenizer: Any, eod: int) -> int:
         for suffix in (".bin", ".idx"):
             Path(f"{temporary}{suffix}").unlink(missing_ok=True)
     return num_tokens
+
+
+def refuse_shared_documents(data: DataConfig) -> None:
+    """DataError when a text of a held-out corpus is, word for word, in a training corpus too (JSON-lines ones)."""
+    held = {
+        _digest(text): f"{corpus.path}:{line}"
+        for corpus in data.heldout.values()
+        if Path(corpus.path).is_file()
+        for line, text in _text_documents(Path(corpus.path))
+    }
+    for corpus in data.train.values():
+        path = Path(corpus.path)
+        for line, text in _text_documents(path) if path.is_file() and held else ():
+            if (other := held.get(_digest(text))) is not None:
+                raise DataError(f"{path}:{line} and {other} hold the same document; take it out of data.train.")
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
 
 
 def _token_documents(path: Path, tokenizer: Any) -> Iterator[tuple[int, list[int]]]:
