@@ -1,5 +1,5 @@
 # The GPU environment: NVIDIA's PyTorch image brings CUDA, its own torch, Transformer Engine and apex.
-# This file was written where no Docker engine runs: it has not been built yet.
+# It has not been built yet.
 # The default's torch is older than the 2.13 the tests run with; pass --build-arg TAG=... for a newer one.
 ARG TAG=25.09-py3
 FROM nvcr.io/nvidia/pytorch:${TAG}

@@ -14,7 +14,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["compactlm_nemo", "compactlm_nemo.*", "recipes", "recipes.*", "conf"]),
     # The recipes read conf/ as files next to recipes/, so both are installed side by side and never from a zip.
     package_data={"conf": ["*.yaml", "*/*.yaml"]},

@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,10 @@ def fresh_folder(folder: Path) -> Path:
     if (folder / MANIFEST).exists():
         raise ConfigError(f"{folder} already holds a finished stage; choose another run.dir or delete it.")
     if (folder / _MARKER).exists():
-        shutil.rmtree(folder)
+        for path in folder.iterdir():
+            if path.name != _MARKER:  # it goes last: a kill here must leave a folder that is still known as ours
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (folder / _MARKER).unlink()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise ConfigError(f"{folder} holds files of something else; choose another run.dir or move them away.")
@@ -125,7 +128,7 @@ def write_manifest(
         "schema_version": SCHEMA_VERSION,
         "stage": folder.name,
         "fingerprint": fingerprint(settings, inputs),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": settings.get("run.seed"),
         "git_commit": _git_commit(),
         "packages": _package_versions(),

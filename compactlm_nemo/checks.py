@@ -13,6 +13,7 @@ from compactlm_nemo.evaluation.harness import harness_problem
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.teacher import companions_folder, declared_dims, teacher_dims
 from compactlm_nemo.parallel.launch import is_main_rank
+from compactlm_nemo.search.space import enumerate_space
 
 
 def source_dims(config: Config) -> Dims | None:
@@ -49,6 +50,7 @@ def check(config: Config) -> None:
         problems.append(
             f"distill.micro_batch={distill.micro_batch} must divide distill.global_batch={distill.global_batch}."
         )
+    problems += _data_problems(config)
     if problem := harness_problem(config.evaluate):
         problems.append(problem)
     shared = {c.path for c in config.data.train.values()} & {c.path for c in config.data.heldout.values()}
@@ -72,7 +74,28 @@ def launch_problems(config: Config, world_size: int) -> str:
             f"distill.global_batch={distill.global_batch} must be a multiple of data-parallel ranks {dp} x "
             f"distill.micro_batch={distill.micro_batch}; use {dp * distill.micro_batch} or a multiple."
         )
+    windows = config.evaluate.tokens // config.data.sequence_length
+    for name, count in (("score.samples", config.score.samples), ("evaluate.tokens / data.sequence_length", windows)):
+        if count < dp:
+            return f"{name} = {count} must be at least the {dp} data-parallel ranks; raise it or start fewer ranks."
     return ""
+
+
+def _data_problems(config: Config) -> list[str]:
+    data = config.data
+    problems = []
+    if not config.dry_run:
+        problems += [
+            f"data.{part} is empty; give at least one text, as data.{part}.NAME=text.jsonl."
+            for part in ("train", "heldout")
+            if not getattr(data, part)
+        ]
+    if config.evaluate.tokens < data.sequence_length:
+        problems.append(
+            f"evaluate.tokens={config.evaluate.tokens} is less than one window of "
+            f"data.sequence_length={data.sequence_length}; raise it."
+        )
+    return problems
 
 
 def _listed(problems: list[str]) -> str:
@@ -123,22 +146,33 @@ def _token_file_problems(config: Config, dims: Dims) -> list[str]:
 
 
 def _layout_problems(config: Config, dims: Dims) -> list[str]:
+    """Teacher and every candidate must split over the mesh."""
     tp, pp = config.parallel.tp, config.parallel.pp
-    search = config.search
+    problems = []
+    if config.data.sequence_length > dims.max_position_embeddings:
+        problems.append(
+            f"data.sequence_length={config.data.sequence_length} exceeds the {dims.max_position_embeddings} positions "
+            "the teacher was made for; shorten it."
+        )
+    try:
+        models = [dims, *enumerate_space(dims, config.search)]
+    except CompactLMError as error:
+        problems.append(str(error))
+        models = [dims]
     sizes = {
-        "query groups": [dims.num_query_groups],
-        "heads": [dims.num_heads, *search.heads],
-        "MLP width": [dims.ffn_hidden_size, *search.ffn],
+        "query groups": {model.num_query_groups for model in models},
+        "heads": {model.num_heads for model in models},
+        "MLP width": {model.ffn_hidden_size for model in models},
     }
-    problems = [
+    problems += [
         f"parallel.tp={tp} must divide the {name} {size}; use a common divisor."
         for name, values in sizes.items()
-        for size in dict.fromkeys(values)
+        for size in sorted(values)
         if size % tp
     ]
     problems += [
         f"parallel.pp={pp} must divide the {layers} layers; use a divisor."
-        for layers in dict.fromkeys([dims.num_layers, *search.layers])
+        for layers in sorted({model.num_layers for model in models})
         if layers % pp
     ]
     return problems

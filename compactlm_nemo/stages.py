@@ -13,10 +13,10 @@ from rich.console import Console
 from compactlm_nemo.artifacts import fresh_folder, read_manifest, settings_of, stage_is_done, write_manifest
 from compactlm_nemo.checks import check, launch_problems
 from compactlm_nemo.config.load import to_yaml
-from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.schema import Config, deciding
 from compactlm_nemo.errors import CompactLMError, ConfigError
 from compactlm_nemo.models.hf import COMPANIONS
-from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, launched
+from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, launched, main_rank_writes
 
 EDGE_BYTES = 2**20
 """Bytes hashed at either end of an input file: enough to tell files apart without reading terabytes at each start."""
@@ -61,7 +61,7 @@ STAGES: dict[str, Stage] = {
             "score",
             ("import", "tokenize"),
             lambda c: {
-                "score": {k: v for k, v in asdict(c.score).items() if k != "micro_batch"},
+                "score": deciding(c.score),
                 "data.sequence_length": c.data.sequence_length,
                 "data.train": asdict(c.data)["train"],
                 "run.seed": c.run.seed,
@@ -73,9 +73,13 @@ STAGES: dict[str, Stage] = {
             "distill",
             "distill",
             ("prune",),
-            lambda c: {"distill": c.distill, "data.sequence_length": c.data.sequence_length, "run.seed": c.run.seed},
+            lambda c: {
+                "distill": deciding(c.distill),
+                "data.sequence_length": c.data.sequence_length,
+                "run.seed": c.run.seed,
+            },
         ),
-        Stage("evaluate", "evaluate", ("distill",), lambda c: {"evaluate": c.evaluate}),
+        Stage("evaluate", "evaluate", ("distill",), lambda c: {"evaluate": deciding(c.evaluate)}),
         Stage("export", "export", ("distill",), lambda c: {}),
         Stage("report", "report", ("evaluate", "export"), lambda c: {}),
     )
@@ -153,7 +157,7 @@ def _done(stage: Stage, config: Config) -> bool:
 
 def _run_one(stage: Stage, config: Config, console: Console) -> None:
     from compactlm_nemo import verbs
-    from compactlm_nemo.parallel.collectives import barrier
+    from compactlm_nemo.parallel.collectives import barrier, broadcast_object
     from compactlm_nemo.parallel.groups import current_mesh
     from compactlm_nemo.report.build import report
 
@@ -169,14 +173,17 @@ def _run_one(stage: Stage, config: Config, console: Console) -> None:
         "report": report,
     }
     folder = Path(config.run.dir) / stage.folder
-    if _done(stage, config):
+    # The main rank decides for all: file systems of a cluster do not show every node the same at once.
+    done = False
+    with main_rank_writes() as writes:
+        if writes:
+            done = _done(stage, config)
+            if not done:
+                fresh_folder(folder)
+    if broadcast_object(done):
         console.print(f"{stage.name}: done before, skipped")
         return
     console.print(f"{stage.name} ...")
-    barrier()
-    if is_main_rank():
-        fresh_folder(folder)
-    barrier()
     try:
         results = work[stage.name](verbs.Run(config, current_mesh()), folder)
     except CompactLMError as error:
@@ -185,6 +192,6 @@ def _run_one(stage: Stage, config: Config, console: Console) -> None:
         error.add_note(f"The stage that failed: {stage.name}")
         raise
     barrier()
-    if is_main_rank():
-        write_manifest(folder, _settings(stage, config), _inputs(stage, config), results)
-    barrier()
+    with main_rank_writes() as writes:
+        if writes:
+            write_manifest(folder, _settings(stage, config), _inputs(stage, config), results)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
-from compactlm_nemo.config.schema import Config, Precision
+from compactlm_nemo.config.schema import Config, Precision, deciding
 from compactlm_nemo.data.tokens import load_tokenizer, refuse_shared_documents, tokenize_corpus
 from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
 from compactlm_nemo.distill.loop import distill
@@ -30,6 +30,7 @@ from compactlm_nemo.models.checkpoint import CheckpointSource, load_model, save_
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import copy_companions, count_params, export_hf
 from compactlm_nemo.models.teacher import companions_folder, open_teacher
+from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.parallel.launch import device, is_main_rank, main_rank_writes
 from compactlm_nemo.pruning.cut import CutSource
@@ -124,6 +125,8 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
             end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
             if end is None or end == tokenizer.unk_token_id != tokenizer.eos_token_id:
                 end = tokenizer.eos_token_id
+            if end is None:
+                raise ConfigError("model.source: its tokenizer has no end-of-text token; set eos_token in its config.")
             refuse_shared_documents(run.config.data)
             for name, corpus in run.config.data.corpora().items():
                 if token_prefix(run, name).parent == folder:
@@ -184,7 +187,17 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     """Teacher + student + tokens -> trained student. Training state lives in `run.dir/training` until the end."""
     config = run.config
     state = run.dir / "training"
-    _claim(state, settings_of({"distill": config.distill, "data": config.data, "run.seed": config.run.seed}))
+    _claim(
+        state,
+        settings_of(
+            {
+                "distill": deciding(config.distill),
+                "data.sequence_length": config.data.sequence_length,
+                "run.seed": config.run.seed,
+                "student": read_manifest(run.dir / "student")["fingerprint"],
+            }
+        ),
+    )
     dims = run.dims("student")
     samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed, None)
     student, teacher = run.load("student"), run.load("teacher")
@@ -220,7 +233,7 @@ def _claim(state: Path, settings: dict[str, Any]) -> None:
         if writes and not (state / "settings.json").exists():
             state.mkdir(parents=True, exist_ok=True)
             atomic_write_text(state / "settings.json", text)
-    old = json.loads((state / "settings.json").read_text())
+    old: dict[str, Any] = broadcast_object(json.loads((state / "settings.json").read_text()) if is_main_rank() else {})
     new = json.loads(text)
     differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if differing:
@@ -286,10 +299,10 @@ def _task_results(run: Run, stage: str, scratch: Path) -> dict[str, float]:
     return {f"task_{name}": value for name, value in values.items()}
 
 
-def _recovered(rows: list[dict[str, Any]], key: str) -> float:
-    """Share of the loss gap between teacher and pruned model that distillation closed."""
+def _recovered(rows: list[dict[str, Any]], key: str) -> float | None:
+    """Share of the loss gap between teacher and pruned model that distillation closed; None without a gap."""
     teacher, pruned, distilled = (row[key] for row in rows)
-    return (pruned - distilled) / (pruned - teacher)
+    return None if pruned == teacher else (pruned - distilled) / (pruned - teacher)
 
 
 def export(run: Run, folder: Path) -> dict[str, Any]:

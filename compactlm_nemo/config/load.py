@@ -130,7 +130,8 @@ def schema_reference() -> list[tuple[str, str, str, str]]:
                 walk(type(default), f"{prefix}{f.name}.")
             else:
                 shown = "required" if default == "???" else getattr(default, "name", repr(default))
-                rows.append((prefix + f.name, str(f.type), shown, docs.get((cls.__name__, f.name), "")))
+                meaning = " ".join(docs.get((cls.__name__, f.name), "").split())
+                rows.append((prefix + f.name, str(f.type), shown, meaning))
 
     walk(Config, "")
     return rows

@@ -38,6 +38,15 @@ class WandbMode(Enum):
     online = "online"
 
 
+SPEED_ONLY = {"micro_batch", "chunk_tokens", "checkpoint_every", "keep_checkpoints", "log_every"}
+"""Settings that change memory, speed or output, not the result; they may differ when a run goes on."""
+
+
+def deciding(section: Any) -> dict[str, Any]:
+    """The settings of a section that decide its result."""
+    return {name: value for name, value in vars(section).items() if name not in SPEED_ONLY}
+
+
 def require(holds: bool, message: str) -> None:
     """Raise ConfigError(message) unless the rule holds."""
     if not holds:
@@ -49,7 +58,7 @@ class RunConfig:
     dir: str = MISSING
     """Folder of this run; each stage writes its artifact into a subfolder."""
     seed: int = 1234
-    """Seed of calibration windows, data order and initialisation."""
+    """Seed of calibration windows and data order."""
 
 
 @dataclass(kw_only=True)
@@ -213,8 +222,19 @@ class DistillConfig:
     def __post_init__(self) -> None:
         require(self.steps > 0, f"distill.steps={self.steps} must be > 0.")
         require(self.temperature > 0, f"distill.temperature={self.temperature} must be > 0; 1.0 is plain KL.")
-        for name in ("global_batch", "micro_batch", "chunk_tokens", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            "global_batch",
+            "micro_batch",
+            "chunk_tokens",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+        ):
             require(getattr(self, name) > 0, f"distill.{name}={getattr(self, name)} must be > 0.")
+        require(self.weight_decay >= 0, f"distill.weight_decay={self.weight_decay} must be >= 0; 0 is off.")
+        require(self.clip_grad >= 0, f"distill.clip_grad={self.clip_grad} must be >= 0; 0 is off.")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"distill.{name}={getattr(self, name)} must be in [0, 1); try 0.9.")
         require(self.lr > 0, f"distill.lr={self.lr} must be > 0; the paper uses 2e-4.")
         require(
             0 <= self.min_lr <= self.lr,

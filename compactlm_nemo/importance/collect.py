@@ -86,9 +86,13 @@ class Collector:
         self._aggregate(key, self.cfg.batch_aggregator).add(values_BE)
 
     def states(self) -> dict[Key, Any]:
+        """Running aggregates on the CPU: they are about to travel to ranks with other devices."""
         for handle in self.handles:
             handle.remove()
-        return {key: aggregate.state() for key, aggregate in self.aggregates.items()}
+        return {
+            key: {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+            for key, state in ((key, aggregate.state()) for key, aggregate in self.aggregates.items())
+        }
 
 
 def collect_scores(

@@ -87,6 +87,10 @@ _FUSED_NORMS = {
 }
 
 
+_NO_WEIGHTS = ("optimizer", "rng", "rerun", "opt_param_scheduler", "chained_")
+"""How the keys of training state begin, which such folders may hold beside the weights."""
+
+
 class CheckpointSource:
     """A `ParameterSource` over a distributed checkpoint: any whole parameter, without process group or model.
 
@@ -102,8 +106,9 @@ class CheckpointSource:
             raise CheckpointError(f"{folder} holds no model; run the stage that makes it.")
         self.reader = FileSystemReader(weights)
         self.metadata = self.reader.read_metadata()
-        self.shapes = parameter_shapes(dims)
+        self.shapes, self.num_layers = parameter_shapes(dims), dims.num_layers
         self.places = {name: self._place(name) for name in self.shapes}
+        self._refuse_others()
 
     def _place(self, name: str) -> tuple[str, int | None]:
         """Stored key of a parameter, and its index in a stack of layers (None: it is stored by itself)."""
@@ -123,10 +128,19 @@ class CheckpointSource:
                         return key, layer
         raise CheckpointError(f"checkpoint {self.reader.path} has no parameter {name}; is this its config?")
 
+    def _refuse_others(self) -> None:
+        used = {key for key, _ in self.places.values()}
+        for key, stored in self.metadata.state_dict_metadata.items():
+            if isinstance(stored, TensorStorageMetadata) and key not in used and not key.startswith(_NO_WEIGHTS):
+                if "_extra_state" not in key and not key.endswith("output_layer.weight"):
+                    raise CheckpointError(
+                        f"checkpoint {self.reader.path} has {key}, which the config does not explain."
+                    )
+
     def _check_shape(self, name: str, key: str, layer: int | None) -> None:
         size = list(self.metadata.state_dict_metadata[key].size)  # type: ignore[union-attr]
-        if layer is not None and layer >= size[0]:
-            raise CheckpointError(f"checkpoint {self.reader.path} has {size[0]} layers, the config more.")
+        if layer is not None and size[0] != self.num_layers:
+            raise CheckpointError(f"checkpoint {self.reader.path} has {size[0]} layers, the config {self.num_layers}.")
         have, want = size if layer is None else size[1:], list(self.shapes[name])
         is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         if have != want and not (is_vocabulary and have[1:] == want[1:] and have[0] >= want[0]):

@@ -25,7 +25,10 @@ def declared_dims(cfg: ModelConfig) -> Dims | None:
     kind = values.pop("model_type", None)
     if kind is None:
         raise ConfigError("model.architecture has no model_type; give for example model.architecture.model_type=llama.")
-    return dims_of(AutoConfig.for_model(kind, **values))
+    try:
+        return dims_of(AutoConfig.for_model(kind, **values))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"model.architecture is no config of transformers: {str(error).splitlines()[0]}") from None
 
 
 def companions_folder(cfg: ModelConfig) -> Path:

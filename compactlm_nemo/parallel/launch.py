@@ -6,16 +6,22 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from compactlm_nemo.parallel.collectives import barrier
+from compactlm_nemo.errors import CompactLMError
+from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.host import use_cpu
+
+MAIN_RANK_WORK = timedelta(hours=12)
+"""How long ranks wait for work of the main rank alone (tokenising, tasks). Training has Megatron's own groups, whose
+timeout is 30 minutes."""
 
 
 def launch_world_size() -> int:
-    """Number of processes torchrun or srun started, 1 without them."""
+    """Number of processes that torchrun started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -25,9 +31,17 @@ def is_main_rank() -> bool:
 
 @contextmanager
 def main_rank_writes() -> Iterator[bool]:
-    """True on the rank that writes plain files; the others leave the block when it is done."""
-    yield is_main_rank()
-    barrier()
+    """True on the rank that writes plain files; the others leave the block when it is done, or fail as it did."""
+    problem: str | None = None
+    try:
+        yield is_main_rank()
+    except Exception as error:
+        problem = str(error) or type(error).__name__
+        raise
+    finally:
+        told = broadcast_object(problem)
+        if told is not None and not is_main_rank():
+            raise CompactLMError(told)
 
 
 def device() -> torch.device:
@@ -57,7 +71,7 @@ def launched(tp: int, pp: int, seed: int) -> Iterator[None]:
         if launch_world_size() == 1:
             dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         else:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=MAIN_RANK_WORK)
         try:
             start_mesh(tp, pp, seed)
             yield

@@ -56,7 +56,7 @@ def _write(run_dir: Path, folder: Path) -> None:
         if key.startswith("loss_")
     ]
     plot_sizes(points, folder / "sizes.png")
-    recovered = [f"- {name}: {share:.1%}" for name, share in evaluation["recovered"].items()]
+    recovered = [f"- {name}: {_percent(share)}" for name, share in evaluation["recovered"].items()]
     shape = read_manifest(run_dir / "student")["results"]["shape"]
     text = [
         f"# {run_dir.name}",
@@ -76,10 +76,14 @@ def _write(run_dir: Path, folder: Path) -> None:
     atomic_write_text(folder / "report.md", "\n".join(text) + "\n")
 
 
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
 def show(run_dir: Path, console: Console) -> None:
     """The closing table and where the results are."""
     console.print(rich_table(run_dir.name, table_rows(run_dir)))
     for name, share in read_manifest(run_dir / "evaluate")["results"]["recovered"].items():
-        console.print(f"loss gap closed on {name}: {share:.1%}")
+        console.print(f"loss gap closed on {name}: {_percent(share)}")
     console.print(f"Hugging Face folder: {read_manifest(run_dir / 'export')['results']['folder']}", soft_wrap=True)
     console.print(f"report: {run_dir / 'report' / 'report.md'}", soft_wrap=True)
