@@ -130,3 +130,18 @@ def test_settings_are_flat_and_equal_after_json():
     assert flat["part.color"] == "red" and flat["part.sizes"] == [1, 2] and flat["part.nested.samples"] == 3
     assert flat["data.train.wiki.weight"] == 2.0 and flat["data.sequence_length"] == 512 and flat["run.seed"] == 5
     assert json.loads(json.dumps(flat)) == flat
+
+
+def test_a_kill_while_cleaning_leaves_a_folder_that_can_be_cleaned_again(tmp_path, monkeypatch):
+    folder = artifacts.fresh_folder(tmp_path / "stage")
+    (folder / "part").mkdir()
+    (folder / "big").write_text("x")
+
+    def killed(path, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.fresh_folder(folder)
+    monkeypatch.undo()
+    assert [path.name for path in artifacts.fresh_folder(folder).iterdir()] == [".in_progress"]

@@ -234,3 +234,37 @@ def test_bad_input_ends_before_anything_is_built(
     assert words in result.stderr
     assert all(line.startswith(("error: ", "- ")) for line in result.stderr.splitlines())
     assert not (tmp_path / "run").exists()
+
+
+def _state_before(finished: Path, copy: Path, *stages: str) -> Path:
+    """A copy of the finished run without some of its stage folders."""
+    shutil.copytree(finished, copy)
+    for stage in stages:
+        shutil.rmtree(copy / stage)
+    return copy
+
+
+LATE = ("distill", "evaluate", "export", "report")
+
+
+def test_training_of_another_student_is_not_continued(inputs: Path, finished: Path, tmp_path: Path) -> None:
+    run = _state_before(finished, tmp_path / "run", "search", "student", *LATE)
+    result = _run(command(inputs, run, *_extras(inputs), "search.ffn=[48]"))
+    assert result.returncode == 2
+    assert f"{run}/training holds training with another student" in result.stderr
+
+
+def test_memory_settings_may_change_when_training_goes_on(inputs: Path, finished: Path, tmp_path: Path) -> None:
+    run = _state_before(finished, tmp_path / "run", *LATE)
+    result = _run(command(inputs, run, "distill.micro_batch=1", "distill.chunk_tokens=8", recipe="distill"))
+    assert result.returncode == 0, result.stderr
+    assert _metrics(run) == _metrics(finished)
+
+
+@pytest.mark.parametrize(("part", "file"), [("train", "train.jsonl"), ("heldout", "test.jsonl")])
+def test_a_changed_text_is_noticed(inputs: Path, finished: Path, tmp_path: Path, part: str, file: str) -> None:
+    changed = tmp_path / file  # the name stays the same
+    changed.write_text((inputs / file).read_text().replace("w1 ", "w2 "))
+    result = _run(command(inputs, finished, *_extras(inputs), f"data.{part}.a={changed}"))
+    assert result.returncode == 2
+    assert f"input data.{part}.a" in result.stderr
