@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from rich.markup import escape
 from rich.table import Table
@@ -49,10 +49,13 @@ def comparison_markdown(rows: list[dict[str, Any]]) -> str:
 
 def rich_table(title: str, rows: list[dict[str, Any]]) -> Table:
     """The same table for a terminal; text is shown as it is, never read as rich markup."""
-    table = Table(title=escape(title))
+    table = Table(title=escape(title), padding=0)
     columns = _columns(rows)
     for column in columns:
-        table.add_column(escape(column), justify="right" if _is_numeric(rows, column) else "left")
+        # A heading may break over lines, a value must stay whole.
+        widest = max((len(_cell(row.get(column))) for row in rows), default=0)
+        justify: Literal["left", "right"] = "right" if _is_numeric(rows, column) else "left"
+        table.add_column(escape(column), justify=justify, min_width=widest)
     for row in rows:
         table.add_row(*(escape(_cell(row.get(column))) for column in columns))
     return table

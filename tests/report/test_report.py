@@ -82,3 +82,12 @@ def test_sizes_has_one_colour_a_text(tmp_path):
     assert colours(tmp_path / "one.png", "orange") == 0
     with pytest.raises(DataError, match="no result"):
         plot_sizes([], tmp_path / "none.png")
+
+
+def test_values_stay_whole_on_a_narrow_terminal():
+    row = {"model": "distilled", "parameters": 134515008, "LM loss wiki": "2.9423", "LM loss django": "3.1837"}
+    row |= {"tokens trained": 102400, "forward tokens/s": 1082}
+    console = Console(width=80, file=io.StringIO())
+    console.print(rich_table("run", [row]))
+    for value in ("distilled", "134,515,008", "2.9423", "3.1837", "102,400", "1,082"):
+        assert value in console.file.getvalue()
