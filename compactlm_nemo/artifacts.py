@@ -83,12 +83,12 @@ def stage_is_done(folder: Path, settings: Mapping[str, Any], inputs: Mapping[str
     manifest = read_manifest(folder)
     if manifest["fingerprint"] == fingerprint(settings, inputs):
         return True
-    differences = [
-        *_differences(manifest["settings"], settings, ""),
-        *_differences(manifest["inputs"], inputs, "input "),
+    differing = [
+        *differences(manifest["settings"], settings),
+        *differences(manifest["inputs"], inputs, "input "),
     ]
-    shown = ", ".join(differences[:_SHOWN_DIFFERENCES])
-    more = f" and {len(differences) - _SHOWN_DIFFERENCES} more" if len(differences) > _SHOWN_DIFFERENCES else ""
+    shown = ", ".join(differing[:_SHOWN_DIFFERENCES])
+    more = f" and {len(differing) - _SHOWN_DIFFERENCES} more" if len(differing) > _SHOWN_DIFFERENCES else ""
     raise ConfigError(
         f"run.dir={folder.parent} holds {folder.name} of another configuration (differs: {shown}{more}); "
         f"choose another run.dir or delete {folder}."
@@ -180,7 +180,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], kind: str) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], kind: str = "") -> list[str]:
+    """`KEY=OLD vs NEW` for every key that differs."""
     absent = "(absent)"
     keys = sorted({key for key in old.keys() | new.keys() if old.get(key, absent) != new.get(key, absent)})
     return [f"{kind}{key}={_short(old.get(key, absent))} vs {_short(new.get(key, absent))}" for key in keys]

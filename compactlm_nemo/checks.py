@@ -6,9 +6,9 @@ from pathlib import Path
 
 from compactlm_nemo.artifacts import MANIFEST
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.data.tokens import load_tokenizer
+from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer
 from compactlm_nemo.data.windows import TokenStream
-from compactlm_nemo.errors import CompactLMError, ConfigError
+from compactlm_nemo.errors import CompactLMError, ConfigError, listed
 from compactlm_nemo.evaluation.harness import harness_problem
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.teacher import companions_folder, declared_dims, teacher_dims
@@ -33,8 +33,8 @@ def _difference(source: Path, declared: Dims, found: Dims) -> str:
     return f"model.source={source} is not the model.architecture of this experiment: {told}; give the right teacher."
 
 
-def check(config: Config) -> None:
-    """Raise one ConfigError that lists every broken rule."""
+def check(config: Config) -> Dims | None:
+    """The teacher's architecture, as `source_dims`; one ConfigError lists every broken rule."""
     problems = _missing_files(config)
     try:
         dims = source_dims(config)
@@ -56,7 +56,8 @@ def check(config: Config) -> None:
     shared = {c.path for c in config.data.train.values()} & {c.path for c in config.data.heldout.values()}
     problems += [f"data.heldout and data.train share {path}; hold out other documents." for path in sorted(shared)]
     if problems:
-        raise ConfigError(_listed(problems))
+        raise ConfigError(listed(problems))
+    return dims
 
 
 def launch_problems(config: Config, world_size: int) -> str:
@@ -98,12 +99,6 @@ def _data_problems(config: Config) -> list[str]:
     return problems
 
 
-def _listed(problems: list[str]) -> str:
-    if len(problems) == 1:
-        return problems[0]
-    return "\n- ".join([f"{len(problems)} problems:", *problems])
-
-
 def _missing_files(config: Config) -> list[str]:
     if config.dry_run and config.model.architecture:
         return []
@@ -111,23 +106,19 @@ def _missing_files(config: Config) -> list[str]:
     if not Path(config.model.source).exists():
         problems.append(f"model.source={config.model.source} does not exist; give a model folder or a .gguf file.")
     for name, corpus in config.data.corpora().items():
-        path = Path(corpus.path)
-        if not path.is_file() and not path.with_name(path.name + ".idx").is_file():
-            problems.append(f"data.{name}.path={path} does not exist; give a .jsonl file or a Megatron prefix.")
+        if not Path(corpus.path).is_file() and not corpus.is_tokenised:
+            problems.append(f"data.{name}.path={corpus.path} does not exist; give a .jsonl file or a Megatron prefix.")
     return problems
 
 
 def _tokenizer_problems(config: Config, dims: Dims) -> list[str]:
-    source = Path(config.model.source)
-    if not source.is_dir() or not (companions_folder(config.model) / "tokenizer.json").is_file():
+    if not Path(config.model.source).is_dir() or not (companions_folder(config.model) / "tokenizer.json").is_file():
         return []
     try:
-        size = len(load_tokenizer(companions_folder(config.model)))
+        check_vocabulary(load_tokenizer(companions_folder(config.model)), dims.vocab_size)
     except CompactLMError as error:
         return [str(error)]
-    if size <= dims.vocab_size:
-        return []
-    return [f"model.source={source}: vocab_size={dims.vocab_size} is smaller than its tokenizer's {size}; they differ."]
+    return []
 
 
 def _token_file_problems(config: Config, dims: Dims) -> list[str]:
@@ -136,10 +127,9 @@ def _token_file_problems(config: Config, dims: Dims) -> list[str]:
         return []
     problems = []
     for corpus in config.data.corpora().values():
-        path = Path(corpus.path)
-        if path.with_name(path.name + ".idx").is_file():
+        if corpus.is_tokenised:
             try:
-                TokenStream(path, dims.vocab_size)
+                TokenStream(Path(corpus.path), dims.vocab_size)
             except CompactLMError as error:
                 problems.append(str(error))
     return problems

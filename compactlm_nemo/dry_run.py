@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compactlm_nemo.checks import source_dims
 from compactlm_nemo.config.schema import Config, Precision
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import num_params, params_per_rank
@@ -24,11 +23,10 @@ HOLDS = {
 """What each stage has in a rank's memory at its fullest; the others hold no model. Activations come on top."""
 
 
-def plan_lines(config: Config, folders: dict[str, str]) -> list[str]:
+def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) -> list[str]:
     """Ranks, per-rank parameters and bytes, and output folder of each stage, given as name -> folder."""
     parallel = config.parallel
     lines = [f"ranks needed: a multiple of tp {parallel.tp} x pp {parallel.pp} = {parallel.tp * parallel.pp}"]
-    teacher = source_dims(config)
     if teacher is None:
         lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
         return lines + [f"{name}: writes {Path(config.run.dir) / folder}" for name, folder in folders.items()]

@@ -1,6 +1,13 @@
 """The errors a user can meet. Each is one line: what was given, the rule it breaks, the way out."""
 
 
+def listed(problems: list[str]) -> str:
+    """One message for one or more problems."""
+    if len(problems) == 1:
+        return problems[0]
+    return "\n- ".join([f"{len(problems)} problems:", *problems])
+
+
 class CompactLMError(Exception):
     """Base of all errors that end a command with exit code 2 and one line."""
 

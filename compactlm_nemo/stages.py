@@ -120,23 +120,24 @@ def verb(stage: str) -> str:
 
 def run_stages(config: Config, only: str | None = None) -> None:
     """Run one stage, or all in order. Every process of the launch calls it."""
-    check(config)
+    teacher = check(config)
     if config.dry_run:
         from compactlm_nemo.dry_run import plan_lines
 
         if is_main_rank():
             print(to_yaml(config))
             names = [only] if only else list(STAGES)
-            print("\n".join(plan_lines(config, {name: STAGES[name].folder for name in names})))
+            print("\n".join(plan_lines(config, teacher, {name: STAGES[name].folder for name in names})))
         return
     if problems := launch_problems(config, launch_world_size()):
         raise ConfigError(problems)
     names = [only] if only else list(STAGES)
     pending = names
     console = Console(quiet=not is_main_rank())
-    while pending and _done(STAGES[pending[0]], config):
-        console.print(f"{pending[0]}: done before, skipped")
-        pending = pending[1:]
+    if launch_world_size() == 1:  # more ranks leave the decision to the main one, in _run_one
+        while pending and stage_is_done(_folder(STAGES[pending[0]], config), *_identity(STAGES[pending[0]], config)):
+            console.print(f"{pending[0]}: done before, skipped")
+            pending = pending[1:]
     if pending:
         with launched(config.parallel.tp, config.parallel.pp, config.run.seed):
             for name in pending:
@@ -147,12 +148,13 @@ def run_stages(config: Config, only: str | None = None) -> None:
         show(Path(config.run.dir), console)
 
 
-def _settings(stage: Stage, config: Config) -> dict[str, Any]:
-    return settings_of(stage.settings(config))
+def _folder(stage: Stage, config: Config) -> Path:
+    return Path(config.run.dir) / stage.folder
 
 
-def _done(stage: Stage, config: Config) -> bool:
-    return stage_is_done(Path(config.run.dir) / stage.folder, _settings(stage, config), _inputs(stage, config))
+def _identity(stage: Stage, config: Config) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and inputs that decide a stage's result."""
+    return settings_of(stage.settings(config)), _inputs(stage, config)
 
 
 def _run_one(stage: Stage, config: Config, console: Console) -> None:
@@ -172,12 +174,13 @@ def _run_one(stage: Stage, config: Config, console: Console) -> None:
         "export": verbs.export,
         "report": report,
     }
-    folder = Path(config.run.dir) / stage.folder
+    folder = _folder(stage, config)
     # The main rank decides for all: file systems of a cluster do not show every node the same at once.
     done = False
     with main_rank_writes() as writes:
         if writes:
-            done = _done(stage, config)
+            settings, inputs = _identity(stage, config)
+            done = stage_is_done(folder, settings, inputs)
             if not done:
                 fresh_folder(folder)
     if broadcast_object(done):
@@ -194,4 +197,4 @@ def _run_one(stage: Stage, config: Config, console: Console) -> None:
     barrier()
     with main_rank_writes() as writes:
         if writes:
-            write_manifest(folder, _settings(stage, config), _inputs(stage, config), results)
+            write_manifest(folder, settings, inputs, results)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
+from compactlm_nemo.artifacts import atomic_write_text, differences, read_manifest, settings_of
 from compactlm_nemo.config.schema import Config, Precision, deciding
-from compactlm_nemo.data.tokens import load_tokenizer, refuse_shared_documents, tokenize_corpus
+from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer, refuse_shared_documents, tokenize_corpus
 from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
 from compactlm_nemo.distill.loop import distill
-from compactlm_nemo.errors import CheckpointError, ConfigError, DataError
+from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.evaluation.harness import run_tasks
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.importance.collect import collect_scores
@@ -78,6 +78,9 @@ class Run:
             dims.save(folder / MODEL)
         save_model(folder, model, self.mesh)
 
+    def scores(self) -> dict[str, torch.Tensor]:
+        return load_file(self.dir / "score" / "scores.safetensors")
+
     def train_prefixes(self) -> list[tuple[Path, float]]:
         return [(token_prefix(self, f"train.{name}"), corpus.weight) for name, corpus in self.config.data.train.items()]
 
@@ -105,10 +108,8 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
 
 def token_prefix(run: Run, corpus: str) -> Path:
     """Where the tokens of a corpus are: its own Megatron files, or those the tokenize stage made."""
-    configured = Path(run.config.data.corpora()[corpus].path)
-    if configured.with_name(configured.name + ".idx").is_file():
-        return configured
-    return run.dir / "tokens" / corpus
+    configured = run.config.data.corpora()[corpus]
+    return Path(configured.path) if configured.is_tokenised else run.dir / "tokens" / corpus
 
 
 def tokenize(run: Run, folder: Path) -> dict[str, Any]:
@@ -117,11 +118,7 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
     with main_rank_writes() as writes:
         if writes:
             tokenizer = load_tokenizer(run.dir / "teacher" / HF)
-            vocab = run.dims("teacher").vocab_size
-            if len(tokenizer) > vocab:
-                raise ConfigError(
-                    f"model.source: its vocabulary of {vocab} is smaller than its tokenizer's {len(tokenizer)}."
-                )
+            check_vocabulary(tokenizer, run.dims("teacher").vocab_size)  # a GGUF file's is known only now
             end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
             if end is None or end == tokenizer.unk_token_id != tokenizer.eos_token_id:
                 end = tokenizer.eos_token_id
@@ -157,7 +154,7 @@ def search(run: Run, folder: Path) -> dict[str, Any]:
     """Scores + budget -> candidates.json, best first."""
     dims = run.dims("teacher")
     found = enumerate_space(dims, run.config.search)
-    ranked = rank_candidates(dims, found, load_file(run.dir / "score" / "scores.safetensors"))
+    ranked = rank_candidates(dims, found, run.scores())
     with main_rank_writes() as writes:
         if writes:
             atomic_write_text(folder / "candidates.json", json.dumps([asdict(c) for c in ranked], indent=2) + "\n")
@@ -172,7 +169,7 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
         raise ConfigError(f"prune.candidate={chosen} must be in [0, {len(candidates)}), the number of candidates.")
     teacher = run.dims("teacher")
     student = Candidate(**candidates[chosen]).dims(teacher)
-    plan: Plan = make_plan(teacher, student, load_file(run.dir / "score" / "scores.safetensors"))
+    plan: Plan = make_plan(teacher, student, run.scores())
     model = run.build(student)
     source = CutSource(teacher, plan, CheckpointSource(run.dir / "teacher", teacher))
     fill(model, student, run.mesh, source, run.config.model.vocab_multiple)
@@ -199,14 +196,12 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         ),
     )
     dims = run.dims("student")
-    samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed, None)
+    samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
     student, teacher = run.load("student"), run.load("teacher")
     start = latest_step(state / "checkpoints") or 0
-    name = config.wandb.name or run.dir.name
     with Tracker(
-        state, replace(config.wandb, name=name), settings_of(asdict(config)), is_main_rank(), config.distill.steps,
-        start_step=start,
-    ) as tracker:  # fmt: skip
+        state, config.wandb, settings_of(asdict(config)), is_main_rank(), config.distill.steps, start_step=start
+    ) as tracker:
         distill(
             student,
             teacher,
@@ -235,18 +230,14 @@ def _claim(state: Path, settings: dict[str, Any]) -> None:
             atomic_write_text(state / "settings.json", text)
     old: dict[str, Any] = broadcast_object(json.loads((state / "settings.json").read_text()) if is_main_rank() else {})
     new = json.loads(text)
-    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if differing:
+    if differing := differences(old, new):
         raise ConfigError(
-            f"{state} holds training with another {differing[0]}={old.get(differing[0])}; "
-            f"choose another run.dir or delete {state}."
+            f"{state} holds training with another {differing[0]}; choose another run.dir or delete {state}."
         )
 
 
 def evaluate(run: Run, folder: Path) -> dict[str, Any]:
     """Held-out LM loss, size, forward speed and lm-eval tasks of teacher, pruned and distilled model."""
-    if not run.config.data.heldout:
-        raise DataError("data.heldout is empty; give at least one held-out text.")
     trained = read_manifest(run.dir / "distill")["results"]["tokens"]
     models = (("teacher", "teacher", 0), ("pruned", "student", 0), ("distilled", "distill", trained))
     rows = [
@@ -259,10 +250,7 @@ def evaluate(run: Run, folder: Path) -> dict[str, Any]:
             for row, (_, stage, _) in zip(rows, models, strict=True):
                 row |= _task_results(run, stage, folder / "as_hf")
             atomic_write_text(folder / "results.json", json.dumps(rows, indent=2) + "\n")
-    return {
-        "rows": rows,
-        "recovered": {name: _recovered(rows, f"loss_{name}") for name in run.config.data.heldout},
-    }
+    return {"recovered": {name: _recovered(rows, f"loss_{name}") for name in run.config.data.heldout}}
 
 
 def _heldout_losses(run: Run, label: str, stage: str) -> dict[str, float]:

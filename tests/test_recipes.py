@@ -111,7 +111,7 @@ def test_cross_field_problems_are_listed_together() -> None:
 def test_help_names_every_setting() -> None:
     result = _run("-m", "recipes.distill", "--help")
     assert result.returncode == 0
-    for key, _, _, meaning in schema_reference():
+    for key, _, meaning in schema_reference():
         assert key in result.stdout
         assert meaning, f"{key} has no docstring"
 

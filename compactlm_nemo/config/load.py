@@ -90,7 +90,7 @@ def help_text(description: str) -> str:
     experiments = ", ".join(sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
     lines = [description, "", "usage: python -m recipes.VERB [experiment=NAME] [key=value ...] [dry_run=true]", ""]
     lines += [f"experiments: {experiments}", "", "settings (key = default):"]
-    lines += [f"  {key} = {default}\n      {meaning}" for key, _, default, meaning in schema_reference()]
+    lines += [f"  {key} = {default}\n      {meaning}" for key, default, meaning in schema_reference()]
     return "\n".join(lines)
 
 
@@ -107,8 +107,8 @@ def _fail(message: str) -> int:
     return 2
 
 
-def schema_reference() -> list[tuple[str, str, str, str]]:
-    """(key, type, default, meaning) of every setting, read from the dataclasses and their docstrings."""
+def schema_reference() -> list[tuple[str, str, str]]:
+    """(key, default, meaning) of every setting, read from the dataclasses and their docstrings."""
     import ast
     import inspect
 
@@ -121,7 +121,7 @@ def schema_reference() -> list[tuple[str, str, str, str]]:
             for item, after in zip(node.body, node.body[1:], strict=False):
                 if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
                     docs[node.name, item.target.id] = after.value.value  # type: ignore[union-attr,attr-defined]
-    rows: list[tuple[str, str, str, str]] = []
+    rows: list[tuple[str, str, str]] = []
 
     def walk(cls: type, prefix: str) -> None:
         for f in fields(cls):
@@ -131,7 +131,7 @@ def schema_reference() -> list[tuple[str, str, str, str]]:
             else:
                 shown = "required" if default == "???" else getattr(default, "name", repr(default))
                 meaning = " ".join(docs.get((cls.__name__, f.name), "").split())
-                rows.append((prefix + f.name, str(f.type), shown, meaning))
+                rows.append((prefix + f.name, shown, meaning))
 
     walk(Config, "")
     return rows
@@ -143,7 +143,7 @@ def reference_markdown() -> str:
     return (
         head
         + "| key | default | meaning |\n|---|---|---|\n"
-        + "".join(f"| `{key}` | `{default}` | {meaning} |\n" for key, _, default, meaning in schema_reference())
+        + "".join(f"| `{key}` | `{default}` | {meaning} |\n" for key, default, meaning in schema_reference())
     )
 
 

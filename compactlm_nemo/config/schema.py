@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -102,6 +103,11 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         require(self.weight > 0, f"data.*.weight={self.weight} must be > 0; remove the corpus instead.")
+
+    @property
+    def is_tokenised(self) -> bool:
+        """Whether `path` is the prefix of Megatron token files."""
+        return Path(self.path + ".idx").is_file()
 
 
 def _corpus(key: str, value: Any) -> CorpusConfig:

@@ -14,7 +14,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from compactlm_nemo.config.schema import DataConfig
-from compactlm_nemo.errors import CheckpointError, DataError
+from compactlm_nemo.errors import CheckpointError, ConfigError, DataError
 
 _BATCH_DOCUMENTS = 512
 
@@ -30,6 +30,14 @@ def load_tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{folder} holds no tokenizer that loads ({reason}); add tokenizer.json.") from error
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """ConfigError when the tokenizer has more entries than the model."""
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"model.source: vocab_size={vocab_size} is smaller than its tokenizer's {len(tokenizer)}; give its own."
+        )
 
 
 def tokenize_corpus(path: Path, prefix: Path, tokenizer: Any, eod: int) -> int:

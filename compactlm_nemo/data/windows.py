@@ -99,7 +99,7 @@ class Windows:
         prefixes: Sequence[tuple[Path, float]],
         sequence_length: int,
         seed: int,
-        vocab_size: int | None,
+        vocab_size: int | None = None,
         *,
         purpose: Purpose = Purpose.training,
     ) -> None:

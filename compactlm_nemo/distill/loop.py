@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from compactlm_nemo.config.schema import DistillConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.forward import micro_batches
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.training.checkpoint import latest_step, load_training, save_training
 from compactlm_nemo.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
@@ -29,7 +31,7 @@ def step_batches(
     """
     first = step * cfg.global_batch
     mine = [sample(i) for i in range(first + mesh.dp_rank, first + cfg.global_batch, mesh.dp_size)]
-    return list(torch.stack(mine).to(device).split(cfg.micro_batch))
+    return micro_batches(torch.stack(mine).to(device), cfg.micro_batch)
 
 
 def peak_memory_bytes() -> int:
@@ -74,7 +76,7 @@ def distill(
             ddp, teacher, dims, mesh, batches, temperature=cfg.temperature, chunk_tokens=cfg.chunk_tokens
         )
         _, grad_norm, _ = optimizer.step()
-        if terms["train/kd_logit_nats"] != terms["train/kd_logit_nats"]:
+        if math.isnan(terms["train/kd_logit_nats"]):
             raise NumericsError(f"distill: step {step}: train/kd_logit_nats is NaN; lower distill.lr={cfg.lr}.")
         if (step + 1) % cfg.log_every == 0 or step + 1 == last:
             seconds = time.perf_counter() - start

@@ -13,7 +13,7 @@ from torch import Tensor
 from compactlm_nemo.distill.linear_kd import linear_kd
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each, positions_of
-from compactlm_nemo.parallel.collectives import all_reduce_sum, broadcast_object
+from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.groups import Mesh
 
 TERMS = ("train/kd_logit_nats", "train/lm_loss_nats", "train/teacher_lm_loss_nats")
@@ -91,8 +91,6 @@ def forward_backward(
 def _reduced(sums: list[Tensor], mesh: Mesh, device: torch.device) -> dict[str, float]:
     """Sum over micro-batches and data-parallel ranks, divided by the token count; known on every stage."""
     total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
-    total = all_reduce_sum(total, mesh.dp_group).cpu()
-    if mesh.pp_size > 1:
-        total = broadcast_object(total, mesh.pp_group, src=mesh.last_stage_rank)
+    total = last_stage_total(total, mesh)
     tokens = float(total[-1])
     return {name: float(value) / tokens for name, value in zip(TERMS, total, strict=False)} | {"train/tokens": tokens}

@@ -13,7 +13,7 @@ from torch import Tensor
 from compactlm_nemo.distill.linear_kd import linear_ce
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each, micro_batches
-from compactlm_nemo.parallel.collectives import all_reduce_sum, broadcast_object
+from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.groups import Mesh
 
 
@@ -62,7 +62,7 @@ def evaluate_lm_loss(
     start = time.perf_counter()
     sums = forward_each(model, [batch[:, :-1] for batch in batches], loss_of)
     total = torch.tensor([float(sum(sums)), float(mine[:, 1:].numel())], dtype=torch.float64, device=mine.device)
-    total = broadcast_object(all_reduce_sum(total, mesh.dp_group).cpu(), mesh.pp_group, src=mesh.last_stage_rank)
+    total = last_stage_total(total, mesh)
     seconds = time.perf_counter() - start
     tokens = int(total[1])
     return LMLoss(loss_nats=float(total[0]) / tokens, tokens=tokens, tokens_per_second=tokens / seconds)

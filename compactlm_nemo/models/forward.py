@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -33,13 +34,8 @@ def forward_each(
     Returns what `visit` returned, in order; empty on other stages. `on_input` is told which batch a stage starts.
     """
     results: list[Any] = []
-    start = 0
-    while start < len(batches):
-        end = start
-        while end < len(batches) and batches[end].shape == batches[start].shape:
-            end += 1
-        results += _schedule(model, list(enumerate(batches))[start:end], visit, on_input)
-        start = end
+    for _, group in groupby(enumerate(batches), key=lambda numbered: numbered[1].shape):
+        results += _schedule(model, list(group), visit, on_input)
     return results
 
 

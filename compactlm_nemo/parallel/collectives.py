@@ -6,12 +6,15 @@ device of the group's backend (CUDA for nccl, CPU for gloo). Objects are pickled
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from compactlm_nemo.parallel.groups import Mesh
 
 T = TypeVar("T")
 
@@ -42,6 +45,15 @@ def gather_objects(obj: T) -> list[T]:
     boxes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(boxes, obj)
     return boxes
+
+
+def last_stage_total(total: Tensor, mesh: Mesh) -> Tensor:
+    """Sum over data-parallel ranks of the last pipeline stage's `total`, on the CPU of every rank.
+
+    What other stages pass is not used, but must be of the same shape.
+    """
+    reduced = all_reduce_sum(total, mesh.dp_group).cpu()
+    return broadcast_object(reduced, mesh.pp_group, src=mesh.last_stage_rank) if mesh.pp_size > 1 else reduced
 
 
 def barrier() -> None:

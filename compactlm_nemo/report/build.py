@@ -16,11 +16,16 @@ from compactlm_nemo.report.tables import comparison_markdown, rich_table
 from compactlm_nemo.training.tracker import METRICS
 
 
+def _results(run_dir: Path) -> list[dict[str, Any]]:
+    """What the evaluate stage found, a row a model."""
+    rows: list[dict[str, Any]] = json.loads((run_dir / "evaluate" / "results.json").read_text())
+    return rows
+
+
 def table_rows(run_dir: Path) -> list[dict[str, Any]]:
     """One row a model with rounded figures."""
-    rows = json.loads((run_dir / "evaluate" / "results.json").read_text())
     table = []
-    for row in rows:
+    for row in _results(run_dir):
         losses = {key: value for key, value in row.items() if key.startswith("loss_")}
         tasks = {key: value for key, value in row.items() if key.startswith("task_")}
         table.append(
@@ -45,18 +50,17 @@ def report(run: Any, folder: Path) -> dict[str, Any]:
 
 
 def _write(run_dir: Path, folder: Path) -> None:
-    evaluation = read_manifest(run_dir / "evaluate")["results"]
     metrics = [json.loads(line) for line in (run_dir / "distill" / METRICS).read_text().splitlines()]
     plot_loss_curve(metrics, folder / "loss.png")
     plot_importance(load_file(run_dir / "score" / "scores.safetensors"), folder / "importance.png")
     points = [
         {"model": row["model"], "params": row["params"], "lm_loss_nats": value, "text": key.removeprefix("loss_")}
-        for row in evaluation["rows"]
+        for row in _results(run_dir)
         for key, value in row.items()
         if key.startswith("loss_")
     ]
     plot_sizes(points, folder / "sizes.png")
-    recovered = [f"- {name}: {_percent(share)}" for name, share in evaluation["recovered"].items()]
+    recovered = [f"- {name}: {_percent(share)}" for name, share in _recovered(run_dir).items()]
     shape = read_manifest(run_dir / "student")["results"]["shape"]
     text = [
         f"# {run_dir.name}",
@@ -76,6 +80,11 @@ def _write(run_dir: Path, folder: Path) -> None:
     atomic_write_text(folder / "report.md", "\n".join(text) + "\n")
 
 
+def _recovered(run_dir: Path) -> dict[str, float | None]:
+    recovered: dict[str, float | None] = read_manifest(run_dir / "evaluate")["results"]["recovered"]
+    return recovered
+
+
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
@@ -83,7 +92,7 @@ def _percent(share: float | None) -> str:
 def show(run_dir: Path, console: Console) -> None:
     """The closing table and where the results are."""
     console.print(rich_table(run_dir.name, table_rows(run_dir)))
-    for name, share in read_manifest(run_dir / "evaluate")["results"]["recovered"].items():
+    for name, share in _recovered(run_dir).items():
         console.print(f"loss gap closed on {name}: {_percent(share)}")
     console.print(f"Hugging Face folder: {read_manifest(run_dir / 'export')['results']['folder']}", soft_wrap=True)
     console.print(f"report: {run_dir / 'report' / 'report.md'}", soft_wrap=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import product
 
 from compactlm_nemo.config.schema import SearchConfig
-from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.errors import ConfigError, listed
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import num_params
 
@@ -73,10 +73,8 @@ def _check_axes(teacher: Dims, cfg: SearchConfig) -> None:
             problems.append(f"{name} is {round(width)}, must be in [1, {teacher.ffn_hidden_size}] (the teacher's).")
     if cfg.params is not None and cfg.params <= 0:
         problems.append(f"search.params={cfg.params:g} must be > 0; null takes the whole space.")
-    if len(problems) == 1:
-        raise ConfigError(problems[0])
     if problems:
-        raise ConfigError(f"{len(problems)} problems:\n" + "\n".join(f"- {problem}" for problem in problems))
+        raise ConfigError(listed(problems))
 
 
 def _out_of_range(axis: str, values: Sequence[int], largest: int) -> list[str]:

@@ -12,17 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compactlm_nemo.distill.step import forward_backward
-from compactlm_nemo.models.build import build_model, fill, global_names, tp_share
+from compactlm_nemo.models.build import global_names, tp_share
 from compactlm_nemo.models.hf import open_hf
-from compactlm_nemo.parallel.groups import Mesh, current_mesh
-from compactlm_nemo.parallel.host import use_cpu
-from compactlm_nemo.parallel.launch import start_mesh
+from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.training.optimizer import wrap_data_parallel
+from tests.megatron import VOCAB_MULTIPLE, filled, mesh_of
 from tests.models.tiny import VOCAB, save_tiny
 from tests.ranks import run_ranks
 
 CASES = ("llama", "llama_tied_llama3_rope", "nemotron")
-VOCAB_MULTIPLE = 8  # pads the vocabulary of 131 differently for TP 1 and TP 2
 STUDENT = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
 TEMPERATURE = 2.0
 LENGTH = 12
@@ -76,25 +74,19 @@ def gradients(ddp: Any, mesh: Mesh) -> dict[str, Tensor]:
 
 
 def _step(root: Path, mesh: Mesh, student: str, micro_batch: int) -> tuple[Any, Any, dict[str, float]]:
-    models = []
-    for folder in (root / student, root / "teacher"):
-        dims, source = open_hf(folder)
-        model = build_model(dims, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE)
-        fill(model, dims, mesh, source, VOCAB_MULTIPLE)
-        models.append(model)
-    ddp = wrap_data_parallel(models[0].train())
+    _, learner = filled(root / student, mesh)
+    dims, teacher = filled(root / "teacher", mesh)
+    ddp = wrap_data_parallel(learner.train())
     batches = list(samples()[mesh.dp_rank :: mesh.dp_size].split(micro_batch))
     settings: dict[str, Any] = {"temperature": TEMPERATURE, "chunk_tokens": 7}
     # Twice: the second must not see anything of the first.
-    forward_backward(ddp, models[1].eval(), dims, mesh, batches, **settings)
-    terms = forward_backward(ddp, models[1], dims, mesh, batches, **settings)
+    forward_backward(ddp, teacher.eval(), dims, mesh, batches, **settings)
+    terms = forward_backward(ddp, teacher, dims, mesh, batches, **settings)
     return ddp, dims, terms
 
 
 def _matches(rank: int, world: int, tp: int, pp: int, root: Path) -> None:
-    use_cpu()
-    start_mesh(tp, pp, seed=1)
-    mesh = current_mesh()
+    mesh = mesh_of(tp, pp)
     for case in CASES:
         micro_batch = 1 if case == "llama" else 2
         ddp, dims, terms = _step(root / case, mesh, "student", micro_batch)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,11 +11,9 @@ from torch import Tensor
 
 from compactlm_nemo.config.schema import DistillConfig
 from compactlm_nemo.distill.loop import distill
-from compactlm_nemo.models.build import build_model, fill, global_names
-from compactlm_nemo.models.hf import open_hf
+from compactlm_nemo.models.build import global_names
 from compactlm_nemo.parallel.groups import current_mesh
-from compactlm_nemo.parallel.host import use_cpu
-from compactlm_nemo.parallel.launch import start_mesh
+from tests.megatron import filled, mesh_of
 from tests.models.tiny import VOCAB, save_tiny
 from tests.ranks import run_ranks
 
@@ -38,26 +35,21 @@ def train(
 ) -> tuple[dict[str, Tensor], Metrics]:
     """Weights after training a fresh model from the newest checkpoint, and the metrics of the steps done here."""
     mesh = current_mesh()
-    models: list[Any] = []
-    for name in ("student", "teacher"):
-        dims, source = open_hf(root / name)
-        model = build_model(dims, mesh, dtype=dtype, vocab_multiple=8)
-        fill(model, dims, mesh, source, vocab_multiple=8)
-        models.append(model)
+    _, student = filled(root / "student", mesh, dtype=dtype)
+    dims, teacher = filled(root / "teacher", mesh, dtype=dtype)
     seen: Metrics = {}
     finished = distill(
-        *models, dims, mesh, sample, CONFIG,
+        student, teacher, dims, mesh, sample, CONFIG,
         checkpoints=checkpoints, log=lambda step, values: seen.update({step: values}),
         is_main=rank == 0, device=torch.device("cpu"), until=until,
     )  # fmt: skip
     assert finished == (until or CONFIG.steps)
-    weights = {name: value.detach().clone() for name, value in global_names(models[0])}
+    weights = {name: value.detach().clone() for name, value in global_names(student)}
     return weights, {s: {k: v for k, v in m.items() if not k.startswith("perf/")} for s, m in seen.items()}
 
 
 def _one_rank(rank: int, world: int, root: Path) -> None:
-    use_cpu()
-    start_mesh(1, 1, seed=1)
+    mesh_of(1, 1)
     for name, dtype in DTYPES.items():
         want, metrics = train(root, root / name / "whole", rank, None, dtype)
         _, before = train(root, root / name / "stopped", rank, STOP, dtype)
@@ -90,8 +82,7 @@ def test_resuming_equals_not_stopping(root):
 
 
 def _other_layout(rank: int, world: int, tp: int, pp: int, root: Path, copies: Path) -> None:
-    use_cpu()
-    start_mesh(tp, pp, seed=1)
+    mesh_of(tp, pp)
     _, after = train(root, copies, rank, None)
     want = torch.load(root / "fp32" / "metrics.pt")
     assert sorted(after) == list(range(STOP, CONFIG.steps))

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
-from compactlm_nemo.models.build import build_model, fill
-from compactlm_nemo.models.hf import open_hf
-from compactlm_nemo.parallel.groups import current_mesh
-from compactlm_nemo.parallel.host import use_cpu
-from compactlm_nemo.parallel.launch import start_mesh
+from tests.megatron import filled, mesh_of
 from tests.models.tiny import VOCAB, save_tiny
 from tests.ranks import run_ranks
 
@@ -36,13 +32,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _matches(rank: int, world: int, tp: int, pp: int, root: Path) -> None:
-    use_cpu()
-    start_mesh(tp, pp, seed=1)
-    mesh = current_mesh()
+    mesh = mesh_of(tp, pp)
     for case in CASES:
-        dims, source = open_hf(root / case)
-        model = build_model(dims, mesh, dtype=torch.float32, vocab_multiple=8)
-        fill(model, dims, mesh, source, vocab_multiple=8)
+        dims, model = filled(root / case, mesh)
         got = evaluate_lm_loss(
             model, dims, mesh, windows(), micro_batch=2, chunk_tokens=7, progress=lambda samples: None
         )

@@ -6,24 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compactlm_nemo.models.build import build_model, fill, inverse_frequencies
+from compactlm_nemo.models.build import build_model, inverse_frequencies
 from compactlm_nemo.models.checkpoint import CheckpointSource, load_model, save_model
-from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import dims_of, resized
-from compactlm_nemo.models.forward import forward_each
-from compactlm_nemo.models.hf import HFSource, count_params, export_hf, open_hf
-from compactlm_nemo.parallel.groups import Mesh, current_mesh
-from compactlm_nemo.parallel.host import use_cpu
-from compactlm_nemo.parallel.launch import start_mesh
-from tests.models.tiny import CASES, LENGTH, VOCAB, save_tiny, tiny_config, tiny_model, tokens
+from compactlm_nemo.models.hf import count_params, export_hf, open_hf
+from tests.megatron import VOCAB_MULTIPLE, filled, mesh_of, whole_logits
+from tests.models.tiny import CASES, LENGTH, save_tiny, tiny_config, tiny_model, tokens
 from tests.ranks import run_ranks
-
-VOCAB_MULTIPLE = 8
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +29,11 @@ def hf_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _logits(model: torch.nn.Module, mesh: Mesh) -> Tensor | None:
-    """`[B, S, vocab]` on the ranks of the last stage, through the pipeline schedule."""
-
-    def visit(_: int, hidden_SBH: Tensor) -> Tensor:
-        own = (hidden_SBH @ model.head_weight.T).transpose(0, 1).contiguous()
-        parts = [torch.empty_like(own) for _ in range(mesh.tp_size)]
-        dist.all_gather(parts, own, group=mesh.tp_group)
-        return torch.cat(parts, dim=-1)[..., :VOCAB]
-
-    results = forward_each(model, [tokens()], visit)
-    return results[0] if mesh.is_last_stage else None
-
-
-def _compare_and_save(rank: int, world: int, tp: int, pp: int, root: Path, out: Path, dims: dict[str, Dims]) -> None:
-    use_cpu()
-    start_mesh(tp, pp, seed=1)
-    mesh = current_mesh()
-    for case, case_dims in dims.items():
-        model = build_model(case_dims, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE).eval()
-        fill(model, case_dims, mesh, HFSource(root / case, case_dims), VOCAB_MULTIPLE)
-        got = _logits(model, mesh)
+def _compare_and_save(rank: int, world: int, tp: int, pp: int, root: Path, out: Path) -> None:
+    mesh = mesh_of(tp, pp)
+    for case in CASES:
+        case_dims, model = filled(root / case, mesh)
+        got = whole_logits(model.eval(), case_dims, mesh, tokens())
         if got is not None:
             want = torch.load(root / case / "logits.pt")
             torch.testing.assert_close(got, want, rtol=0, atol=1e-4, msg=lambda m, case=case: f"{case}: {m}")
@@ -71,7 +47,7 @@ def _compare_and_save(rank: int, world: int, tp: int, pp: int, root: Path, out: 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_logits_are_those_of_transformers_and_export_is_exact(tp: int, pp: int, hf_root: Path, tmp_path: Path) -> None:
     dims = {case: open_hf(hf_root / case)[0] for case in CASES}
-    run_ranks(_compare_and_save, tp * pp, tmp_path, tp, pp, hf_root, tmp_path / "ck", dims)
+    run_ranks(_compare_and_save, tp * pp, tmp_path, tp, pp, hf_root, tmp_path / "ck")
     for case in CASES:
         source = CheckpointSource(tmp_path / "ck" / case, dims[case])
         target = tmp_path / "export" / case

@@ -11,13 +11,9 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from compactlm_nemo.errors import CheckpointError
-from compactlm_nemo.models.build import build_model, fill
 from compactlm_nemo.models.checkpoint import CheckpointSource, sharding_metadata
-from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import export_hf, open_hf
-from compactlm_nemo.parallel.groups import current_mesh
-from compactlm_nemo.parallel.host import use_cpu
-from compactlm_nemo.parallel.launch import start_mesh
+from tests.megatron import filled, mesh_of
 from tests.models.tiny import save_tiny
 from tests.ranks import run_ranks
 
@@ -33,12 +29,9 @@ def _transformer_engine_name(name: str) -> str:
     return name
 
 
-def _save_as(rank: int, world: int, hf: Path, dims: Dims, nemo: Path, bridge: Path) -> None:
-    use_cpu()
-    start_mesh(world, 1, seed=1)
-    mesh = current_mesh()
-    model = build_model(dims, mesh, dtype=torch.float32, vocab_multiple=32)
-    fill(model, dims, mesh, open_hf(hf)[1], 32)
+def _save_as(rank: int, world: int, hf: Path, nemo: Path, bridge: Path) -> None:
+    mesh = mesh_of(world, 1)
+    _, model = filled(hf, mesh, vocab_multiple=32)
     for folder, prefix in ((nemo / "weights", "module."), (bridge / "iter_0000007", "")):
         state = model.sharded_state_dict(metadata=sharding_metadata(mesh))
         for tensor in state.values():
@@ -54,7 +47,7 @@ def _save_as(rank: int, world: int, hf: Path, dims: Dims, nemo: Path, bridge: Pa
 def test_other_tools_checkpoints_are_the_same_model(case: str, tmp_path: Path) -> None:
     save_tiny(case, tmp_path / "hf")
     dims, _ = open_hf(tmp_path / "hf")
-    run_ranks(_save_as, 2, tmp_path, tmp_path / "hf", dims, tmp_path / "nemo", tmp_path / "bridge")
+    run_ranks(_save_as, 2, tmp_path, tmp_path / "hf", tmp_path / "nemo", tmp_path / "bridge")
     want = load_file(tmp_path / "hf" / "model.safetensors")
     for tool in ("nemo", "bridge"):
         source = CheckpointSource(tmp_path / tool, dims)
@@ -67,7 +60,7 @@ def test_other_tools_checkpoints_are_the_same_model(case: str, tmp_path: Path) -
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "hf")
     dims, _ = open_hf(tmp_path / "hf")
-    run_ranks(_save_as, 1, tmp_path, tmp_path / "hf", dims, tmp_path / "nemo", tmp_path / "bridge")
+    run_ranks(_save_as, 1, tmp_path, tmp_path / "hf", tmp_path / "nemo", tmp_path / "bridge")
     wide = dims.with_shape(layers=4, hidden=48, ffn=88, heads=4)
     deep = dims.with_shape(layers=5, hidden=48, ffn=80, heads=4)
     for other, words in ((wide, "by the config"), (deep, "has 4 layers")):

@@ -17,12 +17,10 @@ from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.hf import count_params, export_hf, open_hf
-from compactlm_nemo.parallel.groups import current_mesh
-from compactlm_nemo.parallel.host import use_cpu
-from compactlm_nemo.parallel.launch import start_mesh
 from compactlm_nemo.pruning.cut import CutSource
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.search.cost import num_params
+from tests.megatron import filled, mesh_of
 from tests.models.tiny import CASES, save_tiny, tokens
 from tests.ranks import run_ranks
 
@@ -128,13 +126,9 @@ def test_pruned_model_is_the_dense_one_with_units_zeroed(case, tmp_path):
 
 def _same_checkpoint(rank: int, world: int, tp: int, pp: int, root: Path, out: Path) -> None:
     """Teacher checkpoint -> student checkpoint on this layout, read back as whole parameters."""
-    use_cpu()
-    start_mesh(tp, pp, seed=1)
-    mesh = current_mesh()
+    mesh = mesh_of(tp, pp)
     for case in ("llama", "qwen2_tied", "nemotron"):
-        dims, source = open_hf(root / case)
-        teacher = build_model(dims, mesh, dtype=torch.float32, vocab_multiple=8)
-        fill(teacher, dims, mesh, source, vocab_multiple=8)
+        dims, teacher = filled(root / case, mesh)
         save_model(out / case / "teacher", teacher, mesh)
         dist.barrier()
         student = student_of(dims, HIDDEN)
@@ -144,7 +138,7 @@ def _same_checkpoint(rank: int, world: int, tp: int, pp: int, root: Path, out: P
         save_model(out / case / "student", model, mesh)
         dist.barrier()
         if rank == 0:
-            want = CutSource(dims, plan_of(HIDDEN), source)  # checked above against plain indexing
+            want = CutSource(dims, plan_of(HIDDEN), open_hf(root / case)[1])  # checked above against plain indexing
             got = CheckpointSource(out / case / "student", student)
             for name in parameter_shapes(student):
                 assert torch.equal(got(name), want(name)), (case, name)
