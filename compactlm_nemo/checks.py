@@ -10,7 +10,7 @@ from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer
 from compactlm_nemo.data.windows import TokenStream
 from compactlm_nemo.errors import CompactLMError, ConfigError, listed
 from compactlm_nemo.evaluation.harness import harness_problem
-from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.dims import Dims, split_layers
 from compactlm_nemo.models.teacher import companions_folder, declared_dims, teacher_dims
 from compactlm_nemo.parallel.launch import is_main_rank
 from compactlm_nemo.search.space import enumerate_space
@@ -63,22 +63,35 @@ def check(config: Config) -> Dims | None:
 def launch_problems(config: Config, world_size: int) -> str:
     """What is wrong with running this configuration on `world_size` processes; empty when nothing is."""
     parallel, distill = config.parallel, config.distill
-    model_ranks = parallel.tp * parallel.pp
+    model_ranks = parallel.model_ranks
     if world_size % model_ranks:
         return (
-            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} = {model_ranks} must divide the {world_size} "
-            f"processes started; use torchrun --nproc-per-node={model_ranks} or a multiple."
+            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} x parallel.cp={parallel.cp} = {model_ranks} must "
+            f"divide the {world_size} processes started; use torchrun --nproc-per-node={model_ranks} or a multiple."
         )
     dp = world_size // model_ranks
+    if dp % parallel.ep:
+        return (
+            f"parallel.ep={parallel.ep} must divide the {dp} data-parallel ranks of {world_size} processes; use "
+            f"torchrun --nproc-per-node={model_ranks * parallel.ep} or a multiple."
+        )
+    batches = distill.global_batch // (dp * distill.micro_batch)
+    if parallel.virtual_stages > 1 and batches % parallel.pp:
+        return (
+            f"distill.global_batch={distill.global_batch} gives {batches} micro-batches a rank, which parallel.pp="
+            f"{parallel.pp} must divide when parallel.virtual_stages > 1; raise distill.global_batch."
+        )
     if distill.global_batch % (dp * distill.micro_batch):
         return (
             f"distill.global_batch={distill.global_batch} must be a multiple of data-parallel ranks {dp} x "
             f"distill.micro_batch={distill.micro_batch}; use {dp * distill.micro_batch} or a multiple."
         )
     windows = config.evaluate.tokens // config.data.sequence_length
-    for name, count in (("score.samples", config.score.samples), ("evaluate.tokens / data.sequence_length", windows)):
-        if count < dp:
-            return f"{name} = {count} must be at least the {dp} data-parallel ranks; raise it or start fewer ranks."
+    if windows < dp:
+        return (
+            f"evaluate.tokens / data.sequence_length = {windows} must be at least the {dp} data-parallel ranks; raise "
+            "it or start fewer ranks."
+        )
     return ""
 
 
@@ -137,12 +150,19 @@ def _token_file_problems(config: Config, dims: Dims) -> list[str]:
 
 def _layout_problems(config: Config, dims: Dims) -> list[str]:
     """Teacher and every candidate must split over the mesh."""
-    tp, pp = config.parallel.tp, config.parallel.pp
+    layout, length = config.parallel, config.data.sequence_length
+    tp = layout.tp
     problems = []
-    if config.data.sequence_length > dims.max_position_embeddings:
+    if length > dims.max_position_embeddings:
         problems.append(
-            f"data.sequence_length={config.data.sequence_length} exceeds the {dims.max_position_embeddings} positions "
-            "the teacher was made for; shorten it."
+            f"data.sequence_length={length} exceeds the {dims.max_position_embeddings} positions the teacher was made "
+            "for; shorten it."
+        )
+    parts = (tp if layout.sequence_parallel else 1) * (2 * layout.cp if layout.cp > 1 else 1)
+    if length % parts:
+        problems.append(
+            f"data.sequence_length={length} must be a multiple of {parts} (2 x parallel.cp, times parallel.tp with "
+            f"parallel.sequence_parallel); use {-(-length // parts) * parts}."
         )
     try:
         models = [dims, *enumerate_space(dims, config.search)]
@@ -153,6 +173,7 @@ def _layout_problems(config: Config, dims: Dims) -> list[str]:
         "query groups": {model.num_query_groups for model in models},
         "heads": {model.num_heads for model in models},
         "MLP width": {model.ffn_hidden_size for model in models},
+        "shared expert's width": {dims.shared_expert_ffn},
     }
     problems += [
         f"parallel.tp={tp} must divide the {name} {size}; use a common divisor."
@@ -160,9 +181,41 @@ def _layout_problems(config: Config, dims: Dims) -> list[str]:
         for size in sorted(values)
         if size % tp
     ]
-    problems += [
-        f"parallel.pp={pp} must divide the {layers} layers; use a divisor."
-        for layers in sorted({model.num_layers for model in models})
-        if layers % pp
+    for layers in sorted({model.num_layers for model in models}):
+        try:
+            split_layers(layers, layout)
+        except CompactLMError as error:
+            problems.append(str(error))
+    return problems + _expert_problems(config, dims, models)
+
+
+def _expert_problems(config: Config, dims: Dims, models: list[Dims]) -> list[str]:
+    """What layers with experts ask of the layout, and that they stay as they are."""
+    layout = config.parallel
+    if not dims.num_experts:
+        problem = f"parallel.ep={layout.ep} needs a model with experts, which {dims.family} is not; set it to 1."
+        return [problem] if layout.ep > 1 else []
+    problems = []
+    if dims.num_experts % layout.ep:
+        problems.append(f"parallel.ep={layout.ep} must divide the {dims.num_experts} experts; use a divisor.")
+    if layout.tp > 1 and not layout.sequence_parallel:
+        problems.append(
+            f"parallel.tp={layout.tp} needs parallel.sequence_parallel=true for a model with experts; set it."
+        )
+    axes = {
+        "layers": "num_layers",
+        "hidden": "hidden_size",
+        "heads": "num_heads",
+        "ffn_multiples" if config.search.ffn_multiples else "ffn": "ffn_hidden_size",
+    }
+    cut = [
+        f"search.{axis}={getattr(config.search, axis)}"
+        for axis, size in axes.items()
+        if any(getattr(model, size) != getattr(dims, size) for model in models)
     ]
+    if cut:
+        problems.append(
+            f"{', '.join(cut)} would cut a model with experts, which this version cannot; it imports, scores, "
+            "evaluates, distills and exports such models unchanged: leave it empty."
+        )
     return problems

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compactlm_nemo.config.schema import Config, Precision
-from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.config.choices import Precision
+from compactlm_nemo.config.schema import Config
+from compactlm_nemo.models.dims import Dims, split_layers
 from compactlm_nemo.search.cost import num_params, params_per_rank
 from compactlm_nemo.search.space import enumerate_space
 
@@ -26,7 +27,9 @@ HOLDS = {
 def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) -> list[str]:
     """Ranks, per-rank parameters and bytes, and output folder of each stage, given as name -> folder."""
     parallel = config.parallel
-    lines = [f"ranks needed: a multiple of tp {parallel.tp} x pp {parallel.pp} = {parallel.tp * parallel.pp}"]
+    context = f" x cp {parallel.cp}" if parallel.cp > 1 else ""
+    ranks = f"tp {parallel.tp} x pp {parallel.pp}{context} = {parallel.model_ranks}"
+    lines = [f"ranks needed: a multiple of {ranks}" + f", times ep {parallel.ep}" * (parallel.ep > 1)]
     if teacher is None:
         lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
         return lines + [f"{name}: writes {Path(config.run.dir) / folder}" for name, folder in folders.items()]
@@ -50,11 +53,9 @@ def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) ->
 
 def _rank_params(config: Config, dims: Dims) -> list[int]:
     """Parameters of one rank of each pipeline stage."""
-    tp, pp = config.parallel.tp, config.parallel.pp
-    return [
-        params_per_rank(dims, tp=tp, pp=pp, stage=stage, vocab_multiple=config.model.vocab_multiple)
-        for stage in range(pp)
-    ]
+    layout = config.parallel
+    chunks = split_layers(dims.num_layers, layout)
+    return params_per_rank(dims, layout=layout, chunk_layers=chunks, vocab_multiple=config.model.vocab_multiple)
 
 
 def _sizes(config: Config, label: str, dims: Dims) -> list[str]:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -17,6 +17,9 @@ from compactlm_nemo.config.schema import Config, deciding
 from compactlm_nemo.errors import CompactLMError, ConfigError
 from compactlm_nemo.models.hf import COMPANIONS
 from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, launched, main_rank_writes
+
+if TYPE_CHECKING:
+    from compactlm_nemo.parallel.groups import Mesh
 
 EDGE_BYTES = 2**20
 """Bytes hashed at either end of an input file: enough to tell files apart without reading terabytes at each start."""
@@ -139,9 +142,9 @@ def run_stages(config: Config, only: str | None = None) -> None:
             console.print(f"{pending[0]}: done before, skipped")
             pending = pending[1:]
     if pending:
-        with launched(config.parallel.tp, config.parallel.pp, config.run.seed):
+        with launched(config.parallel, config.run.seed) as mesh:
             for name in pending:
-                _run_one(STAGES[name], config, console)
+                _run_one(STAGES[name], config, mesh, console)
     if names[-1] == "report":
         from compactlm_nemo.report.build import show
 
@@ -157,16 +160,16 @@ def _identity(stage: Stage, config: Config) -> tuple[dict[str, Any], dict[str, s
     return settings_of(stage.settings(config)), _inputs(stage, config)
 
 
-def _run_one(stage: Stage, config: Config, console: Console) -> None:
-    from compactlm_nemo import verbs
+def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None:
+    from compactlm_nemo import scoring, verbs
     from compactlm_nemo.parallel.collectives import barrier, broadcast_object
-    from compactlm_nemo.parallel.groups import current_mesh
     from compactlm_nemo.report.build import report
+    from compactlm_nemo.run import Run
 
     work: dict[str, Callable[..., dict[str, Any]]] = {
         "import": verbs.import_model,
         "tokenize": verbs.tokenize,
-        "score": verbs.score,
+        "score": scoring.score,
         "search": verbs.search,
         "prune": verbs.prune,
         "distill": verbs.train,
@@ -188,7 +191,7 @@ def _run_one(stage: Stage, config: Config, console: Console) -> None:
         return
     console.print(f"{stage.name} ...")
     try:
-        results = work[stage.name](verbs.Run(config, current_mesh()), folder)
+        results = work[stage.name](Run(config, mesh), folder)
     except CompactLMError as error:
         raise type(error)(f"{stage.name}: {error}") from error
     except Exception as error:

@@ -8,81 +8,33 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
-from compactlm_nemo.artifacts import atomic_write_text, differences, read_manifest, settings_of
-from compactlm_nemo.config.schema import Config, Precision, deciding
+from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
+from compactlm_nemo.config.schema import deciding
 from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer, refuse_shared_documents, tokenize_corpus
-from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
+from compactlm_nemo.data.windows import Windows, heldout_windows
 from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.evaluation.harness import run_tasks
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
-from compactlm_nemo.importance.collect import collect_scores
 from compactlm_nemo.models import gguf
-from compactlm_nemo.models.build import HiddenStateModel, build_model, fill
-from compactlm_nemo.models.checkpoint import CheckpointSource, load_model, save_model
-from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.build import fill
+from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.hf import copy_companions, count_params, export_hf
 from compactlm_nemo.models.teacher import companions_folder, open_teacher
-from compactlm_nemo.parallel.collectives import broadcast_object
-from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.parallel.launch import device, is_main_rank, main_rank_writes
 from compactlm_nemo.pruning.cut import CutSource
 from compactlm_nemo.pruning.plan import Plan, make_plan
 from compactlm_nemo.report.progress import progress_bar
+from compactlm_nemo.run import HF, Run, claim
 from compactlm_nemo.search.cost import num_params
 from compactlm_nemo.search.select import Candidate, rank_candidates
 from compactlm_nemo.search.space import enumerate_space
 from compactlm_nemo.training.checkpoint import latest_step
 from compactlm_nemo.training.tracker import METRICS, Tracker
-
-MODEL = "model.json"
-HF = "hf"
-
-
-@dataclass(frozen=True)
-class Run:
-    """A configuration on a mesh."""
-
-    config: Config
-    mesh: Mesh
-
-    @property
-    def dir(self) -> Path:
-        return Path(self.config.run.dir)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.model.precision is Precision.bf16 else torch.float32
-
-    def dims(self, stage: str) -> Dims:
-        return Dims.load(self.dir / stage / MODEL)
-
-    def build(self, dims: Dims) -> HiddenStateModel:
-        return build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=self.config.model.vocab_multiple)
-
-    def load(self, stage: str) -> HiddenStateModel:
-        """The model that a stage made, on this run's mesh."""
-        model = self.build(self.dims(stage))
-        load_model(self.dir / stage, model, self.mesh)
-        return model
-
-    def save(self, folder: Path, model: HiddenStateModel, dims: Dims) -> None:
-        if is_main_rank():
-            dims.save(folder / MODEL)
-        save_model(folder, model, self.mesh)
-
-    def scores(self) -> dict[str, torch.Tensor]:
-        return load_file(self.dir / "score" / "scores.safetensors")
-
-    def train_prefixes(self) -> list[tuple[Path, float]]:
-        return [(token_prefix(self, f"train.{name}"), corpus.weight) for name, corpus in self.config.data.train.items()]
 
 
 def import_model(run: Run, folder: Path) -> dict[str, Any]:
@@ -106,12 +58,6 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
     return {"params": num_params(dims)}
 
 
-def token_prefix(run: Run, corpus: str) -> Path:
-    """Where the tokens of a corpus are: its own Megatron files, or those the tokenize stage made."""
-    configured = run.config.data.corpora()[corpus]
-    return Path(configured.path) if configured.is_tokenised else run.dir / "tokens" / corpus
-
-
 def tokenize(run: Run, folder: Path) -> dict[str, Any]:
     """Every corpus given as text -> Megatron token files; documents end with the tokenizer's end-of-text token."""
     counts: dict[str, int] = {}
@@ -126,35 +72,16 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
                 raise ConfigError("model.source: its tokenizer has no end-of-text token; set eos_token in its config.")
             refuse_shared_documents(run.config.data)
             for name, corpus in run.config.data.corpora().items():
-                if token_prefix(run, name).parent == folder:
+                if run.token_prefix(name).parent == folder:
                     counts[name] = tokenize_corpus(Path(corpus.path), folder / name, tokenizer, end)
     return {"tokens": counts}
-
-
-def score(run: Run, folder: Path) -> dict[str, Any]:
-    """Teacher + calibration windows -> scores.safetensors."""
-    config = run.config
-    dims = run.dims("teacher")
-    windows = calibration_windows(
-        run.train_prefixes(),
-        config.score.samples,
-        config.data.sequence_length,
-        config.run.seed,
-    ).to(device())
-    teacher = run.load("teacher").eval()
-    with progress_bar("score", config.score.samples, config.data.sequence_length) as advance:
-        scores = collect_scores(teacher, dims, run.mesh, windows, config.score, advance)
-    with main_rank_writes() as writes:
-        if writes:
-            save_file(scores, folder / "scores.safetensors")
-    return {"samples": config.score.samples, "tokens": windows.numel()}
 
 
 def search(run: Run, folder: Path) -> dict[str, Any]:
     """Scores + budget -> candidates.json, best first."""
     dims = run.dims("teacher")
     found = enumerate_space(dims, run.config.search)
-    ranked = rank_candidates(dims, found, run.scores())
+    ranked = rank_candidates(dims, found, run.ranking())
     with main_rank_writes() as writes:
         if writes:
             atomic_write_text(folder / "candidates.json", json.dumps([asdict(c) for c in ranked], indent=2) + "\n")
@@ -169,7 +96,7 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
         raise ConfigError(f"prune.candidate={chosen} must be in [0, {len(candidates)}), the number of candidates.")
     teacher = run.dims("teacher")
     student = Candidate(**candidates[chosen]).dims(teacher)
-    plan: Plan = make_plan(teacher, student, run.scores())
+    plan: Plan = make_plan(teacher, student, run.ranking())
     model = run.build(student)
     source = CutSource(teacher, plan, CheckpointSource(run.dir / "teacher", teacher))
     fill(model, student, run.mesh, source, run.config.model.vocab_multiple)
@@ -184,7 +111,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     """Teacher + student + tokens -> trained student. Training state lives in `run.dir/training` until the end."""
     config = run.config
     state = run.dir / "training"
-    _claim(
+    claim(
         state,
         settings_of(
             {
@@ -221,21 +148,6 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     return {"tokens": config.distill.steps * config.distill.global_batch * config.data.sequence_length}
 
 
-def _claim(state: Path, settings: dict[str, Any]) -> None:
-    """Refuse to continue training that was started with other settings."""
-    text = json.dumps(settings, sort_keys=True)
-    with main_rank_writes() as writes:
-        if writes and not (state / "settings.json").exists():
-            state.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(state / "settings.json", text)
-    old: dict[str, Any] = broadcast_object(json.loads((state / "settings.json").read_text()) if is_main_rank() else {})
-    new = json.loads(text)
-    if differing := differences(old, new):
-        raise ConfigError(
-            f"{state} holds training with another {differing[0]}; choose another run.dir or delete {state}."
-        )
-
-
 def evaluate(run: Run, folder: Path) -> dict[str, Any]:
     """Held-out LM loss, size, forward speed and lm-eval tasks of teacher, pruned and distilled model."""
     trained = read_manifest(run.dir / "distill")["results"]["tokens"]
@@ -259,7 +171,7 @@ def _heldout_losses(run: Run, label: str, stage: str) -> dict[str, float]:
     row: dict[str, float] = {}
     speeds = []
     for name in config.data.heldout:
-        prefix = token_prefix(run, f"heldout.{name}")
+        prefix = run.token_prefix(f"heldout.{name}")
         windows = heldout_windows(prefix, config.data.sequence_length, config.evaluate.tokens).to(device())
         with progress_bar(f"evaluate {label} on {name}", len(windows), config.data.sequence_length) as advance:
             result = evaluate_lm_loss(

@@ -251,7 +251,7 @@ def test_training_of_another_student_is_not_continued(inputs: Path, finished: Pa
     run = _state_before(finished, tmp_path / "run", "search", "student", *LATE)
     result = _run(command(inputs, run, *_extras(inputs), "search.ffn=[48]"))
     assert result.returncode == 2
-    assert f"{run}/training holds training with another student" in result.stderr
+    assert f"{run}/training holds unfinished work with another student" in result.stderr
 
 
 def test_memory_settings_may_change_when_training_goes_on(inputs: Path, finished: Path, tmp_path: Path) -> None:

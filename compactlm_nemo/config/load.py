@@ -7,8 +7,10 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -16,38 +18,66 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.schema import CompareConfig, Config
 from compactlm_nemo.errors import CompactLMError, ConfigError
 
 OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture)\.[^.=]+=")
 """A name of the user's choosing, as in `data.train.web=web.jsonl`; Hydra would ask for `++` before it."""
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
-
-def register_schema() -> None:
-    """Make the dataclasses known to Hydra as the base of conf/config.yaml."""
-    ConfigStore.instance().store(name="schema", node=Config)
+T = TypeVar("T")
 
 
-def to_config(tree: DictConfig) -> Config:
+@dataclass(frozen=True)
+class Root(Generic[T]):
+    """Where the settings of a command come from: a file in conf/ and the dataclass that it lists first."""
+
+    schema: type[T]
+    base: str
+    """Name of the dataclass in the file's defaults list."""
+    file: str
+    usage: str
+    """What follows `python -m ` on its help page."""
+
+
+RUN = Root(Config, "schema", "config", "recipes.VERB [experiment=NAME] [key=value ...] [dry_run=true]")
+COMPARE = Root(
+    CompareConfig,
+    "compare_schema",
+    "compare_scores",
+    "recipes.compare_scores a=RUN/score b=OTHER/score [key=value ...] [dry_run=true]",
+)
+
+
+def register_schema(root: Root[Any]) -> None:
+    """Make a root's dataclass known to Hydra as the base of its file."""
+    ConfigStore.instance().store(name=root.base, node=root.schema)
+
+
+def to_config(tree: DictConfig, schema: type[T]) -> T:
     """Validated dataclasses from a composed tree; every `__post_init__` rule has run."""
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be set; for example {missing[0]}=VALUE on the command line.")
     config = OmegaConf.to_object(tree)
-    assert isinstance(config, Config)
+    assert isinstance(config, schema)
     return config
 
 
 def compose(overrides: list[str]) -> Config:
-    """The configuration that a command line of these overrides gives."""
-    register_schema()
+    """The configuration of a run that a command line of these overrides gives."""
+    return compose_root(RUN, overrides)
+
+
+def compose_root(root: Root[T], overrides: list[str]) -> T:
+    """The same for the settings of any root."""
+    register_schema(root)
     overrides = ["++" + text if OPEN_KEY.match(text) else text for text in overrides]
     with hydra.initialize_config_dir(str(CONF), version_base=None):
-        return to_config(hydra.compose("config", overrides))
+        return to_config(hydra.compose(root.file, overrides), root.schema)
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Any) -> str:
     """The resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
@@ -62,7 +92,12 @@ def one_line(error: BaseException) -> str:
 
 
 def recipe(run: Callable[[Config], None], description: str | None) -> Callable[[], None]:
-    """Turn a function of the configuration into a command: `key=value` overrides in, exit code out.
+    """Turn a function of a run's configuration into a command."""
+    return recipe_root(RUN, run, description)
+
+
+def recipe_root(root: Root[T], run: Callable[[T], None], description: str | None) -> Callable[[], None]:
+    """Turn a function of a root's configuration into a command: `key=value` overrides in, exit code out.
 
     A user's error ends in one line and exit code 2, without a traceback.
     """
@@ -70,10 +105,10 @@ def recipe(run: Callable[[Config], None], description: str | None) -> Callable[[
     def command() -> None:
         overrides = sys.argv[1:]
         if {"-h", "--help"} & set(overrides):
-            print(help_text(description or ""))
+            print(help_text(description or "", root))
             return
         try:
-            run(compose(overrides))
+            run(compose_root(root, overrides))
         except CompactLMError as error:
             sys.exit(_fail(f"error: {error}"))
         except KeyboardInterrupt:
@@ -85,12 +120,14 @@ def recipe(run: Callable[[Config], None], description: str | None) -> Callable[[
     return command
 
 
-def help_text(description: str) -> str:
-    """What `--help` prints: the verb, the experiments and every setting."""
-    experiments = ", ".join(sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
-    lines = [description, "", "usage: python -m recipes.VERB [experiment=NAME] [key=value ...] [dry_run=true]", ""]
-    lines += [f"experiments: {experiments}", "", "settings (key = default):"]
-    lines += [f"  {key} = {default}\n      {meaning}" for key, default, meaning in schema_reference()]
+def help_text(description: str, root: Root[Any] = RUN) -> str:
+    """What `--help` prints: the verb, the experiments of a run, and every setting."""
+    lines = [description, "", f"usage: python -m {root.usage}", ""]
+    if root is RUN:
+        experiments = ", ".join(sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+        lines += [f"experiments: {experiments}", ""]
+    lines += ["settings (key = default):"]
+    lines += [f"  {key} = {default}\n      {meaning}" for key, default, meaning in schema_reference(root.schema)]
     return "\n".join(lines)
 
 
@@ -107,43 +144,56 @@ def _fail(message: str) -> int:
     return 2
 
 
-def schema_reference() -> list[tuple[str, str, str]]:
+def schema_reference(top: type = Config) -> list[tuple[str, str, str]]:
     """(key, default, meaning) of every setting, read from the dataclasses and their docstrings."""
-    import ast
-    import inspect
-
-    from compactlm_nemo.config import schema
-
-    tree = ast.parse(inspect.getsource(schema))
-    docs: dict[tuple[str, str], str] = {}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            for item, after in zip(node.body, node.body[1:], strict=False):
-                if isinstance(item, ast.AnnAssign) and isinstance(after, ast.Expr):
-                    docs[node.name, item.target.id] = after.value.value  # type: ignore[union-attr,attr-defined]
     rows: list[tuple[str, str, str]] = []
 
     def walk(cls: type, prefix: str) -> None:
+        docs = _meanings(cls)
         for f in fields(cls):
             default = f.default_factory() if f.default_factory is not NO_DEFAULT else f.default
             if hasattr(default, "__dataclass_fields__"):
                 walk(type(default), f"{prefix}{f.name}.")
             else:
-                shown = "required" if default == "???" else getattr(default, "name", repr(default))
-                meaning = " ".join(docs.get((cls.__name__, f.name), "").split())
-                rows.append((prefix + f.name, shown, meaning))
+                rows.append((prefix + f.name, _shown(default), " ".join(docs.get(f.name, "").split())))
 
-    walk(Config, "")
+    walk(top, "")
     return rows
+
+
+def _meanings(cls: type) -> dict[str, str]:
+    """Field of a dataclass -> the docstring that follows it in the source."""
+    import ast
+    import inspect
+
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    return {
+        item.target.id: str(after.value.value)
+        for item, after in zip(body, body[1:], strict=False)
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+
+
+def _shown(default: Any) -> str:
+    """A default as one would write it on the command line."""
+    if default == "???":
+        return "required"
+    if isinstance(default, list):
+        return f"[{', '.join(map(_shown, default))}]"
+    return default.name if isinstance(default, Enum) else repr(default)
 
 
 def reference_markdown() -> str:
     """docs/configuration.md, made from the dataclasses; `python -m compactlm_nemo.config.load` prints it."""
     head = "# Settings\n\nMade from `compactlm_nemo/config/schema.py` by `make docs`.\n\n"
-    return (
-        head
-        + "| key | default | meaning |\n|---|---|---|\n"
-        + "".join(f"| `{key}` | `{default}` | {meaning} |\n" for key, default, meaning in schema_reference())
+    between = "\n## Settings of `recipes.compare_scores`\n\n"
+    return head + _table(schema_reference()) + between + _table(schema_reference(CompareConfig))
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    return "| key | default | meaning |\n|---|---|---|\n" + "".join(
+        f"| `{key}` | `{default}` | {meaning} |\n" for key, default, meaning in rows
     )
 
 

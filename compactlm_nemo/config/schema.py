@@ -6,38 +6,13 @@ One schema serves all verbs, so that one experiment file describes a whole run a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
+from compactlm_nemo.config.choices import DepthMetric, Neurons, Precision, WandbMode, WidthMetric
 from compactlm_nemo.errors import ConfigError
-
-
-class Precision(Enum):
-    """Number format of weights and activations."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Aggregator(Enum):
-    """How values over a dimension become one number: mean(|x|), sqrt(sum x^2) or variance."""
-
-    mean = "mean"
-    l2 = "l2"
-    var = "var"
-
-
-class WandbMode(Enum):
-    """Where W&B metrics go; `auto` is online with a login in the environment and disabled without."""
-
-    auto = "auto"
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
-
 
 SPEED_ONLY = {"micro_batch", "chunk_tokens", "checkpoint_every", "keep_checkpoints", "log_every"}
 """Settings that change memory, speed or output, not the result; they may differ when a run goes on."""
@@ -84,12 +59,45 @@ class ModelConfig:
 class ParallelConfig:
     tp: int = 1
     """Tensor-parallel ranks; must divide heads, query groups and MLP width of teacher and student."""
+    sequence_parallel: bool = False
+    """Split norms and residual stream along the sequence over the tensor-parallel ranks."""
     pp: int = 1
-    """Pipeline stages; must divide the number of layers of teacher and student."""
+    """Pipeline stages."""
+    virtual_stages: int = 1
+    """Model chunks of each pipeline rank; more than 1 interleaves them and needs `parallel.pp` > 1."""
+    pp_split: list[int] = field(default_factory=list)
+    """Layers of each chunk in pipeline order, as proportions ([1, 3] cuts 8 layers into 2 and 6); empty is equal."""
+    cp: int = 1
+    """Context-parallel ranks: each holds a part of every sequence."""
+    ep: int = 1
+    """Expert-parallel ranks; they are data-parallel ranks outside the expert layers."""
 
     def __post_init__(self) -> None:
-        require(self.tp > 0, f"parallel.tp={self.tp} must be > 0; use 1 for no tensor parallelism.")
-        require(self.pp > 0, f"parallel.pp={self.pp} must be > 0; use 1 for no pipeline.")
+        for name in ("tp", "pp", "virtual_stages", "cp", "ep"):
+            require(getattr(self, name) > 0, f"parallel.{name}={getattr(self, name)} must be > 0; 1 turns it off.")
+        require(
+            not self.sequence_parallel or self.tp > 1,
+            "parallel.sequence_parallel=true needs parallel.tp > 1; raise tp or set it to false.",
+        )
+        require(
+            self.virtual_stages == 1 or self.pp > 1,
+            f"parallel.virtual_stages={self.virtual_stages} needs parallel.pp > 1; raise pp or set it to 1.",
+        )
+        require(
+            len(self.pp_split) in (0, self.num_chunks) and all(part > 0 for part in self.pp_split),
+            f"parallel.pp_split={self.pp_split} must be {self.num_chunks} numbers > 0, one for each of pp x "
+            "virtual_stages chunks; leave it empty for equal parts.",
+        )
+
+    @property
+    def num_chunks(self) -> int:
+        """Pieces the layers are cut into."""
+        return self.pp * self.virtual_stages
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model and work on one batch."""
+        return self.tp * self.pp * self.cp
 
 
 @dataclass(kw_only=True)
@@ -149,14 +157,46 @@ class ScoreConfig:
     """Calibration samples of `data.sequence_length` tokens (the paper: 1024)."""
     micro_batch: int = 4
     """Samples per forward pass on one rank."""
-    batch_aggregator: Aggregator = Aggregator.l2
-    """Over samples; the paper's best pair is (l2, mean)."""
-    sequence_aggregator: Aggregator = Aggregator.mean
-    """Over the tokens of one sample, applied first."""
+    width: list[WidthMetric] = field(default_factory=lambda: [WidthMetric.l2_mean])
+    """Metrics of heads, groups, neurons, channels and experts, all from one pass; the paper's best is l2_mean."""
+    depth: list[DepthMetric] = field(default_factory=lambda: [DepthMetric.bi])
+    """Metrics of layers."""
+    neurons: Neurons = Neurons.after
+    """Neurons before or after the activation; the paper's formula is before, its peers measure after."""
+    depth_samples: int | None = None
+    """Samples of the metrics that leave layers out (they cost about layers / 2 passes); null takes all."""
+    iterations: int = 1
+    """Layers that logit_mse_iterative removes one after another."""
+    task_block: int = 1
+    """Layers in a block that `tasks` leaves out; the second paper removes one contiguous block."""
+    second_moments: bool = False
+    """Keep the input covariance of output projections and fc2 and of each norm's output, for reconstruction."""
+    start_from: str | None = None
+    """Folder of a finished score stage on the same texts and seed whose samples count as measured: with a larger
+    `score.samples` only the further ones are run. Activation metrics only."""
+    save_every: int = 256
+    """Samples after which progress is kept; a killed run goes on from there."""
+    stop_tolerance: float | None = None
+    """Stop early when no axis has moved by more than this (1 - Kendall's tau) between two saves; null never stops."""
+    stop_checks: int = 3
+    """Saves in a row that must be within `score.stop_tolerance`."""
 
     def __post_init__(self) -> None:
         require(self.samples > 0, f"score.samples={self.samples} must be > 0; the paper uses 1024.")
-        require(self.micro_batch > 0, f"score.micro_batch={self.micro_batch} must be > 0.")
+        for name in ("micro_batch", "iterations", "task_block", "save_every", "stop_checks"):
+            require(getattr(self, name) > 0, f"score.{name}={getattr(self, name)} must be > 0.")
+        require(
+            self.depth_samples is None or 0 < self.depth_samples <= self.samples,
+            f"score.depth_samples={self.depth_samples} must be in [1, score.samples={self.samples}]; null takes all.",
+        )
+        require(
+            self.stop_tolerance is None or 0 <= self.stop_tolerance < 1,
+            f"score.stop_tolerance={self.stop_tolerance} must be in [0, 1); try 0.01.",
+        )
+        for name in ("width", "depth"):
+            given = getattr(self, name)
+            require(len(given) > 0, f"score.{name} is empty; name at least one metric.")
+            require(len(set(given)) == len(given), f"score.{name} names a metric twice; name each once.")
 
 
 @dataclass(kw_only=True)
@@ -177,6 +217,10 @@ class SearchConfig:
     """Target parameter count; null takes every candidate in the space."""
     band: float = 0.05
     """Accepted relative distance from `search.params`."""
+    width: WidthMetric | None = None
+    """Which of `score.width` ranks units; null takes the first."""
+    depth: DepthMetric | None = None
+    """Which of `score.depth` ranks layers; null takes the first."""
 
     def __post_init__(self) -> None:
         require(
@@ -297,3 +341,26 @@ class Config:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     dry_run: bool = False
     """Check everything, print the resolved configuration and the plan, and exit 0."""
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """Settings of `recipes.compare_scores`, which reads finished scores and belongs to no run."""
+
+    a: str = MISSING
+    """Scores file, or the folder of a score stage."""
+    b: str = MISSING
+    """Scores of the same model to compare with; may be the same file."""
+    width_a: WidthMetric | None = None
+    """Width metric of `a` to compare with `width_b` of `b`, and nothing else; null compares all metrics in both."""
+    width_b: WidthMetric | None = None
+    """Width metric of `b` to compare with `width_a` of `a`; set both or none."""
+    dry_run: bool = False
+    """Check that both files can be compared, print the resolved configuration, and exit 0."""
+
+    def __post_init__(self) -> None:
+        given, other = ("width_a", "width_b") if self.width_a else ("width_b", "width_a")
+        require(
+            (self.width_a is None) == (self.width_b is None),
+            f"{given} is set and {other} is not; name one metric of each file, or leave both out.",
+        )

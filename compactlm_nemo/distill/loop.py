@@ -15,6 +15,7 @@ from torch import Tensor
 from compactlm_nemo.config.schema import DistillConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.errors import NumericsError
+from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import micro_batches
 from compactlm_nemo.parallel.groups import Mesh
@@ -42,8 +43,8 @@ def peak_memory_bytes() -> int:
 
 
 def distill(
-    student: Any,
-    teacher: Any,
+    student: Chunks,
+    teacher: Chunks,
     dims: Dims,
     mesh: Mesh,
     sample: Callable[[int], Tensor],
@@ -61,19 +62,19 @@ def distill(
     """
     student.train()
     teacher.eval()
-    ddp = wrap_data_parallel(student)
-    optimizer = build_optimizer(ddp, cfg)
+    ddps = wrap_data_parallel(student)
+    optimizer = build_optimizer(ddps, cfg)
     schedule = build_schedule(optimizer, cfg)
     done = 0
     if latest_step(checkpoints) is not None:
-        done = load_training(checkpoints, ddp, optimizer, schedule, mesh)
+        done = load_training(checkpoints, ddps, optimizer, schedule, mesh)
     last = cfg.steps if until is None else until
     for step in range(done, last):
         start = time.perf_counter()
         schedule.step(1)
         batches = step_batches(sample, step, cfg, mesh, device)
         terms = forward_backward(
-            ddp, teacher, dims, mesh, batches, temperature=cfg.temperature, chunk_tokens=cfg.chunk_tokens
+            ddps, teacher, dims, mesh, batches, temperature=cfg.temperature, chunk_tokens=cfg.chunk_tokens
         )
         _, grad_norm, _ = optimizer.step()
         if math.isnan(terms["train/kd_logit_nats"]):
@@ -83,7 +84,7 @@ def distill(
             log(step, terms | _measures(optimizer, grad_norm, terms["train/tokens"], seconds))
         if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == last:
             save_training(
-                checkpoints, ddp, optimizer, schedule, mesh, step=step + 1, keep=cfg.keep_checkpoints, is_main=is_main
+                checkpoints, ddps, optimizer, schedule, mesh, step=step + 1, keep=cfg.keep_checkpoints, is_main=is_main
             )
     return last
 

@@ -11,8 +11,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from compactlm_nemo.distill.linear_kd import linear_kd
+from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import forward_each, positions_of
+from compactlm_nemo.models.forward import context_share, forward_each, positions_of
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.groups import Mesh
 
@@ -20,14 +21,14 @@ TERMS = ("train/kd_logit_nats", "train/lm_loss_nats", "train/teacher_lm_loss_nat
 """W&B names of the loss terms: means over the tokens of the global batch."""
 
 
-def teacher_hidden_states(teacher: Any, batches_BT: list[Tensor]) -> list[Tensor]:
-    """The teacher's final normed hidden states `[S, B, G]` of every micro-batch; empty before the last stage."""
-    return forward_each(teacher, [batch[:, :-1] for batch in batches_BT], lambda idx, hidden: hidden)
+def teacher_hidden_states(teacher: Chunks, mesh: Mesh, batches_BT: list[Tensor]) -> list[Tensor]:
+    """The teacher's final normed hidden states `[S / cp, B, G]` of every micro-batch; empty before the last stage."""
+    return forward_each(teacher, mesh, [batch[:, :-1] for batch in batches_BT], lambda idx, hidden: hidden)
 
 
 def forward_backward(
-    student: Any,
-    teacher: Any,
+    students: list[Any],
+    teacher: Chunks,
     dims: Dims,
     mesh: Mesh,
     batches_BT: list[Tensor],
@@ -38,27 +39,28 @@ def forward_backward(
     """Accumulate the gradient of the mean loss over the global batch and return the loss terms. Collective.
 
     Args:
-        student: Megatron DDP around the student; its gradients are zeroed here.
+        students: Megatron DDP around each chunk of the student; their gradients are zeroed here.
         teacher: Teacher model on the same mesh; runs without gradients.
         batches_BT: This data-parallel rank's micro-batches, each `[B, S + 1]` token ids.
     Returns:
         `TERMS` and `train/tokens`, reduced over data parallel, equal on every rank.
     """
-    student.zero_grad_buffer()
-    targets = teacher_hidden_states(teacher, batches_BT)
+    for student in students:
+        student.zero_grad_buffer()
+    targets = teacher_hidden_states(teacher, mesh, batches_BT)
     hidden_of = targets if targets else [None] * len(batches_BT)
     size, length = batches_BT[0].shape[0], batches_BT[0].shape[1] - 1
 
     def step(iterator: Iterator[tuple[Tensor, Tensor | None]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         tokens_BT, target_SBG = next(iterator)
-        inputs_BS = tokens_BT[:, :-1]
+        inputs_BS = context_share(tokens_BT[:, :-1], mesh)
         hidden = model(inputs_BS, positions_of(inputs_BS), None)
         return hidden, partial(loss, tokens_BT, target_SBG)
 
     def loss(tokens_BT: Tensor, target_SBG: Tensor | None, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert target_SBG is not None  # the last stage, where the loss is, keeps the teacher's too
-        weight_VH = student.module.head_weight
-        labels_N = tokens_BT[:, 1:].T.flatten()
+        weight_VH = students[-1].module.head_weight
+        labels_N = context_share(tokens_BT[:, 1:], mesh).T.flatten()
         terms = linear_kd(
             hidden_SBH.flatten(0, 1),
             weight_VH,
@@ -78,8 +80,8 @@ def forward_backward(
 
     sums = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(zip(batches_BT, hidden_of, strict=True)),
-        model=student,
+        data_iterator=[iter(zip(batches_BT, hidden_of, strict=True)) for _ in students],
+        model=students,
         num_microbatches=len(batches_BT),
         seq_length=length,
         micro_batch_size=size,

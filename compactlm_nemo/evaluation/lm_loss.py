@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compactlm_nemo.distill.linear_kd import linear_ce
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import forward_each, micro_batches
+from compactlm_nemo.models.forward import context_share, forward_each, micro_batches
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.groups import Mesh
 
@@ -44,7 +44,7 @@ def evaluate_lm_loss(
     batches = micro_batches(mine, micro_batch)
 
     def loss_of(idx: int, hidden_SBH: Tensor) -> Tensor:
-        labels = batches[idx][:, 1:].T.flatten()
+        labels = context_share(batches[idx][:, 1:], mesh).T.flatten()
         progress(len(batches[idx]) * mesh.dp_size)
         per_token = linear_ce(
             hidden_SBH.flatten(0, 1),
@@ -60,8 +60,10 @@ def evaluate_lm_loss(
 
     model.eval()
     start = time.perf_counter()
-    sums = forward_each(model, [batch[:, :-1] for batch in batches], loss_of)
-    total = torch.tensor([float(sum(sums)), float(mine[:, 1:].numel())], dtype=torch.float64, device=mine.device)
+    sums = forward_each(model, mesh, [batch[:, :-1] for batch in batches], loss_of)
+    total = torch.tensor(
+        [float(sum(sums)), float(mine[:, 1:].numel() // mesh.cp_size)], dtype=torch.float64, device=mine.device
+    )
     total = last_stage_total(total, mesh)
     seconds = time.perf_counter() - start
     tokens = int(total[1])

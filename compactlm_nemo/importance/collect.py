@@ -1,14 +1,16 @@
-"""One forward pass over calibration samples -> importance of heads, neurons, hidden channels and layers.
+"""One forward pass over calibration samples -> running statistics of heads, groups, neurons, channels and layers.
 
 Source: Minitron (arXiv 2407.14679), section 2.2. Activations only:
 
-- heads: L2 norm over the head dimension of the input of the output projection;
-- neurons: the input of fc2, that is after the activation;
+- heads: L2 norm over the head dimension of the input of the output projection; groups: over all heads of the group;
+- neurons: the input of fc2 (after the activation), or the output of fc1 (before; of a gated MLP the gate's half);
 - hidden channels: the output of every norm, scores summed over the norms;
-- layers: block importance `BI_i = 1 - E[cos(x_i, x_{i+1})]`, x_i the input of layer i, E over all tokens.
+- layers: block importance `BI_i = 1 - E[cos(x_i, x_{i+1})]`, x_i the input of layer i, E over all tokens;
+- experts: `experts.py`.
 
-The sequence aggregator is applied within a sample, the batch aggregator over samples; ranks exchange running sums once,
-at the end, so every layout gives the same numbers.
+The sequence aggregator is applied within a sample, the batch aggregator over samples. Ranks that hold parts of the
+same sequences (sequence and context parallel) add up small sums once a micro-batch; all else is merged at the end, so
+every layout gives the same numbers. Nothing waits for the device before that.
 """
 
 from __future__ import annotations
@@ -17,112 +19,221 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from compactlm_nemo.config.schema import Aggregator, ScoreConfig
-from compactlm_nemo.errors import NumericsError
-from compactlm_nemo.importance.statistics import SampleAggregate, over_sequence
+from compactlm_nemo.config.choices import Aggregator, DepthMetric, Neurons
+from compactlm_nemo.config.schema import ScoreConfig
+from compactlm_nemo.importance.experts import hook_experts
+from compactlm_nemo.importance.statistics import Parts, State, join_parts, over_sequence, sequence_parts, state_of
+from compactlm_nemo.models.build import Chunks, HiddenStateModel
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import forward_each, micro_batches
+from compactlm_nemo.models.forward import Share, forward_each
 from compactlm_nemo.parallel.collectives import gather_objects
 from compactlm_nemo.parallel.groups import Mesh
 
-Key = tuple[str, int]
-"""(axis, layer): heads, mlp and depth have a 0-based global layer; hidden counts norms, -1 is the final one."""
+StateKey = tuple[str, Aggregator]
+"""(element, sequence aggregator). Elements are named `heads.{i}`, `groups.{i}`, `mlp.{i}`, `norm.{k}` (two a layer, the
+final one last), `depth.{i}`, `experts.{i}.{e}`, `expert_mlp.{i}.{e}`, `shared_expert.{i}`."""
+SHARDED = ("heads", "groups", "mlp", "expert_mlp", "shared_expert")
+"""Elements of which each tensor-parallel rank has a part; of the others all ranks have the same."""
 
 
-class Collector:
-    """Hooks on this rank's layers that feed one running aggregate per axis and layer."""
+class Track:
+    """Elements of one chunk whose values cover the same samples and the same part of a sequence."""
 
-    def __init__(self, model: Any, head_dim: int, cfg: ScoreConfig) -> None:
-        self.cfg, self.head_dim = cfg, head_dim
-        self.aggregates: dict[Key, SampleAggregate] = {}
-        self.handles: list[Any] = []
-        for layer in model.decoder.layers:
-            idx = layer.layer_number - 1
-            self._on_input(layer.self_attention.linear_proj, ("heads", idx), self._head_norms)
-            self._on_input(layer.mlp.linear_fc2, ("mlp", idx), lambda x: x)
-            self._on_output(layer.input_layernorm, ("hidden", 2 * idx))
-            self._on_output(layer.pre_mlp_layernorm, ("hidden", 2 * idx + 1))
-            self.handles.append(layer.register_forward_hook(self._layer_hook(idx), with_kwargs=True))
-        if model.post_process:
-            self._on_output(model.decoder.final_layernorm, ("hidden", -1))
+    def __init__(self, groups: list[ProcessGroup]) -> None:
+        self.groups = groups
+        self.pending: dict[str, Parts] = {}
+        self.widths: dict[str, int] = {}
+        self.states: dict[Aggregator, State] = {}
 
-    def _head_norms(self, x_SBE: Tensor) -> Tensor:
-        return x_SBE.unflatten(-1, (-1, self.head_dim)).float().norm(dim=-1)
+    def put(self, element: str, parts: Parts) -> None:
+        self.pending[element] = parts
 
-    def _on_input(self, module: Any, key: Key, value: Callable[[Tensor], Tensor]) -> None:
-        self.handles.append(module.register_forward_pre_hook(lambda _, args: self._add(key, value(args[0]))))
+    def flush(self, length: int, counted_B: Tensor | None) -> None:
+        """Finish the samples of a micro-batch of `length` tokens a rank; `counted_B` leaves out padding, None all."""
+        pending, self.pending = self.pending, {}
+        if not pending or counted_B is None:
+            return
+        self.widths = {element: next(iter(parts.values())).shape[1] for element, parts in pending.items()}
+        names = next(iter(pending.values()))
+        joined = {name: torch.cat([parts[name] for parts in pending.values()], dim=1) for name in names}
+        for group in self.groups:
+            joined = join_parts(joined, length, group)
+            length *= group.size()
+        for agg, values_BE in over_sequence(joined, length).items():
+            state = state_of(values_BE[counted_B])
+            self.states[agg] = self.states[agg].merged(state) if agg in self.states else state
 
-    def _on_output(self, module: Any, key: Key) -> None:
-        self.handles.append(module.register_forward_hook(lambda _, args, out: self._add(key, out)))
-
-    def _layer_hook(self, idx: int) -> Callable[..., None]:
-        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            cosine_SB = F.cosine_similarity(before.float(), after.float(), dim=-1)
-            per_sample = (1 - cosine_SB).mean(dim=0)[:, None]
-            self._finite(("depth", idx), per_sample)
-            self._aggregate(("depth", idx), Aggregator.mean).add(per_sample)
-
-        return hook
-
-    def _aggregate(self, key: Key, batch: Aggregator) -> SampleAggregate:
-        if key not in self.aggregates:
-            self.aggregates[key] = SampleAggregate(batch)
-        return self.aggregates[key]
-
-    def _finite(self, key: Key, values: Tensor) -> None:
-        if not torch.isfinite(values).all():
-            raise NumericsError(
-                f"score: {key[0]} activations of layer {key[1]} are NaN or infinite; check the teacher."
-            )
-
-    def _add(self, key: Key, x_SBE: Tensor) -> None:
-        values_BE = over_sequence(x_SBE.transpose(0, 1), self.cfg.sequence_aggregator)
-        self._finite(key, values_BE)
-        self._aggregate(key, self.cfg.batch_aggregator).add(values_BE)
-
-    def states(self) -> dict[Key, Any]:
-        """Running aggregates on the CPU: they are about to travel to ranks with other devices."""
-        for handle in self.handles:
-            handle.remove()
+    def take(self) -> dict[StateKey, State]:
+        """What was gathered since the last call, an element each, on the CPU."""
+        states, self.states = self.states, {}
+        widths = list(self.widths.values())
         return {
-            key: {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
-            for key, state in ((key, aggregate.state()) for key, aggregate in self.aggregates.items())
+            (element, agg): State(state.num.cpu(), mean, m2)
+            for agg, state in states.items()
+            for element, mean, m2 in zip(
+                self.widths, state.mean.cpu().split(widths), state.m2.cpu().split(widths), strict=True
+            )
         }
 
 
-def collect_scores(
-    model: Any, dims: Dims, mesh: Mesh, windows_NS: Tensor, cfg: ScoreConfig, progress: Callable[[int], None]
-) -> dict[str, Tensor]:
-    """Scores under their file names, float32, on every rank. Collective.
+class Collector:
+    """Hooks on the layers of one model chunk."""
 
-    `windows_NS` are the same calibration tokens on every rank; data-parallel ranks take every dp-th sample.
+    def __init__(self, chunk: HiddenStateModel, mesh: Mesh, dims: Dims, cfg: ScoreConfig) -> None:
+        self.mesh, self.dims, self.cfg = mesh, dims, cfg
+        self.aggs = {metric.pair[1] for metric in cfg.width if metric.pair}
+        split = [mesh.cp_group] if mesh.cp_size > 1 else []
+        along = split + ([mesh.tp_group] if mesh.is_sequence_parallel else [])
+        self.whole, self.norms, self.depth, self.experts = Track(split), Track(along), Track(along), Track(split)
+        self.handles: list[Any] = []
+        self.length = 0
+        for layer in chunk.decoder.layers:
+            self._hook_layer(layer)
+        if self.aggs and chunk.post_process:
+            self._on_output(chunk.decoder.final_layernorm, self._norm(2 * dims.num_layers))
+
+    def _hook_layer(self, layer: Any) -> None:
+        idx = layer.layer_number - 1
+        if DepthMetric.bi in self.cfg.depth:
+            self.handles.append(layer.register_forward_hook(self._layer_hook(idx), with_kwargs=True))
+        if not self.aggs:
+            return
+        self._on_input(layer.self_attention.linear_proj, self._heads(idx))
+        self._on_output(layer.input_layernorm, self._norm(2 * idx))
+        self._on_output(layer.pre_mlp_layernorm, self._norm(2 * idx + 1))
+        if self.dims.num_experts:
+            hook_experts(self, layer.mlp, idx)
+        else:
+            self.on_neurons(layer.mlp, f"mlp.{idx}")
+
+    def on_neurons(self, mlp: Any, element: str) -> None:
+        """Measure an MLP that sees whole sequences `[S, B, H]`."""
+        put = lambda x_SBF: self.whole.put(element, sequence_parts(x_SBF, self.aggs))  # noqa: E731
+        if self.cfg.neurons is Neurons.after:
+            self._on_input(mlp.linear_fc2, put)
+        else:
+            self._on_output(mlp.linear_fc1, lambda x_SBF: put(self.before_activation(x_SBF)))
+
+    def before_activation(self, x: Tensor) -> Tensor:
+        """What the activation is applied to: all of fc1's output, or the gate's half of this rank's shard."""
+        return x.chunk(2, dim=-1)[0] if self.dims.gated_mlp else x
+
+    def _heads(self, idx: int) -> Callable[[Tensor], None]:
+        def put(x_SBE: Tensor) -> None:
+            wide = x_SBE.to(torch.promote_types(x_SBE.dtype, torch.float32))
+            square_SBE = wide.unflatten(-1, (-1, self.dims.head_dim)).square().sum(dim=-1)
+            per_group = self.dims.num_heads // self.dims.num_query_groups
+            self.whole.put(f"heads.{idx}", sequence_parts(square_SBE.sqrt(), self.aggs))
+            groups_SBE = square_SBE.unflatten(-1, (-1, per_group)).sum(dim=-1).sqrt()
+            self.whole.put(f"groups.{idx}", sequence_parts(groups_SBE, self.aggs))
+
+        return put
+
+    def _norm(self, number: int) -> Callable[[Tensor], None]:
+        def put(x_SBH: Tensor) -> None:
+            self.length = x_SBH.shape[0]
+            self.norms.put(f"norm.{number}", sequence_parts(x_SBH, self.aggs))
+
+        return put
+
+    def _layer_hook(self, idx: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            before = (args[0] if args else kwargs["hidden_states"]).float()
+            after = (output[0] if isinstance(output, tuple) else output).float()
+            dot_SB = (before * after).sum(dim=-1)
+            cosine_SB = dot_SB / (before.square().sum(dim=-1) * after.square().sum(dim=-1)).sqrt()
+            self.length = before.shape[0]
+            self.depth.put(f"depth.{idx}", {"abs": (1 - cosine_SB).abs().sum(dim=0)[:, None]})
+
+        return hook
+
+    def _on_input(self, module: Any, put: Callable[[Tensor], None]) -> None:
+        self.handles.append(module.register_forward_pre_hook(lambda _, args: put(args[0])))
+
+    def _on_output(self, module: Any, put: Callable[[Tensor], None]) -> None:
+        hook = lambda _, args, out: put(out[0] if isinstance(out, tuple) else out)  # noqa: E731
+        self.handles.append(module.register_forward_hook(hook))
+
+    def finish(self, counted_B: Tensor | None, counted_by_experts: Tensor | None) -> None:
+        """Close a micro-batch: which of its samples count; None for one that only fills the schedule."""
+        whole = self.length * (self.mesh.tp_size if self.mesh.is_sequence_parallel else 1)
+        self.whole.flush(whole, counted_B)
+        self.norms.flush(self.length, counted_B)
+        self.depth.flush(self.length, counted_B)
+        self.experts.flush(whole, counted_by_experts)
+
+    def take(self) -> dict[StateKey, State]:
+        """The states since the last call that this rank has to report: replicated elements come from one rank."""
+        states = self.whole.take() | self.norms.take() | self.depth.take() | self.experts.take()
+        if self.mesh.cp_rank > 0:
+            return {}
+        return {key: state for key, state in states.items() if self.mesh.tp_rank == 0 or _is_sharded(key[0])}
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def _is_sharded(element: str) -> bool:
+    return element.split(".")[0] in SHARDED
+
+
+def collect(
+    chunks: Chunks,
+    mesh: Mesh,
+    dims: Dims,
+    windows_NS: Tensor,
+    cfg: ScoreConfig,
+    progress: Callable[[int], None],
+) -> dict[StateKey, State]:
+    """Statistics of these samples, whole vectors, on the main rank; empty on the others. Collective.
+
+    `windows_NS` are the same tokens on every rank; data-parallel ranks take every dp-th sample.
     """
-    collector = Collector(model, dims.head_dim, cfg)
-    batches = micro_batches(windows_NS[mesh.dp_rank :: mesh.dp_size], cfg.micro_batch)
-    forward_each(model, batches, lambda idx, hidden: None, lambda idx: progress(len(batches[idx]) * mesh.dp_size))
-    return assemble(dims, cfg, gather_objects((mesh.tp_rank, mesh.dp_rank, collector.states())))
+    share = Share(windows_NS, mesh, cfg.micro_batch)
+    collectors = [Collector(chunk, mesh, dims, cfg) for chunk in chunks]
+    current: list[int | None] = [None]
+    for chunk, collector in zip(chunks, collectors, strict=True):
+        collector.handles.append(
+            chunk.register_forward_hook(
+                lambda *_, collector=collector: collector.finish(*_counted(share, current[0], mesh))
+            )
+        )
+
+    def start(idx: int | None) -> None:
+        current[0] = idx
+
+    try:
+        forward_each(chunks, mesh, share.batches, lambda idx, hidden: progress(share.num_counted(idx)), start)
+        states: dict[StateKey, State] = {}
+        for collector in collectors:
+            states |= collector.take()
+    finally:
+        for collector in collectors:
+            collector.remove()
+    return merge_ranks(gather_objects((mesh.dp_rank, mesh.tp_rank, states)))
 
 
-def assemble(dims: Dims, cfg: ScoreConfig, gathered: list[tuple[int, int, dict[Key, Any]]]) -> dict[str, Tensor]:
-    """Merge the running aggregates of all ranks: over data parallel by merging, over TP by concatenation."""
-    merged: dict[tuple[Key, int], SampleAggregate] = {}
-    for tp_rank, _, states in sorted(gathered, key=lambda item: item[:2]):
+def _counted(share: Share, idx: int | None, mesh: Mesh) -> tuple[Tensor | None, Tensor | None]:
+    """Masks over this rank's samples of a batch, and over those of all ranks that share its experts."""
+    if idx is None:
+        return None, None
+    first = mesh.dp_rank - mesh.ep_rank
+    return share.counted(idx, mesh.dp_rank), torch.cat([share.counted(idx, first + r) for r in range(mesh.ep_size)])
+
+
+def merge_ranks(gathered: list[tuple[int, int, dict[StateKey, State]]]) -> dict[StateKey, State]:
+    """Whole vectors over all samples: tensor-parallel parts one after another, data-parallel ranks merged in order."""
+    by_rank: dict[tuple[StateKey, int], list[State]] = {}
+    for dp_rank, _, states in sorted(gathered, key=lambda item: item[:2]):
         for key, state in states.items():
-            batch = Aggregator.mean if key[0] == "depth" else cfg.batch_aggregator
-            merged.setdefault((key, tp_rank), SampleAggregate(batch)).merge(state)
-
-    def whole(key: Key) -> Tensor:
-        parts = [merged[key, rank].result() for rank in sorted(r for k, r in merged if k == key)]
-        return torch.cat(parts) if key[0] in ("heads", "mlp") else parts[0]
-
-    scores = {"hidden": sum(whole(key) for key in sorted({k for k, _ in merged if k[0] == "hidden"}))}
-    for layer in range(dims.num_layers):
-        scores[f"layers.{layer}.heads"] = whole(("heads", layer))
-        scores[f"layers.{layer}.mlp"] = whole(("mlp", layer))
-    scores["depth.bi"] = torch.cat([whole(("depth", layer)) for layer in range(dims.num_layers)])
-    return {name: value.float() for name, value in scores.items()}  # type: ignore[union-attr]
+            by_rank.setdefault((key, dp_rank), []).append(state)
+    merged: dict[StateKey, State] = {}
+    for (key, _), parts in by_rank.items():
+        whole = State(parts[0].num, torch.cat([p.mean for p in parts]), torch.cat([p.m2 for p in parts]))
+        merged[key] = merged[key].merged(whole) if key in merged else whole
+    return merged

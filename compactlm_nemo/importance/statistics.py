@@ -1,108 +1,109 @@
-"""Pure running aggregates: the tokens of a sample first, then the samples.
+"""Pure aggregates: the tokens of a sample first, then the samples.
 
 Shape suffixes: B samples, S tokens, E scored elements (heads, neurons or channels).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from compactlm_nemo.config.schema import Aggregator
-from compactlm_nemo.errors import DataError, NumericsError
+from compactlm_nemo.config.choices import Aggregator
+from compactlm_nemo.errors import DataError
+from compactlm_nemo.parallel.collectives import all_reduce_sum
 
-State = dict[str, Tensor]
+Parts = dict[str, Tensor]
+"""What a part of a sequence contributes, `[B, E]` each, float32 or wider: `abs` = sum|x|, `sq` = sum x^2, and
+`mean` with `m2` = sum (x - mean)^2."""
 
 
-def over_sequence(x_BSE: Tensor, agg: Aggregator) -> Tensor:
-    """One number per sample and element from the tokens of the sample.
+def sequence_parts(x_SBE: Tensor, aggs: Collection[Aggregator]) -> Parts:
+    """Sums over dim 0 of `[S, B, E]` that the aggregators need; E may be a shard, S a part of the sequence."""
+    x_SBE = x_SBE.detach().to(torch.promote_types(x_SBE.dtype, torch.float32))
+    parts: Parts = {}
+    if Aggregator.mean in aggs:
+        parts["abs"] = x_SBE.abs().sum(dim=0)
+    if Aggregator.var in aggs:
+        parts["mean"] = x_SBE.mean(dim=0)
+        parts["m2"] = (x_SBE - parts["mean"]).square_().sum(dim=0)
+    if Aggregator.l2 in aggs:
+        # From the other two where they are there: a sum of terms >= 0, so nothing cancels.
+        is_known = "m2" in parts
+        parts["sq"] = parts["m2"] + x_SBE.shape[0] * parts["mean"].square() if is_known else x_SBE.square().sum(dim=0)
+    return parts
+
+
+def join_parts(parts: Parts, length: int, group: ProcessGroup) -> Parts:
+    """The parts of whole sequences from those of the ranks of `group`, each of which saw `length` tokens of every one.
+
+    ``M2 = sum_r M2_r + length * (mean_r - mean)^2``, ``mean = (1/R) sum_r mean_r``; the others add up.
+    """
+    joined: Parts = {name: all_reduce_sum(parts[name], group) for name in ("abs", "sq") if name in parts}
+    if "m2" in parts:
+        mean = all_reduce_sum(parts["mean"], group) / group.size()
+        spread = parts["m2"] + length * (parts["mean"] - mean).square()
+        joined |= {"mean": mean, "m2": all_reduce_sum(spread, group)}
+    return joined
+
+
+def over_sequence(parts: Parts, length: int) -> dict[Aggregator, Tensor]:
+    """`[B, E]` for each aggregator that the parts allow, of sequences of `length` tokens.
 
     ``mean = (1/S) sum|x|``, ``l2 = sqrt(sum x^2)``, ``var = (1/S) sum (x - x_mean)^2``, sums over S.
-
-    Args:
-        x_BSE: ``[B, S, E]``, whole sequences; E may be a shard.
-        agg: The sequence aggregator.
-    Returns:
-        ``[B, E]``, float32 or wider, no gradient.
     Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.2.
     """
-    x_BSE = x_BSE.detach().to(torch.promote_types(x_BSE.dtype, torch.float32))
-    if agg is Aggregator.mean:
-        return x_BSE.abs().mean(dim=1)
-    if agg is Aggregator.l2:
-        return x_BSE.square().sum(dim=1).sqrt()
-    return x_BSE.var(dim=1, correction=0)
+    values: dict[Aggregator, Tensor] = {}
+    if "abs" in parts:
+        values[Aggregator.mean] = parts["abs"] / length
+    if "sq" in parts:
+        values[Aggregator.l2] = parts["sq"].sqrt()
+    if "m2" in parts:
+        values[Aggregator.var] = parts["m2"] / length
+    return values
 
 
-class SampleAggregate:
-    """The batch aggregator: one value per element from one finished value per sample, in one pass.
+class State(NamedTuple):
+    """Samples seen so far: their number [], mean [E] and `m2` = ``sum (v - mean)^2`` [E]; float64."""
 
-    Accumulators are float64, so the result does not depend on how samples were batched or spread over ranks
-    (up to the rounding of float64).
-    """
+    num: Tensor
+    mean: Tensor
+    m2: Tensor
 
-    def __init__(self, batch: Aggregator) -> None:
-        self.batch = batch
-        self._state: State | None = None
-
-    def add(self, values_BE: Tensor) -> None:
-        """Take in ``[B, E]``, one row per finished sample; B may be 0."""
-        if values_BE.ndim != 2:
-            raise ValueError(f"values_BE has shape {list(values_BE.shape)}, must be [samples, elements].")
-        if values_BE.shape[0] == 0:
-            return
-        x_BE = values_BE.detach().to(torch.float64)
-        count = torch.tensor(x_BE.shape[0], dtype=torch.float64, device=x_BE.device)
-        if self.batch is Aggregator.var:
-            mean_E = x_BE.mean(dim=0)
-            self.merge({"count": count, "mean": mean_E, "m2": (x_BE - mean_E).square().sum(dim=0)})
-        else:
-            self.merge({"count": count, "sum_abs": x_BE.abs().sum(dim=0), "sum_sq": x_BE.square().sum(dim=0)})
-
-    def state(self) -> State:
-        """Float64 accumulators: `count` [] and, over the samples so far,
-
-        mean, l2: `sum_abs` [E], `sum_sq` [E]; states of disjoint samples merge by addition.
-        var: `mean` [E], `m2` [E] = ``sum (x - mean)^2``; states merge by Chan's formula (`merge`), not by addition.
-        """
-        if self._state is None:
-            raise DataError("score.samples: no calibration sample reached this aggregate; give more text or samples.")
-        return {name: value.clone() for name, value in self._state.items()}
-
-    def merge(self, other: State) -> None:
-        """Take in the state of an aggregate over other samples.
+    def merged(self, other: State) -> State:
+        """The state of both sets of samples.
 
         ``M2 = M2_a + M2_b + d^2 n_a n_b / n``, ``mean = mean_a + d n_b / n``, ``d = mean_b - mean_a``.
         Source: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance".
         """
-        expected = {"count", "mean", "m2"} if self.batch is Aggregator.var else {"count", "sum_abs", "sum_sq"}
-        if set(other) != expected:
-            raise ValueError(f"state has {sorted(other)}, a {self.batch.value} aggregate needs {sorted(expected)}.")
-        mine = self._state
-        if mine is None:
-            self._state = {name: value.clone() for name, value in other.items()}
-        elif self.batch is Aggregator.var:
-            count = mine["count"] + other["count"]
-            gap_E = other["mean"] - mine["mean"]
-            weight = other["count"] / count.clamp(min=1)  # two empty states stay empty
-            self._state = {
-                "count": count,
-                "mean": mine["mean"] + gap_E * weight,
-                "m2": mine["m2"] + other["m2"] + gap_E.square() * mine["count"] * weight,
-            }
-        else:
-            self._state = {name: value + other[name] for name, value in mine.items()}
+        count = self.num + other.num
+        gap_E = other.mean - self.mean
+        weight = other.num / count.clamp(min=1)  # two empty states stay empty
+        return State(
+            count,
+            self.mean + gap_E * weight,
+            self.m2 + other.m2 + gap_E.square() * self.num * weight,
+        )
 
-    def result(self) -> Tensor:
-        """``[E]`` float64: ``(1/n) sum|x|``, ``sqrt(sum x^2)`` or ``(1/n) sum (x - mean)^2`` over the samples."""
-        state = self.state()
-        if self.batch is Aggregator.mean:
-            score_E = state["sum_abs"] / state["count"]
-        elif self.batch is Aggregator.l2:
-            score_E = state["sum_sq"].sqrt()
-        else:
-            score_E = state["m2"] / state["count"]
-        if not bool(score_E.isfinite().all()):
-            bad = int((~score_E.isfinite()).sum())
-            raise NumericsError(f"importance: {bad} of {score_E.numel()} scores are NaN or infinite; try fp32.")
-        return score_E
+    def result(self, agg: Aggregator) -> Tensor:
+        """`[E]` float64: ``(1/n) sum v``, ``sqrt(sum v^2)`` or ``(1/n) sum (v - mean)^2``; v >= 0, so |v| = v."""
+        if float(self.num) == 0:
+            raise DataError("score.samples: no calibration sample reached an aggregate; give more text or samples.")
+        if agg is Aggregator.mean:
+            return self.mean
+        if agg is Aggregator.l2:
+            return (self.m2 + self.num * self.mean.square()).sqrt()
+        return self.m2 / self.num
+
+
+def state_of(values_BE: Tensor) -> State:
+    """The state of `[B, E]` finished sample values, one row a sample; B may be 0."""
+    if values_BE.ndim != 2:
+        raise ValueError(f"values_BE has shape {list(values_BE.shape)}, must be [samples, elements].")
+    x_BE = values_BE.detach().to(torch.float64)
+    count = torch.tensor(float(x_BE.shape[0]), dtype=torch.float64, device=x_BE.device)
+    mean_E = x_BE.mean(dim=0) if x_BE.shape[0] else x_BE.new_zeros(x_BE.shape[1])
+    return State(count, mean_E, (x_BE - mean_E).square().sum(dim=0))

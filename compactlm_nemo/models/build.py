@@ -4,32 +4,42 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.config.schema import ParallelConfig
+from compactlm_nemo.models.dims import Dims, split_layers
 from compactlm_nemo.models.spec import block_spec
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.parallel.launch import device
 
 ParameterSource = Callable[[str], Tensor]
-"""Megatron name with a global layer number -> the whole unpadded parameter on the CPU."""
+"""Megatron name with global layer and expert numbers -> the whole unpadded parameter on the CPU."""
 
 
 class HiddenStateModel(GPTModel):
-    """GPTModel whose last stage returns its final normed hidden states `[s, b, h]`.
+    """GPTModel whose last stage returns its final normed hidden states `[s, b, h]`, whole under sequence parallelism.
 
     The output layer is applied by the chunked loss heads, so that the logits of a sequence never exist at once.
     """
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        if self.post_process and self.config.sequence_parallel:
+            # The loss heads sum their gradient over TP ranks themselves, so each rank takes its own part of it.
+            return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
         return hidden_states
 
     @property
@@ -38,6 +48,43 @@ class HiddenStateModel(GPTModel):
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
+
+
+class Chunks(list[HiddenStateModel]):
+    """The parts of the model that one rank holds, in pipeline order: one, or `parallel.virtual_stages`.
+
+    A list, because Megatron's schedules, optimizer and checkpoints take one.
+    """
+
+    def train(self, mode: bool = True) -> Chunks:
+        for chunk in self:
+            chunk.train(mode)
+        return self
+
+    def eval(self) -> Chunks:
+        return self.train(False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """`[V / tp, H]`: this rank's rows of the output layer. Last stage only."""
+        return self[-1].head_weight
+
+    def layers(self) -> Iterator[Any]:
+        """This rank's decoder layers in the order of the model; `layer_number - 1` is the global 0-based index."""
+        for chunk in self:
+            yield from chunk.decoder.layers
+
+    def parameters(self) -> Iterator[Tensor]:
+        for chunk in self:
+            yield from chunk.parameters()
+
+
+def pipeline_layout(num_layers: int, layout: ParallelConfig) -> list[list[str]] | None:
+    """Megatron's description of `split_layers`; None without a pipeline."""
+    if layout.pp == 1:
+        return None
+    rows = [["decoder"] * count for count in split_layers(num_layers, layout)]
+    return [["embedding", *rows[0]], *rows[1:-1], [*rows[-1], "loss"]]
 
 
 def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
@@ -61,7 +108,14 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=mesh.tp_size,
+        sequence_parallel=mesh.is_sequence_parallel,
         pipeline_model_parallel_size=mesh.pp_size,
+        pipeline_model_parallel_layout=pipeline_layout(dims.num_layers, mesh.layout),
+        # A batch of messages between two stages that are each other's next and previous one would be mixed up.
+        overlap_p2p_comm=mesh.layout.virtual_stages > 1,
+        batch_p2p_comm=mesh.layout.virtual_stages == 1,
+        context_parallel_size=mesh.cp_size,
+        expert_model_parallel_size=mesh.ep_size,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -74,23 +128,70 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **(_expert_settings(dims) if dims.num_experts else {}),
     )
 
 
-def build_model(dims: Dims, mesh: Mesh, *, dtype: torch.dtype, vocab_multiple: int) -> HiddenStateModel:
+def _expert_settings(dims: Dims) -> dict[str, Any]:
+    """Megatron's settings of layers with experts; no loss but ours acts on the router."""
+    return {
+        "num_moe_experts": dims.num_experts,
+        "moe_ffn_hidden_size": dims.ffn_hidden_size,
+        "moe_router_topk": dims.experts_per_token,
+        # A softmax over the picked logits is the softmax over all of them, scaled to sum to 1 over the picked.
+        "moe_router_pre_softmax": not dims.norm_topk,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",  # keeps the order of the tokens, by which scoring tells samples apart
+        "moe_shared_expert_intermediate_size": dims.shared_expert_ffn or None,
+        "moe_shared_expert_gate": dims.shared_expert_ffn > 0,
+    }
+
+
+def build_model(dims: Dims, mesh: Mesh, *, dtype: torch.dtype, vocab_multiple: int) -> Chunks:
     """This rank's share of the model, weights not yet meaningful: use `fill` or a checkpoint."""
+    config = transformer_config(dims, mesh, dtype)
+    counts = split_layers(dims.num_layers, mesh.layout)
+    stages = mesh.layout.virtual_stages
+    return Chunks(
+        _build_chunk(
+            dims,
+            mesh,
+            config,
+            num_layers=counts[stage * mesh.pp_size + mesh.pp_rank],
+            vocab_multiple=vocab_multiple,
+            is_first=mesh.is_first_stage and stage == 0,
+            is_last=mesh.is_last_stage and stage == stages - 1,
+            vp_stage=stage if stages > 1 else None,
+        )
+        for stage in range(stages)
+    )
+
+
+def _build_chunk(
+    dims: Dims,
+    mesh: Mesh,
+    config: TransformerConfig,
+    *,
+    num_layers: int,
+    vocab_multiple: int,
+    is_first: bool,
+    is_last: bool,
+    vp_stage: int | None,
+) -> HiddenStateModel:
     model = HiddenStateModel(
-        config=transformer_config(dims, mesh, dtype),
-        transformer_layer_spec=block_spec(dims, dims.num_layers // mesh.pp_size),
+        config=config,
+        transformer_layer_spec=block_spec(dims, num_layers),
         vocab_size=dims.padded_vocab(mesh.tp_size, vocab_multiple),
         max_sequence_length=dims.max_position_embeddings,
-        pre_process=mesh.is_first_stage,
-        post_process=mesh.is_last_stage,
+        pre_process=is_first,
+        post_process=is_last,
         parallel_output=True,
         share_embeddings_and_output_weights=dims.tied_embeddings,
         position_embedding_type="rope",
         rotary_percent=dims.rotary_percent,
         rotary_base=int(dims.rope_theta),
+        vp_stage=vp_stage,
     )
     for module in model.modules():
         # Megatron marks shards while it initialises them, which we skip; unmarked, the gradient norm drops those of
@@ -120,14 +221,17 @@ def inverse_frequencies(dims: Dims) -> Tensor:
     return inv_freq * (keep + (1 - keep) / scaling["factor"])
 
 
-def global_names(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of this rank under their names in the whole model (0-based global layer numbers)."""
-    for name, parameter in model.named_parameters():
-        match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
-        if match:
-            layer = model.decoder.layers[int(match[1])]  # type: ignore[union-attr,index]
-            name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"  # type: ignore[union-attr]
-        yield name, parameter
+def global_names(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of this rank under their names in the whole model (0-based global layer and expert numbers)."""
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
+            if match:
+                layer: Any = chunk.decoder.layers[int(match[1])]  # type: ignore[union-attr,index]
+                name = f"decoder.layers.{layer.layer_number - 1}.{match[2]}"
+                if expert := re.match(r"(.*\.local_experts\.)(\d+)(.*)", name):
+                    name = f"{expert[1]}{layer.mlp.local_expert_indices[int(expert[2])]}{expert[3]}"
+            yield name, parameter
 
 
 def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padded_vocab: int) -> Tensor:
@@ -145,10 +249,10 @@ def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padd
 
 
 @torch.no_grad()
-def fill(model: HiddenStateModel, dims: Dims, mesh: Mesh, source: ParameterSource, vocab_multiple: int) -> None:
+def fill(chunks: Chunks, dims: Dims, mesh: Mesh, source: ParameterSource, vocab_multiple: int) -> None:
     """Copy this rank's share of every parameter from a source, one whole parameter in memory at a time."""
     padded = dims.padded_vocab(mesh.tp_size, vocab_multiple)
-    for name, parameter in global_names(model):
+    for name, parameter in global_names(chunks):
         if name == "output_layer.weight" and dims.tied_embeddings:
             name = "embedding.word_embeddings.weight"
         share = tp_share(

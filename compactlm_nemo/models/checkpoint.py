@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
@@ -25,22 +26,33 @@ WEIGHTS = "weights"
 
 def sharding_metadata(mesh: Mesh) -> dict[str, Any]:
     """Tells Megatron how its optimizer state is to be sharded: so that any other layout can load it."""
-    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": mesh.dp_group}
+    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": mesh.dp_cp_group}
 
 
-def save_model(folder: Path, model: Any, mesh: Mesh) -> None:
+def model_state(chunks: Sequence[Any], mesh: Mesh) -> dict[str, Any]:
+    """Megatron's sharded state of each chunk as `model{i}`; what is stored carries global layer numbers."""
+    metadata = sharding_metadata(mesh)
+    return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+
+
+def load_state(chunks: Sequence[Any], state: dict[str, Any]) -> None:
+    """Put what `model_state` describes, once loaded, into the chunks."""
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{i}"], strict=True)
+
+
+def save_model(folder: Path, chunks: Sequence[Any], mesh: Mesh) -> None:
     """Save the model's shards under `folder/weights`; collective over all ranks."""
     target = folder / WEIGHTS
     target.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(model.sharded_state_dict(metadata=sharding_metadata(mesh)), str(target))
+    dist_checkpointing.save(model_state(chunks, mesh), str(target))
 
 
-def load_model(folder: Path, model: Any, mesh: Mesh) -> None:
+def load_model(folder: Path, chunks: Sequence[Any], mesh: Mesh) -> None:
     """Load weights saved in any layout; collective over all ranks."""
     if not (folder / WEIGHTS / ".metadata").is_file():
         raise CheckpointError(f"{folder} holds no model; run the stage that makes it.")
-    state = dist_checkpointing.load(model.sharded_state_dict(metadata=sharding_metadata(mesh)), str(folder / WEIGHTS))
-    model.load_state_dict(state, strict=True)
+    load_state(chunks, dist_checkpointing.load(model_state(chunks, mesh), str(folder / WEIGHTS)))
 
 
 class _Slice(LoadPlanner):
@@ -91,11 +103,22 @@ _NO_WEIGHTS = ("optimizer", "rng", "rerun", "opt_param_scheduler", "chained_")
 """How the keys of training state begin, which such folders may hold beside the weights."""
 
 
+class _Place(NamedTuple):
+    """Where a parameter is stored: the key, and its number in each leading axis of the stored tensor, in their order.
+
+    The axes are those of `CheckpointSource.counts`; none where the parameter is stored by itself.
+    """
+
+    key: str
+    at: dict[str, int]
+
+
 class CheckpointSource:
     """A `ParameterSource` over a distributed checkpoint: any whole parameter, without process group or model.
 
-    Megatron stacks the layers of a homogeneous model: `decoder.layers.mlp.linear_fc2.weight` is `[L, H, F]`, and
-    this class reads only the slice of the wanted layer. It also reads what NeMo 2 and Megatron-Bridge write: names
+    Megatron stacks the layers of a homogeneous model, and their experts: `decoder.layers.mlp.linear_fc2.weight` is
+    `[L, H, F]`, `decoder.layers.mlp.experts.experts.linear_fc2.weight` `[L, E, H, F]`, and this class reads only the
+    slice of the wanted layer and expert. It also reads what NeMo 2 and Megatron-Bridge write: names
     under `module.`, norms fused into linear layers, a vocabulary padded to another multiple, layers under numbers of
     their own. Every name and shape is checked before the first read.
     """
@@ -106,30 +129,22 @@ class CheckpointSource:
             raise CheckpointError(f"{folder} holds no model; run the stage that makes it.")
         self.reader = FileSystemReader(weights)
         self.metadata = self.reader.read_metadata()
-        self.shapes, self.num_layers = parameter_shapes(dims), dims.num_layers
+        self.shapes = parameter_shapes(dims)
+        self.counts = {"layers": dims.num_layers, "experts": dims.num_experts}
         self.places = {name: self._place(name) for name in self.shapes}
         self._refuse_others()
 
-    def _place(self, name: str) -> tuple[str, int | None]:
-        """Stored key of a parameter, and its index in a stack of layers (None: it is stored by itself)."""
+    def _place(self, name: str) -> _Place:
         stored = self.metadata.state_dict_metadata
-        match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
-        tails = [match[2] if match else name]
-        tails += [tails[0].replace(ours, fused) for ours, fused in _FUSED_NORMS.items() if tails[0].startswith(ours)]
         for prefix in ("", "module."):
-            for tail in tails:
-                options: list[tuple[str, int | None]] = [(f"{prefix}{tail}", None)]
-                if match:
-                    options = [(f"{prefix}decoder.layers.{tail}", int(match[1]))]
-                    options.append((f"{prefix}decoder.layers.{match[1]}.{tail}", None))
-                for key, layer in options:
-                    if isinstance(stored.get(key), TensorStorageMetadata):
-                        self._check_shape(name, key, layer)
-                        return key, layer
+            for key, at in _possible_places(name):
+                if isinstance(stored.get(prefix + key), TensorStorageMetadata):
+                    self._check_shape(name, prefix + key, at)
+                    return _Place(prefix + key, at)
         raise CheckpointError(f"checkpoint {self.reader.path} has no parameter {name}; is this its config?")
 
     def _refuse_others(self) -> None:
-        used = {key for key, _ in self.places.values()}
+        used = {place.key for place in self.places.values()}
         for key, stored in self.metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata) and key not in used and not key.startswith(_NO_WEIGHTS):
                 if "_extra_state" not in key and not key.endswith("output_layer.weight"):
@@ -137,26 +152,41 @@ class CheckpointSource:
                         f"checkpoint {self.reader.path} has {key}, which the config does not explain."
                     )
 
-    def _check_shape(self, name: str, key: str, layer: int | None) -> None:
+    def _check_shape(self, name: str, key: str, at: dict[str, int]) -> None:
         size = list(self.metadata.state_dict_metadata[key].size)  # type: ignore[union-attr]
-        if layer is not None and size[0] != self.num_layers:
-            raise CheckpointError(f"checkpoint {self.reader.path} has {size[0]} layers, the config {self.num_layers}.")
-        have, want = size if layer is None else size[1:], list(self.shapes[name])
+        for axis, count in zip(at, size, strict=False):
+            if count != self.counts[axis]:
+                raise CheckpointError(
+                    f"checkpoint {self.reader.path} has {count} {axis}, the config {self.counts[axis]}."
+                )
+        have, want = size[len(at) :], list(self.shapes[name])
         is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         if have != want and not (is_vocabulary and have[1:] == want[1:] and have[0] >= want[0]):
             raise CheckpointError(f"checkpoint {self.reader.path}: {key} is {have} a layer, by the config {want}.")
 
     def __call__(self, name: str) -> Tensor:
-        key, layer = self.places[name]
+        key, at = self.places[name]
         stored = self.metadata.state_dict_metadata[key]
         assert isinstance(stored, TensorStorageMetadata)
         shape = self.shapes[name]
-        sizes, offsets = list(shape), [0] * len(shape)
-        if layer is not None:
-            sizes, offsets = [1, *sizes], [layer, *offsets]
-        buffer = torch.empty(sizes, dtype=stored.properties.dtype)
-        planner = _Slice(key, stored, offsets, buffer)
+        buffer = torch.empty([1] * len(at) + list(shape), dtype=stored.properties.dtype)
+        planner = _Slice(key, stored, [*at.values(), *[0] * len(shape)], buffer)
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         plan = self.reader.prepare_local_plan(planner.create_local_plan())
         self.reader.read_data(plan, planner).wait()
-        return buffer if layer is None else buffer[0]
+        return buffer.view(shape)
+
+
+def _possible_places(name: str) -> list[_Place]:
+    """Where the tools we know store a parameter, likeliest first."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
+    if not match:
+        return [_Place(name, {})]
+    layer, tail = match.groups()
+    experts: dict[str, int] = {}
+    if expert := re.match(r"mlp\.experts\.local_experts\.(\d+)\.", tail):
+        experts = {"experts": int(expert[1])}
+        tail = tail.replace(expert[0], "mlp.experts.experts.")
+    tails = [tail, *(tail.replace(ours, fused) for ours, fused in _FUSED_NORMS.items() if tail.startswith(ours))]
+    stacked = [_Place(f"decoder.layers.{tail}", {"layers": int(layer)} | experts) for tail in tails]
+    return stacked + [_Place(f"decoder.layers.{layer}.{tail}", experts) for tail in tails]

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compactlm_nemo.config.schema import ParallelConfig
+from compactlm_nemo.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dims:
-    """One decoder-only transformer.
+    """One decoder-only transformer, dense or with experts in every layer.
 
     `num_heads` are query heads, `num_query_groups` key/value heads; `vocab_size` is unpadded.
     """
 
     family: str
-    """Key of `families.FAMILIES`: llama, mistral, qwen2, qwen3, nemotron."""
+    """Key of `families.FAMILIES`."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Width of the MLP, or of one expert."""
     num_heads: int
     num_query_groups: int
     head_dim: int
@@ -41,6 +46,14 @@ class Dims:
     """True: LayerNorm with weight 1 + w and bias. False: RMSNorm."""
     window: int | None = None
     """Sliding attention window in tokens, None for full attention."""
+    num_experts: int = 0
+    """Experts of a layer, of which a router picks `experts_per_token`; 0 is a dense model."""
+    experts_per_token: int = 0
+    norm_topk: bool = False
+    """Whether the gate weights of the picked experts are scaled to sum to 1; else they are what the softmax over all
+    experts gives them."""
+    shared_expert_ffn: int = 0
+    """Width of the expert that sees every token and has a sigmoid gate of its own; 0 is none."""
 
     def with_shape(self, *, layers: int, hidden: int, ffn: int, heads: int) -> Dims:
         """The same architecture with other widths and depth."""
@@ -57,3 +70,25 @@ class Dims:
     @staticmethod
     def load(path: Path) -> Dims:
         return Dims(**json.loads(path.read_text()))
+
+
+def split_layers(num_layers: int, layout: ParallelConfig) -> list[int]:
+    """Layers of each chunk in pipeline order: in proportion to `parallel.pp_split`, at least one each.
+
+    The largest remainders get the layers that whole shares leave over, the earlier chunk among equals.
+    """
+    parts = layout.pp_split or [1] * layout.num_chunks
+    if num_layers < len(parts):
+        raise ConfigError(
+            f"parallel.pp={layout.pp} x parallel.virtual_stages={layout.virtual_stages} cannot split {num_layers} "
+            "layers; lower either."
+        )
+    exact = [num_layers * part / sum(parts) for part in parts]
+    counts = [max(1, math.floor(share)) for share in exact]
+    by_need = sorted(range(len(parts)), key=lambda i: (counts[i] - exact[i], i))
+    for step in range(abs(num_layers - sum(counts))):
+        if sum(counts) < num_layers:
+            counts[by_need[step % len(parts)]] += 1
+        else:  # several chunks were raised to one layer
+            counts[counts.index(max(counts))] -= 1
+    return counts

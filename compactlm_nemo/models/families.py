@@ -32,7 +32,18 @@ class Family:
     Elsewhere `sliding_window` means nothing without `use_sliding_window`."""
     also: Mapping[str, Any] = field(default_factory=dict)
     """Further config keys of this family with the only values we support."""
+    ffn: str = "intermediate_size"
+    """Config key of the MLP's width, which is that of one expert where there are experts."""
+    experts: bool = False
+    """Whether every layer has experts instead of one MLP."""
+    norm_topk: bool | None = None
+    """Fixed by the architecture, or None when `norm_topk_prob` decides."""
+    mlp: str = "mlp"
+    """Tensor names: the module of MLP or experts in a layer, and its three matrices."""
+    gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
+
+_NO_DENSE_LAYERS: dict[str, Any] = {"mlp_only_layers": [], "decoder_sparse_step": 1}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(activation="silu", mlp_bias=True),
@@ -42,13 +53,31 @@ FAMILIES: dict[str, Family] = {
     "nemotron": Family(
         activation="relu2", gated_mlp=False, layer_norm_1p=True, norm_eps="norm_eps", mlp_bias=True, partial_rotary=True
     ),
-}
+    "mixtral": Family(
+        activation="silu", qkv_bias=False, window=True, experts=True, norm_topk=True, mlp="block_sparse_moe",
+        gate_up_down=("w1", "w3", "w2"),
+    ),
+    "qwen2_moe": Family(
+        activation="silu", qkv_bias=True, experts=True, ffn="moe_intermediate_size",
+        also={"use_sliding_window": False, "qkv_bias": True, **_NO_DENSE_LAYERS},
+    ),
+    "qwen3_moe": Family(
+        activation="silu", qk_norm=True, experts=True, ffn="moe_intermediate_size",
+        also={"use_sliding_window": False, **_NO_DENSE_LAYERS},
+    ),
+}  # fmt: skip
 
 _READ = {
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "norm_eps",
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "hidden_act", "sliding_window", "use_sliding_window", "layer_types",
+}  # fmt: skip
+_READ_WITH_EXPERTS = {
+    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "qkv_bias", "mlp_only_layers", "decoder_sparse_step",
+    # Of training, or about what else is returned:
+    "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
 }  # fmt: skip
 _HARMLESS = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "_name_or_path",
@@ -66,8 +95,9 @@ def dims_of(config: Any) -> Dims:
         raise CheckpointError(f"config.json: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}.")
     family = FAMILIES[kind]
     given = config.to_diff_dict()
+    known = _READ | _HARMLESS | (_READ_WITH_EXPERTS if family.experts else set())
     for key, value in given.items():
-        if key not in _READ | _HARMLESS and value not in (None, False):
+        if key not in known and value not in (None, False):
             raise CheckpointError(f"config.json: {key}={value!r} is not supported for model_type={kind}.")
     _only(kind, "hidden_act", config.hidden_act, family.activation)
     for key, value in family.also.items():
@@ -82,7 +112,7 @@ def dims_of(config: Any) -> Dims:
         family=kind,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
+        ffn_hidden_size=getattr(config, family.ffn),
         num_heads=config.num_attention_heads,
         num_query_groups=config.num_key_value_heads or config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -98,7 +128,29 @@ def dims_of(config: Any) -> Dims:
         layer_norm_1p=family.layer_norm_1p,
         window=window,
         **rope,
+        **(_experts(config, kind) if family.experts else {}),
     )
+
+
+def _experts(config: Any, kind: str) -> dict[str, Any]:
+    """Number, choice and gates of the experts."""
+    count, picked = config.num_experts, config.num_experts_per_tok
+    if not 1 <= picked <= count:
+        raise CheckpointError(f"config.json: num_experts_per_tok={picked} must be in [1, {count}], the experts.")
+    norm_topk = FAMILIES[kind].norm_topk
+    if norm_topk is None:
+        norm_topk = bool(config.norm_topk_prob)
+    if norm_topk and picked == 1:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok=1 with gate weights scaled to sum to 1 is not supported for {kind}: "
+            "every gate would be 1 and the router without gradient."
+        )
+    return {
+        "num_experts": count,
+        "experts_per_token": picked,
+        "norm_topk": norm_topk,
+        "shared_expert_ffn": getattr(config, "shared_expert_intermediate_size", None) or 0,
+    }
 
 
 def _only(kind: str, key: str, value: Any, supported: Any) -> None:
@@ -134,11 +186,16 @@ def resized(config: Any, dims: Dims) -> Any:
     values.update(
         num_hidden_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
-        intermediate_size=dims.ffn_hidden_size,
         num_attention_heads=dims.num_heads,
         num_key_value_heads=dims.num_query_groups,
         head_dim=dims.head_dim,
     )
+    values[FAMILIES[dims.family].ffn] = dims.ffn_hidden_size
+    if dims.num_experts:
+        values["num_local_experts" if "num_local_experts" in values else "num_experts"] = dims.num_experts
+        values["num_experts_per_tok"] = dims.experts_per_token
+    if dims.shared_expert_ffn:
+        values["shared_expert_intermediate_size"] = dims.shared_expert_ffn
     if values.get("layer_types"):
         values["layer_types"] = values["layer_types"][: dims.num_layers]
     if "max_window_layers" in values:
@@ -149,7 +206,7 @@ def resized(config: Any, dims: Dims) -> Any:
 def hf_names(name: str, dims: Dims) -> list[str]:
     """HF tensors that, put together along dim 0 (qkv by `merge_qkv`), are the Megatron parameter `name`.
 
-    Layer numbers are global and 0-based.
+    Layer and expert numbers are global and 0-based.
     """
     if name == "embedding.word_embeddings.weight":
         return ["model.embed_tokens.weight"]
@@ -157,7 +214,16 @@ def hf_names(name: str, dims: Dims) -> list[str]:
         return ["lm_head.weight"]
     if name.startswith("decoder.final_layernorm."):
         return ["model.norm." + name.rsplit(".", 1)[1]]
+    family = FAMILIES[dims.family]
+    gate, up, down = family.gate_up_down
+    matrices = {"linear_fc1": [gate, up] if dims.gated_mlp else [up], "linear_fc2": [down]}
     _, _, layer, *middle, kind = name.split(".")
+    if kind == "gate_weight":
+        return [f"model.layers.{layer}.{family.mlp}.shared_expert_gate.weight"]
+    if middle[-1] in matrices:  # of an MLP, of one expert, or of the expert that sees every token
+        where = ".".join(middle[:-1]).replace("mlp", family.mlp, 1)
+        where = where.replace("experts.local_experts.", "experts.").replace("shared_experts", "shared_expert")
+        return [f"model.layers.{layer}.{where}.{matrix}.{kind}" for matrix in matrices[middle[-1]]]
     parts = {
         "input_layernorm": ["input_layernorm"],
         "self_attention.linear_qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -165,8 +231,7 @@ def hf_names(name: str, dims: Dims) -> list[str]:
         "self_attention.q_layernorm": ["self_attn.q_norm"],
         "self_attention.k_layernorm": ["self_attn.k_norm"],
         "pre_mlp_layernorm": ["post_attention_layernorm"],
-        "mlp.linear_fc1": ["mlp.gate_proj", "mlp.up_proj"] if dims.gated_mlp else ["mlp.up_proj"],
-        "mlp.linear_fc2": ["mlp.down_proj"],
+        "mlp.router": [f"{family.mlp}.gate"],
     }[".".join(middle)]
     return [f"model.layers.{layer}.{part}.{kind}" for part in parts]
 
@@ -182,9 +247,9 @@ def hf_shapes(name: str, wanted: tuple[int, ...], dims: Dims) -> list[tuple[int,
 
 
 def parameter_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
-    """Megatron name (global layer numbers) -> shape of the whole unpadded parameter, in model order."""
-    h, f, d = dims.hidden_size, dims.ffn_hidden_size, dims.head_dim
-    qkv, fc1 = (dims.num_heads + 2 * dims.num_query_groups) * d, f * (2 if dims.gated_mlp else 1)
+    """Megatron name (global layer and expert numbers) -> shape of the whole unpadded parameter, in model order."""
+    h, d = dims.hidden_size, dims.head_dim
+    qkv = (dims.num_heads + 2 * dims.num_query_groups) * d
     norm: dict[str, tuple[int, ...]] = {"weight": (h,), "bias": (h,)} if dims.layer_norm_1p else {"weight": (h,)}
     layer: dict[str, tuple[int, ...]] = {f"input_layernorm.{k}": s for k, s in norm.items()}
     layer["self_attention.linear_qkv.weight"] = (qkv, h)
@@ -196,13 +261,32 @@ def parameter_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
     if dims.qk_norm:
         layer |= {"self_attention.q_layernorm.weight": (d,), "self_attention.k_layernorm.weight": (d,)}
     layer |= {f"pre_mlp_layernorm.{k}": s for k, s in norm.items()}
-    layer |= {"mlp.linear_fc1.weight": (fc1, h), "mlp.linear_fc2.weight": (h, f)}
-    if dims.mlp_bias:
-        layer |= {"mlp.linear_fc1.bias": (fc1,), "mlp.linear_fc2.bias": (h,)}
+    layer |= _mlp_shapes(dims)
     shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (dims.vocab_size, h)}
     for i in range(dims.num_layers):
         shapes |= {f"decoder.layers.{i}.{k}": s for k, s in layer.items()}
     shapes |= {f"decoder.final_layernorm.{k}": s for k, s in norm.items()}
     if not dims.tied_embeddings:
         shapes["output_layer.weight"] = (dims.vocab_size, h)
+    return shapes
+
+
+def _mlp_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
+    """The MLP of a layer, or its router and experts; names as in `parameter_shapes` after the layer's."""
+    h, halves = dims.hidden_size, 2 if dims.gated_mlp else 1
+
+    def matrices(prefix: str, ffn: int) -> dict[str, tuple[int, ...]]:
+        return {f"{prefix}linear_fc1.weight": (halves * ffn, h), f"{prefix}linear_fc2.weight": (h, ffn)}
+
+    if not dims.num_experts:
+        shapes = matrices("mlp.", dims.ffn_hidden_size)
+        if dims.mlp_bias:
+            shapes |= {"mlp.linear_fc1.bias": (halves * dims.ffn_hidden_size,), "mlp.linear_fc2.bias": (h,)}
+        return shapes
+    shapes = {"mlp.router.weight": (dims.num_experts, h)}
+    for expert in range(dims.num_experts):
+        shapes |= matrices(f"mlp.experts.local_experts.{expert}.", dims.ffn_hidden_size)
+    if dims.shared_expert_ffn:
+        shapes["mlp.shared_experts.gate_weight"] = (1, h)
+        shapes |= matrices("mlp.shared_experts.", dims.shared_expert_ffn)
     return shapes

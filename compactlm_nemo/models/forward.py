@@ -10,9 +10,16 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.spec import context_positions
+from compactlm_nemo.parallel.groups import Mesh
+
+Numbered = tuple[int | None, Tensor]
+"""A batch and its number; None marks a repetition that only fills an interleaved schedule."""
+
 
 def positions_of(tokens_BS: Tensor) -> Tensor:
-    """`[B, S]` position ids 0..S-1."""
+    """`[B, S]` position ids 0..S-1; Megatron's rotary embedding works out those of a context-parallel rank."""
     return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
 
 
@@ -21,42 +28,86 @@ def micro_batches(samples: Tensor, micro_batch: int) -> list[Tensor]:
     return list(samples.split(micro_batch))
 
 
+def context_share(tokens_BS: Tensor, mesh: Mesh) -> Tensor:
+    """This context-parallel rank's part of every sequence, `[B, S / cp]`: see `context_positions`."""
+    if mesh.cp_size == 1:
+        return tokens_BS
+    length = tokens_BS.shape[1] // mesh.cp_size
+    return tokens_BS[:, context_positions(length, mesh.cp_rank, mesh.cp_size).to(tokens_BS.device)]
+
+
+def fill_schedule(numbered: list[Any], filler: Any, mesh: Mesh) -> list[Any]:
+    """An interleaved pipeline takes a multiple of its stages: `filler` is appended until there are as many."""
+    missing = -len(numbered) % mesh.pp_size if mesh.layout.virtual_stages > 1 else 0
+    return numbered + [filler] * missing
+
+
 @torch.no_grad()
 def forward_each(
-    model: Any,
+    chunks: Chunks,
+    mesh: Mesh,
     batches: list[Tensor],
     visit: Callable[[int, Tensor], Any],
-    on_input: Callable[[int], None] | None = None,
+    on_input: Callable[[int | None], None] | None = None,
 ) -> list[Any]:
-    """Run token batches `[B, S]` forward only; the last stage calls `visit(batch_idx, hidden [S, B, H])` for each.
+    """Run token batches `[B, S]` forward only; the last stage calls `visit(batch_idx, hidden [S / cp, B, H])` for each.
 
     Pipeline stages exchange tensors of one shape per schedule call, so batches of another size get their own call.
-    Returns what `visit` returned, in order; empty on other stages. `on_input` is told which batch a stage starts.
+    Returns what `visit` returned, in order; empty on other stages. `on_input` is told which batch a chunk starts, None
+    for one that only fills the schedule.
     """
     results: list[Any] = []
     for _, group in groupby(enumerate(batches), key=lambda numbered: numbered[1].shape):
-        results += _schedule(model, list(group), visit, on_input)
+        numbered: list[Numbered] = list(group)
+        results += _schedule(chunks, mesh, fill_schedule(numbered, (None, numbered[-1][1]), mesh), visit, on_input)
     return results
 
 
 def _schedule(
-    model: Any, numbered: list[tuple[int, Tensor]], visit: Callable[[int, Tensor], Any], on_input: Any
+    chunks: Chunks, mesh: Mesh, numbered: list[Numbered], visit: Callable[[int, Tensor], Any], on_input: Any
 ) -> list[Any]:
     batch_size, length = numbered[0][1].shape
 
-    def step(iterator: Iterator[tuple[int, Tensor]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def step(iterator: Iterator[Numbered], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         idx, tokens_BS = next(iterator)
         if on_input is not None:
             on_input(idx)
-        return model(tokens_BS, positions_of(tokens_BS), None), lambda hidden, non_loss_data: visit(idx, hidden)
+        tokens_BS = context_share(tokens_BS, mesh)
+        hidden = model(tokens_BS, positions_of(tokens_BS), None)
+        return hidden, lambda hidden, non_loss_data: None if idx is None else visit(idx, hidden)
 
-    return get_forward_backward_func()(
+    outcomes = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(numbered),
-        model=model,
+        data_iterator=[iter(numbered) for _ in chunks],
+        model=chunks,
         num_microbatches=len(numbered),
         seq_length=length,
         micro_batch_size=batch_size,
         forward_only=True,
         collect_non_loss_data=True,
     )
+    return [outcome for (idx, _), outcome in zip(numbered, outcomes, strict=False) if idx is not None]
+
+
+class Share:
+    """This data-parallel rank's samples of `[N, ...]`, every dp-th, in batches.
+
+    All ranks get equally many, so that they can run in step; where N does not divide, the last sample is repeated and
+    does not count.
+    """
+
+    def __init__(self, samples: Tensor, mesh: Mesh, micro_batch: int) -> None:
+        self.num, self.dp_size, self.micro_batch, self.rank = len(samples), mesh.dp_size, micro_batch, mesh.dp_rank
+        missing = -self.num % self.dp_size
+        padded = torch.cat([samples, samples[-1:].expand(missing, *samples.shape[1:])])
+        self.batches = micro_batches(padded[self.rank :: self.dp_size], micro_batch)
+
+    def counted(self, idx: int, dp_rank: int) -> Tensor:
+        """`[B]` whether each sample of a rank's batch `idx` is one of the N and no repetition; on the CPU."""
+        first = idx * self.micro_batch
+        places = torch.arange(first, first + len(self.batches[idx]))
+        return places * self.dp_size + dp_rank < self.num
+
+    def num_counted(self, idx: int) -> int:
+        """Samples of batch `idx` over all data-parallel ranks."""
+        return sum(int(self.counted(idx, rank).sum()) for rank in range(self.dp_size))

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -51,24 +55,43 @@ class Norm(torch.nn.Module):
 class SdpaCoreAttention(MegatronModule):
     """Causal, optionally sliding-window attention by `scaled_dot_product_attention`.
 
-    query `[s, b, heads, d]`, key and value `[s, b, groups, d]` of this TP rank; returns `[s, b, heads * d]`.
+    query `[s, b, heads, d]`, key and value `[s, b, groups, d]` of this TP rank; returns `[s, b, heads * d]`. Under
+    context parallelism s is this rank's part of the sequence (`models.forward.context_share`); keys and values are
+    gathered, and their gradients summed back to the ranks they came from.
     """
 
-    def __init__(self, config: TransformerConfig, *_: object, **__: object) -> None:
+    def __init__(self, config: TransformerConfig, *_: object, pg_collection: Any = None, **__: object) -> None:
         super().__init__(config=config)
         self.window = config.window_size[0] + 1 if config.window_size else None
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        length = q.shape[-2]
+        length = query.shape[0]
+        queries = keys = torch.arange(length, device=query.device)
+        if self.cp_group is not None:
+            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+            places = [context_positions(length, rank, self.cp_group.size()) for rank in range(self.cp_group.size())]
+            queries, keys = places[self.cp_group.rank()].to(query.device), torch.cat(places).to(query.device)
         mask = None
-        if self.window is not None and length > self.window:
-            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-            mask = (distance >= 0) & (distance < self.window)
+        if self.cp_group is not None or (self.window is not None and length > self.window):
+            distance = queries[:, None] - keys
+            mask = (distance >= 0) & (distance < (self.window or distance.numel()))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
         return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def context_positions(length: int, rank: int, size: int) -> Tensor:
+    """`[length]` places in the sequence of a context-parallel rank's tokens.
+
+    The sequence is cut into `2 size` parts and rank r holds parts r and `2 size - 1 - r`, which gives every rank the
+    same work under a causal mask. Megatron's rotary embedding and Transformer Engine's attention expect the same cut.
+    """
+    half = length // 2
+    parts = torch.arange(2 * size * half).view(2 * size, half)
+    return torch.cat([parts[rank], parts[2 * size - 1 - rank]])
 
 
 class BiasedColumnParallelLinear(ColumnParallelLinear):
@@ -105,14 +128,25 @@ def layer_spec(dims: Dims) -> ModuleSpec:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=BiasedColumnParallelLinear if dims.mlp_bias else ColumnParallelLinear,
-                    linear_fc2=BiasedRowParallelLinear if dims.mlp_bias else RowParallelLinear,
-                ),
-            ),
+            mlp=mlp_spec(dims),
             mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def mlp_spec(dims: Dims) -> ModuleSpec:
+    """The MLP of a layer, or its router and experts, each expert an MLP by itself."""
+    matrices = MLPSubmodules(
+        linear_fc1=BiasedColumnParallelLinear if dims.mlp_bias else ColumnParallelLinear,
+        linear_fc2=BiasedRowParallelLinear if dims.mlp_bias else RowParallelLinear,
+    )
+    if not dims.num_experts:
+        return ModuleSpec(module=MLP, submodules=matrices)
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            experts=ModuleSpec(module=SequentialMLP, submodules=matrices),
+            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=matrices),
         ),
     )
 

@@ -39,20 +39,27 @@ def broadcast_object(obj: T, group: ProcessGroup | None = None, src: int = 0) ->
 
 
 def gather_objects(obj: T) -> list[T]:
-    """The `obj` of every rank in rank order, on every rank."""
+    """The `obj` of every rank in rank order, on the main rank; empty on the others."""
     if not dist.is_initialized():
         return [obj]
-    boxes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(boxes, obj)
-    return boxes
+    boxes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(obj, boxes)
+    return boxes or []
+
+
+def all_gather(tensor: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """The tensors of all ranks of `group`, of one shape, one after another along `dim`; no gradient flows through."""
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.detach().contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
 
 
 def last_stage_total(total: Tensor, mesh: Mesh) -> Tensor:
-    """Sum over data-parallel ranks of the last pipeline stage's `total`, on the CPU of every rank.
+    """Sum over data- and context-parallel ranks of the last pipeline stage's `total`, on the CPU of every rank.
 
     What other stages pass is not used, but must be of the same shape.
     """
-    reduced = all_reduce_sum(total, mesh.dp_group).cpu()
+    reduced = all_reduce_sum(total, mesh.dp_cp_group).cpu()
     return broadcast_object(reduced, mesh.pp_group, src=mesh.last_stage_rank) if mesh.pp_size > 1 else reduced
 
 

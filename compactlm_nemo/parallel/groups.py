@@ -7,20 +7,33 @@ from dataclasses import dataclass
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
+from compactlm_nemo.config.schema import ParallelConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """This process's place: ranks, sizes and groups of each parallel axis."""
+    """This process's place: ranks, sizes and groups of each parallel axis.
 
+    Data-parallel ranks hold different samples, context-parallel ranks parts of the same ones; expert-parallel ranks
+    are neighbours among the data-parallel ones.
+    """
+
+    layout: ParallelConfig
     tp_rank: int
     tp_size: int
     pp_rank: int
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int
+    cp_size: int
+    ep_rank: int
+    ep_size: int
     tp_group: ProcessGroup
     pp_group: ProcessGroup
     dp_group: ProcessGroup
+    cp_group: ProcessGroup
+    dp_cp_group: ProcessGroup
 
     @property
     def is_first_stage(self) -> bool:
@@ -31,22 +44,33 @@ class Mesh:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def is_sequence_parallel(self) -> bool:
+        return self.layout.sequence_parallel
+
+    @property
     def last_stage_rank(self) -> int:
         """Global rank of the last pipeline stage among the ranks that share this rank's pipeline."""
         return parallel_state.get_pipeline_model_parallel_last_rank()
 
 
-def current_mesh() -> Mesh:
-    """The mesh that `launch` made."""
+def current_mesh(layout: ParallelConfig) -> Mesh:
+    """The mesh that `launch` made of this layout."""
     ps = parallel_state
     return Mesh(
+        layout=layout,
         tp_rank=ps.get_tensor_model_parallel_rank(),
         tp_size=ps.get_tensor_model_parallel_world_size(),
         pp_rank=ps.get_pipeline_model_parallel_rank(),
         pp_size=ps.get_pipeline_model_parallel_world_size(),
         dp_rank=ps.get_data_parallel_rank(),
         dp_size=ps.get_data_parallel_world_size(),
+        cp_rank=ps.get_context_parallel_rank(),
+        cp_size=ps.get_context_parallel_world_size(),
+        ep_rank=ps.get_expert_model_parallel_rank(),
+        ep_size=ps.get_expert_model_parallel_world_size(),
         tp_group=ps.get_tensor_model_parallel_group(),
         pp_group=ps.get_pipeline_model_parallel_group(),
         dp_group=ps.get_data_parallel_group(),
+        cp_group=ps.get_context_parallel_group(),
+        dp_cp_group=ps.get_data_parallel_group(with_context_parallel=True),
     )

@@ -37,6 +37,8 @@ class _CudaNamesMeanCpu(TorchFunctionMode):
         device = kwargs.get("device")
         if device is not None and torch.device(device).type == "cuda":
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):  # pinning is a copy to an accelerator's memory and fails without one
+            kwargs = {**kwargs, "pin_memory": False}
         result = func(*args, **kwargs)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return result.replace("torch.", "torch.cuda.", 1)
@@ -79,5 +81,8 @@ def use_cpu() -> None:
 
     megatron_random._get_cuda_rng_state = _cpu_rng_state
     megatron_random._set_cuda_rng_state = _set_cpu_rng_state
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None  # it tests this name, but only imports it together with Transformer Engine
     _mode = _CudaNamesMeanCpu()
     _mode.__enter__()

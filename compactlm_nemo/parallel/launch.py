@@ -7,13 +7,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from compactlm_nemo.config.schema import ParallelConfig
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.host import use_cpu
+
+if TYPE_CHECKING:
+    from compactlm_nemo.parallel.groups import Mesh
 
 MAIN_RANK_WORK = timedelta(hours=12)
 """How long ranks wait for work of the main rank alone (tokenising, tasks). Training has Megatron's own groups, whose
@@ -49,17 +54,26 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def start_mesh(tp: int, pp: int, seed: int) -> None:
-    """Make Megatron's groups in an initialised process group and seed every parallel RNG."""
+def start_mesh(layout: ParallelConfig, seed: int) -> Mesh:
+    """Make Megatron's groups in an initialised process group, seed every parallel RNG, and return this rank's place."""
     from megatron.core import parallel_state, tensor_parallel
 
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    from compactlm_nemo.parallel.groups import current_mesh
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.virtual_stages if layout.virtual_stages > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+    )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return current_mesh(layout)
 
 
 @contextmanager
-def launched(tp: int, pp: int, seed: int) -> Iterator[None]:
+def launched(layout: ParallelConfig, seed: int) -> Iterator[Mesh]:
     """Process group and mesh for the body; both are taken down afterwards."""
     from megatron.core import parallel_state
 
@@ -73,8 +87,7 @@ def launched(tp: int, pp: int, seed: int) -> Iterator[None]:
         else:
             dist.init_process_group(backend, timeout=MAIN_RANK_WORK)
         try:
-            start_mesh(tp, pp, seed)
-            yield
+            yield start_mesh(layout, seed)
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.errors import CheckpointError, ConfigError
+from compactlm_nemo.importance.scores import DEPTH, HIDDEN, heads_key, mlp_key
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.search.select import DEPTH, HIDDEN, check_scores, heads_key, mlp_key, top_heads, top_units
+from compactlm_nemo.search.select import check_scores, top_heads, top_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ def make_plan(teacher: Dims, student: Dims, scores: dict[str, Tensor]) -> Plan:
     Args:
         teacher: The model that was scored.
         student: Its sizes cut; everything else must be the teacher's.
-        scores: `hidden` [H], `layers.{i}.mlp` [F], `layers.{i}.heads` [heads], `depth.bi` [layers]; whole vectors.
+        scores: `hidden` [H], `layers.{i}.mlp` [F], `layers.{i}.heads` [heads], `depth` [layers]; whole vectors.
     Returns:
         The plan; heads are chosen inside each query group, so that every group keeps the same number.
     Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.3.

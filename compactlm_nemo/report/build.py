@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from safetensors.torch import load_file
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest
+from compactlm_nemo.config.choices import DepthMetric, WidthMetric
+from compactlm_nemo.importance.scores import Scores, load_scores
 from compactlm_nemo.parallel.launch import main_rank_writes
-from compactlm_nemo.report.plots import plot_importance, plot_loss_curve, plot_sizes
+from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
+from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
 from compactlm_nemo.training.tracker import METRICS
+
+SHORT_TABLE_LAYERS = 16
+"""Layers up to which the scores of layers are given as numbers too; beyond, the plot alone is easier to read."""
 
 
 def _results(run_dir: Path) -> list[dict[str, Any]]:
@@ -52,7 +58,6 @@ def report(run: Any, folder: Path) -> dict[str, Any]:
 def _write(run_dir: Path, folder: Path) -> None:
     metrics = [json.loads(line) for line in (run_dir / "distill" / METRICS).read_text().splitlines()]
     plot_loss_curve(metrics, folder / "loss.png")
-    plot_importance(load_file(run_dir / "score" / "scores.safetensors"), folder / "importance.png")
     points = [
         {"model": row["model"], "params": row["params"], "lm_loss_nats": value, "text": key.removeprefix("loss_")}
         for row in _results(run_dir)
@@ -74,10 +79,66 @@ def _write(run_dir: Path, folder: Path) -> None:
         "Student: {layers} layers, hidden {hidden}, MLP {ffn}, heads {heads}.".format(**shape),
         "",
         "![Loss over steps](loss.png)",
-        "![Importance per layer](importance.png)",
         "![Loss against size](sizes.png)",
+        "",
+        *_importance(run_dir, folder),
     ]
     atomic_write_text(folder / "report.md", "\n".join(text) + "\n")
+
+
+def _importance(run_dir: Path, folder: Path) -> list[str]:
+    """The plots of the scores, written, and what the report says about them."""
+    scores = load_scores(run_dir / "score")
+    width, depth = _chosen_metrics(run_dir, scores)
+    plot_importance(scores.ranking(width, depth), folder / "importance.png")
+    plot_depth(scores, folder / "depth.png")
+    text = [
+        "## Importance",
+        "",
+        f"The cut ranks units by `{width.name}` and layers by `{depth.name}`.",
+        "",
+        f"What `{width.name}` gives the units of each layer:",
+        "",
+        "![Importance of units](importance.png)",
+        "",
+    ]
+    if len(scores.width_metrics) > 1:
+        plot_agreement(scores, folder / "agreement.png")
+        text += [
+            "How far the width metrics rank the same units alike (Kendall's tau, mean over layers; 1 is the same "
+            "order, 0 is none in common):",
+            "",
+            "![Agreement of the width metrics](agreement.png)",
+            "",
+        ]
+    text += ["What each depth metric gives the layers:", "", "![Importance of layers](depth.png)"]
+    if table := comparison_markdown(depth_rows(scores)):
+        text += ["", table.rstrip()]
+    return text
+
+
+def _chosen_metrics(run_dir: Path, scores: Scores) -> tuple[WidthMetric, DepthMetric]:
+    """What the search stage ranked by: the metrics it was told, else the first; it ran, so they are there."""
+    settings = read_manifest(run_dir / "search")["settings"]
+    width, depth = settings.get("search.width"), settings.get("search.depth")
+    return WidthMetric[width or scores.width_metrics[0]], DepthMetric[depth or _layer_metrics(scores)[0]]
+
+
+def _layer_metrics(scores: Scores) -> list[str]:
+    """The depth metrics that give each layer a number."""
+    return [name for name in scores.depth_metrics if name != DepthMetric.bi_blocks.name]
+
+
+def depth_rows(scores: Scores) -> list[dict[str, Any]]:
+    """One row a layer with its score by each metric of layers; none when the model has too many for a table."""
+    columns = {metric: scores.depth(metric).tolist() for metric in _layer_metrics(scores)}
+    num_layers = max(map(len, columns.values()), default=0)
+    if num_layers > SHORT_TABLE_LAYERS:
+        return []
+    return [
+        {"layer": i} | {metric: values[i] if isfinite(values[i]) else None for metric, values in columns.items()}
+        for i in range(num_layers)
+    ]
 
 
 def _recovered(run_dir: Path) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compactlm_nemo.config.schema import ParallelConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 
@@ -11,19 +12,38 @@ def _norm_params(dims: Dims) -> int:
     return dims.hidden_size * (2 if dims.layer_norm_1p else 1)
 
 
+def _halves(dims: Dims) -> int:
+    """Matrices that fc1 holds: gate and up, or up alone."""
+    return 2 if dims.gated_mlp else 1
+
+
+def _attention_weights(dims: Dims) -> int:
+    """Weights of the query, key, value and output projections of one layer."""
+    return 2 * (dims.num_heads + dims.num_query_groups) * dims.head_dim * dims.hidden_size
+
+
+def _mlp_weights(dims: Dims, ffn: int) -> int:
+    """Weights of an MLP, or of one expert, of this width."""
+    return (_halves(dims) + 1) * ffn * dims.hidden_size
+
+
+def _router_weights(dims: Dims) -> int:
+    """Weights that decide on a layer's experts: the router, and the gate of the expert that sees every token."""
+    return (dims.num_experts + (dims.shared_expert_ffn > 0)) * dims.hidden_size
+
+
 def _sharded_layer_params(dims: Dims) -> int:
-    """Parameters of one layer that tensor parallelism splits."""
-    h, d = dims.hidden_size, dims.head_dim
-    qkv_rows = (dims.num_heads + 2 * dims.num_query_groups) * d
-    fc1_rows = dims.ffn_hidden_size * (2 if dims.gated_mlp else 1)
-    weights = qkv_rows * h + h * dims.num_heads * d + fc1_rows * h + h * dims.ffn_hidden_size
-    return weights + qkv_rows * dims.qkv_bias + fc1_rows * dims.mlp_bias
+    """Parameters of one layer that tensor parallelism splits, without those that expert parallelism spreads."""
+    always = dims.shared_expert_ffn if dims.num_experts else dims.ffn_hidden_size
+    weights = _attention_weights(dims) + _mlp_weights(dims, always)
+    qkv_rows = (dims.num_heads + 2 * dims.num_query_groups) * dims.head_dim
+    return weights + qkv_rows * dims.qkv_bias + _halves(dims) * dims.ffn_hidden_size * dims.mlp_bias
 
 
 def _replicated_layer_params(dims: Dims) -> int:
-    """Parameters of one layer that every tensor-parallel rank holds whole."""
+    """Parameters of one layer that every tensor- and expert-parallel rank holds whole."""
     biases = dims.hidden_size * (dims.proj_bias + dims.mlp_bias)
-    return 2 * _norm_params(dims) + 2 * dims.head_dim * dims.qk_norm + biases
+    return 2 * _norm_params(dims) + 2 * dims.head_dim * dims.qk_norm + biases + _router_weights(dims)
 
 
 def embedding_params(dims: Dims) -> int:
@@ -34,56 +54,73 @@ def embedding_params(dims: Dims) -> int:
 def num_params(dims: Dims) -> int:
     """All parameters of the model, as the exported files hold them (no vocabulary padding, tied weight once).
 
-    ``embeddings + layers * (qkv + proj + fc1 + fc2 + biases + 2 norms + query/key norms) + final norm``.
+    ``embeddings + layers * (qkv + proj + fc1 + fc2 + biases + 2 norms + query/key norms) + final norm``, where fc1 and
+    fc2 are those of all experts and of the shared expert, and router and shared expert's gate come on top.
     """
+    return _params_with(dims, dims.num_experts)
+
+
+def active_params(dims: Dims) -> int:
+    """Parameters that one token uses: all but those of the experts that its routers do not pick."""
+    return _params_with(dims, dims.experts_per_token)
+
+
+def _params_with(dims: Dims, experts: int) -> int:
+    """Parameters of the model with so many of the experts of each layer."""
     layer = _sharded_layer_params(dims) + _replicated_layer_params(dims)
+    layer += experts * _mlp_weights(dims, dims.ffn_hidden_size)
     return embedding_params(dims) + dims.num_layers * layer + _norm_params(dims)
 
 
-def params_per_rank(dims: Dims, *, tp: int, pp: int, stage: int, vocab_multiple: int) -> int:
-    """Parameters one rank of a pipeline stage (0-based) holds; the vocabulary is padded to `tp * vocab_multiple`.
+def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[int], vocab_multiple: int) -> list[int]:
+    """Parameters a rank of each pipeline stage holds; the vocabulary is padded to `tp * vocab_multiple`.
 
-    With tied embeddings and ``pp > 1`` the first and the last stage each hold a copy of the table.
+    `chunk_layers` are the layers of each model chunk in pipeline order (`models.build.split_layers`). With tied
+    embeddings and ``pp > 1`` the first and the last stage each hold a copy of the table.
     """
+    tp, pp = layout.tp, layout.pp
     problems = [
         f"parallel.tp={tp} must divide {name}={value}"
         for name, value in (
             ("num_heads", dims.num_heads),
             ("num_query_groups", dims.num_query_groups),
             ("ffn_hidden_size", dims.ffn_hidden_size),
+            ("shared_expert_ffn", dims.shared_expert_ffn),
         )
         if value % tp
     ]
-    if dims.num_layers % pp:
-        problems.append(f"parallel.pp={pp} must divide num_layers={dims.num_layers}")
-    if not 0 <= stage < pp:
-        problems.append(f"stage={stage} must be in [0, parallel.pp={pp})")
+    if dims.num_experts % layout.ep:
+        problems.append(f"parallel.ep={layout.ep} must divide num_experts={dims.num_experts}")
     if problems:
         raise ConfigError("; ".join(problems) + "; choose another layout.")
     table = dims.padded_vocab(tp, vocab_multiple) // tp * dims.hidden_size
-    layer = _sharded_layer_params(dims) // tp + _replicated_layer_params(dims)
-    first, last = stage == 0, stage == pp - 1
-    shared = dims.tied_embeddings and first  # the output layer reads the input table of the same rank
-    return (
-        dims.num_layers // pp * layer
-        + table * first
-        + table * (last and not shared)
-        + _norm_params(dims) * last  # final norm
-    )
+    experts = dims.num_experts // layout.ep * _mlp_weights(dims, dims.ffn_hidden_size)
+    layer = (_sharded_layer_params(dims) + experts) // tp + _replicated_layer_params(dims)
+    held = []
+    for stage in range(pp):
+        first, last = stage == 0, stage == pp - 1
+        shared = dims.tied_embeddings and first  # the output layer reads the input table of the same rank
+        held.append(
+            sum(chunk_layers[stage::pp]) * layer
+            + table * first
+            + table * (last and not shared)
+            + _norm_params(dims) * last  # final norm
+        )
+    return held
 
 
 def flops_per_token_forward(dims: Dims, seq: int) -> int:
     """Forward FLOPs of one token, averaged over a sequence of `seq` tokens (rounded down; a multiply-add is 2).
 
     ``2 * (weights of all linear layers and of the output layer) + layers * 4 * heads * head_dim * context``, where
-    context is the mean number of keys a causal query reads: ``(seq + 1) / 2``, less with a sliding window.
-    Norms, softmax, activations and the embedding look-up are not counted.
+    context is the mean number of keys a causal query reads: ``(seq + 1) / 2``, less with a sliding window. Of the
+    experts only those count that a token is sent to, and the router. Norms, softmax, activations and the embedding
+    look-up are not counted.
     """
     if seq < 1:
         raise ConfigError(f"data.sequence_length={seq} must be > 0; try 512.")
-    linear = _sharded_layer_params(dims)
-    qkv_rows = (dims.num_heads + 2 * dims.num_query_groups) * dims.head_dim
-    linear -= qkv_rows * dims.qkv_bias + dims.ffn_hidden_size * (2 if dims.gated_mlp else 1) * dims.mlp_bias
+    linear = _attention_weights(dims) + _router_weights(dims) + _mlp_weights(dims, dims.shared_expert_ffn)
+    linear += (dims.experts_per_token or 1) * _mlp_weights(dims, dims.ffn_hidden_size)
     window = min(seq, dims.window or seq)
     keys = window * (window + 1) // 2 + (seq - window) * window  # summed over the queries of the sequence
     attention = 4 * dims.num_heads * dims.head_dim * dims.num_layers * keys // seq

@@ -8,21 +8,9 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.errors import ConfigError, NumericsError
+from compactlm_nemo.importance.scores import DEPTH, HIDDEN, heads_key, mlp_key
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import num_params
-
-HIDDEN = "hidden"
-DEPTH = "depth.bi"
-
-
-def mlp_key(layer_idx: int) -> str:
-    """Name of a layer's neuron scores."""
-    return f"layers.{layer_idx}.mlp"
-
-
-def heads_key(layer_idx: int) -> str:
-    """Name of a layer's query head scores."""
-    return f"layers.{layer_idx}.heads"
 
 
 @dataclass(frozen=True, kw_only=True)

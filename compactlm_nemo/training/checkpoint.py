@@ -16,7 +16,7 @@ from megatron.core import dist_checkpointing
 
 from compactlm_nemo.artifacts import atomic_write_text
 from compactlm_nemo.errors import CheckpointError
-from compactlm_nemo.models.checkpoint import sharding_metadata
+from compactlm_nemo.models.checkpoint import load_state, model_state, sharding_metadata
 from compactlm_nemo.parallel.collectives import barrier
 from compactlm_nemo.parallel.groups import Mesh
 
@@ -63,12 +63,13 @@ def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
         adam.state[parameter]["step"] = step
 
 
-def _state(ddp: Any, optimizer: Any, schedule: Any, mesh: Mesh, step: int, is_loading: bool) -> dict[str, Any]:
+def _state(ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh, step: int, is_loading: bool) -> dict[str, Any]:
+    weights = model_state([ddp.module for ddp in ddps], mesh)
+    # Megatron looks up the shards by parameter and takes the first chunk's entry as `model`.
+    by_chunk = weights if len(ddps) > 1 else weights["model0"]
     metadata = sharding_metadata(mesh)
-    model_state = ddp.module.sharded_state_dict(metadata=metadata)
-    return {
-        "model": model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata),
+    return weights | {
+        "optimizer": optimizer.sharded_state_dict(by_chunk, is_loading=is_loading, metadata=metadata),
         "schedule": schedule.state_dict(),
         "step": step,
         "rng": torch.get_rng_state(),
@@ -76,7 +77,7 @@ def _state(ddp: Any, optimizer: Any, schedule: Any, mesh: Mesh, step: int, is_lo
 
 
 def save_training(
-    root: Path, ddp: Any, optimizer: Any, schedule: Any, mesh: Mesh, *, step: int, keep: int, is_main: bool
+    root: Path, ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh, *, step: int, keep: int, is_main: bool
 ) -> None:
     """Save after `step` finished steps and drop all but the newest `keep`. Collective."""
     target = _folder(root, step)
@@ -84,7 +85,7 @@ def save_training(
         shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed while saving
         target.mkdir(parents=True)
     barrier()
-    dist_checkpointing.save(_state(ddp, optimizer, schedule, mesh, step, is_loading=False), str(target))
+    dist_checkpointing.save(_state(ddps, optimizer, schedule, mesh, step, is_loading=False), str(target))
     barrier()
     if is_main:
         atomic_write_text(root / LATEST, json.dumps({"step": step}) + "\n")
@@ -92,15 +93,15 @@ def save_training(
             shutil.rmtree(old)
 
 
-def load_training(root: Path, ddp: Any, optimizer: Any, schedule: Any, mesh: Mesh) -> int:
+def load_training(root: Path, ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh) -> int:
     """Load the newest checkpoint into model, optimizer and schedule; returns its finished steps. Collective."""
     step = latest_step(root)
     if step is None or not (_folder(root, step) / "metadata.json").is_file():
         raise CheckpointError(f"{root} names no complete checkpoint; delete the folder to start again.")
     _allocate_adam(optimizer)
-    state = _state(ddp, optimizer, schedule, mesh, step, is_loading=True)
+    state = _state(ddps, optimizer, schedule, mesh, step, is_loading=True)
     state = dist_checkpointing.load(state, str(_folder(root, step)))
-    ddp.module.load_state_dict(state["model"], strict=True)
+    load_state([ddp.module for ddp in ddps], state)
     _load_optimizer(optimizer, state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["rng"])

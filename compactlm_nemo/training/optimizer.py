@@ -10,23 +10,35 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from compactlm_nemo.config.schema import DistillConfig
+from compactlm_nemo.models.build import Chunks
 
 
-def wrap_data_parallel(model: Any) -> Any:
-    """Megatron DDP with the distributed optimizer; gradients are summed in float32 and scaled by the token count."""
-    ddp = DistributedDataParallel(
-        config=model.config,
-        ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-        module=model,
-    )
-    ddp.broadcast_params()
-    model.config.finalize_model_grads_func = finalize_model_grads
-    return ddp
+def wrap_data_parallel(chunks: Chunks, *, shard_gradients: bool = True) -> list[Any]:
+    """Megatron DDP around each chunk; gradients are summed in float32 and scaled by the token count.
+
+    With `shard_gradients` each data-parallel rank ends with the part that its share of the optimizer needs, else with
+    all of them.
+    """
+    ddps = [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=DistributedDataParallelConfig(
+                use_distributed_optimizer=shard_gradients, grad_reduce_in_fp32=True
+            ),
+            module=chunk,
+            disable_bucketing=idx > 0,  # as Megatron does: only the first chunk's reduction can overlap
+        )
+        for idx, chunk in enumerate(chunks)
+    ]
+    for ddp, chunk in zip(ddps, chunks, strict=True):
+        ddp.broadcast_params()
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    return ddps
 
 
-def build_optimizer(ddp: Any, cfg: DistillConfig) -> Any:
+def build_optimizer(ddps: list[Any], cfg: DistillConfig) -> Any:
     """AdamW with float32 main weights, sharded over data-parallel ranks; one-dimensional weights do not decay."""
-    dtype = ddp.module.config.params_dtype
+    dtype = ddps[0].module.config.params_dtype
     return get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -40,7 +52,7 @@ def build_optimizer(ddp: Any, cfg: DistillConfig) -> Any:
             use_distributed_optimizer=True,
             clip_grad=cfg.clip_grad,
         ),
-        [ddp],
+        ddps,
     )
 
 

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from compactlm_nemo.artifacts import atomic_write_text
-from compactlm_nemo.config.schema import WandbConfig, WandbMode
+from compactlm_nemo.config.choices import WandbMode
+from compactlm_nemo.config.schema import WandbConfig
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id"

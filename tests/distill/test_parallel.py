@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.models.build import global_names, tp_share
 from compactlm_nemo.models.hf import open_hf
+from compactlm_nemo.parallel.collectives import all_gather
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.training.optimizer import wrap_data_parallel
-from tests.megatron import VOCAB_MULTIPLE, filled, mesh_of
-from tests.models.tiny import VOCAB, save_tiny
+from tests.megatron import EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of
+from tests.models.tiny import EXPERT_CASES, VOCAB, save_tiny
 from tests.ranks import run_ranks
 
 CASES = ("llama", "llama_tied_llama3_rope", "nemotron")
-STUDENT = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
+STUDENT = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}
 TEMPERATURE = 2.0
 LENGTH = 12
 
@@ -51,7 +51,7 @@ def reference(student: Any, teacher: Any) -> dict[str, float]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each case a teacher, a student, and the student's gradients written as if they were weights."""
     root = tmp_path_factory.mktemp("hf")
-    for case in CASES:
+    for case in CASES + EXPERT_CASES:
         teacher = save_tiny(case, root / case / "teacher").double()
         student = save_tiny(case, root / case / "student", **STUDENT).double()
         torch.save(reference(student, teacher), root / case / "terms.pt")
@@ -62,54 +62,62 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def gradients(ddp: Any, mesh: Mesh) -> dict[str, Tensor]:
-    """Reduced gradients under global names; the shards of data-parallel ranks are put together."""
-    for buffer in ddp.buffers:
+def gradients(ddps: list[Any]) -> dict[str, Tensor]:
+    """Reduced gradients under global names; the shards of the ranks that hold the same parameters are put together."""
+    for buffer in (buffer for ddp in ddps for buffer in ddp.buffers + ddp.expert_parallel_buffers):
+        group = buffer.data_parallel_group
         for bucket in buffer.buckets:
-            shards = list(bucket.grad_data.chunk(mesh.dp_size))
-            whole = [torch.empty_like(shard) for shard in shards]
-            dist.all_gather(whole, shards[mesh.dp_rank].clone(), group=mesh.dp_group)
-            bucket.grad_data.copy_(torch.cat(whole))
-    return {name: parameter.main_grad for name, parameter in global_names(ddp.module)}
+            shard = bucket.grad_data.chunk(group.size())[group.rank()]
+            bucket.grad_data.copy_(all_gather(shard, group, dim=0))
+    return {name: parameter.main_grad for name, parameter in global_names(ddp.module for ddp in ddps)}
 
 
 def _step(root: Path, mesh: Mesh, student: str, micro_batch: int) -> tuple[Any, Any, dict[str, float]]:
     _, learner = filled(root / student, mesh)
     dims, teacher = filled(root / "teacher", mesh)
-    ddp = wrap_data_parallel(learner.train())
+    ddps = wrap_data_parallel(learner.train())
     batches = list(samples()[mesh.dp_rank :: mesh.dp_size].split(micro_batch))
     settings: dict[str, Any] = {"temperature": TEMPERATURE, "chunk_tokens": 7}
     # Twice: the second must not see anything of the first.
-    forward_backward(ddp, teacher.eval(), dims, mesh, batches, **settings)
-    terms = forward_backward(ddp, teacher, dims, mesh, batches, **settings)
-    return ddp, dims, terms
+    forward_backward(ddps, teacher.eval(), dims, mesh, batches, **settings)
+    terms = forward_backward(ddps, teacher, dims, mesh, batches, **settings)
+    return ddps, dims, terms
 
 
-def _matches(rank: int, world: int, tp: int, pp: int, root: Path) -> None:
-    mesh = mesh_of(tp, pp)
-    for case in CASES:
-        micro_batch = 1 if case == "llama" else 2
-        ddp, dims, terms = _step(root / case, mesh, "student", micro_batch)
+def _matches(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ...], root: Path) -> None:
+    mesh = mesh_of(**layout)
+    for case in cases:
+        micro_batch = 1 if case == "llama" or mesh.layout.virtual_stages > 1 else 2
+        ddps, dims, terms = _step(root / case, mesh, "student", micro_batch)
         assert terms == pytest.approx(torch.load(root / case / "terms.pt"), rel=1e-5), case
         _, wanted = open_hf(root / case / "gradients")
-        padded = dims.padded_vocab(tp, VOCAB_MULTIPLE)
+        padded = dims.padded_vocab(mesh.tp_size, VOCAB_MULTIPLE)
         compared = 0
-        for name, got in gradients(ddp, mesh).items():
+        for name, got in gradients(ddps).items():
             stored = "embedding.word_embeddings.weight" if dims.tied_embeddings and "output_layer" in name else name
-            want = tp_share(name, wanted(stored), rank=mesh.tp_rank, size=tp, gated=dims.gated_mlp, padded_vocab=padded)
+            want = tp_share(
+                name, wanted(stored), rank=mesh.tp_rank, size=mesh.tp_size, gated=dims.gated_mlp, padded_vocab=padded
+            )
             scale = max(float(want.abs().max()), 1e-6)
             torch.testing.assert_close(
                 got, want, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, n=f"{case} {name}": f"{n}: {m}"
             )
             compared += 1
-        assert compared == len(list(ddp.module.parameters()))
+        assert compared == sum(len(list(ddp.module.parameters())) for ddp in ddps)
 
-        ddp, _, terms = _step(root / case, mesh, "teacher", micro_batch)
+        ddps, _, terms = _step(root / case, mesh, "teacher", micro_batch)
         assert abs(terms["train/kd_logit_nats"]) < 1e-6
         assert terms["train/lm_loss_nats"] == pytest.approx(terms["train/teacher_lm_loss_nats"], abs=1e-9)
-        assert max(float(g.abs().max()) for g in gradients(ddp, mesh).values()) < 1e-6
+        assert max(float(g.abs().max()) for g in gradients(ddps).values()) < 1e-6
 
 
-@pytest.mark.parametrize(("world", "tp", "pp"), [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2)])
-def test_step_is_the_definition_in_every_layout(world, tp, pp, root, tmp_path):
-    run_ranks(_matches, world, tmp_path, tp, pp, root)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_step_is_the_definition_in_every_layout(layout, root, tmp_path):
+    ranks, fields = LAYOUTS[layout]
+    run_ranks(_matches, ranks, tmp_path, fields, CASES, root)
+
+
+@pytest.mark.parametrize("layout", ["1", "tp2_sp", "pp2", "vpp2", "cp2", *EXPERT_LAYOUTS])
+def test_step_with_experts_is_the_definition(layout, root, tmp_path):
+    ranks, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]
+    run_ranks(_matches, ranks, tmp_path, fields, EXPERT_CASES, root)

@@ -12,8 +12,8 @@ from torch import Tensor
 from compactlm_nemo.config.schema import DistillConfig
 from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.models.build import global_names
-from compactlm_nemo.parallel.groups import current_mesh
-from tests.megatron import filled, mesh_of
+from compactlm_nemo.parallel.groups import Mesh
+from tests.megatron import LAYOUTS, filled, mesh_of
 from tests.models.tiny import VOCAB, save_tiny
 from tests.ranks import run_ranks
 
@@ -31,10 +31,9 @@ def sample(idx: int) -> Tensor:
 
 
 def train(
-    root: Path, checkpoints: Path, rank: int, until: int | None, dtype: torch.dtype = torch.float32
+    root: Path, mesh: Mesh, checkpoints: Path, rank: int, until: int | None, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, Tensor], Metrics]:
     """Weights after training a fresh model from the newest checkpoint, and the metrics of the steps done here."""
-    mesh = current_mesh()
     _, student = filled(root / "student", mesh, dtype=dtype)
     dims, teacher = filled(root / "teacher", mesh, dtype=dtype)
     seen: Metrics = {}
@@ -49,13 +48,13 @@ def train(
 
 
 def _one_rank(rank: int, world: int, root: Path) -> None:
-    mesh_of(1, 1)
+    mesh = mesh_of()
     for name, dtype in DTYPES.items():
-        want, metrics = train(root, root / name / "whole", rank, None, dtype)
-        _, before = train(root, root / name / "stopped", rank, STOP, dtype)
+        want, metrics = train(root, mesh, root / name / "whole", rank, None, dtype)
+        _, before = train(root, mesh, root / name / "stopped", rank, STOP, dtype)
         assert sorted(before) == list(range(STOP))
         shutil.copytree(root / name / "stopped", root / name / "at_stop")
-        got, after = train(root, root / name / "stopped", rank, None, dtype)
+        got, after = train(root, mesh, root / name / "stopped", rank, None, dtype)
         assert sorted(after) == list(range(STOP, CONFIG.steps))
         assert before | after == metrics, name
         assert got.keys() == want.keys()
@@ -71,7 +70,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, and the results of one rank, with a checkpoint of `STOP` steps in `at_stop`."""
     root = tmp_path_factory.mktemp("resume")
     save_tiny(CASE, root / "teacher")
-    save_tiny(CASE, root / "student", num_hidden_layers=2, hidden_size=32, intermediate_size=48)
+    save_tiny(CASE, root / "student", num_hidden_layers=4, hidden_size=32, intermediate_size=48)
     run_ranks(_one_rank, 1, root, root)
     return root
 
@@ -81,16 +80,16 @@ def test_resuming_equals_not_stopping(root):
     assert kept == ["step_0000004", "step_0000005"]  # the newest keep_checkpoints
 
 
-def _other_layout(rank: int, world: int, tp: int, pp: int, root: Path, copies: Path) -> None:
-    mesh_of(tp, pp)
-    _, after = train(root, copies, rank, None)
+def _other_layout(rank: int, world: int, layout: str, root: Path, copies: Path) -> None:
+    mesh = mesh_of(**LAYOUTS[layout][1])
+    _, after = train(root, mesh, copies, rank, None)
     want = torch.load(root / "fp32" / "metrics.pt")
     assert sorted(after) == list(range(STOP, CONFIG.steps))
     for step, values in after.items():
         assert values == pytest.approx(want[step], rel=1e-4), (step, values, want[step])
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)])
-def test_checkpoint_continues_in_another_layout(tp, pp, root, tmp_path):
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "vpp2", "cp2"])
+def test_checkpoint_continues_in_another_layout(layout, root, tmp_path):
     copies = shutil.copytree(root / "fp32" / "at_stop", tmp_path / "checkpoints")
-    run_ranks(_other_layout, 2, tmp_path, tp, pp, root, Path(copies))
+    run_ranks(_other_layout, 2, tmp_path, layout, root, Path(copies))

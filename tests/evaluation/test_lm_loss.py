@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
-from tests.megatron import filled, mesh_of
+from tests.megatron import LAYOUTS, filled, mesh_of
 from tests.models.tiny import VOCAB, save_tiny
 from tests.ranks import run_ranks
 
@@ -31,8 +31,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _matches(rank: int, world: int, tp: int, pp: int, root: Path) -> None:
-    mesh = mesh_of(tp, pp)
+def _matches(rank: int, world: int, layout: str, root: Path) -> None:
+    mesh = mesh_of(**LAYOUTS[layout][1])
     for case in CASES:
         dims, model = filled(root / case, mesh)
         got = evaluate_lm_loss(
@@ -43,6 +43,6 @@ def _matches(rank: int, world: int, tp: int, pp: int, root: Path) -> None:
         assert got.tokens_per_second > 0
 
 
-@pytest.mark.parametrize(("world", "tp", "pp"), [(1, 1, 1), (2, 2, 1), (2, 1, 2), (2, 1, 1), (4, 2, 2)])
-def test_loss_is_that_of_transformers_in_every_layout(world, tp, pp, root, tmp_path):
-    run_ranks(_matches, world, tmp_path, tp, pp, root)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_is_that_of_transformers_in_every_layout(layout, root, tmp_path):
+    run_ranks(_matches, LAYOUTS[layout][0], tmp_path, layout, root)

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from compactlm_nemo.models.build import build_model, inverse_frequencies
+from compactlm_nemo.models.build import build_model, global_names, inverse_frequencies
 from compactlm_nemo.models.checkpoint import CheckpointSource, load_model, save_model
 from compactlm_nemo.models.families import dims_of, resized
 from compactlm_nemo.models.hf import count_params, export_hf, open_hf
-from tests.megatron import VOCAB_MULTIPLE, filled, mesh_of, whole_logits
-from tests.models.tiny import CASES, LENGTH, save_tiny, tiny_config, tiny_model, tokens
+from tests.megatron import LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of, whole_logits
+from tests.models.tiny import CASES, EAGER, LENGTH, save_tiny, tiny_config, tiny_model, tokens
 from tests.ranks import run_ranks
 
 
@@ -29,8 +29,8 @@ def hf_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _compare_and_save(rank: int, world: int, tp: int, pp: int, root: Path, out: Path) -> None:
-    mesh = mesh_of(tp, pp)
+def _compare_and_save(rank: int, world: int, layout: str, root: Path, out: Path) -> None:
+    mesh = mesh_of(**LAYOUTS[layout][1])
     for case in CASES:
         case_dims, model = filled(root / case, mesh)
         got = whole_logits(model.eval(), case_dims, mesh, tokens())
@@ -40,14 +40,14 @@ def _compare_and_save(rank: int, world: int, tp: int, pp: int, root: Path, out: 
         save_model(out / case, model, mesh)
         copy = build_model(case_dims, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE)
         load_model(out / case, copy, mesh)
-        for (name, a), b in zip(model.named_parameters(), copy.parameters(), strict=True):
+        for (name, a), b in zip(global_names(model), copy.parameters(), strict=True):
             assert torch.equal(a, b), f"{case}: {name} differs after saving and loading"
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_logits_are_those_of_transformers_and_export_is_exact(tp: int, pp: int, hf_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "dp2"])
+def test_logits_are_those_of_transformers_and_export_is_exact(layout: str, hf_root: Path, tmp_path: Path) -> None:
     dims = {case: open_hf(hf_root / case)[0] for case in CASES}
-    run_ranks(_compare_and_save, tp * pp, tmp_path, tp, pp, hf_root, tmp_path / "ck")
+    run_ranks(_compare_and_save, LAYOUTS[layout][0], tmp_path, layout, hf_root, tmp_path / "ck")
     for case in CASES:
         source = CheckpointSource(tmp_path / "ck" / case, dims[case])
         target = tmp_path / "export" / case
@@ -56,9 +56,7 @@ def test_logits_are_those_of_transformers_and_export_is_exact(tp: int, pp: int, 
         assert want.keys() == got.keys(), case
         assert all(torch.equal(want[name], got[name]) for name in want), case
         assert written == count_params(target) == sum(tensor.numel() for tensor in want.values())
-        model, info = AutoModelForCausalLM.from_pretrained(
-            target, attn_implementation="eager", output_loading_info=True
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(target, **EAGER, output_loading_info=True)
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (case, info)
         with torch.no_grad():
             assert torch.equal(model.eval()(tokens()).logits, torch.load(hf_root / case / "logits.pt")), case
@@ -75,6 +73,11 @@ def test_cases_would_show_the_difference() -> None:
         ("nemotron", {"rope_parameters": full}),
         ("llama", {"rms_norm_eps": 1e-6}),
         ("nemotron", {"norm_eps": 1e-6}),
+        ("mixtral", {"sliding_window": 8}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+        ("qwen2_moe", {"norm_topk_prob": True}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("qwen3_moe_tied_top1", {"num_experts_per_tok": 2}),
     ):
         with torch.no_grad():
             gap = tiny_model(case)(tokens()).logits - tiny_model(case, **changes)(tokens()).logits
@@ -109,6 +112,10 @@ def test_resized_config_makes_the_smaller_model(case: str) -> None:
     assert len(model.model.layers) == 3
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (2 * 16, 32)
     assert model.model.layers[0].self_attn.k_proj.weight.shape == (2 * 16, 32)
-    assert model.model.layers[0].mlp.down_proj.weight.shape == (32, 56)
+    mlp = model.model.layers[0].mlp
+    if small.num_experts:
+        assert mlp.experts.down_proj.shape == (4, 32, 56)
+    else:
+        assert mlp.down_proj.weight.shape == (32, 56)
     if getattr(new, "layer_types", None):
         assert len(new.layer_types) == 3

@@ -33,7 +33,7 @@ def _save_as(rank: int, world: int, hf: Path, nemo: Path, bridge: Path) -> None:
     mesh = mesh_of(world, 1)
     _, model = filled(hf, mesh, vocab_multiple=32)
     for folder, prefix in ((nemo / "weights", "module."), (bridge / "iter_0000007", "")):
-        state = model.sharded_state_dict(metadata=sharding_metadata(mesh))
+        state = model[0].sharded_state_dict(metadata=sharding_metadata(mesh))
         for tensor in state.values():
             if hasattr(tensor, "key"):
                 tensor.key = prefix + _transformer_engine_name(tensor.key)
@@ -43,7 +43,7 @@ def _save_as(rank: int, world: int, hf: Path, nemo: Path, bridge: Path) -> None:
         dist_checkpointing.save(state, str(folder))
 
 
-@pytest.mark.parametrize("case", ["llama", "nemotron", "qwen3_tied"])
+@pytest.mark.parametrize("case", ["llama", "nemotron", "qwen3_tied", "qwen2_moe"])
 def test_other_tools_checkpoints_are_the_same_model(case: str, tmp_path: Path) -> None:
     save_tiny(case, tmp_path / "hf")
     dims, _ = open_hf(tmp_path / "hf")

@@ -10,10 +10,13 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     NemotronConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCAB = 131
@@ -42,6 +45,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _PARTIAL = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.25}
 
 CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
@@ -62,7 +66,14 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         NemotronConfig,
         {"rope_parameters": _PARTIAL, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
+    "mixtral": (MixtralConfig, {"intermediate_size": 24, "num_local_experts": 4, "sliding_window": 7}),
+    "qwen2_moe": (Qwen2MoeConfig, _EXPERTS | {"shared_expert_intermediate_size": 40}),
+    "qwen3_moe": (Qwen3MoeConfig, _EXPERTS | {"norm_topk_prob": True, "attention_bias": True}),
+    "qwen3_moe_tied_top1": (Qwen3MoeConfig, _EXPERTS | {"num_experts_per_tok": 1, "tie_word_embeddings": True}),
 }
+EXPERT_CASES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_tied_top1")
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+"""transformers' plain implementations, which also take float64."""
 
 
 def tiny_config(case: str, **changes: Any) -> Any:
@@ -74,7 +85,7 @@ def tiny_config(case: str, **changes: Any) -> Any:
 def tiny_model(case: str, **changes: Any) -> Any:
     """A float32 model in evaluation mode whose every parameter is random, norms and biases too."""
     config = tiny_config(case, **changes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config, **EAGER, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(sum(map(ord, case)))
     centre = 0.0 if config.model_type == "nemotron" else 1.0
     with torch.no_grad():

@@ -20,7 +20,7 @@ from compactlm_nemo.models.hf import count_params, export_hf, open_hf
 from compactlm_nemo.pruning.cut import CutSource
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.search.cost import num_params
-from tests.megatron import filled, mesh_of
+from tests.megatron import LAYOUTS, filled, mesh_of
 from tests.models.tiny import CASES, save_tiny, tokens
 from tests.ranks import run_ranks
 
@@ -124,9 +124,9 @@ def test_pruned_model_is_the_dense_one_with_units_zeroed(case, tmp_path):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def _same_checkpoint(rank: int, world: int, tp: int, pp: int, root: Path, out: Path) -> None:
+def _same_checkpoint(rank: int, world: int, layout: str, root: Path, out: Path) -> None:
     """Teacher checkpoint -> student checkpoint on this layout, read back as whole parameters."""
-    mesh = mesh_of(tp, pp)
+    mesh = mesh_of(**LAYOUTS[layout][1])
     for case in ("llama", "qwen2_tied", "nemotron"):
         dims, teacher = filled(root / case, mesh)
         save_model(out / case / "teacher", teacher, mesh)
@@ -153,6 +153,6 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("world", "tp", "pp"), [(1, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 2)])
-def test_every_layout_makes_the_same_student(world, tp, pp, teachers, tmp_path):
-    run_ranks(_same_checkpoint, world, tmp_path, tp, pp, teachers, tmp_path / "out")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_makes_the_same_student(layout, teachers, tmp_path):
+    run_ranks(_same_checkpoint, LAYOUTS[layout][0], tmp_path, layout, teachers, tmp_path / "out")

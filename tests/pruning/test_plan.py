@@ -20,7 +20,7 @@ STUDENT = TEACHER.with_shape(layers=3, hidden=9, ffn=7, heads=4)
 def scores_of(dims: Dims, seed: int = 0) -> dict[str, torch.Tensor]:
     # Few distinct values, so that ties are common.
     draw = torch.Generator().manual_seed(seed)
-    lengths = {"hidden": dims.hidden_size, "depth.bi": dims.num_layers}
+    lengths = {"hidden": dims.hidden_size, "depth": dims.num_layers}
     for i in range(dims.num_layers):
         lengths |= {f"layers.{i}.mlp": dims.ffn_hidden_size, f"layers.{i}.heads": dims.num_heads}
     return {name: torch.randint(0, 4, (n,), generator=draw).double() for name, n in lengths.items()}
@@ -36,7 +36,7 @@ def test_plan_is_the_naive_choice(seed):
     scores = scores_of(TEACHER, seed)
     plain = {name: value.tolist() for name, value in scores.items()}
     plan = make_plan(TEACHER, STUDENT, scores)
-    assert plan.layers == naive_top(plain["depth.bi"], 3)
+    assert plan.layers == naive_top(plain["depth"], 3)
     assert plan.hidden.tolist() == naive_top(plain["hidden"], 9)
     assert list(plan.mlp) == list(plan.heads) == plan.layers
     for i in plan.layers:

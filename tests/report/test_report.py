@@ -1,14 +1,23 @@
-"""Tables against text written by hand; plots are read back as pixels."""
+"""Tables against text written by hand; plots are read back as pixels and as the numbers their panels hold."""
 
 import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
-from compactlm_nemo.errors import DataError
-from compactlm_nemo.report.plots import plot_importance, plot_loss_curve, plot_sizes
+from compactlm_nemo.artifacts import write_manifest
+from compactlm_nemo.errors import CheckpointError, DataError
+from compactlm_nemo.importance.scores import FILE, Scores, save_scores
+from compactlm_nemo.report.build import SHORT_TABLE_LAYERS, depth_rows, report
+from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
+from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
 
 ROWS = [
@@ -57,17 +66,169 @@ def test_loss_curve_draws_student_and_teacher(tmp_path):
         plot_loss_curve([{"step": 1}], path)
 
 
-def test_importance_fills_its_panels(tmp_path):
-    scores = {"hidden": torch.rand(64) + 0.1, "depth.bi": torch.rand(6)}
-    for i in range(6):
-        scores |= {f"layers.{i}.mlp": torch.rand(96).exp() * (i + 1), f"layers.{i}.heads": torch.rand(8)}
-    scores["layers.0.heads"] = torch.zeros(8)  # a dead layer divides by nothing
-    plot_importance(scores, tmp_path / "importance.png")
-    image = imread(tmp_path / "importance.png")
-    assert len(set(map(tuple, (image[::4, ::4, :3].reshape(-1, 3) * 255).astype(int).tolist()))) > 50
-    assert colours(tmp_path / "importance.png", "blue") > 5000  # six depth bars
+def panels(figure: Figure) -> dict:
+    """Title -> panel; colour bars have none."""
+    return {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+
+
+def many_colours(path: Path) -> bool:
+    """Whether the file shows curves or maps in many colours, and not empty frames."""
+    image = imread(path)
+    return len(set(map(tuple, (image[::4, ::4, :3].reshape(-1, 3) * 255).astype(int).tolist()))) > 50
+
+
+def dense_ranking(layers: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ranking = {"hidden": torch.rand(64, generator=generator) + 0.1, "depth": torch.rand(layers, generator=generator)}
+    for i in range(layers):
+        ranking |= {f"layers.{i}.mlp": torch.rand(96, generator=generator).exp() * (i + 1)}
+        ranking |= {f"layers.{i}.heads": torch.rand(8, generator=generator)}
+        ranking |= {f"layers.{i}.groups": torch.rand(2, generator=generator)}
+    return ranking
+
+
+def test_importance_of_a_dense_model_has_four_panels(tmp_path):
+    ranking = dense_ranking()
+    ranking["layers.0.heads"] = torch.zeros(8)  # a dead layer divides by nothing
+    found = panels(plot_importance(ranking, tmp_path / "new" / "importance.png"))
+    assert set(found) == {
+        "MLP neurons, sorted within their layer", "Query heads", "Query groups", "Hidden channels, sorted"
+    }  # fmt: skip
+    curves = [line.get_ydata() for line in found["MLP neurons, sorted within their layer"].lines]
+    assert len(curves) == 6
+    np.testing.assert_allclose(curves[4], sorted(ranking["layers.4.mlp"].tolist(), reverse=True))
+    for title, name in (("Query heads", "heads"), ("Query groups", "groups")):
+        grid = found[title].images[0].get_array()
+        want = ranking[f"layers.3.{name}"] / ranking[f"layers.3.{name}"].max()
+        np.testing.assert_allclose(grid[3], want.numpy(), rtol=1e-6)
+    assert found["Query heads"].images[0].get_array()[0].tolist() == [0.0] * 8
+    assert many_colours(tmp_path / "new" / "importance.png")
     with pytest.raises(DataError, match="no layers.0.heads"):
         plot_importance({"hidden": torch.ones(4)}, tmp_path / "x.png")
+
+
+def test_importance_of_a_model_with_experts(tmp_path):
+    dense = dense_ranking()
+    experts = {name: x for name, x in dense.items() if not name.endswith(".mlp")}
+    for i in range(6):
+        experts[f"layers.{i}.experts"] = torch.arange(1.0, 5)
+        experts |= {f"layers.{i}.experts.{e}.mlp": torch.rand(16) for e in range(4)}
+    found = panels(plot_importance(experts, tmp_path / "experts.png"))
+    assert set(found) == {"Query heads", "Query groups", "Experts", "Hidden channels, sorted"}
+    np.testing.assert_allclose(found["Experts"].images[0].get_array()[5], [0.25, 0.5, 0.75, 1.0])
+    # The first layer may be a dense one: it has neurons and no experts.
+    mixed = {name: x for name, x in experts.items() if not name.startswith("layers.0.experts")}
+    found = panels(plot_importance(mixed | {"layers.0.mlp": dense["layers.0.mlp"]}, tmp_path / "mixed.png"))
+    assert len(found) == 5 and len(found["MLP neurons, sorted within their layer"].lines) == 1
+    grid = found["Experts"].images[0].get_array()
+    assert np.ma.getmaskarray(grid).tolist() == [[True] * 4] + [[False] * 4] * 5
+    assert many_colours(tmp_path / "mixed.png")
+
+
+def three_metrics() -> Scores:
+    """l2_mean, its exact opposite mean_mean, and taylor, which measures no hidden channels; three kinds of depth."""
+    first = {name: x for name, x in dense_ranking(4).items() if name != "depth"}
+    tensors = {f"l2_mean.{name}": x for name, x in first.items()}
+    tensors |= {f"mean_mean.{name}": 10 - x for name, x in first.items()}
+    tensors |= {f"taylor.{name}": 2 * x for name, x in first.items() if name != "hidden"}
+    tensors |= {"depth.bi": torch.tensor([0.4, 0.1, 0.2, 0.3]), "depth.lm_loss": torch.tensor([2.5, -0.1, 0.7, 1.0])}
+    blocks = torch.full((4, 4), torch.nan)
+    for i in range(4):
+        blocks[i, : 4 - i] = torch.arange(1.0, 5 - i) / 10 + i
+    return Scores(tensors | {"depth.bi_blocks": blocks}, {"model": "m"})
+
+
+def test_agreement_has_a_panel_an_axis(tmp_path):
+    found = panels(plot_agreement(three_metrics(), tmp_path / "agreement.png"))
+    assert set(found) == {
+        f"{axis}: agreement of ranks" for axis in ("Hidden channels", "Query heads", "Query groups", "MLP neurons")
+    }
+    order = ["mean_mean", "l2_mean", "taylor"]
+    heads = found["Query heads: agreement of ranks"]
+    assert [label.get_text() for label in heads.get_xticklabels()] == order
+    assert [label.get_text() for label in heads.get_yticklabels()] == order
+    np.testing.assert_allclose(heads.images[0].get_array(), [[1, -1, -1], [-1, 1, 1], [-1, 1, 1]], rtol=1e-12)
+    hidden = found["Hidden channels: agreement of ranks"]
+    mask = np.ma.getmaskarray(hidden.images[0].get_array())
+    assert mask.tolist() == [[False, False, True], [False, False, True], [True, True, True]]
+    assert sorted(text.get_text() for text in hidden.texts) == ["-1.00", "-1.00", "1.00", "1.00"]
+    assert many_colours(tmp_path / "agreement.png")
+    one = Scores({name: x for name, x in three_metrics().tensors.items() if name.startswith("l2_mean")}, {})
+    with pytest.raises(DataError, match="two width metrics"):
+        plot_agreement(one, tmp_path / "one.png")
+    assert not (tmp_path / "one.png").exists()
+
+
+def test_depth_has_a_curve_a_metric_and_a_map_of_blocks(tmp_path):
+    found = panels(plot_depth(three_metrics(), tmp_path / "depth.png"))
+    assert list(found) == ["bi", "bi_blocks", "lm_loss"]
+    np.testing.assert_allclose(found["bi"].lines[0].get_ydata(), [0.4, 0.1, 0.2, 0.3], rtol=1e-6)
+    np.testing.assert_allclose(found["lm_loss"].lines[0].get_ydata(), [2.5, -0.1, 0.7, 1.0], rtol=1e-6)
+    image = found["bi_blocks"].images[0]
+    assert np.ma.getmaskarray(image.get_array()).tolist() == [[i + n > 4 for n in range(1, 5)] for i in range(4)]
+    assert image.get_array()[2, 1] == pytest.approx(2.2)
+    assert image.get_extent() == [0.5, 4.5, 3.5, -0.5]  # the first column is blocks of one layer
+    assert image.get_cmap().get_bad()[:3].tolist() == [1, 1, 1]
+    assert colours(tmp_path / "depth.png", "blue") > 300 and many_colours(tmp_path / "depth.png")
+    with pytest.raises(DataError, match="no depth metric"):
+        plot_depth(Scores({"l2_mean.hidden": torch.ones(4)}, {}), tmp_path / "none.png")
+
+
+def finished_run(run: Path, scores: Scores, search: dict[str, str | None]) -> Path:
+    """What the report reads of the other stages."""
+    results = {
+        "student": {"shape": {"layers": 2, "hidden": 32, "ffn": 48, "heads": 4}},
+        "search": {},
+        "evaluate": {"recovered": {"wiki": 0.75, "news": None}},
+        "score": {},
+        "distill": {},
+    }
+    for stage, values in results.items():
+        (run / stage).mkdir(parents=True)
+        write_manifest(run / stage, search if stage == "search" else {}, {}, values)
+    save_scores(run / "score" / FILE, scores)
+    lines = [{"step": i, "train/kd_logit_nats": 1 / i, "train/lm_loss_nats": 3.0} for i in range(1, 5)]
+    (run / "distill" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = {"params": 1000, "loss_wiki": 2.5, "tokens_trained": 0, "forward_tokens_per_second": 9.6}
+    rows = [row | {"model": name} for name in ("teacher", "pruned", "distilled")]
+    (run / "evaluate" / "results.json").write_text(json.dumps(rows))
+    return run
+
+
+def test_the_report_shows_what_decided_the_cut(tmp_path):
+    run = finished_run(tmp_path / "a", three_metrics(), {"search.width": "taylor", "search.depth": "lm_loss"})
+    report(SimpleNamespace(dir=run), run / "report")
+    text = (run / "report" / "report.md").read_text()
+    assert "ranks units by `taylor` and layers by `lm_loss`" in text
+    linked = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert sorted(linked) == ["agreement.png", "depth.png", "importance.png", "loss.png", "sizes.png"]
+    assert sorted(path.name for path in (run / "report").glob("*.png")) == sorted(linked)
+    assert all((run / "report" / name).stat().st_size > 5000 for name in linked)
+    assert "| layer | bi | lm_loss |\n| ---: | ---: | ---: |\n| 0 | 0.4 | 2.5 |\n| 1 | 0.1 | -0.1 |\n" in text
+
+
+def test_the_report_of_one_metric_has_no_agreement(tmp_path):
+    tensors = {f"l2_mean.{name}": x for name, x in dense_ranking(20).items() if name != "depth"}
+    tensors["depth.bi"] = torch.rand(20)
+    run = finished_run(tmp_path / "a", Scores(tensors, {}), {"search.width": None, "search.depth": None})
+    report(SimpleNamespace(dir=run), run / "report")
+    text = (run / "report" / "report.md").read_text()
+    assert "ranks units by `l2_mean` and layers by `bi`" in text
+    assert "agreement" not in text and not (run / "report" / "agreement.png").exists()
+    assert "| layer |" not in text  # 20 rows would bury the rest
+    (run / "score" / FILE).unlink()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        report(SimpleNamespace(dir=run), run / "report")
+
+
+def test_the_table_of_layers_is_short_or_absent():
+    def of(values: torch.Tensor) -> Scores:
+        return Scores({"depth.bi": values, "depth.bi_blocks": torch.eye(len(values))}, {})
+
+    assert len(depth_rows(of(torch.rand(SHORT_TABLE_LAYERS)))) == SHORT_TABLE_LAYERS
+    assert depth_rows(of(torch.rand(SHORT_TABLE_LAYERS + 1))) == []
+    assert depth_rows(of(torch.tensor([0.5, torch.nan]))) == [{"layer": 0, "bi": 0.5}, {"layer": 1, "bi": None}]
+    assert depth_rows(Scores({"depth.bi_blocks": torch.eye(2)}, {})) == []
 
 
 def test_sizes_has_one_colour_a_text(tmp_path):

@@ -6,20 +6,27 @@ from math import prod
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
-from compactlm_nemo.config.schema import SearchConfig
+from compactlm_nemo.config.schema import ParallelConfig, SearchConfig
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.models.build import tp_share
-from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.dims import Dims, split_layers
 from compactlm_nemo.models.families import dims_of, parameter_shapes
 from compactlm_nemo.search import cost
 from compactlm_nemo.search.select import rank_candidates, top_heads, top_units
@@ -38,12 +45,16 @@ SIZES = dict(
     vocab_size=70, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6,
     num_key_value_heads=2, head_dim=16,
 )  # fmt: skip
+EXPERTS = dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32)
 HF = {
     "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
     "llama_bias": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**{**SIZES, "head_dim": 8})),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES)),
     "nemotron": (NemotronForCausalLM, NemotronConfig(**SIZES)),
+    "mixtral": (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4)),
+    "qwen2_moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=40)),
+    "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**SIZES, **EXPERTS, tie_word_embeddings=True)),
 }
 
 
@@ -76,10 +87,15 @@ def test_num_params_of_the_published_models(layers, hidden, ffn, heads, groups, 
 
 
 @pytest.mark.parametrize("name", HF)
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 4)])
-def test_params_per_rank_are_the_shares_the_model_is_filled_with(name, tp, pp):
+@pytest.mark.parametrize(("tp", "pp", "ep"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 4, 1), (1, 1, 4), (2, 2, 2)])
+def test_params_per_rank_are_the_shares_the_model_is_filled_with(name, tp, pp, ep):
     dims, multiple = dims_of(HF[name][1]), 16
+    if ep > 1 and not dims.num_experts:
+        pytest.skip("a dense model has no experts to spread")
     padded = dims.padded_vocab(tp, multiple)
+    layout = ParallelConfig(tp=tp, pp=pp, ep=ep)
+    chunks = [dims.num_layers // pp] * pp
+    held = cost.params_per_rank(dims, layout=layout, chunk_layers=chunks, vocab_multiple=multiple)
     for stage in range(pp):
         want = 0
         for parameter, shape in parameter_shapes(dims).items():
@@ -87,19 +103,38 @@ def test_params_per_rank_are_the_shares_the_model_is_filled_with(name, tp, pp):
             share = tp_share(parameter, full, rank=0, size=tp, gated=dims.gated_mlp, padded_vocab=padded)
             if parameter.startswith("decoder.layers."):
                 here = int(parameter.split(".")[2]) // (dims.num_layers // pp) == stage
+                if ".local_experts." in parameter:
+                    here = here and int(parameter.split(".")[6]) < dims.num_experts // ep
             elif parameter.startswith("embedding."):
                 here = stage == 0 or (dims.tied_embeddings and stage == pp - 1)
             else:
                 here = stage == pp - 1
             want += prod(share.shape) * here
-        assert cost.params_per_rank(dims, tp=tp, pp=pp, stage=stage, vocab_multiple=multiple) == want
+        assert held[stage] == want
 
 
 def test_params_per_rank_refuses_what_does_not_divide():
     with pytest.raises(ConfigError, match="parallel.tp=4 must divide num_query_groups=2.*ffn_hidden_size=6"):
-        cost.params_per_rank(TINY, tp=4, pp=1, stage=0, vocab_multiple=1)
-    with pytest.raises(ConfigError, match="parallel.pp=3 must divide num_layers=2"):
-        cost.params_per_rank(TINY, tp=1, pp=3, stage=0, vocab_multiple=1)
+        cost.params_per_rank(TINY, layout=ParallelConfig(tp=4), chunk_layers=[2], vocab_multiple=1)
+    odd = replace(TINY, num_experts=3, experts_per_token=2, shared_expert_ffn=5)
+    with pytest.raises(
+        ConfigError, match="parallel.tp=2 must divide shared_expert_ffn=5; parallel.ep=2 must divide nu"
+    ):
+        cost.params_per_rank(odd, layout=ParallelConfig(tp=2, ep=2), chunk_layers=[2], vocab_multiple=1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "split", "want"),
+    [(8, [1, 3], [2, 6]), (4, [1, 3], [1, 3]), (23, [], [12, 11]), (23, [1, 3], [6, 17]), (3, [9, 1], [2, 1])],
+)
+def test_layers_are_split_in_proportion(layers, split, want):
+    assert split_layers(layers, ParallelConfig(pp=2, pp_split=split)) == want
+
+
+def test_layers_of_virtual_stages():
+    assert split_layers(10, ParallelConfig(pp=2, virtual_stages=2)) == [3, 3, 2, 2]
+    with pytest.raises(ConfigError, match="cannot split 3 layers"):
+        split_layers(3, ParallelConfig(pp=2, virtual_stages=2))
 
 
 def test_flops_and_cache_by_hand():
@@ -113,6 +148,38 @@ def test_flops_and_cache_by_hand():
     assert cost.kv_cache_bytes_per_token(TINY, 2) == 2 * 2 * 2 * 2 * 2
     # Llama 3.1 8B in bf16: 128 KiB a token is the commonly quoted figure.
     assert cost.kv_cache_bytes_per_token(replace(TINY, num_layers=32, num_query_groups=8, head_dim=128), 2) == 2**17
+
+
+def test_experts_by_hand():
+    # Of 168 weights a layer, 96 are attention's. Two of three experts of 3x6x4 = 72, the shared one of 3x5x4 = 60 with
+    # its gate of 4, and a router of 3x4.
+    dims = replace(TINY, num_experts=3, experts_per_token=2, shared_expert_ffn=5)
+    layer = 96 + 2 * 72 + 60 + 4 + 12
+    assert cost.flops_per_token_forward(dims, 1) == 2 * (2 * layer + 40) + 2 * 4 * 4 * 2
+    norms = 2 * 2 * 4 + 4
+    assert cost.active_params(dims) == 2 * layer + 40 + norms
+    assert cost.num_params(dims) == 2 * (layer + 72) + 40 + norms
+    assert cost.active_params(TINY) == cost.num_params(TINY)
+
+
+QWEN3_30B_A3B = dict(
+    num_hidden_layers=48, hidden_size=2048, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
+    num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, vocab_size=151936,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "total", "active"),
+    [
+        ("mixtral", {}, 46.7, 12.9),  # Mixtral 8x7B, arXiv 2401.04088
+        ("qwen3_moe", QWEN3_30B_A3B, 30.5, 3.3),  # its model card; 3.35 exactly
+        ("qwen2_moe", {}, 14.3, 2.7),  # Qwen1.5-MoE-A2.7B, its model card
+    ],
+)
+def test_active_params_of_the_published_models(kind, config, total, active):
+    dims = dims_of(AutoConfig.for_model(kind, **config))
+    assert cost.num_params(dims) / 1e9 == pytest.approx(total, abs=0.06)
+    assert cost.active_params(dims) / 1e9 == pytest.approx(active, abs=0.06)
 
 
 def _space(hidden, heads, **budget):
@@ -189,7 +256,7 @@ def _scores():
         "layers.1.mlp": torch.tensor([2.0, 0, 0, 0, 0, 0]),
         "layers.0.heads": torch.tensor([4.0, 3, 2, 1]),
         "layers.1.heads": torch.tensor([1.0, 1, 1, 1]),
-        "depth.bi": torch.tensor([0.125, 0.375]),
+        "depth": torch.tensor([0.125, 0.375]),
     }
 
 
@@ -238,5 +305,5 @@ def test_units_that_stay():
 def test_scores_of_another_model_are_refused(change, error, message):
     with pytest.raises(error, match=message):
         rank_candidates(TINY, [TINY], _scores() | change)
-    with pytest.raises(ConfigError, match="depth.bi is missing"):
-        rank_candidates(TINY, [TINY], {k: v for k, v in _scores().items() if k != "depth.bi"})
+    with pytest.raises(ConfigError, match="depth is missing"):
+        rank_candidates(TINY, [TINY], {k: v for k, v in _scores().items() if k != "depth"})

@@ -1,0 +1,79 @@
+"""Settings with named values: OmegaConf matches an Enum by the name of its member."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Precision(Enum):
+    """Number format of weights and activations."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Aggregator(Enum):
+    """How values over a dimension become one number: mean(|x|), sqrt(sum x^2) or variance."""
+
+    mean = "mean"
+    l2 = "l2"
+    var = "var"
+
+
+class WidthMetric(Enum):
+    """What ranks heads, query groups, neurons, hidden channels and experts.
+
+    ``BATCH_SEQUENCE``: activations by a pair of aggregators, the sequence one applied first. ``taylor``: |w * dL/dw|.
+    """
+
+    mean_mean = "mean_mean"
+    mean_l2 = "mean_l2"
+    mean_var = "mean_var"
+    l2_mean = "l2_mean"
+    l2_l2 = "l2_l2"
+    l2_var = "l2_var"
+    var_mean = "var_mean"
+    var_l2 = "var_l2"
+    var_var = "var_var"
+    taylor = "taylor"
+
+    @property
+    def pair(self) -> tuple[Aggregator, Aggregator] | None:
+        """(batch, sequence) aggregators; None where activations are not what counts."""
+        if self is WidthMetric.taylor:
+            return None
+        batch, sequence = self.value.split("_")
+        return Aggregator[batch], Aggregator[sequence]
+
+
+class DepthMetric(Enum):
+    """What ranks layers."""
+
+    bi = "bi"
+    """Block importance, 1 - E[cos(input, output)]."""
+    bi_blocks = "bi_blocks"
+    """Block importance of every contiguous block of layers."""
+    lm_loss = "lm_loss"
+    """Rise of the language-model loss when one layer is left out."""
+    logit_mse = "logit_mse"
+    """Normalised squared error of the logits when one layer is left out."""
+    logit_mse_iterative = "logit_mse_iterative"
+    """The same, where the least important layer is removed for good and the others are measured again."""
+    tasks = "tasks"
+    """Fall of the accuracy on `evaluate.tasks` when one block of layers is left out."""
+
+
+class Neurons(Enum):
+    """Where neurons are measured: the input of fc2, or the first linear layer's output before the activation."""
+
+    after = "after"
+    before = "before"
+
+
+class WandbMode(Enum):
+    """Where W&B metrics go; `auto` is online with a login in the environment and disabled without."""
+
+    auto = "auto"
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"

@@ -1,0 +1,110 @@
+"""Experts and their neurons: each token counts where the router sent it, with its gate's weight.
+
+Quantities per token, 0 for a token that was routed elsewhere, so that every expert is measured over the same tokens:
+
+- expert e: L2 norm of ``g_e(x) * expert_e(x)``, g the gate weight: what the expert adds to the residual stream;
+- neuron j of expert e: ``g_e(x) * h_j(x)``, the input of the expert's fc2 (after the activation), or the output of its
+  fc1 without the gate weight (before);
+- neuron of a shared expert: as in a dense MLP.
+
+Under expert parallelism a rank's experts see the tokens of all ranks of the group: the samples of a statistic are
+those of the group, ordered by rank, and no rank reports a sample of an expert twice.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from compactlm_nemo.config.choices import Aggregator, Neurons
+from compactlm_nemo.importance.statistics import Parts
+from compactlm_nemo.parallel.collectives import all_reduce_sum
+
+if TYPE_CHECKING:
+    from compactlm_nemo.importance.collect import Collector
+
+
+def hook_experts(collector: Collector, moe: Any, layer_idx: int) -> None:
+    """Measure a Megatron MoE layer with the all-gather dispatcher, which keeps the place of every token."""
+    place = _Place(collector, moe)
+    collector.handles.append(moe.register_forward_pre_hook(lambda _, args: place.start(args[0])))
+    collector.handles.append(moe.experts.register_forward_pre_hook(lambda _, args: place.dispatch(args[1])))
+    for local, expert in enumerate(moe.experts.local_experts):
+        number = moe.local_expert_indices[local]
+        _hook_expert(collector, place, expert, local, f"{layer_idx}.{number}")
+    if moe.shared_experts is not None:
+        collector.on_neurons(moe.shared_experts, f"shared_expert.{layer_idx}")
+
+
+class _Place:
+    """Which sample each dispatched token belongs to."""
+
+    def __init__(self, collector: Collector, moe: Any) -> None:
+        self.mesh, self.moe = collector.mesh, moe
+        self.shape: tuple[int, int] = (0, 0)
+        self.samples: tuple[Tensor, ...] = ()
+
+    def start(self, hidden_SBH: Tensor) -> None:
+        self.shape = (hidden_SBH.shape[0], hidden_SBH.shape[1])
+
+    def dispatch(self, tokens_per_expert: Tensor) -> None:
+        """The rows an expert sees are numbered `(rank in the group, place in the sequence, sample)`."""
+        length, batch = self.shape
+        rows = self.moe.token_dispatcher.reversed_local_input_permutation_mapping
+        ep_rank = rows // (length * batch) // self.tp_ranks
+        self.samples = (ep_rank * batch + rows % batch).split(tokens_per_expert.tolist())
+
+    @property
+    def tp_ranks(self) -> int:
+        return self.mesh.tp_size if self.mesh.is_sequence_parallel else 1
+
+    @property
+    def num_samples(self) -> int:
+        return self.shape[1] * self.mesh.ep_size
+
+    @property
+    def length(self) -> int:
+        return self.shape[0] * self.tp_ranks
+
+
+def _hook_expert(collector: Collector, place: _Place, expert: Any, local: int, name: str) -> None:
+    def put(element: str, x_NE: Tensor) -> None:
+        parts = routed_parts(x_NE, place.samples[local], place.num_samples, place.length, collector.aggs)
+        collector.experts.put(f"{element}.{name}", parts)
+
+    def neurons_before(module: Any, args: Any, out: Any) -> None:
+        put("expert_mlp", collector.before_activation(out[0]))
+
+    def norm(module: Any, args: Any, out: Any) -> None:
+        whole_NH = out[0].detach().float()
+        if place.mesh.tp_size > 1:  # the ranks hold parts of the sum over the expert's neurons
+            whole_NH = all_reduce_sum(whole_NH, place.mesh.tp_group)
+        put("experts", whole_NH.square().sum(dim=-1, keepdim=True).sqrt())
+
+    if collector.cfg.neurons is Neurons.after:
+        fc2 = expert.linear_fc2
+        collector.handles.append(fc2.register_forward_pre_hook(lambda _, args: put("expert_mlp", args[0])))
+    else:
+        collector.handles.append(expert.linear_fc1.register_forward_hook(neurons_before))
+    collector.handles.append(expert.register_forward_hook(norm))
+
+
+def routed_parts(x_NE: Tensor, sample_N: Tensor, num_samples: int, length: int, aggs: set[Aggregator]) -> Parts:
+    """As `sequence_parts`, of N routed tokens that belong to the given samples; the other tokens are zeros."""
+    x_NE = x_NE.detach().to(torch.promote_types(x_NE.dtype, torch.float32))
+
+    def summed(values_NE: Tensor) -> Tensor:
+        return values_NE.new_zeros(num_samples, values_NE.shape[1]).index_add_(0, sample_N, values_NE)
+
+    parts: Parts = {}
+    if Aggregator.mean in aggs:
+        parts["abs"] = summed(x_NE.abs())
+    if Aggregator.var in aggs:
+        parts["mean"] = summed(x_NE) / length
+        zeros_B1 = length - summed(torch.ones_like(x_NE[:, :1]))
+        parts["m2"] = summed((x_NE - parts["mean"][sample_N]).square()) + zeros_B1 * parts["mean"].square()
+    if Aggregator.l2 in aggs:
+        parts["sq"] = summed(x_NE.square())
+    return parts

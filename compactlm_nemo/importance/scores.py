@@ -1,0 +1,129 @@
+"""The scores file: whole vectors of the model, one set a metric, and what they were measured on.
+
+Names in `scores.safetensors`, float32, layers 0-based and global::
+
+    {width metric}.hidden                         [H]         channels of the residual stream
+    {width metric}.layers.{i}.heads               [heads]     query heads
+    {width metric}.layers.{i}.groups              [groups]    query groups
+    {width metric}.layers.{i}.mlp                 [F]         neurons
+    {width metric}.layers.{i}.experts             [experts]
+    {width metric}.layers.{i}.experts.{e}.mlp     [F]         neurons of an expert
+    {width metric}.layers.{i}.shared_expert.mlp   [F]
+    depth.{depth metric}                          [layers]
+    depth.bi_blocks                               [layers, layers]   block of n layers from layer i at [i, n - 1],
+                                                                     NaN where it would not fit
+
+They belong to the model and not to a layout. The header says which model, metrics and calibration tokens they are of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compactlm_nemo.config.choices import DepthMetric, WidthMetric
+from compactlm_nemo.errors import CheckpointError, ConfigError
+
+FILE = "scores.safetensors"
+HIDDEN = "hidden"
+DEPTH = "depth"
+
+
+def mlp_key(layer_idx: int) -> str:
+    """Name of a layer's neuron scores."""
+    return f"layers.{layer_idx}.mlp"
+
+
+def heads_key(layer_idx: int) -> str:
+    """Name of a layer's query head scores."""
+    return f"layers.{layer_idx}.heads"
+
+
+def groups_key(layer_idx: int) -> str:
+    """Name of a layer's query group scores."""
+    return f"layers.{layer_idx}.groups"
+
+
+def experts_key(layer_idx: int) -> str:
+    """Name of a layer's expert scores."""
+    return f"layers.{layer_idx}.experts"
+
+
+def expert_mlp_key(layer_idx: int, expert: int) -> str:
+    """Name of the neuron scores of one expert."""
+    return f"layers.{layer_idx}.experts.{expert}.mlp"
+
+
+def shared_expert_key(layer_idx: int) -> str:
+    """Name of the neuron scores of a layer's shared expert."""
+    return f"layers.{layer_idx}.shared_expert.mlp"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A scores file in memory."""
+
+    tensors: dict[str, Tensor]
+    about: dict[str, str]
+    """Header: `model` (fingerprint of the teacher), `calibration` (SHA-256 of the tokens), `samples`,
+    `sequence_length`, `neurons`."""
+
+    @property
+    def width_metrics(self) -> list[str]:
+        """Names of the width metrics, in the order of `WidthMetric`."""
+        found = {name.split(".")[0] for name in self.tensors}
+        return [metric.name for metric in WidthMetric if metric.name in found]
+
+    @property
+    def depth_metrics(self) -> list[str]:
+        """Names of the depth metrics, in the order of `DepthMetric`."""
+        return [metric.name for metric in DepthMetric if f"{DEPTH}.{metric.name}" in self.tensors]
+
+    def width(self, metric: str) -> dict[str, Tensor]:
+        """`hidden`, `layers.{i}.heads`, ... of one metric, without its prefix."""
+        self._require("width", metric, self.width_metrics)
+        return {name.removeprefix(f"{metric}."): x for name, x in self.tensors.items() if name.startswith(f"{metric}.")}
+
+    def depth(self, metric: str) -> Tensor:
+        """The vector (or matrix) of a depth metric."""
+        self._require("depth", metric, self.depth_metrics)
+        return self.tensors[f"{DEPTH}.{metric}"]
+
+    def ranking(self, width: WidthMetric | None, depth: DepthMetric | None) -> dict[str, Tensor]:
+        """What decides a cut: the vectors of one width metric, and the depth metric's as `depth`; None is the first.
+
+        `depth` holds one number a layer; bi_blocks scores blocks and cannot be chosen here.
+        """
+        layers = [name for name in self.depth_metrics if name != DepthMetric.bi_blocks.name]
+        chosen = depth.name if depth else (layers[0] if layers else "")
+        if chosen not in layers:
+            raise ConfigError(f"search.depth={chosen or None} must be one of {layers}; add it to score.depth.")
+        return self.width(width.name if width else self.width_metrics[0]) | {DEPTH: self.depth(chosen)}
+
+    def _require(self, kind: str, metric: str, held: list[str]) -> None:
+        if metric not in held:
+            raise ConfigError(f"search.{kind}={metric} is not in the scores, they hold {held}; add it to score.{kind}.")
+
+
+def save_scores(path: Path, scores: Scores) -> None:
+    """Write the file; the caller replaces a file atomically by renaming."""
+    save_file({name: x.contiguous() for name, x in scores.tensors.items()}, path, metadata=scores.about)
+
+
+def load_scores(path: Path) -> Scores:
+    """Read a scores file, or the one in a folder; CheckpointError when it is missing, damaged or of another kind."""
+    path = path / FILE if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; run the score stage first.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            scores = Scores({name: file.get_tensor(name) for name in sorted(file.keys())}, file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); run the score stage again.") from None
+    if not scores.width_metrics and not scores.depth_metrics:
+        raise CheckpointError(f"{path} holds no scores; give the scores.safetensors of a score stage.")
+    return scores

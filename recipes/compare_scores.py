@@ -1,0 +1,20 @@
+"""Two scores files of one model -> how far their ranks agree, axis by axis and metric by metric."""
+
+from rich.console import Console
+
+from compactlm_nemo.config.load import COMPARE, recipe_root, to_yaml
+from compactlm_nemo.config.schema import CompareConfig
+from compactlm_nemo.report.compare import compare
+
+
+def compare_scores(config: CompareConfig) -> None:
+    """Compare, or in a dry run check the files and show the settings."""
+    compare(config, Console())
+    if config.dry_run:
+        print(to_yaml(config), end="")
+
+
+main = recipe_root(COMPARE, compare_scores, __doc__)
+
+if __name__ == "__main__":
+    main()
