@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compactlm_nemo.artifacts import MANIFEST
+from compactlm_nemo.config.choices import DepthMetric, WidthMetric
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer
 from compactlm_nemo.data.windows import TokenStream
@@ -51,6 +52,7 @@ def check(config: Config) -> Dims | None:
             f"distill.micro_batch={distill.micro_batch} must divide distill.global_batch={distill.global_batch}."
         )
     problems += _data_problems(config)
+    problems += _score_problems(config)
     if problem := harness_problem(config.evaluate):
         problems.append(problem)
     shared = {c.path for c in config.data.train.values()} & {c.path for c in config.data.heldout.values()}
@@ -58,6 +60,27 @@ def check(config: Config) -> Dims | None:
     if problems:
         raise ConfigError(listed(problems))
     return dims
+
+
+def _score_problems(config: Config) -> list[str]:
+    score = config.score
+    problems = []
+    if DepthMetric.tasks in score.depth and not config.evaluate.tasks:
+        problems.append("score.depth=[tasks] needs evaluate.tasks; name lm-eval tasks, for example [winogrande].")
+    if score.start_from is not None and (score.second_moments or WidthMetric.taylor in score.width):
+        problems.append(
+            "score.start_from continues activation metrics only; leave out score.second_moments and taylor."
+        )
+    for name, held, chosen in (
+        ("width", score.width, config.search.width),
+        ("depth", [metric for metric in score.depth if metric is not DepthMetric.bi_blocks], config.search.depth),
+    ):
+        if chosen is not None and chosen not in held:
+            names = [metric.name for metric in held]
+            problems.append(
+                f"search.{name}={chosen.name} must be one of the metrics measured, {names}; add it to score.{name}."
+            )
+    return problems
 
 
 def launch_problems(config: Config, world_size: int) -> str:

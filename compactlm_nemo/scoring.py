@@ -6,115 +6,123 @@ ranks are merged and saved; a killed run goes on from the last save.
 
 from __future__ import annotations
 
-import hashlib
-import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compactlm_nemo.artifacts import read_manifest, settings_of
 from compactlm_nemo.config.choices import DepthMetric
-from compactlm_nemo.config.schema import ScoreConfig, deciding
-from compactlm_nemo.data.windows import calibration_windows
-from compactlm_nemo.errors import ConfigError
-from compactlm_nemo.importance.collect import collect
+from compactlm_nemo.config.schema import ScoreConfig
+from compactlm_nemo.distill.linear_kd import linear_ce_sum
+from compactlm_nemo.importance.collect import StateKey, collect
+from compactlm_nemo.importance.moments import MomentCollector, save_moments
 from compactlm_nemo.importance.running import STATE, Running
-from compactlm_nemo.importance.scores import FILE, Scores, load_scores, save_scores
+from compactlm_nemo.importance.statistics import State
+from compactlm_nemo.importance.taylor import taylor_scores
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.parallel.collectives import broadcast_object
-from compactlm_nemo.parallel.launch import device, is_main_rank, main_rank_writes
+from compactlm_nemo.parallel.collectives import barrier, broadcast_object
+from compactlm_nemo.parallel.launch import launch_rank, main_rank_writes
 from compactlm_nemo.report.progress import progress_bar
-from compactlm_nemo.run import Run, claim
+from compactlm_nemo.run import Run
+from compactlm_nemo.training.optimizer import wrap_data_parallel
+
+MOMENTS = "moments"
+"""Subfolder of the score stage with the second moments."""
 
 
-def score(run: Run, folder: Path) -> dict[str, Any]:
-    """Teacher + calibration windows -> scores.safetensors, and the statistics it was made from."""
-    config, cfg, dims = run.config, run.config.score, run.dims("teacher")
-    windows_NS = calibration_windows(run.train_prefixes(), cfg.samples, config.data.sequence_length, config.run.seed)
-    about = {
-        "model": read_manifest(run.dir / "teacher")["fingerprint"],
-        "calibration": tokens_hash(windows_NS),
-        "sequence_length": str(config.data.sequence_length),
-        "neurons": cfg.neurons.name,
-    }
-    state = run.dir / "scoring"
-    claim(state, settings_of({"score": deciding(cfg), "about": about}))
-    teacher = run.load("teacher").eval()
-    running = _start(run, state, windows_NS, about)
-    running = measure_activations(run, teacher, dims, windows_NS.to(device()), running, state)
-    tensors = running.rankings(dims, cfg) if is_main_rank() else {}
-    samples = broadcast_object(running.samples)
-    about |= {"samples": str(samples), "calibration": tokens_hash(windows_NS[:samples])}
-    with main_rank_writes() as writes:
-        if writes:
-            running.save(folder / STATE)
-            save_scores(folder / FILE, Scores(tensors, about))
-            shutil.rmtree(state)
-    return {"samples": samples, "tokens": samples * config.data.sequence_length, "calibration": about["calibration"]}
+@dataclass
+class Scoring:
+    """A scoring run under way."""
 
+    run: Run
+    teacher: Chunks
+    dims: Dims
+    windows_NS: Tensor
+    """The same on every rank."""
+    running: Running
+    """What has been measured; of use on the main rank only."""
+    state: Path
+    """Folder of the progress."""
 
-def tokens_hash(windows_NS: Tensor) -> str:
-    """SHA-256 of the calibration tokens as little-endian int64, sample after sample."""
-    return hashlib.sha256(windows_NS.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+    @property
+    def cfg(self) -> ScoreConfig:
+        return self.run.config.score
 
+    def progress(self, label: str, samples: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar over so many samples."""
+        return progress_bar(label, samples, self.windows_NS.shape[1])
 
-def _start(run: Run, state: Path, windows_NS: Tensor, about: dict[str, str]) -> Running:
-    """Statistics to go on from: those of an interrupted run, or of `score.start_from`; on the main rank."""
-    running = Running()
-    with main_rank_writes() as writes:
-        if writes:
-            running = Running.load(state / STATE)
-            if not running.samples and run.config.score.start_from is not None:
-                running = _finished(Path(run.config.score.start_from), run.config.score, windows_NS, about)
-    return running
+    def head(self) -> dict[str, Any]:
+        """What the chunked losses need to know about this rank's part of the vocabulary. Last stage only."""
+        return {
+            "chunk_tokens": self.run.config.distill.chunk_tokens,
+            "vocab_size": self.dims.vocab_size,
+            "vocab_start": self.run.mesh.tp_rank * self.teacher.head_weight.shape[0],
+            "tp_group": self.run.mesh.tp_group,
+        }
 
+    def measure_activations(self, folder: Path) -> None:
+        """One forward pass over the samples not yet measured: every width metric, block importance, second moments."""
+        cfg = self.cfg
+        if not (DepthMetric.bi in cfg.depth or any(metric.pair for metric in cfg.width) or cfg.second_moments):
+            return
+        done, total = broadcast_object(self.running.samples), len(self.windows_NS)
+        moments = MomentCollector(self.teacher, self.run.mesh, self.dims) if cfg.second_moments else None
+        if moments and done:
+            moments.load_state(load_file(self._moments_file(done)))
+        on_batch = moments.on_batch if moments else lambda counted: None
+        with self.progress("score", total - done) as advance:
+            while done < total:
+                part_NS = self.windows_NS[done : done + cfg.save_every]
+                states = collect(self.teacher, self.run.mesh, self.dims, part_NS, cfg, advance, on_batch)
+                if moments:
+                    self._save_moments(moments, done, done + len(part_NS))
+                stop = self._take_in(states, len(part_NS))
+                done += len(part_NS)
+                if stop:
+                    break
+        if moments:
+            save_moments(folder / MOMENTS, moments.reduce(), self.run.mesh, done * self.windows_NS.shape[1])
 
-def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[str, str]) -> Running:
-    """The statistics of a finished stage, after checking that they are of the first of these windows."""
-    old = load_scores(folder).about
-    running = Running.load(folder / STATE)
-    expected = about | {"calibration": tokens_hash(windows_NS[: running.samples])}
-    differing = [name for name in expected if old.get(name) != expected[name]]
-    if differing or not running.samples:
-        raise ConfigError(
-            f"score.start_from={folder} was measured with another {differing[0] if differing else 'version'}; it can "
-            "be continued with the same model, texts, seed, data.sequence_length and score.neurons only."
-        )
-    needed = {metric.pair[1] for metric in cfg.width if metric.pair}
-    held = {agg for element, agg in running.states if not element.startswith("depth.")}
-    if not needed <= held:
-        raise ConfigError(f"score.start_from={folder} lacks what score.width={[m.name for m in cfg.width]} needs.")
-    if running.samples > cfg.samples:
-        raise ConfigError(
-            f"score.samples={cfg.samples} is less than the {running.samples} of score.start_from={folder}; raise it."
-        )
-    return running
+    def _take_in(self, states: dict[StateKey, State], samples: int) -> bool:
+        """Merge and save; whether the rankings have settled, on every rank."""
+        stop, running = False, self.running
+        with main_rank_writes() as writes:
+            if writes:
+                before = running.rankings(self.dims, self.cfg) if running.samples else {}
+                running.add(states, samples)
+                running.check_finite(self.dims)
+                stop = running.has_settled(before, running.rankings(self.dims, self.cfg), self.cfg)
+                running.save(self.state / STATE)
+        return broadcast_object(stop)
 
+    def _moments_file(self, samples: int) -> Path:
+        return self.state / f"moments_{samples}_rank_{launch_rank()}.safetensors"
 
-def measure_activations(
-    run: Run, teacher: Chunks, dims: Dims, windows_NS: Tensor, running: Running, state: Path
-) -> Running:
-    """One forward pass over the samples not yet measured, for every width metric and block importance at once."""
-    cfg = run.config.score
-    if DepthMetric.bi not in cfg.depth and not any(metric.pair for metric in cfg.width):
-        return running
-    done, total = broadcast_object(running.samples), len(windows_NS)
-    ranking: dict[str, Tensor] = running.rankings(dims, cfg) if is_main_rank() and done else {}
-    with progress_bar("score", total - done, windows_NS.shape[1]) as advance:
-        while done < total:
-            part_NS = windows_NS[done : done + cfg.save_every]
-            states = collect(teacher, run.mesh, dims, part_NS, cfg, advance)
-            stop = False
-            with main_rank_writes() as writes:
-                if writes:
-                    running.add(states, len(part_NS))
-                    running.check_finite(dims)
-                    before, ranking = ranking, running.rankings(dims, cfg)
-                    stop = running.has_settled(before, ranking, cfg)
-                    running.save(state / STATE)
-            done += len(part_NS)
-            if broadcast_object(stop):
-                break
-    return running
+    def _save_moments(self, moments: MomentCollector, before: int, after: int) -> None:
+        """Each rank keeps its own rows; the file that the saved statistics go with is there at every instant."""
+        temporary = self._moments_file(after).with_suffix(".tmp")
+        save_file({name: block.cpu() for name, block in moments.state().items()}, temporary)
+        temporary.replace(self._moments_file(after))
+        barrier()
+        for old in self.state.glob(f"moments_*_rank_{launch_rank()}.safetensors"):
+            if old not in (self._moments_file(before), self._moments_file(after)):
+                old.unlink()
+
+    def taylor(self) -> dict[str, Tensor]:
+        """First-order Taylor importance, on the main rank: one forward and backward pass, not kept when killed."""
+
+        def loss_sum(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor) -> Tensor:
+            return linear_ce_sum(hidden_NH, self.teacher.head_weight, labels_N, mask_N, **self.head())
+
+        ddps = wrap_data_parallel(self.teacher, shard_gradients=False)
+        with self.progress("taylor", len(self.windows_NS)) as advance:
+            return taylor_scores(
+                ddps, self.dims, self.run.mesh, self.windows_NS, loss_sum,
+                micro_batch=self.cfg.micro_batch, progress=advance,
+            )  # fmt: skip

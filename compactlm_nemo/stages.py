@@ -161,7 +161,7 @@ def _identity(stage: Stage, config: Config) -> tuple[dict[str, Any], dict[str, s
 
 
 def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None:
-    from compactlm_nemo import scoring, verbs
+    from compactlm_nemo import verbs
     from compactlm_nemo.parallel.collectives import barrier, broadcast_object
     from compactlm_nemo.report.build import report
     from compactlm_nemo.run import Run
@@ -169,7 +169,7 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
     work: dict[str, Callable[..., dict[str, Any]]] = {
         "import": verbs.import_model,
         "tokenize": verbs.tokenize,
-        "score": scoring.score,
+        "score": verbs.score,
         "search": verbs.search,
         "prune": verbs.prune,
         "distill": verbs.train,

@@ -6,30 +6,39 @@ readers. All ranks call it; only the main rank writes plain files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
-from compactlm_nemo.config.schema import deciding
+from compactlm_nemo.config.choices import WidthMetric
+from compactlm_nemo.config.schema import ScoreConfig, deciding
 from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer, refuse_shared_documents, tokenize_corpus
-from compactlm_nemo.data.windows import Windows, heldout_windows
+from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
 from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.evaluation.harness import run_tasks
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
+from compactlm_nemo.importance.running import STATE, Running
+from compactlm_nemo.importance.scores import DEPTH, FILE, Scores, load_scores, save_scores
+from compactlm_nemo.layer_scoring import measure_layers
 from compactlm_nemo.models import gguf
 from compactlm_nemo.models.build import fill
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.hf import copy_companions, count_params, export_hf
 from compactlm_nemo.models.teacher import companions_folder, open_teacher
+from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.launch import device, is_main_rank, main_rank_writes
 from compactlm_nemo.pruning.cut import CutSource
 from compactlm_nemo.pruning.plan import Plan, make_plan
 from compactlm_nemo.report.progress import progress_bar
 from compactlm_nemo.run import HF, Run, claim
+from compactlm_nemo.scoring import Scoring
 from compactlm_nemo.search.cost import num_params
 from compactlm_nemo.search.select import Candidate, rank_candidates
 from compactlm_nemo.search.space import enumerate_space
@@ -75,6 +84,73 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
                 if run.token_prefix(name).parent == folder:
                     counts[name] = tokenize_corpus(Path(corpus.path), folder / name, tokenizer, end)
     return {"tokens": counts}
+
+
+def score(run: Run, folder: Path) -> dict[str, Any]:
+    """Teacher + calibration windows -> scores.safetensors, and the statistics it was made from."""
+    config, cfg, dims = run.config, run.config.score, run.dims("teacher")
+    windows_NS = calibration_windows(run.train_prefixes(), cfg.samples, config.data.sequence_length, config.run.seed)
+    about = {
+        "model": read_manifest(run.dir / "teacher")["fingerprint"],
+        "calibration": tokens_hash(windows_NS),
+        "sequence_length": str(config.data.sequence_length),
+        "neurons": cfg.neurons.name,
+    }
+    state = run.dir / "scoring"
+    claim(state, settings_of({"score": deciding(cfg), "evaluate": deciding(config.evaluate), "about": about}))
+    teacher = run.load("teacher").eval()
+    scoring = Scoring(run, teacher, dims, windows_NS.to(device()), _start(run, state, windows_NS, about), state)
+    scoring.measure_activations(folder)
+    tensors = scoring.running.rankings(dims, cfg) if is_main_rank() else {}
+    tensors |= {f"{DEPTH}.{name}": x.float() for name, x in measure_layers(scoring).items()}
+    if WidthMetric.taylor in cfg.width:
+        tensors |= {f"{WidthMetric.taylor.name}.{name}": x for name, x in scoring.taylor().items()}
+    samples = broadcast_object(scoring.running.samples) or cfg.samples
+    about |= {"samples": str(samples), "calibration": tokens_hash(windows_NS[:samples])}
+    with main_rank_writes() as writes:
+        if writes:
+            scoring.running.save(folder / STATE)
+            save_scores(folder / FILE, Scores(tensors, about))
+            shutil.rmtree(state)
+    return {"samples": samples, "tokens": samples * config.data.sequence_length, "calibration": about["calibration"]}
+
+
+def tokens_hash(windows_NS: Tensor) -> str:
+    """SHA-256 of the calibration tokens as little-endian int64, sample after sample."""
+    return hashlib.sha256(windows_NS.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _start(run: Run, state: Path, windows_NS: Tensor, about: dict[str, str]) -> Running:
+    """Statistics to go on from: those of an interrupted run, or of `score.start_from`; on the main rank."""
+    running = Running()
+    with main_rank_writes() as writes:
+        if writes:
+            running = Running.load(state / STATE)
+            if not running.samples and run.config.score.start_from is not None:
+                running = _finished(Path(run.config.score.start_from), run.config.score, windows_NS, about)
+    return running
+
+
+def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[str, str]) -> Running:
+    """The statistics of a finished stage, after checking that they are of the first of these windows."""
+    old = load_scores(folder).about
+    running = Running.load(folder / STATE)
+    expected = about | {"calibration": tokens_hash(windows_NS[: running.samples])}
+    differing = [name for name in expected if old.get(name) != expected[name]]
+    if differing or not running.samples:
+        raise ConfigError(
+            f"score.start_from={folder} was measured with another {differing[0] if differing else 'version'}; it can "
+            "be continued with the same model, texts, seed, data.sequence_length and score.neurons only."
+        )
+    needed = {metric.pair[1] for metric in cfg.width if metric.pair}
+    held = {agg for element, agg in running.states if not element.startswith("depth.")}
+    if not needed <= held:
+        raise ConfigError(f"score.start_from={folder} lacks what score.width={[m.name for m in cfg.width]} needs.")
+    if running.samples > cfg.samples:
+        raise ConfigError(
+            f"score.samples={cfg.samples} is less than the {running.samples} of score.start_from={folder}; raise it."
+        )
+    return running
 
 
 def search(run: Run, folder: Path) -> dict[str, Any]:

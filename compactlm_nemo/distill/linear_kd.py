@@ -91,8 +91,6 @@ def linear_kd(
             "; give both models the same batch."
         )
     _check(student_hidden_NH, labels_N, mask_N, chunk_tokens, vocab_size)
-    # Inside the function grad mode is always off, so whether gradients are wanted is read here.
-    grads = tuple(torch.is_grad_enabled() and x.requires_grad for x in (student_hidden_NH, student_weight_VH))
     sums = _LinearKD.apply(
         student_hidden_NH,
         student_weight_VH,
@@ -103,9 +101,35 @@ def linear_kd(
         temperature,
         chunk_tokens,
         _Shard(vocab_size, vocab_start, tp_group),
-        grads,
+        _wanted(student_hidden_NH, student_weight_VH),
     )
     return LinearKD(*sums)
+
+
+def linear_ce_sum(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    labels_N: Tensor,
+    mask_N: Tensor,
+    *,
+    chunk_tokens: int,
+    vocab_size: int,
+    vocab_start: int = 0,
+    tp_group: ProcessGroup | None = None,
+) -> Tensor:
+    """Summed language-model loss in nats, computed chunk by chunk together with its gradient.
+
+    ``sum_n mask_n * (log sum_v exp(z_nv) - z_n,label)`` with ``z = hidden @ weight.T`` over the unpadded vocabulary;
+    ``linear_kd`` at T = 1 with a teacher that is sure of the label. The gradient to the logits is
+    ``mask_n * (softmax(z)_nv - [v = label_n])``.
+
+    Args: as in ``linear_kd``, with the same gradients.
+    Returns:
+        Scalar, float32 or wider, equal on every rank of ``tp_group``.
+    """
+    _check(hidden_NH, labels_N, mask_N, chunk_tokens, vocab_size)
+    shard = _Shard(vocab_size, vocab_start, tp_group)
+    return _LinearCE.apply(hidden_NH, weight_VH, labels_N, mask_N, chunk_tokens, shard, _wanted(hidden_NH, weight_VH))
 
 
 @torch.no_grad()
@@ -137,6 +161,35 @@ def linear_ce(
     return out_N
 
 
+class _Gradients:
+    """Gradients to hidden states and head, added chunk by chunk from those to the logits."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, shard: _Shard, wanted: tuple[bool, bool]) -> None:
+        self.hidden_NH, self.weight_VH, self.shard, self.are_wanted = hidden_NH, weight_VH, shard, any(wanted)
+        self.to_hidden_NH = torch.zeros_like(hidden_NH) if wanted[0] else None
+        self.to_weight_VH = torch.zeros_like(weight_VH, dtype=_wide(hidden_NH)) if wanted[1] else None
+
+    def add(self, rows: slice, wide_NV: Tensor) -> None:
+        num_valid = self.shard.num_valid(self.weight_VH)
+        grad_NV = wide_NV.to(self.weight_VH.dtype)
+        if self.to_hidden_NH is not None:
+            # Each rank holds its columns' share of the sum over the vocabulary. Added here, once and in wide
+            # dtype; nothing outside may reduce it again.
+            share_NH = (grad_NV @ self.weight_VH[:num_valid]).to(wide_NV.dtype)
+            self.to_hidden_NH[rows] = all_reduce_sum(share_NH, self.shard.tp_group).to(self.to_hidden_NH.dtype)
+        if self.to_weight_VH is not None:
+            self.to_weight_VH[:num_valid] += grad_NV.T @ self.hidden_NH[rows]
+
+    def keep(self, ctx: Any) -> None:
+        to_weight_VH = None if self.to_weight_VH is None else self.to_weight_VH.to(self.weight_VH.dtype)
+        ctx.save_for_backward(self.to_hidden_NH, to_weight_VH)
+
+
+def _scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """What `_Gradients.keep` kept, times the gradient that arrives at the loss."""
+    return [None if kept is None else kept * grad.to(kept.dtype) for kept in ctx.saved_tensors]
+
+
 class _LinearKD(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -150,18 +203,15 @@ class _LinearKD(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int,
         shard: _Shard,
-        grads: tuple[bool, bool],
+        wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _wide(student_hidden_NH)
-        num_valid = shard.num_valid(student_weight_VH)
-        grad_hidden_NH = torch.zeros_like(student_hidden_NH) if grads[0] else None
-        grad_weight_VH = torch.zeros_like(student_weight_VH, dtype=dtype) if grads[1] else None
+        gradients = _Gradients(student_hidden_NH, student_weight_VH, shard, wanted)
         kd_sum = torch.zeros((), dtype=dtype, device=student_hidden_NH.device)
         ce_sum_M = torch.zeros(2, dtype=dtype, device=student_hidden_NH.device)
         for rows in _chunks(student_hidden_NH.shape[0], chunk_tokens):
-            hidden_NH = student_hidden_NH[rows]
             logits = [
-                _logits(hidden_NH, student_weight_VH, shard),
+                _logits(student_hidden_NH[rows], student_weight_VH, shard),
                 _logits(teacher_hidden_NG[rows], teacher_weight_VG, shard).to(dtype),
             ]
             (log_q_NV, log_p_NV), ce_MN = _log_probs(logits, labels_N[rows], temperature, shard)
@@ -169,20 +219,10 @@ class _LinearKD(torch.autograd.Function):
             ce_sum_M += (ce_MN * weight_N1[:, 0]).sum(dim=-1)
             p_NV = log_p_NV.exp()
             kd_sum += (log_p_NV.sub_(log_q_NV).mul_(p_NV).sum(dim=-1, keepdim=True) * weight_N1).sum()
-            if not any(grads):
-                continue
-            grad_NV = log_q_NV.exp_().sub_(p_NV).mul_(temperature * weight_N1).to(student_weight_VH.dtype)
-            if grad_hidden_NH is not None:
-                # Each rank holds its columns' share of the sum over the vocabulary. Added here, once and in wide
-                # dtype; nothing outside may reduce it again.
-                share_NH = (grad_NV @ student_weight_VH[:num_valid]).to(dtype)
-                grad_hidden_NH[rows] = all_reduce_sum(share_NH, shard.tp_group).to(grad_hidden_NH.dtype)
-            if grad_weight_VH is not None:
-                grad_weight_VH[:num_valid] += grad_NV.T @ hidden_NH
+            if gradients.are_wanted:
+                gradients.add(rows, log_q_NV.exp_().sub_(p_NV).mul_(temperature * weight_N1))
         kd_sum = temperature**2 * all_reduce_sum(kd_sum, shard.tp_group)
-        if grad_weight_VH is not None:
-            grad_weight_VH = grad_weight_VH.to(student_weight_VH.dtype)
-        ctx.save_for_backward(grad_hidden_NH, grad_weight_VH)
+        gradients.keep(ctx)
         ce_sum, teacher_ce_sum = ce_sum_M.unbind()
         ce_sum, teacher_ce_sum = ce_sum.clone(), teacher_ce_sum.clone()
         ctx.mark_non_differentiable(ce_sum, teacher_ce_sum)
@@ -191,8 +231,38 @@ class _LinearKD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_kd: Tensor, *_: Any) -> tuple[Any, ...]:
-        scaled = [None if grad is None else grad * grad_kd.to(grad.dtype) for grad in ctx.saved_tensors]
-        return (*scaled, *[None] * 8)
+        return (*_scaled(ctx, grad_kd), *[None] * 8)
+
+
+class _LinearCE(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        labels_N: Tensor,
+        mask_N: Tensor,
+        chunk_tokens: int,
+        shard: _Shard,
+        wanted: tuple[bool, bool],
+    ) -> Tensor:
+        dtype = _wide(hidden_NH)
+        gradients = _Gradients(hidden_NH, weight_VH, shard, wanted)
+        ce_sum = torch.zeros((), dtype=dtype, device=hidden_NH.device)
+        for rows in _chunks(hidden_NH.shape[0], chunk_tokens):
+            (log_q_NV,), ce_MN = _log_probs([_logits(hidden_NH[rows], weight_VH, shard)], labels_N[rows], 1.0, shard)
+            weight_N = mask_N[rows].to(dtype)
+            ce_sum += (ce_MN[0] * weight_N).sum()
+            if gradients.are_wanted:
+                grad_NV = _minus_labels(log_q_NV.exp_(), labels_N[rows], shard.vocab_start)
+                gradients.add(rows, grad_NV.mul_(weight_N[:, None]))
+        gradients.keep(ctx)
+        return ce_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ce: Tensor) -> tuple[Any, ...]:
+        return (*_scaled(ctx, grad_ce), *[None] * 5)
 
 
 def _check(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor, chunk_tokens: int, vocab_size: int) -> None:
@@ -209,6 +279,12 @@ def _check(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor, chunk_tokens: in
     if bool(wrong_N.any()):
         label = int(labels_N[wrong_N][0])
         raise DataError(f"label={label} must be in [0, {vocab_size}); mask the token or check the tokenizer.")
+
+
+def _wanted(hidden_NH: Tensor, weight_VH: Tensor) -> tuple[bool, bool]:
+    """Whether either input wants a gradient; read before the function, inside of which grad mode is always off."""
+    enabled = torch.is_grad_enabled()
+    return enabled and hidden_NH.requires_grad, enabled and weight_VH.requires_grad
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -254,7 +330,19 @@ def _label_values(logits_NV: Tensor, labels_N: Tensor, vocab_start: int) -> Tens
     """The label's entry where this shard holds it, else 0, so that the sum over ranks is the label's entry."""
     if logits_NV.shape[-1] == 0:
         return logits_NV.new_zeros(logits_NV.shape[:1])
-    local_N = labels_N - vocab_start
-    held_N = (local_N >= 0) & (local_N < logits_NV.shape[-1])
-    values_N = logits_NV.gather(-1, local_N.clamp(0, logits_NV.shape[-1] - 1)[:, None])[:, 0]
-    return torch.where(held_N, values_N, 0)
+    place_N1, held_N1 = _label_places(labels_N, vocab_start, logits_NV.shape[-1])
+    return torch.where(held_N1, logits_NV.gather(-1, place_N1), 0)[:, 0]
+
+
+def _minus_labels(probs_NV: Tensor, labels_N: Tensor, vocab_start: int) -> Tensor:
+    """Subtracts 1 at the label's entry where this shard holds it; overwrites `probs_NV`."""
+    if probs_NV.shape[-1] == 0:
+        return probs_NV
+    place_N1, held_N1 = _label_places(labels_N, vocab_start, probs_NV.shape[-1])
+    return probs_NV.scatter_add_(-1, place_N1, -held_N1.to(probs_NV.dtype))
+
+
+def _label_places(labels_N: Tensor, vocab_start: int, num_held: int) -> tuple[Tensor, Tensor]:
+    """Column of each label in this shard (any column if it is not here), and whether it is here; both `[N, 1]`."""
+    local_N1 = (labels_N - vocab_start)[:, None]
+    return local_N1.clamp(0, num_held - 1), (local_N1 >= 0) & (local_N1 < num_held)

@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +38,61 @@ def run_tasks(folder: Path, cfg: EvaluateConfig) -> dict[str, float]:
     It runs in a process of its own, outside this launch's process group. Standard errors and aliases are left out.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        result = Path(scratch) / "result.json"
-        env = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCH)}
-        words = [str(folder), json.dumps(dataclasses.asdict(cfg)), str(result)]
-        done = subprocess.run(
-            [sys.executable, "-m", "compactlm_nemo.evaluation.harness", *words],
-            env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise CompactLMError(f"evaluate.tasks={cfg.tasks} failed in lm-eval: {last}")
-        values: dict[str, float] = json.loads(result.read_text())
+        (values,) = run_tasks_without(folder, cfg, [[]], Path(scratch) / "results.jsonl", lambda: None)
     return values
+
+
+def run_tasks_without(
+    folder: Path, cfg: EvaluateConfig, left_out: list[list[int]], results: Path, progress: Callable[[], None]
+) -> list[dict[str, float]]:
+    """As `run_tasks`, of the model without the layers of each list in turn; it is loaded once.
+
+    Every finished list is a line of `results`; those that a stopped run left there are not run again. `progress` is
+    called for each list.
+    """
+    env = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCH)}
+    words = [str(folder), json.dumps(dataclasses.asdict(cfg)), json.dumps(left_out), str(results)]
+    with tempfile.TemporaryFile("w+") as messages:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "compactlm_nemo.evaluation.harness", *words],
+            env=env, stdout=subprocess.DEVNULL, stderr=messages,
+        )  # fmt: skip
+        told = 0
+        while process.poll() is None or told < len(_finished(results)):
+            for _ in range(len(_finished(results)) - told):
+                progress()
+                told += 1
+            if process.poll() is None:
+                time.sleep(0.2)
+        messages.seek(0)
+        last = (messages.read().strip().splitlines() or ["no message"])[-1]
+    if process.returncode:
+        raise CompactLMError(f"evaluate.tasks={cfg.tasks} failed in lm-eval: {last}")
+    return _finished(results)
+
+
+def _finished(results: Path) -> list[dict[str, float]]:
+    """Whole lines only: the last may be being written, or cut off by a kill."""
+    if not results.is_file():
+        return []
+    return [json.loads(line) for line in results.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def accuracy(values: dict[str, float]) -> float:
+    """Mean over tasks of each one's accuracy: its `acc`, else `acc_norm`, `exact_match` or `f1`."""
+    by_task: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        task, _, metric = name.rpartition("/")
+        by_task.setdefault(task, {})[metric] = value
+    found = []
+    for task, metrics in by_task.items():
+        known = [metrics[name] for name in ("acc", "acc_norm", "exact_match", "f1") if name in metrics]
+        if not known:
+            raise CompactLMError(
+                f"evaluate.tasks: {task} has no accuracy, only {sorted(metrics)}; choose another task."
+            )
+        found.append(known[0])
+    return sum(found) / len(found)
 
 
 def _values(outcome: dict[str, Any]) -> dict[str, float]:
@@ -60,24 +105,31 @@ def _values(outcome: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def _main(folder: str, settings: str, result: str) -> None:
+def _main(folder: str, settings: str, left_out: str, results: str) -> None:
     import lm_eval
     import torch
+    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    cfg = EvaluateConfig(**json.loads(settings))
-    outcome = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": folder, "trust_remote_code": False},
-        tasks=list(cfg.tasks),
-        task_manager=TaskManager(include_path=cfg.task_folder),
-        batch_size=cfg.micro_batch,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        limit=cfg.task_limit,
-        bootstrap_iters=0,
-    )
-    assert outcome is not None  # None only on other ranks, and this process has none
-    Path(result).write_text(json.dumps(_values(outcome)))
+    cfg, file = EvaluateConfig(**json.loads(settings)), Path(results)
+    finished = "".join(json.dumps(values) + "\n" for values in _finished(file))
+    file.write_text(finished)  # without a line that was cut off
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lm: Any = HFLM(pretrained=folder, trust_remote_code=False, batch_size=cfg.micro_batch, device=device)
+    lm.model.config.use_cache = False  # its places are counted by layer
+    every = lm.model.model.layers
+    for layers in json.loads(left_out)[finished.count("\n") :]:
+        lm.model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(every) if i not in layers)
+        outcome = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=list(cfg.tasks),
+            task_manager=TaskManager(include_path=cfg.task_folder),
+            limit=cfg.task_limit,
+            bootstrap_iters=0,
+        )
+        assert outcome is not None  # None only on other ranks, and this process has none
+        with file.open("a") as lines:
+            lines.write(json.dumps(_values(outcome)) + "\n")
 
 
 if __name__ == "__main__":

@@ -189,10 +189,12 @@ def collect(
     windows_NS: Tensor,
     cfg: ScoreConfig,
     progress: Callable[[int], None],
+    on_batch: Callable[[int], None] = lambda counted: None,
 ) -> dict[StateKey, State]:
     """Statistics of these samples, whole vectors, on the main rank; empty on the others. Collective.
 
-    `windows_NS` are the same tokens on every rank; data-parallel ranks take every dp-th sample.
+    `windows_NS` are the same tokens on every rank; data-parallel ranks take every dp-th sample. `on_batch` is told
+    before a chunk runs a micro-batch how many of its samples, the leading ones, count: for other hooks in the pass.
     """
     share = Share(windows_NS, mesh, cfg.micro_batch)
     collectors = [Collector(chunk, mesh, dims, cfg) for chunk in chunks]
@@ -206,6 +208,7 @@ def collect(
 
     def start(idx: int | None) -> None:
         current[0] = idx
+        on_batch(0 if idx is None else int(share.counted(idx, mesh.dp_rank).sum()))
 
     try:
         forward_each(chunks, mesh, share.batches, lambda idx, hidden: progress(share.num_counted(idx)), start)

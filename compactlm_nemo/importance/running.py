@@ -7,6 +7,7 @@ uninterrupted run merges at the same places.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -37,12 +38,21 @@ class Running:
     states: dict[StateKey, State] = field(default_factory=dict)
     settled_checks: int = 0
     """Saves in a row at which no ranking had moved beyond the tolerance."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Further measurements that add up over samples, by name."""
+    summed: dict[str, int] = field(default_factory=dict)
+    """Samples in each of `sums`."""
 
     def add(self, states: dict[StateKey, State], samples: int) -> None:
         """Take in the statistics of the next samples."""
         for key, state in states.items():
             self.states[key] = self.states[key].merged(state) if key in self.states else state
         self.samples += samples
+
+    def add_sum(self, name: str, value: Tensor, samples: int) -> None:
+        """Take in a further measurement's sum over its next samples."""
+        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.summed[name] = self.summed.get(name, 0) + samples
 
     def check_finite(self, dims: Dims) -> None:
         """NumericsError naming the first layer, in the model's order, that has NaN or infinite activations."""
@@ -59,7 +69,12 @@ class Running:
         tensors: dict[str, Tensor] = {}
         for (element, agg), state in self.states.items():
             tensors |= {f"{element}/{agg.name}/{part}": x.clone() for part, x in state._asdict().items()}
-        about = {"samples": str(self.samples), "settled_checks": str(self.settled_checks)}
+        tensors |= {f"sum/{name}": x.clone() for name, x in self.sums.items()}
+        about = {
+            "samples": str(self.samples),
+            "settled_checks": str(self.settled_checks),
+            "summed": json.dumps(self.summed),
+        }
         temporary = path.with_suffix(".tmp")
         save_file(tensors, temporary, metadata=about)
         os.replace(temporary, path)
@@ -70,13 +85,18 @@ class Running:
         if not path.is_file():
             return Running()
         states: dict[StateKey, dict[str, Tensor]] = {}
+        sums: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
             about = file.metadata()
             for name in file.keys():  # noqa: SIM118  (not a dict)
+                if name.startswith("sum/"):
+                    sums[name.removeprefix("sum/")] = file.get_tensor(name)
+                    continue
                 element, agg, part = name.split("/")
                 states.setdefault((element, Aggregator[agg]), {})[part] = file.get_tensor(name)
         merged = {key: State(**parts) for key, parts in states.items()}
-        return Running(int(about["samples"]), merged, int(about["settled_checks"]))
+        counts = json.loads(about["summed"])
+        return Running(int(about["samples"]), merged, int(about["settled_checks"]), sums, counts)
 
     def rankings(self, dims: Dims, cfg: ScoreConfig) -> dict[str, Tensor]:
         """The vectors of all activation metrics and block importance, under the names of the scores file."""

@@ -11,7 +11,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -84,6 +84,19 @@ class _Slice(LoadPlanner):
         return box
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
+
+
+def read_box(
+    reader: FileSystemReader, metadata: Metadata, key: str, offsets: Sequence[int], shape: Sequence[int]
+) -> Tensor:
+    """The part of a stored tensor that starts at `offsets` and has this shape, on the CPU; needs no process group."""
+    stored = metadata.state_dict_metadata[key]
+    assert isinstance(stored, TensorStorageMetadata)
+    buffer = torch.empty(list(shape), dtype=stored.properties.dtype)
+    planner = _Slice(key, stored, list(offsets), buffer)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
+    return buffer
 
 
 def find_weights(folder: Path) -> Path | None:
@@ -166,15 +179,9 @@ class CheckpointSource:
 
     def __call__(self, name: str) -> Tensor:
         key, at = self.places[name]
-        stored = self.metadata.state_dict_metadata[key]
-        assert isinstance(stored, TensorStorageMetadata)
         shape = self.shapes[name]
-        buffer = torch.empty([1] * len(at) + list(shape), dtype=stored.properties.dtype)
-        planner = _Slice(key, stored, [*at.values(), *[0] * len(shape)], buffer)
-        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
-        plan = self.reader.prepare_local_plan(planner.create_local_plan())
-        self.reader.read_data(plan, planner).wait()
-        return buffer.view(shape)
+        offsets = [*at.values(), *[0] * len(shape)]
+        return read_box(self.reader, self.metadata, key, offsets, [1] * len(at) + list(shape)).view(shape)
 
 
 def _possible_places(name: str) -> list[_Place]:

@@ -30,8 +30,13 @@ def launch_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launch_rank() -> int:
+    """Global rank of this process, 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main_rank() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+    return launch_rank() == 0
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""linear_kd and linear_ce against the definition, whatever the chunks and the ranks.
+"""linear_kd, linear_ce and linear_ce_sum against the definition, whatever the chunks and the ranks.
 
 Shape suffixes: N tokens, V vocabulary, H student width, G teacher width.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compactlm_nemo.distill.linear_kd import linear_ce, linear_kd
+from compactlm_nemo.distill.linear_kd import linear_ce, linear_ce_sum, linear_kd
 from compactlm_nemo.errors import ConfigError, DataError
 from compactlm_nemo.parallel.collectives import all_reduce_max, all_reduce_sum, broadcast_object, gather_objects
 from tests.ranks import run_ranks
@@ -93,8 +93,20 @@ def naive_grads(case: Case, vocab: int, temperature: float) -> tuple[Tensor, Ten
     return leaf.hidden_NH.grad, leaf.weight_VH.grad
 
 
+def naive_ce_grads(case: Case, vocab: int) -> tuple[Tensor, Tensor]:
+    """The same for the student's language-model loss."""
+    leaf = case.leaves()
+    logits_NV = leaf.hidden_NH @ leaf.weight_VH[:vocab].T
+    per_token_N = torch.nn.functional.cross_entropy(logits_NV, leaf.labels_N, reduction="none", ignore_index=-100)
+    (per_token_N * case.mask_N).sum().backward()
+    return leaf.hidden_NH.grad, leaf.weight_VH.grad
+
+
+SHAPES = [(3, 47, 47, 2), (47, 123, 128, 10), (31, 5, 64, 31)]
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize(("tokens", "vocab", "rows", "chunk"), [(3, 47, 47, 2), (47, 123, 128, 10), (31, 5, 64, 31)])
+@pytest.mark.parametrize(("tokens", "vocab", "rows", "chunk"), SHAPES)
 def test_values_and_gradients_are_the_definition(
     tokens: int, vocab: int, rows: int, chunk: int, temperature: float
 ) -> None:
@@ -124,6 +136,22 @@ def test_gradcheck(temperature: float) -> None:
         ).kd_sum  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, (leaf.hidden_NH, leaf.weight_VH))
+
+
+@pytest.mark.parametrize(("tokens", "vocab", "rows", "chunk"), SHAPES)
+def test_linear_ce_sum_is_cross_entropy_with_its_gradient(tokens: int, vocab: int, rows: int, chunk: int) -> None:
+    case = make(tokens, vocab, rows)
+    leaf = case._replace(mask_N=case.mask_N * torch.linspace(0.5, 1, tokens).double()).leaves()
+    rest = (leaf.labels_N, leaf.mask_N)
+    got = linear_ce_sum(leaf.hidden_NH, leaf.weight_VH, *rest, chunk_tokens=chunk, vocab_size=vocab)
+    assert_close(got.item(), naive_sums(leaf, vocab, 1.0)[1], rtol=1e-12, atol=1e-12)
+    (3 * got).backward()
+    grad_hidden, grad_weight = naive_ce_grads(leaf, vocab)
+    assert_close(leaf.hidden_NH.grad, 3 * grad_hidden, rtol=1e-10, atol=1e-12)
+    assert_close(leaf.weight_VH.grad, 3 * grad_weight, rtol=1e-10, atol=1e-12)
+    with torch.no_grad(), Recorder() as seen:
+        linear_ce_sum(leaf.hidden_NH, leaf.weight_VH, *rest, chunk_tokens=chunk, vocab_size=vocab)
+    assert seen.products == -(-tokens // chunk)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -268,6 +296,13 @@ def _tp_matches(rank: int, world: int, vocab: int, temperature: float) -> None:
     assert_close(leaf.weight_VH.grad, grad_weight[shard], rtol=1e-10, atol=1e-12)
     ce_N = linear_ce(case.hidden_NH, leaf.weight_VH, case.labels_N, case.mask_N, chunk_tokens=10, **where)
     assert_close(ce_N.sum(), want[1], rtol=1e-12, atol=1e-12)
+    alone = case._replace(weight_VH=case.weight_VH[shard]).leaves()
+    got = linear_ce_sum(alone.hidden_NH, alone.weight_VH, alone.labels_N, alone.mask_N, chunk_tokens=10, **where)
+    got.backward()
+    assert_close(got.detach(), want[1], rtol=1e-12, atol=1e-12)
+    grad_hidden, grad_weight = naive_ce_grads(case, vocab)
+    assert_close(alone.hidden_NH.grad, grad_hidden, rtol=1e-10, atol=1e-12)
+    assert_close(alone.weight_VH.grad, grad_weight[shard], rtol=1e-10, atol=1e-12)
     # The same collectives with logits far apart between the ranks: a local maximum would overflow or vanish.
     far = case._replace(hidden_NH=case.hidden_NH * 3e3)
     ce_N = linear_ce(far.hidden_NH, leaf.weight_VH, far.labels_N, far.mask_N, chunk_tokens=10, **where)
@@ -288,7 +323,7 @@ def _collectives(rank: int, world: int) -> None:
     assert_close(all_reduce_max(mine, dist.group.WORLD), base * 2, rtol=0, atol=0)
     assert_close(mine, before, rtol=0, atol=0)
     assert broadcast_object({"rank": rank}, src=1) == {"rank": 1}
-    assert gather_objects(rank) == [0, 1]
+    assert gather_objects(rank) == ([0, 1] if rank == 0 else [])
 
 
 def test_collectives(tmp_path: Path) -> None:
