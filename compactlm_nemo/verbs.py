@@ -135,6 +135,10 @@ def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[st
     """The statistics of a finished stage, after checking that they are of the first of these windows."""
     old = load_scores(folder).about
     running = Running.load(folder / STATE)
+    if running.samples > cfg.samples:
+        raise ConfigError(
+            f"score.samples={cfg.samples} is less than the {running.samples} of score.start_from={folder}; raise it."
+        )
     expected = about | {"calibration": tokens_hash(windows_NS[: running.samples])}
     differing = [name for name in expected if old.get(name) != expected[name]]
     if differing or not running.samples:
@@ -146,10 +150,6 @@ def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[st
     held = {agg for element, agg in running.states if not element.startswith("depth.")}
     if not needed <= held:
         raise ConfigError(f"score.start_from={folder} lacks what score.width={[m.name for m in cfg.width]} needs.")
-    if running.samples > cfg.samples:
-        raise ConfigError(
-            f"score.samples={cfg.samples} is less than the {running.samples} of score.start_from={folder}; raise it."
-        )
     return running
 
 

@@ -2,8 +2,9 @@
 
 For each batch the model runs whole first and keeps the input of every layer. The run without layer j starts from the
 kept input of j, so L layers take ``L + L(L - 1) / 2`` layer passes and not ``L + L(L - 1)``. All runs of a batch are
-micro-batches of one pipeline schedule: a stage before layer j passes on what it gave in the whole run, the stage of j
-starts in its middle, and later stages run as usual. A rank keeps the input of each of its layers for one batch.
+micro-batches of one pipeline schedule: a stage before layer j runs nothing and sends its output of the whole model,
+which the stage of j does not read; that one starts in its middle, and later stages run as usual. For the time of a
+batch a rank keeps the inputs of all its layers.
 
 Shape suffixes: S sequence, B batch, H width.
 """

@@ -11,11 +11,11 @@ Names, layers 0-based and global::
 
 There are none of routed experts, whose inputs differ in their tokens.
 
-No rank ever holds a whole matrix: each tensor-parallel rank keeps its rows, float32. The product of a micro-batch is
-float32 and is added to a float32 total, so entry ij is off by at most about `3e-8 sqrt(C_ii C_jj)` a micro-batch (when
-all round the same way, as constant activations do; else below 1e-6 in all): 1e-5 after 256 of them, which is 1024
-samples on one rank. The error is relative to the two channels it belongs to, so massive activations do not harm the
-others, and it is far below the ridge of a refit (1e-3). float64 totals would take twice the memory, `F^2` a layer.
+Each tensor-parallel rank keeps its rows and never gathers the others'. The product of a micro-batch is float32 and is
+added to a float32 total, so entry ij is off by at most about `3e-8 sqrt(C_ii C_jj)` a micro-batch (when all round the
+same way, as constant activations do; else below 1e-6 in all): 1e-5 after 256 of them, which is 1024 samples on one
+rank. The error is relative to the two channels it belongs to, so massive activations do not harm the others, and it is
+far below the ridge of a refit (1e-3). float64 totals would take twice the memory, `F^2` numbers a layer.
 """
 
 from __future__ import annotations

@@ -70,13 +70,9 @@ class Running:
         for (element, agg), state in self.states.items():
             tensors |= {f"{element}/{agg.name}/{part}": x.clone() for part, x in state._asdict().items()}
         tensors |= {f"sum/{name}": x.clone() for name, x in self.sums.items()}
-        about = {
-            "samples": str(self.samples),
-            "settled_checks": str(self.settled_checks),
-            "summed": json.dumps(self.summed),
-        }
+        about = {"samples": self.samples, "settled_checks": self.settled_checks, "summed": self.summed}
         temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata=about)
+        save_file(tensors, temporary, metadata={"about": json.dumps(about, sort_keys=True)})
         os.replace(temporary, path)
 
     @staticmethod
@@ -87,7 +83,7 @@ class Running:
         states: dict[StateKey, dict[str, Tensor]] = {}
         sums: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
-            about = file.metadata()
+            about = json.loads(file.metadata()["about"])
             for name in file.keys():  # noqa: SIM118  (not a dict)
                 if name.startswith("sum/"):
                     sums[name.removeprefix("sum/")] = file.get_tensor(name)
@@ -95,8 +91,7 @@ class Running:
                 element, agg, part = name.split("/")
                 states.setdefault((element, Aggregator[agg]), {})[part] = file.get_tensor(name)
         merged = {key: State(**parts) for key, parts in states.items()}
-        counts = json.loads(about["summed"])
-        return Running(int(about["samples"]), merged, int(about["settled_checks"]), sums, counts)
+        return Running(about["samples"], merged, about["settled_checks"], sums, about["summed"])
 
     def rankings(self, dims: Dims, cfg: ScoreConfig) -> dict[str, Tensor]:
         """The vectors of all activation metrics and block importance, under the names of the scores file."""

@@ -18,6 +18,7 @@ They belong to the model and not to a layout. The header says which model, metri
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +112,8 @@ class Scores:
 
 def save_scores(path: Path, scores: Scores) -> None:
     """Write the file; the caller replaces a file atomically by renaming."""
-    save_file({name: x.contiguous() for name, x in scores.tensors.items()}, path, metadata=scores.about)
+    about = json.dumps(scores.about, sort_keys=True)  # one entry: safetensors writes several in no fixed order
+    save_file({name: x.contiguous() for name, x in scores.tensors.items()}, path, metadata={"about": about})
 
 
 def load_scores(path: Path) -> Scores:
@@ -121,8 +123,9 @@ def load_scores(path: Path) -> Scores:
         raise CheckpointError(f"{path} does not exist; run the score stage first.")
     try:
         with safe_open(path, framework="pt") as file:
-            scores = Scores({name: file.get_tensor(name) for name in sorted(file.keys())}, file.metadata() or {})
-    except SafetensorError as error:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            scores = Scores({name: file.get_tensor(name) for name in sorted(file.keys())}, about)
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); run the score stage again.") from None
     if not scores.width_metrics and not scores.depth_metrics:
         raise CheckpointError(f"{path} holds no scores; give the scores.safetensors of a score stage.")
