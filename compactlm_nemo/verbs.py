@@ -106,7 +106,12 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
     if WidthMetric.taylor in cfg.width:
         tensors |= {f"{WidthMetric.taylor.name}.{name}": x for name, x in scoring.taylor().items()}
     samples = broadcast_object(scoring.running.samples) or cfg.samples
-    about |= {"samples": str(samples), "calibration": tokens_hash(windows_NS[:samples])}
+    about |= {
+        "samples": str(samples),
+        "calibration": tokens_hash(windows_NS[:samples]),
+        "width": ",".join(metric.name for metric in cfg.width),
+        "depth": ",".join(metric.name for metric in cfg.depth),
+    }
     with main_rank_writes() as writes:
         if writes:
             scoring.running.save(folder / STATE)

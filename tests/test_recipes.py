@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compactlm_nemo.config.load import CONF, compose, reference_markdown, schema_reference
+from compactlm_nemo.config.load import COMPARE, CONF, compose, compose_root, reference_markdown, schema_reference
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.stages import STAGES, run_stages, verb
 
@@ -141,6 +141,9 @@ def test_documented_commands_plan() -> None:
         module = next(word for word in words if word.startswith("recipes."))
         rest = [word for word in words[words.index(module) + 1 :] if "=" in word]
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), command
+        if module == "recipes.compare_scores":
+            compose_root(COMPARE, rest)
+            continue
         config = compose([*rest, "dry_run=true"])
         if config.model.architecture:
             run_stages(config)

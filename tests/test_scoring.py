@@ -28,7 +28,7 @@ from tests.importance.reference import reference
 from tests.tiny_run import command, make_inputs
 
 FEW = [
-    "score.samples=24", "score.micro_batch=2", "score.save_every=2", "score.width=[l2_mean,mean_var]",
+    "score.samples=24", "score.micro_batch=2", "score.save_every=2", "score.width=[mean_var,l2_mean]",
     "score.depth=[bi,lm_loss]", "score.depth_samples=6", "score.second_moments=true",
 ]  # fmt: skip
 
@@ -94,6 +94,7 @@ def test_scores_are_those_of_the_calibration_tokens_in_the_manifest(inputs: Path
     want = reference(AutoModelForCausalLM.from_pretrained(inputs / "teacher", attn_implementation="eager"), ids)
     for name in ("l2_mean.hidden", "mean_var.layers.1.mlp", "l2_mean.layers.3.heads", "depth.bi"):
         torch.testing.assert_close(scores.tensors[name].double(), want[name], rtol=1e-5, atol=1e-7)
+    assert scores.ranking(None, None)["hidden"].equal(scores.width("mean_var")["hidden"])
     assert scores.width_metrics == ["mean_var", "l2_mean"] and scores.depth_metrics == ["bi", "lm_loss"]
 
 

@@ -71,18 +71,23 @@ class Scores:
     tensors: dict[str, Tensor]
     about: dict[str, str]
     """Header: `model` (fingerprint of the teacher), `calibration` (SHA-256 of the tokens), `samples`,
-    `sequence_length`, `neurons`."""
+    `sequence_length`, `neurons`, and the metrics as `width` and `depth`."""
 
     @property
     def width_metrics(self) -> list[str]:
-        """Names of the width metrics, in the order of `WidthMetric`."""
+        """Names of the width metrics in the order of `score.width`."""
         found = {name.split(".")[0] for name in self.tensors}
-        return [metric.name for metric in WidthMetric if metric.name in found]
+        return self._in_order("width", [metric.name for metric in WidthMetric if metric.name in found])
 
     @property
     def depth_metrics(self) -> list[str]:
-        """Names of the depth metrics, in the order of `DepthMetric`."""
-        return [metric.name for metric in DepthMetric if f"{DEPTH}.{metric.name}" in self.tensors]
+        """Names of the depth metrics in the order of `score.depth`."""
+        held = [metric.name for metric in DepthMetric if f"{DEPTH}.{metric.name}" in self.tensors]
+        return self._in_order("depth", held)
+
+    def _in_order(self, kind: str, held: list[str]) -> list[str]:
+        asked = self.about.get(kind, "").split(",")
+        return sorted(held, key=lambda name: asked.index(name) if name in asked else len(asked))
 
     def width(self, metric: str) -> dict[str, Tensor]:
         """`hidden`, `layers.{i}.heads`, ... of one metric, without its prefix."""

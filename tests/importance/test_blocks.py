@@ -1,4 +1,4 @@
-"""Block importance against hooks on transformers' model in float64; test_depth.py has every layout for `check_blocks`."""
+"""Block importance against hooks on transformers' model in float64. Its layouts are those of test_depth.py."""
 
 from __future__ import annotations
 

@@ -74,11 +74,13 @@ def test_scores_file_names_its_metrics(tmp_path):
         "taylor.hidden": torch.ones(3), "l2_mean.hidden": torch.arange(3.0), "l2_mean.layers.0.mlp": torch.ones(2),
         "depth.bi_blocks": torch.ones(2, 2), "depth.lm_loss": torch.tensor([0.5, 0.25]),
     }  # fmt: skip
-    save_scores(tmp_path / FILE, Scores(tensors, {"model": "m"}))
+    about = {"model": "m", "width": "taylor,l2_mean"}
+    save_scores(tmp_path / FILE, Scores(tensors, about))
     scores = load_scores(tmp_path)
-    assert scores.about == {"model": "m"}
-    assert scores.width_metrics == ["l2_mean", "taylor"] and scores.depth_metrics == ["bi_blocks", "lm_loss"]
-    ranking = scores.ranking(None, None)
+    assert scores.about == about
+    assert Scores(tensors, {}).width_metrics == ["l2_mean", "taylor"]
+    assert scores.width_metrics == ["taylor", "l2_mean"] and scores.depth_metrics == ["bi_blocks", "lm_loss"]
+    ranking = scores.ranking(WidthMetric.l2_mean, None)
     assert sorted(ranking) == ["depth", "hidden", "layers.0.mlp"]
     assert ranking["depth"].tolist() == [0.5, 0.25] and ranking["hidden"].tolist() == [0, 1, 2]
     with pytest.raises(ConfigError, match=r"search.width=var_var is not in the scores.*add it to score.width"):
