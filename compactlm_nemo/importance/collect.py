@@ -19,13 +19,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from compactlm_nemo.config.choices import Aggregator, DepthMetric, Neurons
 from compactlm_nemo.config.schema import ScoreConfig
 from compactlm_nemo.importance.experts import hook_experts
-from compactlm_nemo.importance.statistics import Parts, State, join_parts, over_sequence, sequence_parts, state_of
+from compactlm_nemo.importance.statistics import (
+    Parts,
+    State,
+    blocks_of,
+    join_parts,
+    over_sequence,
+    sequence_parts,
+    state_of,
+)
 from compactlm_nemo.models.build import Chunks, HiddenStateModel
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import Share, forward_each
@@ -123,8 +132,8 @@ class Collector:
 
     def _heads(self, idx: int) -> Callable[[Tensor], None]:
         def put(x_SBE: Tensor) -> None:
-            wide = x_SBE.to(torch.promote_types(x_SBE.dtype, torch.float32))
-            square_SBE = wide.unflatten(-1, (-1, self.dims.head_dim)).square().sum(dim=-1)
+            heads = (block.unflatten(-1, (-1, self.dims.head_dim)) for block in blocks_of(x_SBE))
+            square_SBE = torch.cat([head.square().sum(dim=-1) for head in heads])
             per_group = self.dims.num_heads // self.dims.num_query_groups
             self.whole.put(f"heads.{idx}", sequence_parts(square_SBE.sqrt(), self.aggs))
             groups_SBE = square_SBE.unflatten(-1, (-1, per_group)).sum(dim=-1).sqrt()
@@ -141,12 +150,12 @@ class Collector:
 
     def _layer_hook(self, idx: int) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            before = (args[0] if args else kwargs["hidden_states"]).float()
-            after = (output[0] if isinstance(output, tuple) else output).float()
-            dot_SB = (before * after).sum(dim=-1)
-            cosine_SB = dot_SB / (before.square().sum(dim=-1) * after.square().sum(dim=-1)).sqrt()
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
             self.length = before.shape[0]
-            self.depth.put(f"depth.{idx}", {"abs": (1 - cosine_SB).abs().sum(dim=0)[:, None]})
+            pairs = zip(blocks_of(before), blocks_of(after), strict=True)
+            change_SB = torch.cat([1 - F.cosine_similarity(x, y, dim=-1) for x, y in pairs])
+            self.depth.put(f"depth.{idx}", {"abs": change_SB.abs().sum(dim=0)[:, None]})
 
         return hook
 

@@ -5,7 +5,7 @@ Shape suffixes: B samples, S tokens, E scored elements (heads, neurons or channe
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,9 +21,29 @@ Parts = dict[str, Tensor]
 `mean` with `m2` = sum (x - mean)^2."""
 
 
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+"""Activations widened to float32 at the same time: what fits a core's cache, or a small part of a GPU's memory."""
+
+
+def blocks_of(x_SBE: Tensor) -> Iterator[Tensor]:
+    """Consecutive tokens of `[S, B, E]`, float32 or wider, a few at a time, so that no whole copy exists."""
+    rows = max(1, BLOCK_ELEMENTS[x_SBE.device.type] // max(1, x_SBE[0].numel()))
+    dtype = torch.promote_types(x_SBE.dtype, torch.float32)
+    return (block_SBE.to(dtype) for block_SBE in x_SBE.detach().split(rows))
+
+
 def sequence_parts(x_SBE: Tensor, aggs: Collection[Aggregator]) -> Parts:
     """Sums over dim 0 of `[S, B, E]` that the aggregators need; E may be a shard, S a part of the sequence."""
-    x_SBE = x_SBE.detach().to(torch.promote_types(x_SBE.dtype, torch.float32))
+    parts: Parts = {}
+    seen = 0
+    for block_SBE in blocks_of(x_SBE):
+        block = _block_parts(block_SBE, aggs)
+        parts = _appended(parts, seen, block, len(block_SBE)) if parts else block
+        seen += len(block_SBE)
+    return parts
+
+
+def _block_parts(x_SBE: Tensor, aggs: Collection[Aggregator]) -> Parts:
     parts: Parts = {}
     if Aggregator.mean in aggs:
         parts["abs"] = x_SBE.abs().sum(dim=0)
@@ -33,8 +53,18 @@ def sequence_parts(x_SBE: Tensor, aggs: Collection[Aggregator]) -> Parts:
     if Aggregator.l2 in aggs:
         # From the other two where they are there: a sum of terms >= 0, so nothing cancels.
         is_known = "m2" in parts
-        parts["sq"] = parts["m2"] + x_SBE.shape[0] * parts["mean"].square() if is_known else x_SBE.square().sum(dim=0)
+        parts["sq"] = parts["m2"] + len(x_SBE) * parts["mean"].square() if is_known else x_SBE.square().sum(dim=0)
     return parts
+
+
+def _appended(parts: Parts, seen: int, more: Parts, length: int) -> Parts:
+    """The parts of `seen` tokens and of the `length` tokens after them together (as `State.merged`)."""
+    joined: Parts = {name: parts[name] + more[name] for name in ("abs", "sq") if name in parts}
+    if "m2" in parts:
+        gap, share = more["mean"] - parts["mean"], length / (seen + length)
+        joined["mean"] = parts["mean"] + gap * share
+        joined["m2"] = parts["m2"] + more["m2"] + gap.square() * (seen * share)
+    return joined
 
 
 def join_parts(parts: Parts, length: int, group: ProcessGroup) -> Parts:

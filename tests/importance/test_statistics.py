@@ -6,6 +6,7 @@ import torch
 
 from compactlm_nemo.config.choices import Aggregator
 from compactlm_nemo.errors import DataError
+from compactlm_nemo.importance import statistics
 from compactlm_nemo.importance.experts import routed_parts
 from compactlm_nemo.importance.statistics import State, join_parts, over_sequence, sequence_parts, state_of
 from tests.ranks import run_ranks
@@ -24,7 +25,10 @@ def sequence(dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("aggs", [set(Aggregator), {Aggregator.l2}, {Aggregator.mean}, {Aggregator.var}])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_over_sequence_is_the_definition(aggs, dtype):
+@pytest.mark.parametrize("block", [1, 3 * 15, 2**18])
+def test_over_sequence_is_the_definition(aggs, dtype, block, monkeypatch):
+    """In blocks of one token, of three of the eight, and of all."""
+    monkeypatch.setitem(statistics.BLOCK_ELEMENTS, "cpu", block)
     x = sequence(dtype)
     kept = x.clone()
     values = over_sequence(sequence_parts(x, aggs), 8)
