@@ -72,8 +72,7 @@ def _states_of(chunks: Chunks, mesh: Mesh, tokens_BS: Tensor) -> list[Tensor]:
     handles = [layer.register_forward_pre_hook(keep_input, with_kwargs=True) for layer in layers]
     if chunks[-1].post_process:
         handles.append(layers[-1].register_forward_hook(keep_output))
-    seen: list[int] = []  # an interleaved schedule repeats the batch; the first pass of each chunk is the batch itself
-    forward_each(chunks, mesh, [tokens_BS], lambda *_: None, lambda idx: seen.append(len(states)))
+    forward_each(chunks, mesh, [tokens_BS], lambda *_: None)
     for handle in handles:
         handle.remove()
     return _first_passes(states, chunks, mesh)
