@@ -13,17 +13,12 @@ from compactlm_nemo.config.schema import ScoreConfig
 from compactlm_nemo.importance.collect import collect
 from compactlm_nemo.importance.running import Running
 from tests.importance.reference import reference
-from tests.megatron import LAYOUTS, filled, mesh_of
+from tests.megatron import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
 from tests.models.tiny import CASES, VOCAB, save_tiny
 from tests.ranks import run_ranks
 
 DENSE = ("llama", "nemotron")
-MIXED = tuple(case for case in ("mixtral", "qwen3_moe", "qwen2_moe") if case in CASES)
-MOE_LAYOUTS = {
-    "ep2": (2, {"ep": 2}),
-    "ep2_pp2": (4, {"ep": 2, "pp": 2}),
-    "tp2_sp_ep2": (4, {"tp": 2, "sequence_parallel": True, "ep": 2}),
-}
+MIXED = ("mixtral", "qwen3_moe", "qwen2_moe")
 PAIRS = [metric for metric in WidthMetric if metric.pair]
 
 
@@ -83,8 +78,7 @@ def test_dense_scores_are_the_definition_in_every_layout(layout, root, tmp_path)
     run_ranks(_matches, LAYOUTS[layout][0], tmp_path, LAYOUTS[layout][1], DENSE, root)
 
 
-@pytest.mark.skipif(not MIXED, reason="no MoE case")
-@pytest.mark.parametrize("layout", ["dp2", "tp2_sp", "pp2", "cp2", *MOE_LAYOUTS])
+@pytest.mark.parametrize("layout", ["dp2", "tp2_sp", "pp2", "cp2", *EXPERT_LAYOUTS])
 def test_moe_scores_are_the_definition_in_every_layout(layout, root, tmp_path):
-    world, fields = (LAYOUTS | MOE_LAYOUTS)[layout]
+    world, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]
     run_ranks(_matches, world, tmp_path, fields, MIXED, root)

@@ -153,6 +153,6 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["1", "tp2_pp2", "pp1_3", "vpp2"])
 def test_every_layout_makes_the_same_student(layout, teachers, tmp_path):
     run_ranks(_same_checkpoint, LAYOUTS[layout][0], tmp_path, layout, teachers, tmp_path / "out")
