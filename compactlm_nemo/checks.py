@@ -238,7 +238,7 @@ def _expert_problems(config: Config, dims: Dims, models: list[Dims]) -> list[str
     ]
     if cut:
         problems.append(
-            f"{', '.join(cut)} would cut a model with experts, which this version cannot; it imports, scores, "
-            "evaluates, distills and exports such models unchanged: leave it empty."
+            f"{', '.join(cut)} would cut a model with experts, which this version cannot; it imports and "
+            "scores such models: leave it empty."
         )
     return problems

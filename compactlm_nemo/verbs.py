@@ -161,6 +161,10 @@ def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[st
 def search(run: Run, folder: Path) -> dict[str, Any]:
     """Scores + budget -> candidates.json, best first."""
     dims = run.dims("teacher")
+    if dims.num_experts:
+        raise ConfigError(
+            "models with experts can be imported and scored, not cut, in this version; stop after recipes.score."
+        )
     found = enumerate_space(dims, run.config.search)
     ranked = rank_candidates(dims, found, run.ranking())
     with main_rank_writes() as writes:

@@ -33,7 +33,7 @@ EXPERTS = [
             [*EXPERTS, "search.layers=[12,24]", "search.ffn_multiples=[0.01171875]"],
             [
                 "search.layers=[12, 24], search.ffn_multiples=[0.01171875] would cut a model with experts",
-                "distills and",
+                "imports and scores such models",
             ],
         ),
         ([*EXPERTS, "search.heads=[8]", "model.architecture.num_key_value_heads=8"], ["search.heads=[8] would cut"]),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compactlm_nemo.distill.linear_kd import linear_ce
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import context_share, forward_each, micro_batches
+from compactlm_nemo.models.forward import Share, context_share, forward_each
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.groups import Mesh
 
@@ -38,14 +38,15 @@ def evaluate_lm_loss(
 ) -> LMLoss:
     """Mean over all predicted tokens of `windows_NT` `[N, S + 1]`; equal on every rank. Collective.
 
-    Data-parallel ranks take every dp-th window; sum and count are reduced, so any number of windows is exact.
+    Data-parallel ranks take every dp-th window and run in step, as spread experts need; repetitions do not count and
+    sum and count are reduced, so any number of windows is exact.
     """
-    mine = windows_NT[mesh.dp_rank :: mesh.dp_size]
-    batches = micro_batches(mine, micro_batch)
+    share = Share(windows_NT, mesh, micro_batch)
 
-    def loss_of(idx: int, hidden_SBH: Tensor) -> Tensor:
-        labels = context_share(batches[idx][:, 1:], mesh).T.flatten()
-        progress(len(batches[idx]) * mesh.dp_size)
+    def loss_of(idx: int, hidden_SBH: Tensor) -> tuple[Tensor, int]:
+        labels_SB = context_share(share.batches[idx][:, 1:], mesh).T
+        labels = labels_SB.flatten()
+        progress(share.num_counted(idx))
         per_token = linear_ce(
             hidden_SBH.flatten(0, 1),
             model.head_weight,
@@ -56,15 +57,14 @@ def evaluate_lm_loss(
             vocab_start=mesh.tp_rank * model.head_weight.shape[0],
             tp_group=mesh.tp_group,
         )
-        return per_token.double().sum()
+        kept_SB = per_token.view_as(labels_SB)[:, share.counted(idx, mesh.dp_rank).to(labels.device)]
+        return kept_SB.double().sum(), kept_SB.numel()
 
     model.eval()
     start = time.perf_counter()
-    sums = forward_each(model, mesh, [batch[:, :-1] for batch in batches], loss_of)
-    total = torch.tensor(
-        [float(sum(sums)), float(mine[:, 1:].numel() // mesh.cp_size)], dtype=torch.float64, device=mine.device
-    )
-    total = last_stage_total(total, mesh)
+    results = forward_each(model, mesh, [batch[:, :-1] for batch in share.batches], loss_of)
+    sums = [float(sum(part)) for part in zip(*results, strict=True)] or [0.0, 0.0]
+    total = last_stage_total(torch.tensor(sums, dtype=torch.float64, device=windows_NT.device), mesh)
     seconds = time.perf_counter() - start
     tokens = int(total[1])
     return LMLoss(loss_nats=float(total[0]) / tokens, tokens=tokens, tokens_per_second=tokens / seconds)

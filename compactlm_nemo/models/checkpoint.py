@@ -26,7 +26,11 @@ WEIGHTS = "weights"
 
 def sharding_metadata(mesh: Mesh) -> dict[str, Any]:
     """Tells Megatron how its optimizer state is to be sharded: so that any other layout can load it."""
-    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": mesh.dp_cp_group}
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,  # one name for a parameter's state, with and without spread experts
+        "dp_cp_group": mesh.dp_cp_group,
+    }
 
 
 def model_state(chunks: Sequence[Any], mesh: Mesh) -> dict[str, Any]:

@@ -44,16 +44,22 @@ def _allocate_adam(optimizer: Any) -> None:
                 adam.state[parameter] = {"step": torch.tensor(0.0)} | zeros
 
 
-def _load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load Megatron's optimizer; with torch's Adam in two parts, because Megatron mishandles its `step`.
+def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
+    """Load Megatron's optimizer, which is one for most parameters and one for those of spread experts, if any."""
+    parts = optimizer.chained_optimizers
+    for part, own in zip(parts, [state] if len(parts) == 1 else [state[i] for i in range(len(parts))], strict=True):
+        _load_part(part, own)
+
+
+def _load_part(part: Any, state: dict[str, Any]) -> None:
+    """With torch's Adam in two steps, because Megatron mishandles its `step`.
 
     It looks for `step` among the moments, where no checkpoint has it, and loads one tensor for all parameters, which
     Adam would advance once for each of them.
     """
-    (part,) = optimizer.chained_optimizers  # more only with expert layers
     adam = part.optimizer
     if not isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
-        optimizer.load_state_dict(state)
+        part.load_state_dict(state)
         return
     moments = state.pop("param_state")
     part.load_state_dict(state)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
-from tests.megatron import LAYOUTS, filled, mesh_of
+from tests.megatron import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
 from tests.models.tiny import VOCAB, save_tiny
 from tests.ranks import run_ranks
 
 CASES = ("llama", "qwen2_tied")
+EXPERTS = ("qwen2_moe",)
 
 
 def windows() -> Tensor:
@@ -24,16 +26,16 @@ def windows() -> Tensor:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("loss")
-    for case in CASES:
+    for case in CASES + EXPERTS:
         model = save_tiny(case, root / case).double()
         with torch.no_grad():
             torch.save(float(model(windows(), labels=windows()).loss), root / case / "loss.pt")
     return root
 
 
-def _matches(rank: int, world: int, layout: str, root: Path) -> None:
-    mesh = mesh_of(**LAYOUTS[layout][1])
-    for case in CASES:
+def _matches(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ...], root: Path) -> None:
+    mesh = mesh_of(**layout)
+    for case in cases:
         dims, model = filled(root / case, mesh)
         got = evaluate_lm_loss(
             model, dims, mesh, windows(), micro_batch=2, chunk_tokens=7, progress=lambda samples: None
@@ -45,4 +47,9 @@ def _matches(rank: int, world: int, layout: str, root: Path) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_is_that_of_transformers_in_every_layout(layout, root, tmp_path):
-    run_ranks(_matches, LAYOUTS[layout][0], tmp_path, layout, root)
+    run_ranks(_matches, LAYOUTS[layout][0], tmp_path, LAYOUTS[layout][1], CASES, root)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+def test_loss_with_experts_is_that_of_transformers(layout, root, tmp_path):
+    run_ranks(_matches, EXPERT_LAYOUTS[layout][0], tmp_path, EXPERT_LAYOUTS[layout][1], EXPERTS, root)
