@@ -78,14 +78,15 @@ class Track:
     def take(self) -> dict[StateKey, State]:
         """What was gathered since the last call, an element each, on the CPU."""
         states, self.states = self.states, {}
-        widths = list(self.widths.values())
         return {
             (element, agg): State(state.num.cpu(), mean, m2)
             for agg, state in states.items()
-            for element, mean, m2 in zip(
-                self.widths, state.mean.cpu().split(widths), state.m2.cpu().split(widths), strict=True
-            )
+            for element, mean, m2 in zip(self.widths, self._split(state.mean), self._split(state.m2), strict=True)
         }
+
+    def _split(self, values_E: Tensor) -> list[Tensor]:
+        """An element each, in memory of its own: a view would be sent to the main rank with all it is a view of."""
+        return [part.clone() for part in values_E.cpu().split(list(self.widths.values()))]
 
 
 class Collector:

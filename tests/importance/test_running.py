@@ -34,6 +34,9 @@ def _resumed(rank: int, world: int, root: Path) -> None:
         return running.rankings(dims, CFG)
 
     parts = list(windows().split(2))
+    for state in collect(model.eval(), mesh, dims, parts[0], CFG, lambda n: None).values():
+        for x in state:  # what a rank sends is no larger than what it holds
+            assert x.untyped_storage().nbytes() == x.nbytes
     whole = measure(Running(), parts, root / "whole")
     measure(Running(), parts[:2], root / "stopped")
     resumed = measure(Running.load(root / "stopped"), parts[2:], root / "stopped")
