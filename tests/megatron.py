@@ -35,6 +35,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_sp_cp2": (4, {"tp": 2, "sequence_parallel": True, "cp": 2}),
 }
 """Number of ranks and fields of ParallelConfig, for models of four layers."""
+COMBINED = [name for name in LAYOUTS if name not in ("tp2", "pp2")]
+"""Without what tp2_pp2 does as well."""
 EXPERT_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ep2": (2, {"ep": 2}),
     "ep2_dp4": (4, {"ep": 2}),

@@ -16,7 +16,7 @@ from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.collectives import all_gather
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.training.optimizer import wrap_data_parallel
-from tests.megatron import EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of
+from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of
 from tests.models.tiny import EXPERT_CASES, VOCAB, save_tiny
 from tests.ranks import run_ranks
 
@@ -111,7 +111,7 @@ def _matches(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ..
         assert max(float(g.abs().max()) for g in gradients(ddps).values()) < 1e-6
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", COMBINED)
 def test_step_is_the_definition_in_every_layout(layout, root, tmp_path):
     ranks, fields = LAYOUTS[layout]
     run_ranks(_matches, ranks, tmp_path, fields, CASES, root)

@@ -20,7 +20,7 @@ from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.groups import Mesh
 from tests.importance.test_blocks import block_reference, check_blocks, windows
-from tests.megatron import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of, whole_logits
+from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of, whole_logits
 from tests.models.tiny import VOCAB, save_tiny
 from tests.ranks import run_ranks
 
@@ -177,7 +177,7 @@ def test_four_layers_take_ten_passes_and_not_sixteen():
     assert _passes(frozenset({1})) == 4 + 2 + 2 + 1 + 0
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", COMBINED)
 def test_metrics_are_the_definition_in_every_layout(layout, root, tmp_path):
     run_ranks(_matches, LAYOUTS[layout][0], tmp_path, LAYOUTS[layout][1], ("llama", "nemotron"), root)
 

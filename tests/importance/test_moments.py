@@ -15,7 +15,7 @@ from compactlm_nemo.importance.moments import MomentCollector, MomentSource, add
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.forward import Share, forward_each
 from compactlm_nemo.parallel.groups import Mesh
-from tests.megatron import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
+from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
 from tests.models.tiny import VOCAB, save_tiny
 from tests.ranks import run_ranks
 
@@ -115,7 +115,7 @@ def _check(case: str, root: Path, saved: Path) -> None:
             assert torch.equal(source.rows(name, start, stop), got[start:stop])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", COMBINED)
 def test_moments_are_the_definition_in_every_layout(layout: str, root: Path, tmp_path: Path) -> None:
     ranks, fields = LAYOUTS[layout]
     run_ranks(_collect_and_save, ranks, tmp_path, fields, DENSE, root, tmp_path)
