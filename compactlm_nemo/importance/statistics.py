@@ -21,7 +21,7 @@ Parts = dict[str, Tensor]
 `mean` with `m2` = sum (x - mean)^2."""
 
 
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 """Activations widened to float32 at the same time: what fits a core's cache, or a small part of a GPU's memory."""
 
 
