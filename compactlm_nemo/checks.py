@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compactlm_nemo.artifacts import MANIFEST
-from compactlm_nemo.config.choices import DepthMetric, WidthMetric
+from compactlm_nemo.config.choices import DepthMetric, Reconstruct, Stream, WidthMetric
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer
 from compactlm_nemo.data.windows import TokenStream
@@ -53,6 +53,7 @@ def check(config: Config) -> Dims | None:
         )
     problems += _data_problems(config)
     problems += _score_problems(config)
+    problems += _prune_problems(config, dims)
     if problem := harness_problem(config.evaluate):
         problems.append(problem)
     shared = {c.path for c in config.data.train.values()} & {c.path for c in config.data.heldout.values()}
@@ -80,6 +81,20 @@ def _score_problems(config: Config) -> list[str]:
             problems.append(
                 f"search.{name}={chosen.name} must be one of the metrics measured, {names}; add it to score.{name}."
             )
+    return problems
+
+
+def _prune_problems(config: Config, dims: Dims | None) -> list[str]:
+    prune = config.prune
+    problems = []
+    if prune.reconstruct is not Reconstruct.none and not config.score.second_moments:
+        problems.append(
+            f"prune.reconstruct={prune.reconstruct.name} needs score.second_moments=true; set it, or reconstruct=none."
+        )
+    if prune.hidden is Stream.rotate and dims is not None and dims.layer_norm_1p:
+        problems.append(
+            f"prune.hidden=rotate needs RMSNorms, {dims.family} has LayerNorms, which see a rotation; use select."
+        )
     return problems
 
 

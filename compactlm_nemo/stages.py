@@ -54,6 +54,11 @@ def _source(config: Config) -> dict[str, Path]:
     return files | {f"companions/{name}": described / name for name in COMPANIONS}
 
 
+def _how_to_cut(config: Config) -> dict[str, Any]:
+    """What a search needs to know of how its candidates are cut."""
+    return {name: value for name, value in vars(config.prune).items() if name != "candidate"}
+
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
@@ -70,7 +75,7 @@ STAGES: dict[str, Stage] = {
                 "run.seed": c.run.seed,
             },
         ),
-        Stage("search", "search", ("score",), lambda c: {"search": c.search}),
+        Stage("search", "search", ("score",), lambda c: {"search": c.search, "prune": _how_to_cut(c)}),
         Stage("prune", "student", ("search",), lambda c: {"prune": c.prune}),
         Stage(
             "distill",

@@ -18,6 +18,7 @@ from torch import Tensor
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
 from compactlm_nemo.config.choices import WidthMetric
 from compactlm_nemo.config.schema import ScoreConfig, deciding
+from compactlm_nemo.cutting import Cutting
 from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer, refuse_shared_documents, tokenize_corpus
 from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
 from compactlm_nemo.distill.loop import distill
@@ -34,8 +35,7 @@ from compactlm_nemo.models.hf import copy_companions, count_params, export_hf
 from compactlm_nemo.models.teacher import companions_folder, open_teacher
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.launch import device, is_main_rank, main_rank_writes
-from compactlm_nemo.pruning.cut import CutSource
-from compactlm_nemo.pruning.plan import Plan, make_plan
+from compactlm_nemo.pruning.plan import make_plan
 from compactlm_nemo.report.progress import progress_bar
 from compactlm_nemo.run import HF, Run, claim
 from compactlm_nemo.scoring import Scoring
@@ -166,6 +166,8 @@ def search(run: Run, folder: Path) -> dict[str, Any]:
             "models with experts can be imported and scored, not cut, in this version; stop after recipes.score."
         )
     found = enumerate_space(dims, run.config.search)
+    cutting = Cutting(run)
+    cutting.find_spare(folder)
     ranked = rank_candidates(dims, found, run.ranking())
     with main_rank_writes() as writes:
         if writes:
@@ -179,17 +181,22 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
     chosen = run.config.prune.candidate
     if not 0 <= chosen < len(candidates):
         raise ConfigError(f"prune.candidate={chosen} must be in [0, {len(candidates)}), the number of candidates.")
-    teacher = run.dims("teacher")
-    student = Candidate(**candidates[chosen]).dims(teacher)
-    plan: Plan = make_plan(teacher, student, run.ranking())
-    model = run.build(student)
-    source = CutSource(teacher, plan, CheckpointSource(run.dir / "teacher", teacher))
-    fill(model, student, run.mesh, source, run.config.model.vocab_multiple)
+    cutting = Cutting(run)
+    teacher, student = cutting.teacher, Candidate(**candidates[chosen]).dims(cutting.teacher)
+    plan = make_plan(teacher, student, cutting.ranking(run.dir / "search"))
+    before = cutting.zero_shot(run.load("teacher"), teacher, "teacher")
+    model = cutting.student(student, plan)
     run.save(folder, model, student)
     with main_rank_writes() as writes:
         if writes:
             atomic_write_text(folder / "plan.json", json.dumps(plan.to_json()) + "\n")
-    return {"params": num_params(student), "teacher_params": num_params(teacher), "shape": candidates[chosen]}
+    return {
+        "params": num_params(student),
+        "teacher_params": num_params(teacher),
+        "shape": candidates[chosen],
+        "loss_before": before,
+        "loss_after": cutting.zero_shot(model, student, "student"),
+    }
 
 
 def train(run: Run, folder: Path) -> dict[str, Any]:

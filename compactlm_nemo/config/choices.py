@@ -70,6 +70,34 @@ class Neurons(Enum):
     before = "before"
 
 
+class HeadCut(Enum):
+    """What becomes of the query heads that are cut: gone, or merged into kept ones as in the first Minitron paper."""
+
+    cut = "cut"
+    merge = "merge"
+
+
+class Reconstruct(Enum):
+    """Whether the maps that lose inputs are refitted to what is left of them."""
+
+    none = "none"
+    least_squares = "least_squares"
+
+
+class Stream(Enum):
+    """How the residual stream is narrowed: by keeping channels, or by turning it to its principal directions first."""
+
+    select = "select"
+    rotate = "rotate"
+
+
+class ErrorAxis(Enum):
+    """Units that can be chosen by the error that is left after refitting, in place of their scores."""
+
+    heads = "heads"
+    mlp = "mlp"
+
+
 class WandbMode(Enum):
     """Where W&B metrics go; `auto` is online with a login in the environment and disabled without."""
 

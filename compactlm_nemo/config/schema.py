@@ -11,7 +11,17 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from compactlm_nemo.config.choices import DepthMetric, Neurons, Precision, WandbMode, WidthMetric
+from compactlm_nemo.config.choices import (
+    DepthMetric,
+    ErrorAxis,
+    HeadCut,
+    Neurons,
+    Precision,
+    Reconstruct,
+    Stream,
+    WandbMode,
+    WidthMetric,
+)
 from compactlm_nemo.errors import ConfigError
 
 SPEED_ONLY = {"micro_batch", "chunk_tokens", "checkpoint_every", "keep_checkpoints", "log_every"}
@@ -234,6 +244,30 @@ class SearchConfig:
 class PruneConfig:
     candidate: int = 0
     """Index into candidates.json, best first."""
+    heads: HeadCut = HeadCut.cut
+    """cut, or merge: removed query heads are folded into kept ones of their group, as in the paper."""
+    reconstruct: Reconstruct = Reconstruct.none
+    """least_squares: maps that lose inputs are refitted on calibration data (needs `score.second_moments`)."""
+    ridge: float = 1e-3
+    """Ridge of the refit as a share of the mean second moment; more trusts the calibration text less."""
+    hidden: Stream = Stream.select
+    """select, or rotate to principal directions first (needs least_squares and an RMSNorm model)."""
+    by_error: list[ErrorAxis] = field(default_factory=list)
+    """Axes whose units are chosen by the error that is left after refitting, not by their scores (needs
+    least_squares)."""
+    samples: int = 16
+    """Windows of the training text, apart from the calibration samples, for the zero-shot losses before and after."""
+
+    def __post_init__(self) -> None:
+        require(self.ridge > 0, f"prune.ridge={self.ridge} must be > 0; 0.001 is a good start.")
+        require(self.samples > 0, f"prune.samples={self.samples} must be > 0; try 16.")
+        if self.reconstruct is Reconstruct.none:
+            for name, used in (("hidden=rotate", self.hidden is Stream.rotate), ("by_error", bool(self.by_error))):
+                require(not used, f"prune.{name} needs prune.reconstruct=least_squares; set it, or leave it out.")
+        require(
+            self.heads is HeadCut.cut or self.reconstruct is Reconstruct.none,
+            "prune.heads=merge changes what the refit was measured on; set prune.reconstruct=none, or heads=cut.",
+        )
 
 
 @dataclass(kw_only=True)

@@ -179,6 +179,17 @@ def calibration_windows(
     return torch.stack([windows.sample(i)[:-1] for i in range(n)])
 
 
+def validation_windows(
+    prefixes: Sequence[tuple[Path, float]], skipped: int, n: int, sequence_length: int, seed: int
+) -> Tensor:
+    """The n windows that follow the first `skipped` calibration windows of a blend, with targets: int64 ``[n, L + 1]``.
+
+    A corpus with fewer windows than that starts again, with windows that were calibrated on.
+    """
+    windows = Windows(prefixes, sequence_length, seed, purpose=Purpose.calibration)
+    return torch.stack([windows.sample(skipped + i) for i in range(n)])
+
+
 def _open_with_windows(prefix: Path, sequence_length: int, vocab_size: int | None) -> TokenStream:
     stream = TokenStream(prefix, vocab_size)
     if stream.num_windows(sequence_length) == 0:

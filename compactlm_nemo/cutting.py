@@ -1,0 +1,119 @@
+"""A run's teacher, scores and second moments -> students of any shape, built in memory on the run's mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compactlm_nemo.config.choices import Reconstruct, Stream
+from compactlm_nemo.config.schema import PruneConfig
+from compactlm_nemo.data.windows import validation_windows
+from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
+from compactlm_nemo.importance.moments import MomentSource
+from compactlm_nemo.models.build import Chunks, ParameterSource, fill
+from compactlm_nemo.models.checkpoint import CheckpointSource
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.parallel.collectives import barrier, broadcast_object, gather_objects
+from compactlm_nemo.parallel.launch import device, is_main_rank, launch_rank, launch_world_size, main_rank_writes
+from compactlm_nemo.pruning import spare
+from compactlm_nemo.pruning.cut import CutSource
+from compactlm_nemo.pruning.hidden import HiddenCut, RefittedSelection, RotatedStream, Selection
+from compactlm_nemo.pruning.plan import Plan
+from compactlm_nemo.pruning.reconstruct import NarrowedSource, RefittedWriters, normed_stream, stream_rotation
+from compactlm_nemo.report.progress import progress_bar
+from compactlm_nemo.run import Run
+from compactlm_nemo.scoring import MOMENTS
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """What cutting the teacher of a run needs."""
+
+    run: Run
+
+    @property
+    def cfg(self) -> PruneConfig:
+        return self.run.config.prune
+
+    @cached_property
+    def teacher(self) -> Dims:
+        return self.run.dims("teacher")
+
+    @cached_property
+    def source(self) -> CheckpointSource:
+        """The teacher's parameters."""
+        return CheckpointSource(self.run.dir / "teacher", self.teacher)
+
+    @cached_property
+    def moments(self) -> MomentSource | None:
+        """Second moments; None where nothing is reconstructed."""
+        if self.cfg.reconstruct is Reconstruct.none:
+            return None
+        return MomentSource(self.run.dir / "score" / MOMENTS)
+
+    def find_spare(self, folder: Path) -> None:
+        """Write what each layer can best spare into `folder`; nothing without second moments. Collective."""
+        moments = self.moments
+        if moments is None:
+            return
+        mine = range(launch_rank(), self.teacher.num_layers, launch_world_size())
+        found: dict[str, Tensor] = {}
+        with progress_bar("eliminate", len(mine), 1) as advance:
+            for layer in mine:
+                found |= spare.spare_layer(layer, self.teacher, self.source, moments.whole, self.cfg.ridge)
+                advance(1)
+        everyone = gather_objects(found)
+        with main_rank_writes() as writes:
+            if writes:
+                save_file({name: x for part in everyone for name, x in part.items()}, folder / spare.FILE)
+        barrier()
+
+    def ranking(self, folder: Path) -> dict[str, Tensor]:
+        """What decides which units stay; `folder` is that of the search stage."""
+        scores = self.run.ranking()
+        if not self.cfg.by_error:
+            return scores
+        return spare.ranking(load_file(folder / spare.FILE), scores, [axis.name for axis in self.cfg.by_error])
+
+    def student(self, dims: Dims, plan: Plan) -> Chunks:
+        """The student's share of this rank, in evaluation mode. Collective."""
+        source: ParameterSource = self.source
+        if self.moments is not None:
+            source = RefittedWriters(self.teacher, plan, source, self.moments.whole, self.cfg.ridge)
+        wide = replace(plan, hidden=torch.arange(self.teacher.hidden_size))
+        narrowed = NarrowedSource(CutSource(self.teacher, wide, source), plan.layers, self._hidden_cut(plan))
+        model = self.run.build(dims)
+        fill(model, dims, self.run.mesh, narrowed, self.run.config.model.vocab_multiple)
+        return model.eval()
+
+    def _hidden_cut(self, plan: Plan) -> HiddenCut:
+        """How the residual stream is narrowed."""
+        if self.moments is None or len(plan.hidden) == self.teacher.hidden_size:
+            return Selection(plan.hidden)
+        stream = normed_stream(self.source, self.moments.whole, self.moments.tokens)
+        if self.cfg.hidden is Stream.select:
+            return RefittedSelection(plan.hidden, stream, self.cfg.ridge, is_rms=not self.teacher.layer_norm_1p)
+        # One rank's eigenvectors serve all, as those of equal directions are not unique.
+        rotation = broadcast_object(stream_rotation(self.teacher, plan, stream) if is_main_rank() else None)
+        assert rotation is not None
+        return RotatedStream(rotation, stream, self.cfg.ridge)
+
+    def zero_shot(self, model: Chunks, dims: Dims, label: str) -> float:
+        """LM loss in nats on windows of the training text that come after the calibration samples. Collective."""
+        config = self.run.config
+        windows_NT = validation_windows(
+            self.run.train_prefixes(), config.score.samples, config.prune.samples, config.data.sequence_length,
+            config.run.seed,
+        ).to(device())  # fmt: skip
+        with progress_bar(f"zero-shot loss, {label}", len(windows_NT), config.data.sequence_length) as advance:
+            return evaluate_lm_loss(
+                model, dims, self.run.mesh, windows_NT,
+                micro_batch=config.evaluate.micro_batch,
+                chunk_tokens=config.distill.chunk_tokens,
+                progress=advance,
+            ).loss_nats  # fmt: skip

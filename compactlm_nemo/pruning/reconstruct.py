@@ -1,0 +1,108 @@
+"""Student parameters whose removed units live on in what is left: sources around the teacher's checkpoint.
+
+`RefittedWriters` gives the teacher's parameters with output projections and fc2 refitted to their kept inputs; the cut
+then takes those columns. `NarrowedSource` narrows the residual stream of a model that keeps its hidden size in one of
+the ways of `pruning.hidden`. Every rank reads what it needs, one whole parameter and its second moments at a time, so
+the result is the same in every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from compactlm_nemo.importance.moments import FINAL_NORM, attention_norm_key, mlp_key, mlp_norm_key, proj_key
+from compactlm_nemo.models.build import ParameterSource
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.pruning.hidden import HiddenCut, NormedStream
+from compactlm_nemo.pruning.plan import Plan
+from compactlm_nemo.pruning.refit import columns_of, refit
+from compactlm_nemo.pruning.rotate import Rotation, principal_rotation
+
+FINAL_NORM_WEIGHT = "decoder.final_layernorm.weight"
+Moment = Callable[[str], Tensor]
+"""Name of second moments -> the whole matrix."""
+
+
+def norm_weight_name(moment: str) -> str:
+    """Parameter of the norm that has these second moments."""
+    if moment == FINAL_NORM:
+        return FINAL_NORM_WEIGHT
+    _, layer, place = moment.split(".")
+    return f"decoder.layers.{layer}.{'input' if place == 'attention_norm' else 'pre_mlp'}_layernorm.weight"
+
+
+class RefittedWriters:
+    """Teacher parameters; maps that lose inputs are refitted in the columns that stay and unchanged in the others."""
+
+    def __init__(self, teacher: Dims, plan: Plan, source: ParameterSource, moment: Moment, ridge: float) -> None:
+        self.teacher, self.plan, self.source, self.moment, self.ridge = teacher, plan, source, moment, ridge
+
+    def __call__(self, name: str) -> Tensor:
+        full = self.source(name)
+        if not name.startswith("decoder.layers."):
+            return full
+        layer, rest = _split(name)
+        if rest == "self_attention.linear_proj.weight":
+            return self._refitted(full, proj_key(layer), columns_of(self.plan.heads[layer], self.teacher.head_dim))
+        if rest == "mlp.linear_fc2.weight":
+            return self._refitted(full, mlp_key(layer), self.plan.mlp[layer])
+        return full
+
+    def _refitted(self, full_OE: Tensor, moment: str, kept: Tensor) -> Tensor:
+        if len(kept) == full_OE.shape[1]:
+            return full_OE
+        full_OE = full_OE.clone()
+        full_OE[:, kept] = refit(full_OE, self.moment(moment), kept, self.ridge).to(full_OE.dtype)
+        return full_OE
+
+
+class NarrowedSource:
+    """A model whose residual stream is narrowed; `layers` are the teacher's numbers of its layers."""
+
+    def __init__(self, source: ParameterSource, layers: list[int], hidden: HiddenCut) -> None:
+        self.source, self.layers, self.hidden = source, layers, hidden
+
+    def __call__(self, name: str) -> Tensor:
+        full, hidden = self.source(name), self.hidden
+        if name == "embedding.word_embeddings.weight":
+            return hidden.embed(full)
+        if name == "output_layer.weight":
+            return hidden.read(FINAL_NORM, full)
+        if name.startswith("decoder.final_layernorm."):
+            return hidden.norm(FINAL_NORM, full) if name.endswith("weight") else hidden.norm_bias(full)
+        layer, rest = _split(name)
+        before_attention, before_mlp = attention_norm_key(self.layers[layer]), mlp_norm_key(self.layers[layer])
+        if rest in ("input_layernorm.weight", "pre_mlp_layernorm.weight"):
+            return hidden.norm(before_attention if rest.startswith("input") else before_mlp, full)
+        if rest in ("input_layernorm.bias", "pre_mlp_layernorm.bias"):
+            return hidden.norm_bias(full)
+        if rest == "self_attention.linear_qkv.weight":
+            return hidden.read(before_attention, full)
+        if rest.endswith(("linear_fc1.weight", "router.weight", "gate_weight")):
+            return hidden.read(before_mlp, full)
+        if "linear_proj" in rest or "linear_fc2" in rest:
+            return hidden.write(full)
+        return full  # of the heads alone: query and key norms, biases of fc1 and qkv
+
+
+def _split(name: str) -> tuple[int, str]:
+    _, _, layer, rest = name.split(".", 3)
+    return int(layer), rest
+
+
+def normed_stream(source: ParameterSource, moment: Moment, tokens: int) -> NormedStream:
+    """Second moments behind the norms of the teacher whose parameters `source` gives."""
+    return NormedStream(moment, tokens, lambda name: source(norm_weight_name(name)))
+
+
+def stream_rotation(teacher: Dims, plan: Plan, stream: NormedStream) -> Rotation:
+    """The directions that hold most of what the norms of the kept layers see."""
+    names = [key(layer) for layer in plan.layers for key in (attention_norm_key, mlp_norm_key)]
+    total_HH = torch.zeros(teacher.hidden_size, teacher.hidden_size, dtype=torch.float64)
+    for name in [*names, FINAL_NORM]:
+        total_HH += stream.normed(name)
+    final_norm_H = stream.norm_weight(FINAL_NORM) if teacher.tied_embeddings else None
+    return principal_rotation(total_HH, final_norm_H, len(plan.hidden))
