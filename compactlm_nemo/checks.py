@@ -74,7 +74,7 @@ def _score_problems(config: Config) -> list[str]:
         )
     for name, held, chosen in (
         ("width", score.width, config.search.width),
-        ("depth", [metric for metric in score.depth if metric is not DepthMetric.bi_blocks], config.search.depth),
+        ("depth", score.depth, config.search.depth),
     ):
         if chosen is not None and chosen not in held:
             names = [metric.name for metric in held]

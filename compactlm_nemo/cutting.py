@@ -12,15 +12,17 @@ from torch import Tensor
 
 from compactlm_nemo.config.choices import Reconstruct, Stream
 from compactlm_nemo.config.schema import PruneConfig
-from compactlm_nemo.data.windows import validation_windows
+from compactlm_nemo.data.windows import calibration_windows, validation_windows
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.importance.moments import MomentSource
+from compactlm_nemo.importance.scores import load_scores
 from compactlm_nemo.models.build import Chunks, ParameterSource, fill
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import barrier, broadcast_object, gather_objects
 from compactlm_nemo.parallel.launch import device, is_main_rank, launch_rank, launch_world_size, main_rank_writes
 from compactlm_nemo.pruning import spare
+from compactlm_nemo.pruning.bridge import Bridge, gaps_of, measure_bridges
 from compactlm_nemo.pruning.cut import CutSource
 from compactlm_nemo.pruning.hidden import HiddenCut, RefittedSelection, RotatedStream, Selection
 from compactlm_nemo.pruning.plan import Plan
@@ -84,12 +86,34 @@ class Cutting:
         """The student's share of this rank, in evaluation mode. Collective."""
         source: ParameterSource = self.source
         if self.moments is not None:
-            source = RefittedWriters(self.teacher, plan, source, self.moments.whole, self.cfg.ridge)
+            bridges = self._bridges(plan)
+            source = RefittedWriters(self.teacher, plan, source, self.moments.whole, self.cfg.ridge, bridges)
         wide = replace(plan, hidden=torch.arange(self.teacher.hidden_size))
         narrowed = NarrowedSource(CutSource(self.teacher, wide, source), plan.layers, self._hidden_cut(plan))
         model = self.run.build(dims)
         fill(model, dims, self.run.mesh, narrowed, self.run.config.model.vocab_multiple)
         return model.eval()
+
+    def _bridges(self, plan: Plan) -> dict[int, Bridge]:
+        """For every removed block, what the MLP before it needs to stand for it. Collective."""
+        gaps = gaps_of(plan.layers, self.teacher.num_layers)
+        if not gaps or self.teacher.num_experts:
+            return {}
+        windows_NS = self.calibration
+        with progress_bar("bridge removed layers", len(windows_NS), windows_NS.shape[1]) as advance:
+            return measure_bridges(
+                self.run.load("teacher").eval(), self.run.mesh, self.teacher, windows_NS, gaps,
+                micro_batch=self.run.config.score.micro_batch, progress=advance,
+            )  # fmt: skip
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """The windows that were scored, `[N, S]`, the same on every rank."""
+        config = self.run.config
+        samples = int(load_scores(self.run.dir / "score").about["samples"])
+        return calibration_windows(
+            self.run.train_prefixes(), samples, config.data.sequence_length, config.run.seed
+        ).to(device())  # fmt: skip
 
     def _hidden_cut(self, plan: Plan) -> HiddenCut:
         """How the residual stream is narrowed."""

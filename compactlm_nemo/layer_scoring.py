@@ -39,6 +39,8 @@ def measure_layers(scoring: Scoring) -> dict[str, Tensor]:
         found[DepthMetric.logit_mse_iterative], _ = logit_mse_iterative(
             lambda removed: logit_mse(left_out(scoring, removed)), scoring.cfg.iterations
         )
+    if DepthMetric.lm_loss_blocks in asked:
+        found[DepthMetric.lm_loss_blocks] = blocks_by_loss(scoring)
     if DepthMetric.tasks in asked:
         found[DepthMetric.tasks] = tasks(scoring)
     return {metric.name: vector for metric, vector in found.items()}
@@ -75,8 +77,16 @@ def blocks(scoring: Scoring) -> Tensor:
     return block_importance(_in_parts(scoring, "bi_blocks", samples, measure), samples * length)
 
 
-def left_out(scoring: Scoring, removed: frozenset[int]) -> LayerSums:
-    """What the model loses without each layer, on top of those removed before, from `score.depth_samples`."""
+def blocks_by_loss(scoring: Scoring) -> Tensor:
+    """`[L, L]`: rise of the loss without the n layers from layer i on at ``[i, n - 1]``, NaN where not measured."""
+    result = torch.full((scoring.dims.num_layers, scoring.dims.num_layers), torch.nan)
+    for length in scoring.cfg.block_lengths:
+        result[:, length - 1] = lm_loss_rise(left_out(scoring, frozenset(), length)).float()
+    return result
+
+
+def left_out(scoring: Scoring, removed: frozenset[int], block: int | None = None) -> LayerSums:
+    """What the model loses without each layer or block, besides those removed before, from `score.depth_samples`."""
     asked, samples = set(scoring.cfg.depth), scoring.cfg.depth_samples or len(scoring.windows_NS)
 
     def token_losses(hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
@@ -88,16 +98,18 @@ def left_out(scoring: Scoring, removed: frozenset[int]) -> LayerSums:
             scoring.teacher, scoring.run.mesh, scoring.dims, part_NS,
             micro_batch=scoring.cfg.micro_batch,
             chunk_tokens=scoring.run.config.distill.chunk_tokens,
-            token_losses=token_losses if DepthMetric.lm_loss in asked and not removed else None,
-            logits=bool(asked & {DepthMetric.logit_mse, DepthMetric.logit_mse_iterative}),
+            token_losses=token_losses if block or (DepthMetric.lm_loss in asked and not removed) else None,
+            logits=not block and bool(asked & {DepthMetric.logit_mse, DepthMetric.logit_mse_iterative}),
             removed=removed,
+            block=block or 1,
             progress=advance,
         ).sums  # fmt: skip
 
-    name = ".".join(["left_out", *map(str, sorted(removed))])
+    name = ".".join([f"{block}_left_out" if block else "left_out", *map(str, sorted(removed))])
     sums = _in_parts(scoring, name, samples, measure)
     tokens = samples * (scoring.windows_NS.shape[1] - 1)
-    return LayerSums(sums=sums, tokens=tokens, layers_run=0, removed=removed)
+    absent = removed | set(range(scoring.dims.num_layers - (block or 1) + 1, scoring.dims.num_layers))
+    return LayerSums(sums=sums, tokens=tokens, layers_run=0, removed=absent)
 
 
 def tasks(scoring: Scoring) -> Tensor:

@@ -55,12 +55,18 @@ class DepthMetric(Enum):
     """Block importance of every contiguous block of layers."""
     lm_loss = "lm_loss"
     """Rise of the language-model loss when one layer is left out."""
+    lm_loss_blocks = "lm_loss_blocks"
+    """The same, when a contiguous block of `score.block_lengths` layers is left out."""
     logit_mse = "logit_mse"
     """Normalised squared error of the logits when one layer is left out."""
     logit_mse_iterative = "logit_mse_iterative"
     """The same, where the least important layer is removed for good and the others are measured again."""
     tasks = "tasks"
     """Fall of the accuracy on `evaluate.tasks` when one block of layers is left out."""
+
+
+BLOCK_METRICS = (DepthMetric.bi_blocks, DepthMetric.lm_loss_blocks)
+"""Depth metrics of contiguous blocks: a cut by one of them takes out one block."""
 
 
 class Neurons(Enum):

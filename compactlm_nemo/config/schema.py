@@ -179,6 +179,8 @@ class ScoreConfig:
     """Layers that logit_mse_iterative removes one after another."""
     task_block: int = 1
     """Layers in a block that `tasks` leaves out; the second paper removes one contiguous block."""
+    block_lengths: list[int] = field(default_factory=list)
+    """Layers in the blocks that `lm_loss_blocks` leaves out, one walk for each length."""
     second_moments: bool = False
     """Keep the input covariance of output projections and fc2 and of each norm's output, for reconstruction."""
     start_from: str | None = None
@@ -202,6 +204,10 @@ class ScoreConfig:
         require(
             self.stop_tolerance is None or 0 <= self.stop_tolerance < 1,
             f"score.stop_tolerance={self.stop_tolerance} must be in [0, 1); try 0.01.",
+        )
+        require(
+            (DepthMetric.lm_loss_blocks in self.depth) == bool(self.block_lengths),
+            f"score.depth=[lm_loss_blocks] and score.block_lengths={self.block_lengths} need each other; set both.",
         )
         for name in ("width", "depth"):
             given = getattr(self, name)

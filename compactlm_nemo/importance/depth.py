@@ -37,7 +37,7 @@ class LayerSums:
     layers_run: int
     """As `LeftOut.layers_run`."""
     removed: frozenset[int]
-    """Layers left out of every run; their rows are NaN."""
+    """Rows that are NaN: layers left out of every run, and those at which no block begins."""
 
     def __add__(self, other: LayerSums) -> LayerSums:
         return LayerSums(
@@ -59,6 +59,7 @@ def layer_sums(
     token_losses: TokenLosses | None,
     logits: bool,
     removed: frozenset[int] = frozenset(),
+    block: int = 1,
     progress: Callable[[int], None],
 ) -> LayerSums:
     """The sums of all metrics from one walk over calibration windows, equal on every rank. Collective.
@@ -70,6 +71,7 @@ def layer_sums(
         token_losses: For `lm_loss_rise`; None leaves the loss out.
         logits: For `logit_mse`; False leaves the logits out.
         removed: Layers left out of every run but the whole model's, to which logits are compared.
+        block: Layers left out together, from each layer on.
         progress: Told the number of samples of every finished batch over all data-parallel ranks, on every rank.
     """
     share = Share(windows_NS, mesh, micro_batch)
@@ -100,13 +102,14 @@ def layer_sums(
         measure,
         num_sums=3,
         removed=removed,
+        block=block,
         progress=lambda idx: progress(share.num_counted(idx)),
     )
     return LayerSums(
         sums=left.sums,
         tokens=len(windows_NS) * (windows_NS.shape[1] - 1),
         layers_run=left.layers_run,
-        removed=removed,
+        removed=removed | set(range(dims.num_layers - block + 1, dims.num_layers)),
     )
 
 

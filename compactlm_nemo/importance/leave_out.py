@@ -50,14 +50,14 @@ class _Run:
     """Where its sums go; None: nowhere."""
 
 
-def _plan(num_layers: int, removed: frozenset[int]) -> list[_Run]:
-    """The whole model; that without `removed`, from the first of them; then without each further layer."""
+def _plan(num_layers: int, removed: frozenset[int], block: int) -> list[_Run]:
+    """The whole model; that without `removed`, from the first of them; then without each further block of layers."""
     runs = [_Run(start=0, keeps=True)]
     if removed:
         runs.append(_Run(start=min(removed), skipped=removed, keeps=True))
     runs[-1] = replace(runs[-1], row=num_layers)
-    kept = [j for j in range(num_layers) if j not in removed]
-    return runs + [_Run(start=j, skipped=removed | {j}, left_out=j, row=j) for j in kept]
+    firsts = [j for j in range(num_layers - block + 1) if j not in removed]
+    return runs + [_Run(start=j, skipped=removed | set(range(j, j + block)), left_out=j, row=j) for j in firsts]
 
 
 class _Part(torch.nn.Module):
@@ -122,9 +122,12 @@ def leave_one_out(
     *,
     num_sums: int,
     removed: frozenset[int] = frozenset(),
+    block: int = 1,
     progress: Callable[[int], None],
 ) -> LeftOut:
     """Measure the model without each layer in turn, and with all of them, always without `removed`. Collective.
+
+    With `block` > 1 row j is of the model without the `block` layers from j on.
 
     Args:
         batches: This data-parallel rank's tokens, `[B, S]` each; expert-parallel ranks need equally many of the same
@@ -134,9 +137,9 @@ def leave_one_out(
         num_sums: Numbers that `measure` returns, k.
         progress: Told the index of every finished batch, on every rank.
     Returns:
-        Sums over all batches and ranks; rows of `removed` are NaN.
+        Sums over all batches and ranks; rows of `removed`, and where no block begins, are NaN.
     """
-    runs, idle = _plan(dims.num_layers, removed), _Run(start=dims.num_layers)
+    runs, idle = _plan(dims.num_layers, removed, block), _Run(start=dims.num_layers)
     parts: Any = [_Part(chunk) for chunk in chunks]
     sums = torch.zeros(dims.num_layers + 1, num_sums, dtype=torch.float64, device=next(chunks.parameters()).device)
 
@@ -166,5 +169,6 @@ def leave_one_out(
             handle.remove()
     total = last_stage_total(sums, mesh)
     total[sorted(removed)] = torch.nan
+    total[dims.num_layers - block + 1 : dims.num_layers] = torch.nan
     count = torch.tensor(sum(part.layers_run for part in parts), device=sums.device)
     return LeftOut(total, int(all_reduce_sum(count, mesh.pp_group)))

@@ -10,8 +10,8 @@ Names in `scores.safetensors`, float32, layers 0-based and global::
     {width metric}.layers.{i}.experts.{e}.mlp     [F]         neurons of an expert
     {width metric}.layers.{i}.shared_expert.mlp   [F]
     depth.{depth metric}                          [layers]
-    depth.bi_blocks                               [layers, layers]   block of n layers from layer i at [i, n - 1],
-                                                                     NaN where it would not fit
+    depth.{bi_blocks, lm_loss_blocks}             [layers, layers]   block of n layers from layer i at [i, n - 1],
+                                                                     NaN where it does not fit or was not measured
 
 They belong to the model and not to a layout. The header says which model, metrics and calibration tokens they are of.
 """
@@ -102,12 +102,12 @@ class Scores:
     def ranking(self, width: WidthMetric | None, depth: DepthMetric | None) -> dict[str, Tensor]:
         """What decides a cut: the vectors of one width metric, and the depth metric's as `depth`; None is the first.
 
-        `depth` holds one number a layer; bi_blocks scores blocks and cannot be chosen here.
+        `depth` holds one number a layer, or one a block (`DepthMetric` of blocks).
         """
-        layers = [name for name in self.depth_metrics if name != DepthMetric.bi_blocks.name]
-        chosen = depth.name if depth else (layers[0] if layers else "")
-        if chosen not in layers:
-            raise ConfigError(f"search.depth={chosen or None} must be one of {layers}; add it to score.depth.")
+        held = self.depth_metrics
+        chosen = depth.name if depth else (held[0] if held else "")
+        if chosen not in held:
+            raise ConfigError(f"search.depth={chosen or None} must be one of {held}; add it to score.depth.")
         return self.width(width.name if width else self.width_metrics[0]) | {DEPTH: self.depth(chosen)}
 
     def _require(self, kind: str, metric: str, held: list[str]) -> None:

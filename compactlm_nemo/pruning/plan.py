@@ -11,7 +11,7 @@ from torch import Tensor
 from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.importance.scores import DEPTH, HIDDEN, heads_key, mlp_key
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.search.select import check_scores, top_heads, top_units
+from compactlm_nemo.search.select import check_scores, keep_layers, top_heads, top_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def make_plan(teacher: Dims, student: Dims, scores: dict[str, Tensor]) -> Plan:
     """
     _check_student(teacher, student)
     check_scores(teacher, scores)
-    layers: list[int] = top_units(scores[DEPTH], student.num_layers).tolist()
+    layers: list[int] = keep_layers(scores[DEPTH], student.num_layers).tolist()
     return Plan(
         layers=layers,
         hidden=top_units(scores[HIDDEN], student.hidden_size),

@@ -16,6 +16,7 @@ from torch import Tensor
 from compactlm_nemo.importance.moments import FINAL_NORM, attention_norm_key, mlp_key, mlp_norm_key, proj_key
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.pruning.bridge import Bridge, bridge_weight
 from compactlm_nemo.pruning.hidden import HiddenCut, NormedStream
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.refit import columns_of, refit
@@ -37,8 +38,17 @@ def norm_weight_name(moment: str) -> str:
 class RefittedWriters:
     """Teacher parameters; maps that lose inputs are refitted in the columns that stay and unchanged in the others."""
 
-    def __init__(self, teacher: Dims, plan: Plan, source: ParameterSource, moment: Moment, ridge: float) -> None:
+    def __init__(
+        self,
+        teacher: Dims,
+        plan: Plan,
+        source: ParameterSource,
+        moment: Moment,
+        ridge: float,
+        bridges: dict[int, Bridge],
+    ) -> None:
         self.teacher, self.plan, self.source, self.moment, self.ridge = teacher, plan, source, moment, ridge
+        self.bridges = bridges
 
     def __call__(self, name: str) -> Tensor:
         full = self.source(name)
@@ -47,6 +57,10 @@ class RefittedWriters:
         layer, rest = _split(name)
         if rest == "self_attention.linear_proj.weight":
             return self._refitted(full, proj_key(layer), columns_of(self.plan.heads[layer], self.teacher.head_dim))
+        if rest == "mlp.linear_fc2.weight" and layer in self.bridges:
+            kept, full = self.plan.mlp[layer], full.clone()
+            full[:, kept] = bridge_weight(full, self.bridges[layer], kept).to(full.dtype)
+            return full
         if rest == "mlp.linear_fc2.weight":
             return self._refitted(full, mlp_key(layer), self.plan.mlp[layer])
         return full

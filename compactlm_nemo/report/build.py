@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest
-from compactlm_nemo.config.choices import DepthMetric, WidthMetric
+from compactlm_nemo.config.choices import BLOCK_METRICS, DepthMetric, WidthMetric
 from compactlm_nemo.importance.scores import Scores, load_scores
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
@@ -121,12 +121,12 @@ def _chosen_metrics(run_dir: Path, scores: Scores) -> tuple[WidthMetric, DepthMe
     """What the search stage ranked by: the metrics it was told, else the first; it ran, so they are there."""
     settings = read_manifest(run_dir / "search")["settings"]
     width, depth = settings.get("search.width"), settings.get("search.depth")
-    return WidthMetric[width or scores.width_metrics[0]], DepthMetric[depth or _layer_metrics(scores)[0]]
+    return WidthMetric[width or scores.width_metrics[0]], DepthMetric[depth or scores.depth_metrics[0]]
 
 
 def _layer_metrics(scores: Scores) -> list[str]:
     """The depth metrics that give each layer a number."""
-    return [name for name in scores.depth_metrics if name != DepthMetric.bi_blocks.name]
+    return [name for name in scores.depth_metrics if DepthMetric[name] not in BLOCK_METRICS]
 
 
 def depth_rows(scores: Scores) -> list[dict[str, Any]]:

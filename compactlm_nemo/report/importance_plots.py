@@ -33,6 +33,7 @@ DEPTH_UNITS = {
     DepthMetric.bi: "1 − cos(in, out)",
     DepthMetric.bi_blocks: "1 − cos(in, out)",
     DepthMetric.lm_loss: "rise of the LM loss, nats per token",
+    DepthMetric.lm_loss_blocks: "rise of the LM loss, nats per token",
     DepthMetric.logit_mse: "normalised squared error of the logits",
     DepthMetric.logit_mse_iterative: "normalised squared error of the logits",
     DepthMetric.tasks: "fall of accuracy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,8 @@ def check_scores(teacher: Dims, scores: dict[str, Tensor]) -> None:
     for name, length in expected.items():
         if name not in scores:
             raise ConfigError(f"scores: {name} is missing; run the score stage on this teacher.")
+        if name == DEPTH and tuple(scores[name].shape) == (length, length):
+            continue  # of blocks: not every one fits or was measured
         if tuple(scores[name].shape) != (length,):
             raise ConfigError(
                 f"scores: {name} has shape {list(scores[name].shape)}, the teacher needs [{length}]; "
@@ -54,6 +57,38 @@ def top_units(score_E: Tensor, k: int) -> Tensor:
     """Indices of the k highest scores, ascending, int64 on the CPU; of equal scores the lower index stays."""
     order = torch.sort(score_E.cpu(), descending=True, stable=True).indices
     return order[:k].sort().values
+
+
+def keep_layers(depth: Tensor, num: int) -> Tensor:
+    """The layers that stay, ascending.
+
+    By scores `[L]` the `num` highest, scattered; by scores of blocks `[L, L]` (the block of n layers from layer i at
+    ``[i, n - 1]``) all but the block that matters least, the first of equals.
+    """
+    if depth.dim() == 1:
+        return top_units(depth, num)
+    layers = torch.arange(len(depth))
+    gone = len(depth) - num
+    if not gone:
+        return layers
+    block_L = depth[:, gone - 1].cpu()
+    if bool(block_L.isnan().all()):
+        raise ConfigError(
+            f"search.depth scores no blocks of {gone} layers, which search.layers={num} takes out; add {gone} to "
+            "score.block_lengths."
+        )
+    start = int(block_L.nan_to_num(torch.inf).argmin())
+    return layers[(layers < start) | (layers >= start + gone)]
+
+
+def depth_share(depth: Tensor, num: int) -> float:
+    """How much of the importance of layers stays: as `kept_share`; of blocks exp(-score of the removed one)."""
+    kept = keep_layers(depth, num)
+    if depth.dim() == 1:
+        return kept_share(depth, kept)
+    if num == len(depth):
+        return 1.0
+    return math.exp(-max(0.0, float(depth[:, len(depth) - num - 1].nan_to_num(torch.inf).min())))
 
 
 def top_heads(score_E: Tensor, k: int, groups: int) -> Tensor:
@@ -89,7 +124,7 @@ def rank_candidates(teacher: Dims, candidates: list[Dims], scores: dict[str, Ten
             kept_share(scores[heads_key(i)], top_heads(scores[heads_key(i)], dims.num_heads, groups)) for i in layers
         ]
         hidden = kept_share(scores[HIDDEN], top_units(scores[HIDDEN], dims.hidden_size))
-        depth = kept_share(scores[DEPTH], top_units(scores[DEPTH], dims.num_layers))
+        depth = depth_share(scores[DEPTH], dims.num_layers)
         return hidden * sum(mlp) / len(mlp) * sum(heads) / len(heads) * depth
 
     ranked = [
