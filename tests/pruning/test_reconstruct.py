@@ -1,0 +1,286 @@
+"""Reconstructed students against least squares on the tokens of transformers' models in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compactlm_nemo.models.build import ParameterSource, build_model, fill
+from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.families import parameter_shapes
+from compactlm_nemo.models.hf import export_hf, open_hf
+from compactlm_nemo.pruning.bridge import Bridge, bridge_weight, gaps_of, measure_bridges
+from compactlm_nemo.pruning.cut import CutSource
+from compactlm_nemo.pruning.hidden import HiddenCut, RefittedSelection, RotatedStream, Selection
+from compactlm_nemo.pruning.plan import Plan
+from compactlm_nemo.pruning.reconstruct import NarrowedSource, RefittedWriters, normed_stream, stream_rotation
+from tests.megatron import COMBINED, LAYOUTS, filled, mesh_of
+from tests.models.tiny import VOCAB, save_tiny, tiny_model, tokens
+from tests.pruning.test_cut import EVERY, HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP, plan_of, student_of
+from tests.pruning.test_refit import fitted
+from tests.ranks import run_ranks
+
+RIDGE = 1e-3
+
+
+def calibration() -> Tensor:
+    return torch.randint(0, VOCAB, (5, 24), generator=torch.Generator().manual_seed(3))
+
+
+def activations(model: Any) -> dict[str, numpy.ndarray]:
+    """`[tokens, E]` float64 under the names of second moments; `r.{i}` and `h.{i}` are for bridges."""
+    seen: dict[str, Tensor] = {}
+    put = seen.__setitem__
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, i=i: put(f"layers.{i}.proj", args[0]))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=i: put(f"layers.{i}.mlp", args[0]))
+        layer.input_layernorm.register_forward_hook(
+            lambda _, args, out, i=i: (put(f"h.{i}", args[0]), put(f"layers.{i}.attention_norm", out))[0]
+        )
+        layer.post_attention_layernorm.register_forward_hook(
+            lambda _, args, out, i=i: (put(f"r.{i}", args[0]), put(f"layers.{i}.mlp_norm", out))[0]
+        )
+    model.model.norm.register_forward_hook(
+        lambda _, args, out: (put(f"h.{len(model.model.layers)}", args[0]), put("final_norm", out))[0]
+    )
+    with torch.no_grad():
+        model.double()(calibration())
+    return {name: x.flatten(0, 1).numpy() for name, x in seen.items()}
+
+
+def moments(seen: dict[str, numpy.ndarray]) -> Any:
+    return lambda name: torch.from_numpy(seen[name].T @ seen[name]).float()
+
+
+def num_tokens() -> int:
+    return calibration().numel()
+
+
+def student_source(
+    dims: Dims, source: ParameterSource, seen: dict[str, numpy.ndarray], hidden: list[int], rotate: bool = False
+) -> ParameterSource:
+    """All refits on top of the cut of test_cut, as a run puts them together."""
+    plan, every = plan_of(hidden), plan_of(EVERY)
+    moment = moments(seen)
+    stream = normed_stream(source, moment, num_tokens())
+    narrow: HiddenCut = RefittedSelection(plan.hidden, stream, RIDGE, is_rms=not dims.layer_norm_1p)
+    if rotate:
+        narrow = RotatedStream(stream_rotation(dims, plan, stream), stream, RIDGE)
+    wide = CutSource(dims, every, RefittedWriters(dims, plan, source, moment, RIDGE, {}))
+    return NarrowedSource(wide, plan.layers, narrow)
+
+
+def naive(tensors: dict[str, Tensor], seen: dict[str, numpy.ndarray], is_rms: bool) -> dict[str, numpy.ndarray]:
+    """The student's Hugging Face tensors, one rule for each name, fitted on the tokens."""
+    wanted = {}
+
+    def scale(norm: str, weight: numpy.ndarray) -> float:
+        if not is_rms:
+            return 1.0
+        return float(numpy.sqrt(((seen[norm] / weight)[:, HIDDEN] ** 2).mean()))
+
+    for name, tensor in tensors.items():
+        full = tensor.double().numpy()
+        if name == "model.embed_tokens.weight":
+            wanted[name] = full[:, HIDDEN]
+        elif name == "lm_head.weight":
+            wanted[name] = fitted(seen["final_norm"], full, HIDDEN, RIDGE)
+        elif name == "model.norm.weight":
+            wanted[name] = full[HIDDEN] * scale("final_norm", full)
+        elif name == "model.norm.bias":
+            wanted[name] = full[HIDDEN]
+        else:
+            layer, part = int(name.split(".")[2]), name.split(".")[-2]
+            if layer in LAYERS:
+                new = name.replace(f"layers.{layer}.", f"layers.{LAYERS.index(layer)}.")
+                wanted[new] = _in_layer(layer, part, name.split(".")[-1], full, seen, scale)
+    return wanted
+
+
+def _in_layer(layer: int, part: str, kind: str, full: numpy.ndarray, seen: Any, scale: Any) -> numpy.ndarray:
+    channels = [head * HEAD_DIM + i for head in HEADS[layer] for i in range(HEAD_DIM)]
+    norm = (
+        f"layers.{layer}.{'mlp' if part in ('gate_proj', 'up_proj', 'post_attention_layernorm') else 'attention'}_norm"
+    )
+    rows = {"q_proj": channels, "gate_proj": MLP[layer], "up_proj": MLP[layer]}.get(part, slice(None))
+    if part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
+        return fitted(seen[norm], full[rows], HIDDEN, RIDGE)
+    if part == "o_proj":
+        return fitted(seen[f"layers.{layer}.proj"], full, channels, RIDGE)[HIDDEN]
+    if part == "down_proj":
+        return fitted(seen[f"layers.{layer}.mlp"], full, MLP[layer], RIDGE)[HIDDEN]
+    return full[HIDDEN] * (scale(norm, full) if kind == "weight" else 1)
+
+
+@pytest.mark.parametrize("case", ["llama", "nemotron"])
+def test_every_parameter_is_least_squares_on_the_tokens(case, tmp_path):
+    seen = activations(save_tiny(case, tmp_path / "teacher"))
+    dims, source = open_hf(tmp_path / "teacher")
+    export_hf(
+        tmp_path / "teacher", tmp_path / "student", student_of(dims, HIDDEN),
+        student_source(dims, source, seen, HIDDEN), torch.float32,
+    )  # fmt: skip
+    got = load_file(tmp_path / "student" / "model.safetensors")
+    want = naive(load_file(tmp_path / "teacher" / "model.safetensors"), seen, is_rms=case == "llama")
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        atol = 1e-4 * numpy.abs(expected).max()
+        numpy.testing.assert_allclose(got[name].double().numpy(), expected, rtol=1e-4, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2_tied", "nemotron"])
+def test_with_nothing_removed_nothing_changes(case, tmp_path):
+    seen = activations(save_tiny(case, tmp_path / "teacher"))
+    dims, source = open_hf(tmp_path / "teacher")
+    plan = Plan(
+        layers=list(range(4)), hidden=torch.arange(48),
+        heads={i: torch.arange(4) for i in range(4)}, mlp={i: torch.arange(80) for i in range(4)},
+    )  # fmt: skip
+    writers = RefittedWriters(dims, plan, source, moments(seen), RIDGE, {})
+    same = NarrowedSource(CutSource(dims, plan, writers), plan.layers, Selection(plan.hidden))
+    for name in parameter_shapes(dims):
+        assert torch.equal(same(name), source(name)), name
+
+
+def in_subspace(model: Any, rank: int) -> Any:
+    """All that is written to the stream lies in one random subspace of `rank` dimensions."""
+    basis, _ = torch.linalg.qr(torch.randn(48, rank, generator=torch.Generator().manual_seed(1)))
+    project = basis @ basis.T
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ project)
+        for layer in model.model.layers:
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight.copy_(project @ linear.weight)
+    return model
+
+
+def logits_of(folder: Path) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(tokens(), use_cache=False).logits
+
+
+def test_a_stream_of_few_dimensions_is_turned_without_loss(tmp_path):
+    """An untied model: the student has two thirds of the channels and the teacher's logits."""
+    model = in_subspace(tiny_model("llama", rms_norm_eps=1e-12), 32)
+    model.save_pretrained(tmp_path / "teacher")
+    seen = activations(model)
+    dims, source = open_hf(tmp_path / "teacher")
+    plan = Plan(
+        layers=list(range(4)), hidden=torch.arange(32),
+        heads={i: torch.arange(4) for i in range(4)}, mlp={i: torch.arange(80) for i in range(4)},
+    )  # fmt: skip
+    stream = normed_stream(source, moments(seen), num_tokens())
+    narrow = RotatedStream(stream_rotation(dims, plan, stream), stream, 1e-9)
+    student = dims.with_shape(layers=4, hidden=32, ffn=80, heads=4)
+    export_hf(
+        tmp_path / "teacher", tmp_path / "student", student, NarrowedSource(source, plan.layers, narrow), torch.float32
+    )
+    want = logits_of(tmp_path / "teacher")
+    torch.testing.assert_close(logits_of(tmp_path / "student"), want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+def test_a_shared_table_stays_one_through_a_rotation(tmp_path):
+    """Exact at full width where the final norm's weights differ in sign alone: every norm then sees a pure rotation."""
+    model = tiny_model("llama_tied_llama3_rope")
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.where(torch.arange(48) % 3 == 0, -0.7, 0.7))
+    model.save_pretrained(tmp_path / "teacher")
+    seen = activations(model)
+    dims, source = open_hf(tmp_path / "teacher")
+    plan = Plan(layers=list(range(4)), hidden=torch.arange(48), heads={}, mlp={})
+    stream = normed_stream(source, moments(seen), num_tokens())
+    narrow = RotatedStream(stream_rotation(dims, plan, stream), stream, 1e-9)
+    export_hf(
+        tmp_path / "teacher", tmp_path / "student", dims, NarrowedSource(source, plan.layers, narrow), torch.float32
+    )
+    want = logits_of(tmp_path / "teacher")
+    torch.testing.assert_close(logits_of(tmp_path / "student"), want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+def _same_student(rank: int, world: int, layout: str, root: Path, out: Path) -> None:
+    """Teacher checkpoint -> reconstructed student on this layout, read back as whole parameters."""
+    mesh = mesh_of(**LAYOUTS[layout][1])
+    for case, rotate in (("llama", True), ("nemotron", False)):
+        dims, teacher = filled(root / case, mesh)
+        seen = torch.load(root / case / "seen.pt", weights_only=False)
+        save_model(out / case / "teacher", teacher, mesh)
+        dist.barrier()
+        student = student_of(dims, HIDDEN)
+        model = build_model(student, mesh, dtype=torch.float32, vocab_multiple=8)
+        source = student_source(dims, CheckpointSource(out / case / "teacher", dims), seen, HIDDEN, rotate)
+        fill(model, student, mesh, source, vocab_multiple=8)
+        save_model(out / case / "student", model, mesh)
+        dist.barrier()
+        if rank == 0:
+            want = student_source(dims, open_hf(root / case)[1], seen, HIDDEN, rotate)
+            got = CheckpointSource(out / case / "student", student)
+            for name in parameter_shapes(student):
+                assert torch.equal(got(name), want(name)), (case, name)
+        dist.barrier()
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("teachers")
+    for case in ("llama", "nemotron"):
+        torch.save(activations(save_tiny(case, root / case)), root / case / "seen.pt")
+    return root
+
+
+@pytest.mark.parametrize("layout", ["1", "tp2_pp2", "pp1_3", "tp2_sp_cp2"])
+def test_every_layout_makes_the_same_student(layout, teachers, tmp_path):
+    run_ranks(_same_student, LAYOUTS[layout][0], tmp_path, layout, teachers, tmp_path / "out")
+
+
+def test_gaps_are_the_removed_blocks_that_have_a_layer_before_them():
+    assert gaps_of([0, 1, 2], 3) == []
+    assert gaps_of([2, 3, 6], 9) == [(4, 6), (7, 9)]
+
+
+def _bridges(rank: int, world: int, layout: str, root: Path) -> None:
+    mesh = mesh_of(**LAYOUTS[layout][1])
+    gaps = [(1, 2), (3, 4)]  # the last one ends at the final norm
+    for case in ("llama", "nemotron"):
+        dims, model = filled(root / case, mesh)
+        seen = torch.load(root / case / "seen.pt", weights_only=False)
+        done: list[int] = []
+        found = measure_bridges(model.eval(), mesh, dims, calibration(), gaps, micro_batch=2, progress=done.append)
+        assert sum(done) == 5 and found.keys() == {0, 2}
+        for start, end in gaps:
+            x, gap = seen[f"layers.{start - 1}.mlp"], seen[f"h.{end}"] - seen[f"r.{start - 1}"]
+            weight = 1 / (seen[f"h.{end}"] ** 2).mean(axis=1, keepdims=True)
+            bridge = found[start - 1]
+            for got, want in ((bridge.gram_FF, (weight * x).T @ x), (bridge.target_FH, (weight * x).T @ gap)):
+                assert got.dtype == torch.float64
+                numpy.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-5 * numpy.abs(want).max())
+
+
+@pytest.mark.parametrize("layout", COMBINED)
+def test_bridges_are_measured_the_same_in_every_layout(layout, teachers, tmp_path):
+    run_ranks(_bridges, LAYOUTS[layout][0], tmp_path, layout, teachers)
+
+
+def test_a_bridge_is_weighted_least_squares(teachers):
+    seen = torch.load(teachers / "llama" / "seen.pt", weights_only=False)
+    weight = open_hf(teachers / "llama")[1]("decoder.layers.0.mlp.linear_fc2.weight")
+    x, gap = seen["layers.0.mlp"], seen["h.2"] - seen["r.0"]
+    root = 1 / numpy.sqrt((seen["h.2"] ** 2).mean(axis=1, keepdims=True))
+
+    bridge = Bridge(torch.from_numpy((root * x).T @ (root * x)), torch.from_numpy((root * x).T @ (root * gap)))
+    kept = list(range(0, 80, 2))
+    damping = numpy.sqrt(0.02 * ((root * x) ** 2).sum(axis=0).mean())
+    rows = numpy.vstack([(root * x)[:, kept], damping * numpy.eye(40)])
+    start = weight.double().numpy()[:, kept].T
+    want = numpy.linalg.lstsq(rows, numpy.vstack([root * gap, damping * start]), rcond=None)[0].T
+    got = bridge_weight(weight, bridge, torch.tensor(kept), ridge=0.02)
+    numpy.testing.assert_allclose(got.numpy(), want, rtol=1e-6, atol=1e-8)
