@@ -26,7 +26,8 @@ from compactlm_nemo.models.build import fill
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.launch import launched
-from compactlm_nemo.pruning.cut import CutSource
+from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
+from compactlm_nemo.pruning.hidden import Selection
 from compactlm_nemo.pruning.plan import make_plan
 from compactlm_nemo.run import Run
 
@@ -78,7 +79,9 @@ def measure(overrides: list[str]) -> dict[str, dict[str, dict[str, float]]]:
 def losses(run: Run, teacher: Dims, student: Dims, ranking: dict) -> dict[str, float]:
     """LM loss of the student on each held-out text, before any training."""
     model = run.build(student)
-    source = CutSource(teacher, make_plan(teacher, student, ranking), CheckpointSource(run.dir / "teacher", teacher))
+    plan = make_plan(teacher, student, ranking)
+    cut = CutSource(teacher, plan, CheckpointSource(run.dir / "teacher", teacher))
+    source = NarrowedSource(cut, plan.layers, Selection(plan.hidden))
     fill(model, student, run.mesh, source, run.config.model.vocab_multiple)
     found = {}
     for name in run.config.data.heldout:

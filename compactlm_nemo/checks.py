@@ -211,7 +211,7 @@ def _layout_problems(config: Config, dims: Dims) -> list[str]:
         "query groups": {model.num_query_groups for model in models},
         "heads": {model.num_heads for model in models},
         "MLP width": {model.ffn_hidden_size for model in models},
-        "shared expert's width": {dims.shared_expert_ffn},
+        "shared expert's width": {model.shared_expert_ffn for model in models},
     }
     problems += [
         f"parallel.tp={tp} must divide the {name} {size}; use a common divisor."
@@ -228,32 +228,19 @@ def _layout_problems(config: Config, dims: Dims) -> list[str]:
 
 
 def _expert_problems(config: Config, dims: Dims, models: list[Dims]) -> list[str]:
-    """What layers with experts ask of the layout, and that they stay as they are."""
+    """What layers with experts ask of the layout."""
     layout = config.parallel
     if not dims.num_experts:
         problem = f"parallel.ep={layout.ep} needs a model with experts, which {dims.family} is not; set it to 1."
         return [problem] if layout.ep > 1 else []
     problems = []
-    if dims.num_experts % layout.ep:
-        problems.append(f"parallel.ep={layout.ep} must divide the {dims.num_experts} experts; use a divisor.")
+    problems += [
+        f"parallel.ep={layout.ep} must divide the {count} experts; use a divisor."
+        for count in sorted({model.num_experts for model in models})
+        if count % layout.ep
+    ]
     if layout.tp > 1 and not layout.sequence_parallel:
         problems.append(
             f"parallel.tp={layout.tp} needs parallel.sequence_parallel=true for a model with experts; set it."
-        )
-    axes = {
-        "layers": "num_layers",
-        "hidden": "hidden_size",
-        "heads": "num_heads",
-        "ffn_multiples" if config.search.ffn_multiples else "ffn": "ffn_hidden_size",
-    }
-    cut = [
-        f"search.{axis}={getattr(config.search, axis)}"
-        for axis, size in axes.items()
-        if any(getattr(model, size) != getattr(dims, size) for model in models)
-    ]
-    if cut:
-        problems.append(
-            f"{', '.join(cut)} would cut a model with experts, which this version cannot; it imports and "
-            "scores such models: leave it empty."
         )
     return problems

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,10 +22,10 @@ from compactlm_nemo.parallel.collectives import barrier, broadcast_object, gathe
 from compactlm_nemo.parallel.launch import device, is_main_rank, launch_rank, launch_world_size, main_rank_writes
 from compactlm_nemo.pruning import spare
 from compactlm_nemo.pruning.bridge import Bridge, gaps_of, measure_bridges
-from compactlm_nemo.pruning.cut import CutSource
+from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.hidden import HiddenCut, RefittedSelection, RotatedStream, Selection
 from compactlm_nemo.pruning.plan import Plan
-from compactlm_nemo.pruning.reconstruct import NarrowedSource, RefittedWriters, normed_stream, stream_rotation
+from compactlm_nemo.pruning.reconstruct import RefittedWriters, normed_stream, stream_rotation
 from compactlm_nemo.report.progress import progress_bar
 from compactlm_nemo.run import Run
 from compactlm_nemo.scoring import MOMENTS
@@ -88,8 +87,7 @@ class Cutting:
         if self.moments is not None:
             bridges = self._bridges(plan)
             source = RefittedWriters(self.teacher, plan, source, self.moments.whole, self.cfg.ridge, bridges)
-        wide = replace(plan, hidden=torch.arange(self.teacher.hidden_size))
-        narrowed = NarrowedSource(CutSource(self.teacher, wide, source), plan.layers, self._hidden_cut(plan))
+        narrowed = NarrowedSource(CutSource(self.teacher, plan, source), plan.layers, self._hidden_cut(plan))
         model = self.run.build(dims)
         fill(model, dims, self.run.mesh, narrowed, self.run.config.model.vocab_multiple)
         return model.eval()

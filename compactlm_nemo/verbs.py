@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
-from compactlm_nemo.config.choices import WidthMetric
+from compactlm_nemo.config.choices import HeadCut, WidthMetric
 from compactlm_nemo.config.schema import ScoreConfig, deciding
 from compactlm_nemo.cutting import Cutting
 from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer, refuse_shared_documents, tokenize_corpus
@@ -161,10 +161,6 @@ def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[st
 def search(run: Run, folder: Path) -> dict[str, Any]:
     """Scores + budget -> candidates.json, best first."""
     dims = run.dims("teacher")
-    if dims.num_experts:
-        raise ConfigError(
-            "models with experts can be imported and scored, not cut, in this version; stop after recipes.score."
-        )
     found = enumerate_space(dims, run.config.search)
     cutting = Cutting(run)
     cutting.find_spare(folder)
@@ -183,7 +179,9 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
         raise ConfigError(f"prune.candidate={chosen} must be in [0, {len(candidates)}), the number of candidates.")
     cutting = Cutting(run)
     teacher, student = cutting.teacher, Candidate(**candidates[chosen]).dims(cutting.teacher)
-    plan = make_plan(teacher, student, cutting.ranking(run.dir / "search"))
+    plan = make_plan(
+        teacher, student, cutting.ranking(run.dir / "search"), merge_heads=run.config.prune.heads is HeadCut.merge
+    )
     before = cutting.zero_shot(run.load("teacher"), teacher, "teacher")
     model = cutting.student(student, plan)
     run.save(folder, model, student)

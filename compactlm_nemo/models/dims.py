@@ -55,9 +55,28 @@ class Dims:
     shared_expert_ffn: int = 0
     """Width of the expert that sees every token and has a sigmoid gate of its own; 0 is none."""
 
-    def with_shape(self, *, layers: int, hidden: int, ffn: int, heads: int) -> Dims:
-        """The same architecture with other widths and depth."""
-        return replace(self, num_layers=layers, hidden_size=hidden, ffn_hidden_size=ffn, num_heads=heads)
+    def with_shape(
+        self,
+        *,
+        layers: int | None = None,
+        hidden: int | None = None,
+        ffn: int | None = None,
+        heads: int | None = None,
+        groups: int | None = None,
+        experts: int | None = None,
+        shared_expert_ffn: int | None = None,
+    ) -> Dims:
+        """The same architecture with other widths and depth; None keeps a size."""
+        sizes: dict[str, Any] = {
+            "num_layers": layers,
+            "hidden_size": hidden,
+            "ffn_hidden_size": ffn,
+            "num_heads": heads,
+            "num_query_groups": groups,
+            "num_experts": experts,
+            "shared_expert_ffn": shared_expert_ffn,
+        }
+        return replace(self, **{name: size for name, size in sizes.items() if size is not None})
 
     def padded_vocab(self, tp: int, multiple: int) -> int:
         """The smallest multiple of `tp * multiple` that holds the vocabulary."""

@@ -1,4 +1,4 @@
-"""A `ParameterSource` that cuts another one: the student's parameters from the teacher's, one at a time.
+"""`ParameterSource`s that cut another one: the student's parameters from the teacher's, one at a time.
 
 Every rank of the student's mesh reads what it needs from the teacher's checkpoint, so the result is the same in
 every layout and the extra memory is one whole parameter.
@@ -6,61 +6,113 @@ every layout and the extra memory is one whole parameter.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
+from compactlm_nemo.importance.moments import FINAL_NORM, attention_norm_key, mlp_norm_key
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.pruning.hidden import HiddenCut
 from compactlm_nemo.pruning.plan import Plan
+from compactlm_nemo.pruning.refit import columns_of
+
+_EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
 
 
 class CutSource:
-    """Student parameters: kept layers renumbered, kept heads, neurons and hidden channels in the teacher's order."""
+    """The teacher with layers and units removed and its residual stream as wide as before.
+
+    Kept layers and experts are renumbered; kept heads, groups and neurons stay in the teacher's order. Of the router
+    the rows of kept experts stay: where gates are scaled to sum to 1 over the picked experts the softmax does the rest,
+    elsewhere the softmax over fewer experts gives each a larger gate.
+    """
 
     def __init__(self, teacher: Dims, plan: Plan, source: ParameterSource) -> None:
         self.teacher, self.plan, self.source = teacher, plan, source
 
     def __call__(self, name: str) -> Tensor:
         if not name.startswith("decoder.layers."):
-            return self._outside_layers(self.source(name))
-        _, _, layer, rest = name.split(".", 3)
-        teacher_layer = self.plan.layers[int(layer)]
-        full = self.source(f"decoder.layers.{teacher_layer}.{rest}")
-        return self._in_layer(teacher_layer, rest, full)
-
-    def _outside_layers(self, full: Tensor) -> Tensor:
-        """Embedding and output `[V, H]`, final norm `[H]`: hidden channels only."""
-        return full.index_select(full.dim() - 1, self.plan.hidden)
-
-    def _in_layer(self, layer: int, rest: str, full: Tensor) -> Tensor:
-        hidden, heads, mlp = self.plan.hidden, self.plan.heads[layer], self.plan.mlp[layer]
-        if "q_layernorm" in rest or "k_layernorm" in rest:
-            return full
+            return self.source(name)
+        student_layer, rest = split_name(name)
+        layer = self.plan.layers[student_layer]
+        if expert := _EXPERT.fullmatch(rest):
+            teacher_expert = int(self.plan.experts[layer][int(expert[2])])
+            full = self.source(f"decoder.layers.{layer}.{expert[1]}{teacher_expert}{expert[3]}")
+            return _cut_mlp(rest, full, self.plan.expert_mlp[layer][teacher_expert], self.teacher.ffn_hidden_size)
+        full = self.source(f"decoder.layers.{layer}.{rest}")
         if "linear_qkv" in rest:
-            rows = full[self._qkv_rows(heads)]
-            return rows.index_select(1, hidden) if rows.dim() == 2 else rows
+            return self._cut_qkv(layer, full)
         if rest == "self_attention.linear_proj.weight":
-            return full[hidden].index_select(1, _head_columns(heads, self.teacher.head_dim))
-        if "linear_fc1" in rest:
-            width = self.teacher.ffn_hidden_size
-            rows = full[torch.cat([mlp + width * half for half in range(full.shape[0] // width)])]
-            return rows.index_select(1, hidden) if rows.dim() == 2 else rows
-        if rest == "mlp.linear_fc2.weight":
-            return full[hidden].index_select(1, mlp)
-        return full[hidden]
+            return full.index_select(1, columns_of(self.plan.heads[layer], self.teacher.head_dim))
+        if rest == "mlp.router.weight":
+            return full[self.plan.experts[layer]]
+        if rest.startswith("mlp.shared_experts.linear"):
+            return _cut_mlp(rest, full, self.plan.shared_expert[layer], self.teacher.shared_expert_ffn)
+        if rest.startswith("mlp.linear"):
+            return _cut_mlp(rest, full, self.plan.mlp[layer], self.teacher.ffn_hidden_size)
+        return full
 
-    def _qkv_rows(self, heads: Tensor) -> Tensor:
-        """Rows of the fused projection: per group the kept query heads, then its key and value head."""
-        groups = self.teacher.num_query_groups
-        per_group = self.teacher.num_heads // groups
-        blocks = []
-        for group in range(groups):
-            mine = heads[(heads >= group * per_group) & (heads < (group + 1) * per_group)] + 2 * group
-            first_kv = group * (per_group + 2) + per_group
-            blocks.append(torch.cat([mine, torch.tensor([first_kv, first_kv + 1])]))
-        return _head_columns(torch.cat(blocks), self.teacher.head_dim)
+    def _cut_qkv(self, layer: int, full: Tensor) -> Tensor:
+        """Per kept group its kept query heads, then its key and value head; merged query heads as the plan says.
+
+        The paper's merge adds to a kept head what a removed one differs by, ``head_i + (head_i - head_j)``. Heads of
+        one group share keys and values and differ in their queries alone, and a head's output is linear in its query
+        to first order: ``head(q) ~ head(q_i) + J (q - q_i)``. So the merged head is the head of the query
+        ``2 q_i - q_j``, whose projection has the weights (and bias) ``2 W_i - W_j``; the output projection stays.
+        """
+        heads_per_group = self.teacher.num_heads // self.teacher.num_query_groups
+        blocks = full.unflatten(0, (-1, self.teacher.head_dim))  # one for each query, key and value head
+        place = lambda head: head + 2 * (head // heads_per_group)  # noqa: E731
+        merged = {kept: 2 * blocks[place(kept)] - blocks[place(gone)] for kept, gone in self.plan.merge.get(layer, [])}
+        rows: list[Tensor] = []
+        heads: list[int] = self.plan.heads[layer].tolist()
+        for group in sorted({head // heads_per_group for head in heads}):
+            mine = [head for head in heads if head // heads_per_group == group]
+            rows += [merged.get(head, blocks[place(head)]) for head in mine]
+            first_kv = (group + 1) * (heads_per_group + 2) - 2
+            rows += [blocks[first_kv], blocks[first_kv + 1]]
+        return torch.cat(rows)
 
 
-def _head_columns(heads: Tensor, head_dim: int) -> Tensor:
-    """Indices of all channels of the given heads."""
-    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+def _cut_mlp(rest: str, full: Tensor, kept: Tensor, width: int) -> Tensor:
+    """fc1 keeps rows (of the gate and of the other half), fc2 columns; the bias of fc2 is of the stream."""
+    if "linear_fc1" in rest:
+        return full[torch.cat([kept + width * half for half in range(full.shape[0] // width)])]
+    return full.index_select(1, kept) if rest.endswith("linear_fc2.weight") else full
+
+
+class NarrowedSource:
+    """A model whose residual stream is narrowed; `layers` are the teacher's numbers of its layers."""
+
+    def __init__(self, source: ParameterSource, layers: list[int], hidden: HiddenCut) -> None:
+        self.source, self.layers, self.hidden = source, layers, hidden
+
+    def __call__(self, name: str) -> Tensor:
+        full, hidden = self.source(name), self.hidden
+        if name == "embedding.word_embeddings.weight":
+            return hidden.embed(full)
+        if name == "output_layer.weight":
+            return hidden.read(FINAL_NORM, full)
+        if name.startswith("decoder.final_layernorm."):
+            return hidden.norm(FINAL_NORM, full) if name.endswith("weight") else hidden.norm_bias(full)
+        layer, rest = split_name(name)
+        before_attention, before_mlp = attention_norm_key(self.layers[layer]), mlp_norm_key(self.layers[layer])
+        if rest in ("input_layernorm.weight", "pre_mlp_layernorm.weight"):
+            return hidden.norm(before_attention if rest.startswith("input") else before_mlp, full)
+        if rest in ("input_layernorm.bias", "pre_mlp_layernorm.bias"):
+            return hidden.norm_bias(full)
+        if rest == "self_attention.linear_qkv.weight":
+            return hidden.read(before_attention, full)
+        if rest.endswith(("linear_fc1.weight", "router.weight", "gate_weight")):
+            return hidden.read(before_mlp, full)
+        if "linear_proj" in rest or "linear_fc2" in rest:
+            return hidden.write(full)
+        return full  # of the heads alone: query and key norms, biases of fc1 and qkv
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """Layer number and the rest of a parameter's name."""
+    _, _, layer, rest = name.split(".", 3)
+    return int(layer), rest

@@ -1,17 +1,25 @@
-"""Which layers, channels, neurons and heads of the teacher become the student."""
+"""Which layers, channels, heads, neurons and experts of the teacher become the student."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compactlm_nemo.errors import CheckpointError, ConfigError
-from compactlm_nemo.importance.scores import DEPTH, HIDDEN, heads_key, mlp_key
+from compactlm_nemo.importance.scores import (
+    DEPTH,
+    HIDDEN,
+    expert_mlp_key,
+    experts_key,
+    heads_key,
+    mlp_key,
+    shared_expert_key,
+)
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.search.select import check_scores, keep_layers, top_heads, top_units
+from compactlm_nemo.search.select import check_scores, keep_heads, keep_layers, top_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,19 +30,23 @@ class Plan:
     """Kept layers; the student's layer j is the teacher's ``layers[j]``."""
     hidden: Tensor
     """Kept channels of the residual stream, the same in every layer."""
-    mlp: dict[int, Tensor]
-    """Teacher layer -> kept neurons, for the kept layers."""
     heads: dict[int, Tensor]
-    """Teacher layer -> kept query heads, equally many of each query group, for the kept layers."""
+    """Teacher layer -> kept query heads, equally many of each kept query group, for the kept layers."""
+    mlp: dict[int, Tensor] = field(default_factory=dict)
+    """Teacher layer -> kept neurons; empty where layers have experts."""
+    experts: dict[int, Tensor] = field(default_factory=dict)
+    """Teacher layer -> kept experts."""
+    expert_mlp: dict[int, dict[int, Tensor]] = field(default_factory=dict)
+    """Teacher layer -> kept expert in the teacher's numbering -> its kept neurons, equally many of each."""
+    shared_expert: dict[int, Tensor] = field(default_factory=dict)
+    """Teacher layer -> kept neurons of the expert that sees every token."""
+    merge: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """Teacher layer -> (kept head, removed head whose difference it takes in), of one group each."""
 
     def to_json(self) -> dict[str, Any]:
         """Lists and string keys only."""
-        return {
-            "layers": list(self.layers),
-            "hidden": self.hidden.tolist(),
-            "mlp": {str(i): kept.tolist() for i, kept in self.mlp.items()},
-            "heads": {str(i): kept.tolist() for i, kept in self.heads.items()},
-        }
+        values: dict[str, Any] = _plain(vars(self))
+        return values
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Plan:
@@ -42,49 +54,121 @@ class Plan:
         try:
             return Plan(
                 layers=[int(i) for i in values["layers"]],
-                hidden=torch.tensor(values["hidden"], dtype=torch.int64),
-                mlp={int(i): torch.tensor(kept, dtype=torch.int64) for i, kept in values["mlp"].items()},
-                heads={int(i): torch.tensor(kept, dtype=torch.int64) for i, kept in values["heads"].items()},
+                hidden=_kept(values["hidden"]),
+                expert_mlp={int(i): _by_number(experts) for i, experts in values["expert_mlp"].items()},
+                merge={int(i): [(int(a), int(b)) for a, b in pairs] for i, pairs in values["merge"].items()},
+                **{name: _by_number(values[name]) for name in ("heads", "mlp", "experts", "shared_expert")},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"pruning plan: {error!r} while reading it; run the prune stage again.") from None
 
 
-def make_plan(teacher: Dims, student: Dims, scores: dict[str, Tensor]) -> Plan:
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _kept(indices: list[int]) -> Tensor:
+    return torch.tensor(indices, dtype=torch.int64)
+
+
+def _by_number(values: dict[str, list[int]]) -> dict[int, Tensor]:
+    return {int(number): _kept(indices) for number, indices in values.items()}
+
+
+def make_plan(teacher: Dims, student: Dims, scores: dict[str, Tensor], *, merge_heads: bool = False) -> Plan:
     """Keep the units with the highest scores; of equal scores the lower index stays.
 
     Args:
         teacher: The model that was scored.
         student: Its sizes cut; everything else must be the teacher's.
-        scores: `hidden` [H], `layers.{i}.mlp` [F], `layers.{i}.heads` [heads], `depth` [layers]; whole vectors.
+        scores: What `importance.scores` names, without a metric's prefix; whole vectors. `layers.{i}.groups` is needed
+            when query groups are cut. `depth` holds one number a layer, or one a block.
+        merge_heads: Fold removed query heads into kept ones of their group.
     Returns:
-        The plan; heads are chosen inside each query group, so that every group keeps the same number.
+        The plan. Whole query groups are chosen first, then heads inside each kept group, so that every group keeps the
+        same number; experts are chosen first, then the neurons of each.
     Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.3.
     """
     _check_student(teacher, student)
     check_scores(teacher, scores)
     layers: list[int] = keep_layers(scores[DEPTH], student.num_layers).tolist()
-    return Plan(
-        layers=layers,
-        hidden=top_units(scores[HIDDEN], student.hidden_size),
-        mlp={i: top_units(scores[mlp_key(i)], student.ffn_hidden_size) for i in layers},
-        heads={i: top_heads(scores[heads_key(i)], student.num_heads, teacher.num_query_groups) for i in layers},
+    heads = {i: keep_heads(i, teacher, student, scores) for i in layers}
+    plan = Plan(layers=layers, hidden=top_units(scores[HIDDEN], student.hidden_size), heads=heads)
+    if merge_heads:
+        merge = {i: _merged(scores[heads_key(i)], heads[i], teacher, student) for i in layers}
+        plan = replace(plan, merge={i: pairs for i, pairs in merge.items() if pairs})
+    if not teacher.num_experts:
+        return replace(plan, mlp={i: top_units(scores[mlp_key(i)], student.ffn_hidden_size) for i in layers})
+    experts = {i: top_units(scores[experts_key(i)], student.num_experts) for i in layers}
+    neurons = {
+        i: {e: top_units(scores[expert_mlp_key(i, e)], student.ffn_hidden_size) for e in experts[i].tolist()}
+        for i in layers
+    }
+    shared = layers if teacher.shared_expert_ffn else []
+    return replace(
+        plan,
+        experts=experts,
+        expert_mlp=neurons,
+        shared_expert={i: top_units(scores[shared_expert_key(i)], student.shared_expert_ffn) for i in shared},
     )
+
+
+def _merged(score_E: Tensor, kept: Tensor, teacher: Dims, student: Dims) -> list[tuple[int, int]]:
+    """Pairs (i, 2K - i + 1) of a group's L heads, best first and counted from 1, for i from 2K - L + 1 to K.
+
+    Source: arXiv:2407.14679, section 2.3.
+    """
+    per_group, num_kept = teacher.num_heads // teacher.num_query_groups, student.num_heads // student.num_query_groups
+    if 2 * num_kept < per_group:
+        raise ConfigError(
+            f"prune.heads=merge keeps {num_kept} of {per_group} heads of a query group and needs at least half of "
+            "them; keep more in search.heads, or set prune.heads=cut."
+        )
+    pairs = []
+    for group in sorted({head // per_group for head in kept.tolist()}):
+        heads = range(group * per_group, (group + 1) * per_group)
+        best_first = sorted(heads, key=lambda head: (head not in kept, -float(score_E[head]), head))
+        first = 2 * num_kept - per_group + 1
+        pairs += [(best_first[i - 1], best_first[2 * num_kept - i]) for i in range(first, num_kept + 1)]
+    return pairs
+
+
+SIZES = {
+    "num_layers": "layers",
+    "hidden_size": "hidden",
+    "ffn_hidden_size": "ffn",
+    "num_heads": "heads",
+    "num_query_groups": "groups",
+    "num_experts": "experts",
+    "shared_expert_ffn": "shared_expert_ffn",
+}
+"""Sizes that a cut may change -> the setting of `search` and the argument of `Dims.with_shape`."""
 
 
 def _check_student(teacher: Dims, student: Dims) -> None:
-    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_heads"):
+    for name in SIZES:
         value, largest = getattr(student, name), getattr(teacher, name)
-        if not 1 <= value <= largest:
+        if not min(1, largest) <= value <= largest:
             raise ConfigError(f"student {name}={value} must be in [1, {largest}] (the teacher's); pick a smaller one.")
-    if student.num_heads % teacher.num_query_groups:
+    per_group = teacher.num_heads // teacher.num_query_groups
+    if student.num_heads % student.num_query_groups:
         raise ConfigError(
-            f"student num_heads={student.num_heads} must be a multiple of the teacher's "
-            f"{teacher.num_query_groups} query groups; change search.heads."
+            f"student num_heads={student.num_heads} must be a multiple of its {student.num_query_groups} query groups; "
+            "change search.heads."
         )
-    cut = teacher.with_shape(
-        layers=student.num_layers, hidden=student.hidden_size, ffn=student.ffn_hidden_size, heads=student.num_heads
-    )
+    if student.num_heads // student.num_query_groups > per_group:
+        raise ConfigError(
+            f"student num_heads={student.num_heads} in {student.num_query_groups} query groups are more than the "
+            f"teacher's {per_group} heads a group; lower search.heads or keep more search.groups."
+        )
+    if student.num_experts < teacher.experts_per_token:
+        raise ConfigError(
+            f"student num_experts={student.num_experts} must be at least the {teacher.experts_per_token} that a token "
+            "is sent to; raise search.experts."
+        )
+    cut = teacher.with_shape(**{argument: getattr(student, name) for name, argument in SIZES.items()})
     changed = [name for name, value in vars(cut).items() if getattr(student, name) != value]
     if changed:
         raise ConfigError(f"student {', '.join(changed)} must be the teacher's: pruning cuts sizes only; restore them.")

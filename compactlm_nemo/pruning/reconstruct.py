@@ -1,9 +1,8 @@
-"""Student parameters whose removed units live on in what is left: sources around the teacher's checkpoint.
+"""What is refitted on second moments: the maps that lose inputs, and how the residual stream is turned.
 
 `RefittedWriters` gives the teacher's parameters with output projections and fc2 refitted to their kept inputs; the cut
-then takes those columns. `NarrowedSource` narrows the residual stream of a model that keeps its hidden size in one of
-the ways of `pruning.hidden`. Every rank reads what it needs, one whole parameter and its second moments at a time, so
-the result is the same in every layout.
+(`pruning.cut`) then takes those columns. Every rank reads what it needs, one whole parameter and its second moments at
+a time, so the result is the same in every layout.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from compactlm_nemo.importance.moments import FINAL_NORM, attention_norm_key, ml
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.pruning.bridge import Bridge, bridge_weight
-from compactlm_nemo.pruning.hidden import HiddenCut, NormedStream
+from compactlm_nemo.pruning.cut import split_name
+from compactlm_nemo.pruning.hidden import NormedStream
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.refit import columns_of, refit
 from compactlm_nemo.pruning.rotate import Rotation, principal_rotation
@@ -54,7 +54,7 @@ class RefittedWriters:
         full = self.source(name)
         if not name.startswith("decoder.layers."):
             return full
-        layer, rest = _split(name)
+        layer, rest = split_name(name)
         if rest == "self_attention.linear_proj.weight":
             return self._refitted(full, proj_key(layer), columns_of(self.plan.heads[layer], self.teacher.head_dim))
         if rest == "mlp.linear_fc2.weight" and layer in self.bridges:
@@ -71,40 +71,6 @@ class RefittedWriters:
         full_OE = full_OE.clone()
         full_OE[:, kept] = refit(full_OE, self.moment(moment), kept, self.ridge).to(full_OE.dtype)
         return full_OE
-
-
-class NarrowedSource:
-    """A model whose residual stream is narrowed; `layers` are the teacher's numbers of its layers."""
-
-    def __init__(self, source: ParameterSource, layers: list[int], hidden: HiddenCut) -> None:
-        self.source, self.layers, self.hidden = source, layers, hidden
-
-    def __call__(self, name: str) -> Tensor:
-        full, hidden = self.source(name), self.hidden
-        if name == "embedding.word_embeddings.weight":
-            return hidden.embed(full)
-        if name == "output_layer.weight":
-            return hidden.read(FINAL_NORM, full)
-        if name.startswith("decoder.final_layernorm."):
-            return hidden.norm(FINAL_NORM, full) if name.endswith("weight") else hidden.norm_bias(full)
-        layer, rest = _split(name)
-        before_attention, before_mlp = attention_norm_key(self.layers[layer]), mlp_norm_key(self.layers[layer])
-        if rest in ("input_layernorm.weight", "pre_mlp_layernorm.weight"):
-            return hidden.norm(before_attention if rest.startswith("input") else before_mlp, full)
-        if rest in ("input_layernorm.bias", "pre_mlp_layernorm.bias"):
-            return hidden.norm_bias(full)
-        if rest == "self_attention.linear_qkv.weight":
-            return hidden.read(before_attention, full)
-        if rest.endswith(("linear_fc1.weight", "router.weight", "gate_weight")):
-            return hidden.read(before_mlp, full)
-        if "linear_proj" in rest or "linear_fc2" in rest:
-            return hidden.write(full)
-        return full  # of the heads alone: query and key norms, biases of fc1 and qkv
-
-
-def _split(name: str) -> tuple[int, str]:
-    _, _, layer, rest = name.split(".", 3)
-    return int(layer), rest
 
 
 def normed_stream(source: ParameterSource, moment: Moment, tokens: int) -> NormedStream:

@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.errors import ConfigError, NumericsError
-from compactlm_nemo.importance.scores import DEPTH, HIDDEN, heads_key, mlp_key
+from compactlm_nemo.importance.scores import (
+    DEPTH,
+    HIDDEN,
+    expert_mlp_key,
+    experts_key,
+    groups_key,
+    heads_key,
+    mlp_key,
+    shared_expert_key,
+)
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.search.cost import num_params
+from compactlm_nemo.search.cost import active_params, num_params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,21 +31,30 @@ class Candidate:
     hidden: int
     ffn: int
     heads: int
+    groups: int
+    experts: int
+    shared_expert_ffn: int
     params: int
+    active_params: int
     kept_importance: float
     """Share of the teacher's importance that the cut keeps, in [0, 1]."""
 
     def dims(self, teacher: Dims) -> Dims:
         """The teacher's architecture in this candidate's sizes."""
-        return teacher.with_shape(layers=self.layers, hidden=self.hidden, ffn=self.ffn, heads=self.heads)
+        return teacher.with_shape(
+            layers=self.layers,
+            hidden=self.hidden,
+            ffn=self.ffn,
+            heads=self.heads,
+            groups=self.groups,
+            experts=self.experts,
+            shared_expert_ffn=self.shared_expert_ffn,
+        )
 
 
 def check_scores(teacher: Dims, scores: dict[str, Tensor]) -> None:
     """ConfigError unless every score vector is there in the teacher's length; NumericsError on NaN or infinity."""
-    expected = {HIDDEN: teacher.hidden_size, DEPTH: teacher.num_layers}
-    for i in range(teacher.num_layers):
-        expected |= {mlp_key(i): teacher.ffn_hidden_size, heads_key(i): teacher.num_heads}
-    for name, length in expected.items():
+    for name, length in _lengths(teacher).items():
         if name not in scores:
             raise ConfigError(f"scores: {name} is missing; run the score stage on this teacher.")
         if name == DEPTH and tuple(scores[name].shape) == (length, length):
@@ -51,6 +69,21 @@ def check_scores(teacher: Dims, scores: dict[str, Tensor]) -> None:
     extra = f"layers.{teacher.num_layers}."
     if any(name.startswith(extra) for name in scores):
         raise ConfigError(f"scores: {extra}* is beyond the teacher's {teacher.num_layers} layers; score this teacher.")
+
+
+def _lengths(teacher: Dims) -> dict[str, int]:
+    """The vectors that every cut needs; groups are asked for when they are cut."""
+    expected = {HIDDEN: teacher.hidden_size, DEPTH: teacher.num_layers}
+    for i in range(teacher.num_layers):
+        expected[heads_key(i)] = teacher.num_heads
+        if not teacher.num_experts:
+            expected[mlp_key(i)] = teacher.ffn_hidden_size
+            continue
+        expected[experts_key(i)] = teacher.num_experts
+        expected |= {expert_mlp_key(i, e): teacher.ffn_hidden_size for e in range(teacher.num_experts)}
+        if teacher.shared_expert_ffn:
+            expected[shared_expert_key(i)] = teacher.shared_expert_ffn
+    return expected
 
 
 def top_units(score_E: Tensor, k: int) -> Tensor:
@@ -91,14 +124,19 @@ def depth_share(depth: Tensor, num: int) -> float:
     return math.exp(-max(0.0, float(depth[:, len(depth) - num - 1].nan_to_num(torch.inf).min())))
 
 
-def top_heads(score_E: Tensor, k: int, groups: int) -> Tensor:
-    """Indices of k query heads, ascending: the best ``k / groups`` of each group.
+def keep_heads(layer: int, teacher: Dims, student: Dims, scores: dict[str, Tensor]) -> Tensor:
+    """Indices of the query heads of a layer that stay, ascending: the best of each kept group.
 
-    Head h belongs to group ``h // (heads / groups)``; `groups` must divide k and the number of heads.
+    Whole groups go by their own scores. Head h belongs to group ``h // (heads / groups)``.
     """
-    per_group = score_E.numel() // groups
-    chosen = [top_units(score, k // groups) + g * per_group for g, score in enumerate(score_E.split(per_group))]
-    return torch.cat(chosen)
+    groups = torch.arange(teacher.num_query_groups)
+    if student.num_query_groups < len(groups):
+        if groups_key(layer) not in scores:
+            raise ConfigError(f"scores: {groups_key(layer)} is missing; run the score stage on this teacher.")
+        groups = top_units(scores[groups_key(layer)], student.num_query_groups)
+    by_group = scores[heads_key(layer)].cpu().view(teacher.num_query_groups, -1)
+    num_kept = student.num_heads // student.num_query_groups
+    return torch.cat([top_units(by_group[g], num_kept) + g * by_group.shape[1] for g in groups.tolist()])
 
 
 def kept_share(score_E: Tensor, kept: Tensor) -> float:
@@ -108,33 +146,47 @@ def kept_share(score_E: Tensor, kept: Tensor) -> float:
     return float(mass_E[kept].sum()) / total if total > 0 else 1.0
 
 
-def rank_candidates(teacher: Dims, candidates: list[Dims], scores: dict[str, Tensor]) -> list[Candidate]:
-    """Candidates by `kept_importance`, best first; of equals the smaller model, then the order given.
+def kept_importance(teacher: Dims, student: Dims, scores: dict[str, Tensor]) -> float:
+    """``share(hidden) * mean_l share(heads_l) * mean_l share(MLP_l) * share(depth)``.
 
-    ``kept = share(hidden) * mean_l share(mlp_l) * mean_l share(heads_l) * share(depth)``, where share is the part of
-    the score mass held by the units that stay (query heads chosen inside their groups) and l runs over all layers
-    of the teacher.
+    share is the part of the score mass held by the units that stay and l runs over all layers of the teacher. Of a
+    layer with experts the MLP's share is that of its experts times the mean share of their neurons (and of the shared
+    expert's).
     """
+
+    def share(name: str, num: int) -> float:
+        return kept_share(scores[name], top_units(scores[name], num))
+
+    def mlp_share(layer: int) -> float:
+        if not teacher.num_experts:
+            return share(mlp_key(layer), student.ffn_hidden_size)
+        neurons = [share(expert_mlp_key(layer, e), student.ffn_hidden_size) for e in range(teacher.num_experts)]
+        if teacher.shared_expert_ffn:
+            neurons.append(share(shared_expert_key(layer), student.shared_expert_ffn))
+        return share(experts_key(layer), student.num_experts) * sum(neurons) / len(neurons)
+
+    layers = range(teacher.num_layers)
+    heads = [kept_share(scores[heads_key(i)], keep_heads(i, teacher, student, scores)) for i in layers]
+    mlp = [mlp_share(i) for i in layers]
+    depth = depth_share(scores[DEPTH], student.num_layers)
+    return share(HIDDEN, student.hidden_size) * sum(heads) / len(heads) * sum(mlp) / len(mlp) * depth
+
+
+def rank_candidates(teacher: Dims, candidates: list[Dims], scores: dict[str, Tensor]) -> list[Candidate]:
+    """Candidates by `kept_importance`, best first; of equals the smaller model, then the order given."""
     check_scores(teacher, scores)
-    layers, groups = range(teacher.num_layers), teacher.num_query_groups
-
-    def kept_importance(dims: Dims) -> float:
-        mlp = [kept_share(scores[mlp_key(i)], top_units(scores[mlp_key(i)], dims.ffn_hidden_size)) for i in layers]
-        heads = [
-            kept_share(scores[heads_key(i)], top_heads(scores[heads_key(i)], dims.num_heads, groups)) for i in layers
-        ]
-        hidden = kept_share(scores[HIDDEN], top_units(scores[HIDDEN], dims.hidden_size))
-        depth = depth_share(scores[DEPTH], dims.num_layers)
-        return hidden * sum(mlp) / len(mlp) * sum(heads) / len(heads) * depth
-
     ranked = [
         Candidate(
             layers=dims.num_layers,
             hidden=dims.hidden_size,
             ffn=dims.ffn_hidden_size,
             heads=dims.num_heads,
+            groups=dims.num_query_groups,
+            experts=dims.num_experts,
+            shared_expert_ffn=dims.shared_expert_ffn,
             params=num_params(dims),
-            kept_importance=kept_importance(dims),
+            active_params=active_params(dims),
+            kept_importance=kept_importance(teacher, dims, scores),
         )
         for dims in candidates
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compactlm_nemo.models.build import build_model, fill
+from compactlm_nemo.models.build import ParameterSource, build_model, fill
 from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.hf import count_params, export_hf, open_hf
-from compactlm_nemo.pruning.cut import CutSource
+from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
+from compactlm_nemo.pruning.hidden import Selection
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.search.cost import num_params
-from tests.megatron import LAYOUTS, filled, mesh_of
+from tests.megatron import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
 from tests.models.tiny import CASES, EXPERT_CASES, save_tiny, tokens
 from tests.ranks import run_ranks
 
@@ -39,6 +41,11 @@ def plan_of(hidden: list[int]) -> Plan:
         mlp={i: torch.tensor(MLP[i]) for i in LAYERS},
         hidden=torch.tensor(hidden),
     )
+
+
+def student_source(dims: Dims, plan: Plan, source: ParameterSource) -> ParameterSource:
+    """Plain cut, nothing refitted."""
+    return NarrowedSource(CutSource(dims, plan, source), plan.layers, Selection(plan.hidden))
 
 
 def student_of(teacher: Dims, hidden: list[int]) -> Dims:
@@ -75,7 +82,7 @@ def sliced(tensors: dict[str, Tensor], hidden: list[int]) -> dict[str, Tensor]:
 def export_cut(teacher: Path, target: Path, hidden: list[int]) -> Dims:
     dims, source = open_hf(teacher)
     student = student_of(dims, hidden)
-    export_hf(teacher, target, student, CutSource(dims, plan_of(hidden), source), torch.float32)
+    export_hf(teacher, target, student, student_source(dims, plan_of(hidden), source), torch.float32)
     return student
 
 
@@ -133,12 +140,14 @@ def _same_checkpoint(rank: int, world: int, layout: str, root: Path, out: Path) 
         dist.barrier()
         student = student_of(dims, HIDDEN)
         model = build_model(student, mesh, dtype=torch.float32, vocab_multiple=8)
-        cut = CutSource(dims, plan_of(HIDDEN), CheckpointSource(out / case / "teacher", dims))
+        cut = student_source(dims, plan_of(HIDDEN), CheckpointSource(out / case / "teacher", dims))
         fill(model, student, mesh, cut, vocab_multiple=8)
         save_model(out / case / "student", model, mesh)
         dist.barrier()
         if rank == 0:
-            want = CutSource(dims, plan_of(HIDDEN), open_hf(root / case)[1])  # checked above against plain indexing
+            want = student_source(
+                dims, plan_of(HIDDEN), open_hf(root / case)[1]
+            )  # checked above against plain indexing
             got = CheckpointSource(out / case / "student", student)
             for name in parameter_shapes(student):
                 assert torch.equal(got(name), want(name)), (case, name)
@@ -156,3 +165,137 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("layout", ["1", "tp2_pp2", "pp1_3", "tp2_sp_cp2"])
 def test_every_layout_makes_the_same_student(layout, teachers, tmp_path):
     run_ranks(_same_checkpoint, LAYOUTS[layout][0], tmp_path, layout, teachers, tmp_path / "out")
+
+
+EXPERTS = {0: [3, 1], 3: [0, 2]}
+"""Kept experts of four, to be sorted; and of each a different set of neurons."""
+NEURONS = {0: [0, 5, 7, 20], 1: [1, 2, 3, 23], 2: [8, 9, 10, 11], 3: [0, 1, 22, 23]}
+SHARED = list(range(1, 40, 3))
+
+
+def expert_plan(shared: bool) -> Plan:
+    experts = {i: torch.tensor(sorted(kept)) for i, kept in EXPERTS.items()}
+    return Plan(
+        layers=LAYERS,
+        hidden=torch.tensor(HIDDEN),
+        heads={0: torch.tensor([2, 3]), 3: torch.tensor([0, 1])},  # one whole group of two
+        experts=experts,
+        expert_mlp={i: {e: torch.tensor(NEURONS[e]) for e in kept.tolist()} for i, kept in experts.items()},
+        shared_expert={i: torch.tensor(SHARED) for i in LAYERS} if shared else {},
+    )
+
+
+def sliced_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As `sliced`, for `expert_plan`."""
+    wanted = {}
+    for name, full in tensors.items():
+        if not name.startswith("model.layers."):
+            wanted[name] = full[..., HIDDEN]
+            continue
+        layer = int(name.split(".")[2])
+        if layer not in LAYERS:
+            continue
+        new = name.replace(f"layers.{layer}.", f"layers.{LAYERS.index(layer)}.")
+        group = {0: 1, 3: 0}[layer]
+        queries = slice(group * 2 * HEAD_DIM, (group + 1) * 2 * HEAD_DIM)
+        keys = slice(group * HEAD_DIM, (group + 1) * HEAD_DIM)
+        kept = sorted(EXPERTS[layer])
+        part, kind = name.split(".")[-2:]
+        if ".experts." in name:
+            expert = int(name.split(".experts.")[1].split(".")[0])
+            if expert not in kept:
+                continue
+            new = new.replace(f".experts.{expert}.", f".experts.{kept.index(expert)}.")
+            is_down = part in ("w2", "down_proj")
+            cut = full[HIDDEN][:, NEURONS[expert]] if is_down else full[NEURONS[expert]][:, HIDDEN]
+        elif ".shared_expert." in name:
+            cut = full[HIDDEN][:, SHARED] if part == "down_proj" else full[SHARED][:, HIDDEN]
+        elif part == "shared_expert_gate":
+            cut = full[:, HIDDEN]
+        elif part == "gate":
+            cut = full[kept][:, HIDDEN]
+        elif part in ("q_proj", "k_proj", "v_proj"):
+            cut = full[queries if part == "q_proj" else keys]
+            cut = cut[:, HIDDEN] if kind == "weight" else cut
+        elif part == "o_proj":
+            cut = full[HIDDEN][:, queries] if kind == "weight" else full[HIDDEN]
+        else:
+            cut = full if part in ("q_norm", "k_norm") else full[HIDDEN]
+        wanted[new] = cut
+    return wanted
+
+
+@pytest.mark.parametrize("case", [case for case in EXPERT_CASES if not case.endswith("top1")])
+def test_experts_and_groups_are_the_slice_of_every_tensor(case, tmp_path):
+    save_tiny(case, tmp_path / "teacher")
+    dims, source = open_hf(tmp_path / "teacher")
+    has_shared = dims.shared_expert_ffn > 0
+    student = dims.with_shape(
+        layers=2, hidden=len(HIDDEN), ffn=4, heads=2, groups=1, experts=2,
+        shared_expert_ffn=len(SHARED) if has_shared else 0,
+    )  # fmt: skip
+    cut = student_source(dims, expert_plan(has_shared), source)
+    export_hf(tmp_path / "teacher", tmp_path / "student", student, cut, torch.float32)
+    want = sliced_experts(load_file(tmp_path / "teacher" / "model.safetensors"))
+    got = load_file(tmp_path / "student" / "model.safetensors")
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    assert count_params(tmp_path / "student") == num_params(student)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student").eval()
+    with torch.no_grad():
+        assert bool(model(tokens()).logits.isfinite().all())
+
+
+def _same_experts(rank: int, world: int, fields: dict[str, Any], root: Path, out: Path) -> None:
+    """As `_same_checkpoint`, for a model with experts."""
+    mesh = mesh_of(**fields)
+    dims, teacher = filled(root / "qwen2_moe", mesh)
+    save_model(out / "teacher", teacher, mesh)
+    dist.barrier()
+    student = dims.with_shape(
+        layers=2, hidden=len(HIDDEN), ffn=4, heads=2, groups=1 if mesh.tp_size == 1 else 2, experts=2,
+        shared_expert_ffn=12,
+    )  # fmt: skip
+    plan = expert_plan(True)
+    plan = replace(plan, shared_expert={i: kept[:12] for i, kept in plan.shared_expert.items()})
+    if mesh.tp_size > 1:
+        plan = replace(plan, heads={0: torch.tensor([1, 3]), 3: torch.tensor([0, 2])})
+    model = build_model(student, mesh, dtype=torch.float32, vocab_multiple=8)
+    fill(model, student, mesh, student_source(dims, plan, CheckpointSource(out / "teacher", dims)), vocab_multiple=8)
+    save_model(out / "student", model, mesh)
+    dist.barrier()
+    if rank == 0:
+        want, got = (
+            student_source(dims, plan, open_hf(root / "qwen2_moe")[1]),
+            CheckpointSource(out / "student", student),
+        )
+        for name in parameter_shapes(student):
+            assert torch.equal(got(name), want(name)), name
+    dist.barrier()
+
+
+@pytest.mark.parametrize("layout", ["ep2", "ep2_pp2", "tp2_sp_ep2"])
+def test_every_layout_makes_the_same_student_with_experts(layout, tmp_path):
+    save_tiny("qwen2_moe", tmp_path / "qwen2_moe")
+    world, fields = EXPERT_LAYOUTS[layout]
+    run_ranks(_same_experts, world, tmp_path, fields, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("case", ["llama_biases", "qwen3"])
+def test_merged_heads_have_the_merged_queries(case, tmp_path):
+    """One head of each group stays and takes in the other: rows of the query projection become 2 W_i - W_j."""
+    save_tiny(case, tmp_path / "teacher")
+    dims, source = open_hf(tmp_path / "teacher")
+    plan = replace(plan_of(EVERY), merge={0: [(1, 0), (2, 3)], 3: [(0, 1), (3, 2)]})
+    cut = student_source(dims, plan, source)
+    export_hf(tmp_path / "teacher", tmp_path / "student", student_of(dims, EVERY), cut, torch.float32)
+    teacher, got = (load_file(tmp_path / name / "model.safetensors") for name in ("teacher", "student"))
+    for name, full in teacher.items():
+        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+        if layer in LAYERS and ".q_proj." in name:
+            heads = full.unflatten(0, (4, HEAD_DIM))
+            want = torch.cat([2 * heads[kept] - heads[gone] for kept, gone in plan.merge[layer]])
+            assert torch.equal(got[name.replace(f"layers.{layer}.", f"layers.{LAYERS.index(layer)}.")], want), name
+        elif layer in LAYERS and (".k_proj." in name or ".v_proj." in name):
+            assert torch.equal(got[name.replace(f"layers.{layer}.", f"layers.{LAYERS.index(layer)}.")], full), name

@@ -52,6 +52,42 @@ def test_heads_are_chosen_inside_their_group():
     assert all(kept.tolist() == [0, 4] for kept in plan.heads.values())
 
 
+def test_whole_groups_go_by_their_own_scores():
+    scores = scores_of(TEACHER) | {f"layers.{i}.heads": torch.tensor([9.0, 8, 7, 1, 3, 2]) for i in range(5)}
+    scores |= {f"layers.{i}.groups": torch.tensor([1.0, 2.0]) for i in range(5)}
+    plan = make_plan(TEACHER, replace(STUDENT, num_heads=2, num_query_groups=1), scores)
+    assert all(kept.tolist() == [4, 5] for kept in plan.heads.values())
+
+
+def test_removed_heads_are_merged_into_the_last_kept_ones():
+    """Of L = 5 heads K = 3 stay: the paper's pairs are (3, 4) and (2, 5), counted from 1, best first."""
+    wide = replace(TEACHER, num_heads=10)
+    score = torch.tensor([1.0, 5, 4, 2, 3, 9, 8, 7, 6, 5])  # best first: 1, 2, 4, 3, 0 and 5, 6, 7, 8, 9
+    scores = scores_of(wide) | {f"layers.{i}.heads": score for i in range(5)}
+    plan = make_plan(wide, replace(wide, num_heads=6), scores, merge_heads=True)
+    assert plan.merge == {i: [(2, 0), (4, 3), (6, 9), (7, 8)] for i in range(5)}
+    assert make_plan(wide, replace(wide, num_heads=6), scores).merge == {}
+    assert make_plan(wide, wide, scores, merge_heads=True).merge == {}
+    with pytest.raises(ConfigError, match="prune.heads=merge keeps 2 of 5 heads.*at least half"):
+        make_plan(wide, replace(wide, num_heads=4), scores, merge_heads=True)
+
+
+def test_experts_go_first_then_the_neurons_of_each():
+    mixed = replace(TEACHER, num_experts=3, experts_per_token=1, ffn_hidden_size=4, shared_expert_ffn=5)
+    scores = {name: x for name, x in scores_of(mixed).items() if not name.endswith("mlp")}
+    for i in range(5):
+        scores |= {f"layers.{i}.experts": torch.tensor([1.0, 3, 2]), f"layers.{i}.shared_expert.mlp": torch.arange(5.0)}
+        scores |= {f"layers.{i}.experts.{e}.mlp": torch.tensor([0.0, 9, e, 2 - e]) for e in range(3)}
+    student = replace(mixed, num_experts=2, ffn_hidden_size=2, shared_expert_ffn=1)
+    plan = make_plan(mixed, student, scores)
+    assert plan.mlp == {} and all(plan.experts[i].tolist() == [1, 2] for i in range(5))
+    assert all(plan.shared_expert[i].tolist() == [4] for i in range(5))
+    assert {e: kept.tolist() for e, kept in plan.expert_mlp[0].items()} == {1: [1, 2], 2: [1, 2]}
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))).to_json() == plan.to_json()
+    with pytest.raises(ConfigError, match="num_experts=1 must be at least the 2"):
+        make_plan(replace(mixed, experts_per_token=2), replace(student, num_experts=1, experts_per_token=2), scores)
+
+
 def test_nothing_cut_keeps_everything():
     plan = make_plan(TEACHER, TEACHER, scores_of(TEACHER))
     assert plan.layers == list(range(5)) and plan.hidden.tolist() == list(range(16))
@@ -79,7 +115,9 @@ def test_a_broken_plan_is_refused(broken):
         ({"num_layers": 6}, r"num_layers=6 must be in \[1, 5\]"),
         ({"ffn_hidden_size": 0}, r"ffn_hidden_size=0 must be in \[1, 24\]"),
         ({"num_heads": 8}, r"num_heads=8 must be in \[1, 6\]"),
-        ({"num_heads": 3}, "num_heads=3 must be a multiple of the teacher's 2 query groups"),
+        ({"num_heads": 3}, "num_heads=3 must be a multiple of its 2 query groups"),
+        ({"num_query_groups": 1}, "num_heads=4 in 1 query groups are more than the teacher's 3 heads a group"),
+        ({"num_experts": 1}, r"num_experts=1 must be in \[1, 0\]"),
         ({"head_dim": 2, "vocab_size": 10}, "student head_dim, vocab_size must be the teacher's"),
     ],
 )

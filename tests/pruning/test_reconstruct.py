@@ -19,13 +19,13 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.hf import export_hf, open_hf
 from compactlm_nemo.pruning.bridge import Bridge, bridge_weight, gaps_of, measure_bridges
-from compactlm_nemo.pruning.cut import CutSource
+from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.hidden import HiddenCut, RefittedSelection, RotatedStream, Selection
 from compactlm_nemo.pruning.plan import Plan
-from compactlm_nemo.pruning.reconstruct import NarrowedSource, RefittedWriters, normed_stream, stream_rotation
+from compactlm_nemo.pruning.reconstruct import RefittedWriters, normed_stream, stream_rotation
 from tests.megatron import COMBINED, LAYOUTS, filled, mesh_of
 from tests.models.tiny import VOCAB, save_tiny, tiny_model, tokens
-from tests.pruning.test_cut import EVERY, HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP, plan_of, student_of
+from tests.pruning.test_cut import HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP, plan_of, student_of
 from tests.pruning.test_refit import fitted
 from tests.ranks import run_ranks
 
@@ -69,13 +69,13 @@ def student_source(
     dims: Dims, source: ParameterSource, seen: dict[str, numpy.ndarray], hidden: list[int], rotate: bool = False
 ) -> ParameterSource:
     """All refits on top of the cut of test_cut, as a run puts them together."""
-    plan, every = plan_of(hidden), plan_of(EVERY)
+    plan = plan_of(hidden)
     moment = moments(seen)
     stream = normed_stream(source, moment, num_tokens())
     narrow: HiddenCut = RefittedSelection(plan.hidden, stream, RIDGE, is_rms=not dims.layer_norm_1p)
     if rotate:
         narrow = RotatedStream(stream_rotation(dims, plan, stream), stream, RIDGE)
-    wide = CutSource(dims, every, RefittedWriters(dims, plan, source, moment, RIDGE, {}))
+    wide = CutSource(dims, plan, RefittedWriters(dims, plan, source, moment, RIDGE, {}))
     return NarrowedSource(wide, plan.layers, narrow)
 
 

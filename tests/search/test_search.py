@@ -1,5 +1,6 @@
 """Costs against transformers' models and the papers' counts, the space against the papers' tables, ranks by hand."""
 
+import math
 from dataclasses import replace
 from math import prod
 
@@ -29,7 +30,7 @@ from compactlm_nemo.models.build import tp_share
 from compactlm_nemo.models.dims import Dims, split_layers
 from compactlm_nemo.models.families import dims_of, parameter_shapes
 from compactlm_nemo.search import cost
-from compactlm_nemo.search.select import rank_candidates, top_heads, top_units
+from compactlm_nemo.search.select import depth_share, keep_heads, keep_layers, rank_candidates, top_units
 from compactlm_nemo.search.space import enumerate_space
 
 NEMOTRON_15B = Dims(
@@ -291,7 +292,24 @@ def test_units_that_stay():
     assert top_units(torch.tensor([1.0, 5, 5, 5, 0]), 2).tolist() == [1, 2]
     assert top_units(torch.ones(500), 3).tolist() == [0, 1, 2]
     # The two best heads are both in group 0, yet each group keeps one.
-    assert top_heads(torch.tensor([9.0, 8, 1, 2]), 2, groups=2).tolist() == [0, 3]
+    scores = _scores() | {"layers.0.heads": torch.tensor([9.0, 8, 1, 2]), "layers.0.groups": torch.tensor([1.0, 3])}
+    assert keep_heads(0, TINY, TINY.with_shape(heads=2), scores).tolist() == [0, 3]
+    # Of the better group one head, whatever the heads of the other score.
+    assert keep_heads(0, TINY, TINY.with_shape(heads=1, groups=1), scores).tolist() == [3]
+    assert keep_heads(0, TINY, TINY.with_shape(heads=2, groups=1), scores).tolist() == [2, 3]
+    with pytest.raises(ConfigError, match="layers.1.groups is missing"):
+        keep_heads(1, TINY, TINY.with_shape(heads=2, groups=1), scores)
+
+
+def test_blocks_of_layers():
+    nan = float("nan")
+    # Removing two layers costs least from layer 1 on; one layer was not measured.
+    blocks = torch.tensor([[nan, 0.5, 3], [nan, 0.25, nan], [nan, nan, nan]])
+    assert keep_layers(blocks, 1).tolist() == [0] and keep_layers(blocks, 3).tolist() == [0, 1, 2]
+    assert depth_share(blocks, 1) == pytest.approx(math.exp(-0.25)) and depth_share(blocks, 3) == 1
+    with pytest.raises(ConfigError, match=r"no blocks of 1 layers.*search.layers=2.*add 1 to score.block_lengths"):
+        keep_layers(blocks, 2)
+    assert keep_layers(torch.tensor([1.0, 3, 2]), 2).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
