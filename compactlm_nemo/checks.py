@@ -12,6 +12,7 @@ from compactlm_nemo.data.windows import TokenStream
 from compactlm_nemo.errors import CompactLMError, ConfigError, listed
 from compactlm_nemo.evaluation.harness import harness_problem
 from compactlm_nemo.models.dims import Dims, split_layers
+from compactlm_nemo.models.families import export_problem
 from compactlm_nemo.models.teacher import companions_folder, declared_dims, teacher_dims
 from compactlm_nemo.parallel.launch import is_main_rank
 from compactlm_nemo.search.space import enumerate_space
@@ -203,7 +204,7 @@ def _layout_problems(config: Config, dims: Dims) -> list[str]:
             f"parallel.sequence_parallel); use {-(-length // parts) * parts}."
         )
     try:
-        models = [dims, *enumerate_space(dims, config.search)]
+        models = [dims, *enumerate_space(dims, config.search, tp)]
     except CompactLMError as error:
         problems.append(str(error))
         models = [dims]
@@ -219,6 +220,7 @@ def _layout_problems(config: Config, dims: Dims) -> list[str]:
         for size in sorted(values)
         if size % tp
     ]
+    problems += sorted({problem for model in models if (problem := export_problem(model))})
     for layers in sorted({model.num_layers for model in models}):
         try:
             split_layers(layers, layout)

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compactlm_nemo.config.choices import Reconstruct, Stream
+from compactlm_nemo.config.choices import HeadCut, Reconstruct, Stream
 from compactlm_nemo.config.schema import PruneConfig
 from compactlm_nemo.data.windows import calibration_windows, validation_windows
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.importance.moments import MomentSource
-from compactlm_nemo.importance.scores import load_scores
+from compactlm_nemo.importance.scores import HIDDEN, load_scores
 from compactlm_nemo.models.build import Chunks, ParameterSource, fill
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
@@ -24,11 +25,12 @@ from compactlm_nemo.pruning import spare
 from compactlm_nemo.pruning.bridge import Bridge, gaps_of, measure_bridges
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.hidden import HiddenCut, RefittedSelection, RotatedStream, Selection
-from compactlm_nemo.pruning.plan import Plan
-from compactlm_nemo.pruning.reconstruct import RefittedWriters, normed_stream, stream_rotation
+from compactlm_nemo.pruning.plan import Plan, make_plan
+from compactlm_nemo.pruning.reconstruct import RefittedWriters, normed_stream, stream_energy, stream_rotation
 from compactlm_nemo.report.progress import progress_bar
 from compactlm_nemo.run import Run
 from compactlm_nemo.scoring import MOMENTS
+from compactlm_nemo.search.damage import HIDDEN_ERROR
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,21 @@ class Cutting:
         everyone = gather_objects(found)
         with main_rank_writes() as writes:
             if writes:
-                save_file({name: x for part in everyone for name, x in part.items()}, folder / spare.FILE)
+                merged = {name: x for part in everyone for name, x in part.items()}
+                save_file(merged | {HIDDEN_ERROR: self._hidden_error()}, folder / spare.FILE)
         barrier()
+
+    def _hidden_error(self) -> Tensor:
+        """`[H + 1]` share of the normed stream of all norms that is lost with the channels or directions that go."""
+        assert self.moments is not None
+        stream, size = normed_stream(self.source, self.moments.whole, self.moments.tokens), self.teacher.hidden_size
+        if self.cfg.hidden is Stream.rotate:
+            energy_H = stream_rotation(self.teacher, list(range(self.teacher.num_layers)), size, stream).energy_H
+        else:
+            best_first = self.run.ranking()[HIDDEN].sort(descending=True, stable=True).indices
+            energy_H = stream_energy(self.teacher, list(range(self.teacher.num_layers)), stream).diagonal()[best_first]
+        lost = energy_H.flip(0).clamp(min=0).cumsum(0) / energy_H.clamp(min=0).sum()
+        return torch.cat([lost.new_zeros(1), lost])
 
     def ranking(self, folder: Path) -> dict[str, Tensor]:
         """What decides which units stay; `folder` is that of the search stage."""
@@ -80,6 +95,15 @@ class Cutting:
         if not self.cfg.by_error:
             return scores
         return spare.ranking(load_file(folder / spare.FILE), scores, [axis.name for axis in self.cfg.by_error])
+
+    def plan(self, student: Dims, folder: Path) -> Plan:
+        """What stays for a student of these sizes; `folder` is that of the search stage."""
+        merges = self.cfg.heads is HeadCut.merge
+        return make_plan(self.teacher, student, self.ranking(folder), merge_heads=merges)
+
+    def candidate_loss(self, student: Dims, folder: Path) -> float:
+        """Zero-shot loss of a candidate, which is built in memory and given up again. Collective."""
+        return self.zero_shot(self.student(student, self.plan(student, folder)), student, "candidate")
 
     def student(self, dims: Dims, plan: Plan) -> Chunks:
         """The student's share of this rank, in evaluation mode. Collective."""
@@ -121,7 +145,9 @@ class Cutting:
         if self.cfg.hidden is Stream.select:
             return RefittedSelection(plan.hidden, stream, self.cfg.ridge, is_rms=not self.teacher.layer_norm_1p)
         # One rank's eigenvectors serve all, as those of equal directions are not unique.
-        rotation = broadcast_object(stream_rotation(self.teacher, plan, stream) if is_main_rank() else None)
+        rotation = broadcast_object(
+            stream_rotation(self.teacher, plan.layers, len(plan.hidden), stream) if is_main_rank() else None
+        )
         assert rotation is not None
         return RotatedStream(rotation, stream, self.cfg.ridge)
 

@@ -33,7 +33,7 @@ def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) ->
     if teacher is None:
         lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
         return lines + [f"{name}: writes {Path(config.run.dir) / folder}" for name, folder in folders.items()]
-    found = enumerate_space(teacher, config.search)
+    found = enumerate_space(teacher, config.search, config.parallel.tp)
     student = max(found, key=num_params)
     lines += _sizes(config, "teacher", teacher)
     lines.append(f"candidates: {len(found)}")
@@ -68,4 +68,6 @@ def _shape(dims: Dims) -> str:
     return (
         f"{dims.num_layers} layers, hidden {dims.hidden_size}, heads {dims.num_heads}/{dims.num_query_groups}, "
         f"MLP {dims.ffn_hidden_size}"
+        + f" x {dims.num_experts} experts" * (dims.num_experts > 0)
+        + f" and {dims.shared_expert_ffn} shared" * (dims.shared_expert_ffn > 0)
     )

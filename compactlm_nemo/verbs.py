@@ -13,10 +13,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
-from compactlm_nemo.config.choices import HeadCut, WidthMetric
+from compactlm_nemo.config.choices import WidthMetric
 from compactlm_nemo.config.schema import ScoreConfig, deciding
 from compactlm_nemo.cutting import Cutting
 from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer, refuse_shared_documents, tokenize_corpus
@@ -35,11 +36,12 @@ from compactlm_nemo.models.hf import copy_companions, count_params, export_hf
 from compactlm_nemo.models.teacher import companions_folder, open_teacher
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.launch import device, is_main_rank, main_rank_writes
-from compactlm_nemo.pruning.plan import make_plan
+from compactlm_nemo.pruning.spare import FILE as SPARE
 from compactlm_nemo.report.progress import progress_bar
 from compactlm_nemo.run import HF, Run, claim
 from compactlm_nemo.scoring import Scoring
 from compactlm_nemo.search.cost import num_params
+from compactlm_nemo.search.damage import predicted_damage
 from compactlm_nemo.search.select import Candidate, rank_candidates
 from compactlm_nemo.search.space import enumerate_space
 from compactlm_nemo.training.checkpoint import latest_step
@@ -161,10 +163,16 @@ def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[st
 def search(run: Run, folder: Path) -> dict[str, Any]:
     """Scores + budget -> candidates.json, best first."""
     dims = run.dims("teacher")
-    found = enumerate_space(dims, run.config.search)
+    found = enumerate_space(dims, run.config.search, run.config.parallel.tp)
     cutting = Cutting(run)
     cutting.find_spare(folder)
     ranked = rank_candidates(dims, found, run.ranking())
+    if cutting.moments is not None:
+        spare, scores = load_file(folder / SPARE), run.ranking()
+        ranked = [replace(c, damage=predicted_damage(dims, c.dims(dims), scores, spare)) for c in ranked]
+        ranked.sort(key=lambda c: (c.damage, c.params))
+    best = [replace(c, zero_shot=cutting.candidate_loss(c.dims(dims), folder)) for c in ranked[: run.config.search.top]]
+    ranked[: len(best)] = sorted(best, key=lambda c: c.zero_shot or 0.0)
     with main_rank_writes() as writes:
         if writes:
             atomic_write_text(folder / "candidates.json", json.dumps([asdict(c) for c in ranked], indent=2) + "\n")
@@ -179,9 +187,7 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
         raise ConfigError(f"prune.candidate={chosen} must be in [0, {len(candidates)}), the number of candidates.")
     cutting = Cutting(run)
     teacher, student = cutting.teacher, Candidate(**candidates[chosen]).dims(cutting.teacher)
-    plan = make_plan(
-        teacher, student, cutting.ranking(run.dir / "search"), merge_heads=run.config.prune.heads is HeadCut.merge
-    )
+    plan = cutting.plan(student, run.dir / "search")
     before = cutting.zero_shot(run.load("teacher"), teacher, "teacher")
     model = cutting.student(student, plan)
     run.save(folder, model, student)

@@ -29,15 +29,28 @@ EXPERTS = [
             [*EXPERTS, "parallel.tp=8", "parallel.sequence_parallel=true"],
             ["parallel.tp=8 must divide the shared expert's width 36"],
         ),
+        ([*EXPERTS, "search.experts=[1]"], ["search.experts=1 must be at least the 4 a token is sent to"]),
+        ([*EXPERTS, "search.experts=[4,5]", "parallel.ep=2"], ["parallel.ep=2 must divide the 5 experts"]),
+        ([*LLAMA, "search.experts=[4]"], ["search.experts=4 must be in [0, 0] (the teacher's value)"]),
+        ([*LLAMA, "search.hidden=[64]", "search.divisors=[hidden]"], ["search.hidden has both values and a rule"]),
+        ([*LLAMA, "search.multiples.width=4"], ["know no axis width"]),
+        ([*LLAMA, "search.multiples.heads=48"], ["no value between search.smallest=0.5 and 1"]),
+        ([*LLAMA, "prune.reconstruct=least_squares"], ["needs score.second_moments=true"]),
+        ([*LLAMA, "prune.hidden=rotate"], ["prune.hidden=rotate needs prune.reconstruct=least_squares"]),
         (
-            [*EXPERTS, "search.layers=[12,24]", "search.ffn_multiples=[0.01171875]"],
             [
-                "search.layers=[12, 24], search.ffn_multiples=[0.01171875] would cut a model with experts",
-                "imports and scores such models",
+                *LLAMA,
+                "search.hidden=[4000]",
+                "search.heads=[24]",
+                "model.architecture.num_key_value_heads=8",
+                "model.architecture.mlp_bias=true",
             ],
+            ["search.hidden=4000 must be a multiple of search.heads=24"],
         ),
-        ([*EXPERTS, "search.heads=[8]", "model.architecture.num_key_value_heads=8"], ["search.heads=[8] would cut"]),
-        ([*EXPERTS, "search.hidden=[1024]", "search.ffn=[64]"], ["search.hidden=[1024] would cut"]),
+        (
+            [*LLAMA, "prune.reconstruct=least_squares", "prune.heads=merge", "score.second_moments=true"],
+            ["prune.heads=merge changes what the refit was measured on"],
+        ),
     ],
 )
 def test_a_broken_rule_about_experts_is_one_line(overrides: list[str], words: list[str]) -> None:
@@ -54,7 +67,7 @@ def test_a_broken_rule_about_experts_is_one_line(overrides: list[str], words: li
         [*LLAMA, "parallel.tp=2", "search.layers=[8]"],
         [*EXPERTS, "parallel.ep=3", "parallel.pp=2"],
         [*EXPERTS, "parallel.ep=2", "parallel.tp=2", "parallel.sequence_parallel=true"],
-        [*EXPERTS, "search.layers=[24]", "search.hidden=[2048]", "search.heads=[16]", "search.ffn=[64]"],
+        [*EXPERTS, "search.layers=[24]", "search.hidden=[2048]", "search.experts=[5]", "search.ffn=[64]"],
     ],
 )
 def test_what_keeps_the_rules_passes(overrides: list[str]) -> None:

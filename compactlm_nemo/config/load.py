@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from compactlm_nemo.config.schema import CompareConfig, Config
 from compactlm_nemo.errors import CompactLMError, ConfigError
 
-OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture)\.[^.=]+=")
+OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture|search\.multiples)\.[^.=]+=")
 """A name of the user's choosing, as in `data.train.web=web.jsonl`; Hydra would ask for `++` before it."""
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

@@ -200,7 +200,33 @@ def resized(config: Any, dims: Dims) -> Any:
         values["layer_types"] = values["layer_types"][: dims.num_layers]
     if "max_window_layers" in values:
         values["max_window_layers"] = dims.num_layers
-    return type(config).from_dict(values)
+    if not _needs_mistral(dims):
+        return type(config).from_dict(values)
+    from transformers import MistralConfig
+
+    if problem := export_problem(dims):
+        raise CheckpointError(problem)
+    names = {"mlp_bias", "attention_bias", "pretraining_tp", "model_type", "architectures"}
+    kept = {name: value for name, value in values.items() if name not in names}
+    return MistralConfig(**kept, sliding_window=None, architectures=["MistralForCausalLM"])
+
+
+def _needs_mistral(dims: Dims) -> bool:
+    """transformers' Llama refuses a hidden size that heads do not divide, though its heads have a width of their own.
+
+    Its Mistral is the same computation without that rule, and without biases.
+    """
+    return dims.family == "llama" and dims.hidden_size % dims.num_heads > 0
+
+
+def export_problem(dims: Dims) -> str | None:
+    """Why no Hugging Face folder can hold a model of these sizes; None when one can."""
+    if _needs_mistral(dims) and (dims.qkv_bias or dims.mlp_bias):
+        return (
+            f"search.hidden={dims.hidden_size} must be a multiple of search.heads={dims.num_heads} for a llama with "
+            "biases, or transformers refuses to load it; change either."
+        )
+    return None
 
 
 def hf_names(name: str, dims: Dims) -> list[str]:

@@ -78,11 +78,15 @@ def normed_stream(source: ParameterSource, moment: Moment, tokens: int) -> Norme
     return NormedStream(moment, tokens, lambda name: source(norm_weight_name(name)))
 
 
-def stream_rotation(teacher: Dims, plan: Plan, stream: NormedStream) -> Rotation:
-    """The directions that hold most of what the norms of the kept layers see."""
-    names = [key(layer) for layer in plan.layers for key in (attention_norm_key, mlp_norm_key)]
+def stream_energy(teacher: Dims, layers: list[int], stream: NormedStream) -> Tensor:
+    """Sum of ``E[x^ x^^T]`` over the norms of these layers and the final one, `[H, H]` float64."""
     total_HH = torch.zeros(teacher.hidden_size, teacher.hidden_size, dtype=torch.float64)
-    for name in [*names, FINAL_NORM]:
+    for name in [key(layer) for layer in layers for key in (attention_norm_key, mlp_norm_key)] + [FINAL_NORM]:
         total_HH += stream.normed(name)
+    return total_HH
+
+
+def stream_rotation(teacher: Dims, layers: list[int], num: int, stream: NormedStream) -> Rotation:
+    """The `num` directions that hold most of what the norms of these layers see."""
     final_norm_H = stream.norm_weight(FINAL_NORM) if teacher.tied_embeddings else None
-    return principal_rotation(total_HH, final_norm_H, len(plan.hidden))
+    return principal_rotation(stream_energy(teacher, layers, stream), final_norm_H, num)

@@ -7,7 +7,7 @@ all ranks; the file belongs to the model::
     layers.{i}.mlp.error      [F + 1]      float64, share of fc2's output that is lost when so many have gone
     layers.{i}.heads.order    [heads]      query heads, one of every group in turn
     layers.{i}.heads.error    [heads + 1]
-    hidden.energy             [H]          energy of the residual stream in its principal directions, largest first
+    hidden.error              [H + 1]      share of the normed stream that is lost when so many channels have gone
 """
 
 from __future__ import annotations

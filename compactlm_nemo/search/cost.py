@@ -132,6 +132,11 @@ def kv_cache_bytes_per_token(dims: Dims, bytes_per_value: int) -> int:
     return dims.num_layers * 2 * dims.num_query_groups * dims.head_dim * bytes_per_value
 
 
+def memory_bytes(dims: Dims, tokens: int, bytes_per_value: int) -> int:
+    """Weights, and keys and values of so many tokens."""
+    return weight_bytes(dims, bytes_per_value) + tokens * kv_cache_bytes_per_token(dims, bytes_per_value)
+
+
 def weight_bytes(dims: Dims, bytes_per_value: int) -> int:
     """``num_params * bytes_per_value``."""
     return num_params(dims) * bytes_per_value

@@ -38,6 +38,10 @@ class Candidate:
     active_params: int
     kept_importance: float
     """Share of the teacher's importance that the cut keeps, in [0, 1]."""
+    damage: float | None = None
+    """Predicted damage (`search.damage`); None without second moments."""
+    zero_shot: float | None = None
+    """LM loss in nats right after the cut; None where it was not measured."""
 
     def dims(self, teacher: Dims) -> Dims:
         """The teacher's architecture in this candidate's sizes."""

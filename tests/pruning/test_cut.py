@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from compactlm_nemo.models.build import ParameterSource, build_model, fill
 from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
@@ -299,3 +299,17 @@ def test_merged_heads_have_the_merged_queries(case, tmp_path):
             assert torch.equal(got[name.replace(f"layers.{layer}.", f"layers.{LAYERS.index(layer)}.")], want), name
         elif layer in LAYERS and (".k_proj." in name or ".v_proj." in name):
             assert torch.equal(got[name.replace(f"layers.{layer}.", f"layers.{LAYERS.index(layer)}.")], full), name
+
+
+def test_a_llama_whose_heads_do_not_divide_its_width_loads_as_mistral(tmp_path):
+    """transformers refuses it as a llama; the same weights under a llama config that is not checked give its logits."""
+    save_tiny("llama", tmp_path / "teacher")
+    export_cut(tmp_path / "teacher", tmp_path / "student", HIDDEN[:31])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student", attn_implementation="eager").eval()
+    assert model.config.model_type == "mistral" and model.config.sliding_window is None
+    config = AutoConfig.from_pretrained(tmp_path / "teacher", attn_implementation="eager")
+    config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_hidden_layers = 31, 40, 2, 2
+    llama = LlamaForCausalLM(config).eval()
+    llama.load_state_dict(load_file(tmp_path / "student" / "model.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()).logits, llama(tokens()).logits, rtol=1e-5, atol=1e-5)

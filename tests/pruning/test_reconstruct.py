@@ -74,7 +74,7 @@ def student_source(
     stream = normed_stream(source, moment, num_tokens())
     narrow: HiddenCut = RefittedSelection(plan.hidden, stream, RIDGE, is_rms=not dims.layer_norm_1p)
     if rotate:
-        narrow = RotatedStream(stream_rotation(dims, plan, stream), stream, RIDGE)
+        narrow = RotatedStream(stream_rotation(dims, plan.layers, len(plan.hidden), stream), stream, RIDGE)
     wide = CutSource(dims, plan, RefittedWriters(dims, plan, source, moment, RIDGE, {}))
     return NarrowedSource(wide, plan.layers, narrow)
 
@@ -180,7 +180,7 @@ def test_a_stream_of_few_dimensions_is_turned_without_loss(tmp_path):
         heads={i: torch.arange(4) for i in range(4)}, mlp={i: torch.arange(80) for i in range(4)},
     )  # fmt: skip
     stream = normed_stream(source, moments(seen), num_tokens())
-    narrow = RotatedStream(stream_rotation(dims, plan, stream), stream, 1e-9)
+    narrow = RotatedStream(stream_rotation(dims, plan.layers, len(plan.hidden), stream), stream, 1e-9)
     student = dims.with_shape(layers=4, hidden=32, ffn=80, heads=4)
     export_hf(
         tmp_path / "teacher", tmp_path / "student", student, NarrowedSource(source, plan.layers, narrow), torch.float32
@@ -199,7 +199,7 @@ def test_a_shared_table_stays_one_through_a_rotation(tmp_path):
     dims, source = open_hf(tmp_path / "teacher")
     plan = Plan(layers=list(range(4)), hidden=torch.arange(48), heads={}, mlp={})
     stream = normed_stream(source, moments(seen), num_tokens())
-    narrow = RotatedStream(stream_rotation(dims, plan, stream), stream, 1e-9)
+    narrow = RotatedStream(stream_rotation(dims, plan.layers, len(plan.hidden), stream), stream, 1e-9)
     export_hf(
         tmp_path / "teacher", tmp_path / "student", dims, NarrowedSource(source, plan.layers, narrow), torch.float32
     )

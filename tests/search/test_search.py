@@ -1,6 +1,7 @@
 """Costs against transformers' models and the papers' counts, the space against the papers' tables, ranks by hand."""
 
 import math
+import random
 from dataclasses import replace
 from math import prod
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -28,7 +30,7 @@ from compactlm_nemo.config.schema import ParallelConfig, SearchConfig
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.models.build import tp_share
 from compactlm_nemo.models.dims import Dims, split_layers
-from compactlm_nemo.models.families import dims_of, parameter_shapes
+from compactlm_nemo.models.families import dims_of, parameter_shapes, resized
 from compactlm_nemo.search import cost
 from compactlm_nemo.search.select import depth_share, keep_heads, keep_layers, rank_candidates, top_units
 from compactlm_nemo.search.space import enumerate_space
@@ -224,10 +226,13 @@ def test_empty_axes_keep_the_teacher_and_order_is_fixed():
     [
         (SearchConfig(hidden=[5]), r"search.hidden=5 must be in \[1, 4\]"),
         (SearchConfig(layers=[0]), r"search.layers=0 must be in \[1, 2\]"),
-        (SearchConfig(heads=[3]), "search.heads=3 must be a multiple of the teacher's 2 query groups; try 2"),
+        (
+            SearchConfig(heads=[3]),
+            "search.heads=3 must be a multiple of 2 query groups with at most 2 heads each; try 2",
+        ),
+        (SearchConfig(heads=[4], groups=[1]), "search.heads=4 must be a multiple of 1 query groups.*try 2"),
         (SearchConfig(ffn_multiples=[1.3]), "search.ffn_multiples=1.3 times hidden 4 is 5.2, must be whole"),
         (SearchConfig(ffn_multiples=[2]), r"times hidden 4 is 8, must be in \[1, 6\]"),
-        (SearchConfig(params=-1.0), "search.params=-1 must be > 0"),
         (SearchConfig(hidden=[5], layers=[3]), "(?s)2 problems:\n- search.layers=3.*\n- search.hidden=5"),
     ],
 )
@@ -240,6 +245,78 @@ def test_a_multiple_that_binary_cannot_hold_is_whole():
     assert 1.1 * 50 != 55  # else this tests nothing
     teacher = replace(TINY, hidden_size=50, ffn_hidden_size=100)
     assert enumerate_space(teacher, SearchConfig(ffn_multiples=[1.1]))[0].ffn_hidden_size == 55
+
+
+def test_values_by_rule():
+    teacher = replace(NEMOTRON_15B, tied_embeddings=True)
+
+    def values(axis, cfg, tp=1):
+        return sorted({getattr(dims, axis) for dims in enumerate_space(teacher, cfg, tp)})
+
+    assert values("hidden_size", SearchConfig(multiples={"hidden": 1000})) == [4000, 5000, 6000]
+    assert values("num_layers", SearchConfig(divisors=["layers"], smallest=0.1)) == [4, 8, 16, 32]
+    # Heads must be a multiple of the 8 groups; 16 ranks can split multiples of 16.
+    assert values("num_heads", SearchConfig(multiples={"heads": 1})) == [24, 32, 40, 48]
+    assert values("num_heads", SearchConfig(multiples={"heads": 4}), tp=16) == [32, 48]
+    found = enumerate_space(teacher, SearchConfig(multiples={"groups": 1}, heads=[24, 36, 48]))
+    assert {(d.num_heads, d.num_query_groups) for d in found} == {(24, 4), (24, 6), (24, 8), (36, 6), (48, 8)}
+
+
+def test_budgets_hold_together():
+    space = SearchConfig(layers=[1, 2], ffn=[1, 3, 6], heads=[2, 4])
+    every = enumerate_space(TINY, space)
+    assert len(every) == 12
+    limits = {
+        "flops": lambda d: cost.flops_per_token_forward(d, 64),
+        "memory_bytes": lambda d: cost.weight_bytes(d, 4) + 3 * 64 * cost.kv_cache_bytes_per_token(d, 4),
+    }
+    for name, of in limits.items():
+        middle = sorted(map(of, every))[5]
+        cfg = replace(space, context=64, batch=3, bytes_per_value=4, **{name: float(middle)})
+        assert enumerate_space(TINY, cfg) == [d for d in every if of(d) <= middle]
+        target = cost.num_params(every[-3])
+        both = replace(cfg, active_params=float(target), band=0.3)
+        assert enumerate_space(TINY, both) == [
+            d for d in every if of(d) <= middle and abs(cost.num_params(d) / target - 1) <= 0.3
+        ]
+        with pytest.raises(ConfigError, match=f"search.{name}=1 is met by none of 12.*{min(map(of, every))} {name}"):
+            enumerate_space(TINY, replace(cfg, **{name: 1.0}))
+    body = cost.num_params(TINY) - cost.embedding_params(TINY)
+    assert enumerate_space(TINY, replace(space, non_embedding_params=float(body), band=0.0)) == [TINY]
+
+
+@pytest.mark.parametrize("name", HF)
+def test_counts_of_random_shapes_are_those_of_the_built_model(name):
+    """Parameters from transformers' modules; FLOPs of linear layers and cache from their shapes."""
+    config = HF[name][1]
+    teacher, draw = dims_of(config), random.Random(name)
+    for _ in range(8):
+        groups = draw.choice([1, 2])
+        heads = groups * draw.randint(1, 3)
+        experts = draw.randint(max(2, teacher.experts_per_token), teacher.num_experts) if teacher.num_experts else 0
+        dims = teacher.with_shape(
+            layers=draw.randint(1, 4), hidden=heads if name == "llama_bias" else draw.randint(1, 48),
+            ffn=draw.randint(1, 80), groups=groups, heads=heads, experts=experts,
+            shared_expert_ffn=draw.randint(1, 40) if teacher.shared_expert_ffn else 0,
+        )  # fmt: skip
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(resized(config, dims))
+        assert replace(dims_of(model.config), family=dims.family) == dims
+        total = sum(p.numel() for p in model.parameters())
+        assert cost.num_params(dims) == total
+        idle = sum(
+            p.numel() * (experts - teacher.experts_per_token) // experts
+            for n, p in model.named_parameters()
+            if ".experts." in n
+        )
+        assert cost.active_params(dims) == total - idle
+        body = [(n, p) for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n and "lm_head" not in n]
+        linear = sum(p.numel() for _, p in body) - idle + dims.vocab_size * dims.hidden_size
+        one_key = 4 * dims.num_heads * dims.head_dim * dims.num_layers  # a sequence of one token reads one key
+        assert cost.flops_per_token_forward(dims, 1) == 2 * linear + one_key
+        kv = sum(p.shape[0] for n, p in model.named_parameters() if n.endswith(("k_proj.weight", "v_proj.weight")))
+        assert cost.kv_cache_bytes_per_token(dims, 2) == 2 * kv
+        assert cost.memory_bytes(dims, 100, 2) == 2 * total + 200 * kv
 
 
 def test_an_infeasible_budget_names_the_nearest_count():
