@@ -27,6 +27,7 @@ from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.hidden import HiddenCut, RefittedSelection, RotatedStream, Selection
 from compactlm_nemo.pruning.plan import Plan, make_plan
 from compactlm_nemo.pruning.reconstruct import RefittedWriters, normed_stream, stream_energy, stream_rotation
+from compactlm_nemo.pruning.sequential import Walk
 from compactlm_nemo.report.progress import progress_bar
 from compactlm_nemo.run import Run
 from compactlm_nemo.scoring import MOMENTS
@@ -103,7 +104,7 @@ class Cutting:
 
     def candidate_loss(self, student: Dims, folder: Path) -> float:
         """Zero-shot loss of a candidate, which is built in memory and given up again. Collective."""
-        return self.zero_shot(self.student(student, self.plan(student, folder)), student, "candidate")
+        return validation_loss(self.run, self.student(student, self.plan(student, folder)), student, "candidate")
 
     def student(self, dims: Dims, plan: Plan) -> Chunks:
         """The student's share of this rank, in evaluation mode. Collective."""
@@ -111,10 +112,24 @@ class Cutting:
         if self.moments is not None:
             bridges = self._bridges(plan)
             source = RefittedWriters(self.teacher, plan, source, self.moments.whole, self.cfg.ridge, bridges)
-        narrowed = NarrowedSource(CutSource(self.teacher, plan, source), plan.layers, self._hidden_cut(plan))
+        hidden, wide = self._hidden_cut(plan), CutSource(self.teacher, plan, source)
         model = self.run.build(dims)
-        fill(model, dims, self.run.mesh, narrowed, self.run.config.model.vocab_multiple)
+        vocab_multiple = self.run.config.model.vocab_multiple
+        fill(model, dims, self.run.mesh, NarrowedSource(wide, plan.layers, hidden), vocab_multiple)
+        if self.cfg.sequential:
+            self._refit_sequentially(model, dims, plan, hidden, wide)
         return model.eval()
+
+    def _refit_sequentially(
+        self, model: Chunks, dims: Dims, plan: Plan, hidden: HiddenCut, wide: ParameterSource
+    ) -> None:
+        walk = Walk(
+            student=model, teacher=self.run.load("teacher").eval(), dims=dims, teacher_dims=self.teacher, plan=plan,
+            mesh=self.run.mesh, hidden=hidden, wide=wide, windows_NS=self.calibration,
+            micro_batch=self.run.config.score.micro_batch, ridge=self.cfg.ridge,
+        )  # fmt: skip
+        with progress_bar("refit layer by layer", dims.num_layers, 1) as advance:
+            walk.run(advance)
 
     def _bridges(self, plan: Plan) -> dict[int, Bridge]:
         """For every removed block, what the MLP before it needs to stand for it. Collective."""
@@ -151,17 +166,20 @@ class Cutting:
         assert rotation is not None
         return RotatedStream(rotation, stream, self.cfg.ridge)
 
-    def zero_shot(self, model: Chunks, dims: Dims, label: str) -> float:
-        """LM loss in nats on windows of the training text that come after the calibration samples. Collective."""
-        config = self.run.config
-        windows_NT = validation_windows(
-            self.run.train_prefixes(), config.score.samples, config.prune.samples, config.data.sequence_length,
-            config.run.seed,
-        ).to(device())  # fmt: skip
-        with progress_bar(f"zero-shot loss, {label}", len(windows_NT), config.data.sequence_length) as advance:
-            return evaluate_lm_loss(
-                model, dims, self.run.mesh, windows_NT,
-                micro_batch=config.evaluate.micro_batch,
-                chunk_tokens=config.distill.chunk_tokens,
-                progress=advance,
-            ).loss_nats  # fmt: skip
+
+def validation_loss(run: Run, model: Chunks, dims: Dims, label: str) -> float:
+    """LM loss in nats on windows of the training text that come after the calibration samples. Collective."""
+    config = run.config
+    windows_NT = validation_windows(
+        run.train_prefixes(), config.score.samples, config.prune.samples, config.data.sequence_length, config.run.seed
+    ).to(device())
+    with progress_bar(f"validate {label}", len(windows_NT), config.data.sequence_length) as advance:
+        return evaluate_lm_loss(
+            model,
+            dims,
+            run.mesh,
+            windows_NT,
+            micro_batch=config.evaluate.micro_batch,
+            chunk_tokens=config.distill.chunk_tokens,
+            progress=advance,
+        ).loss_nats

@@ -7,8 +7,8 @@ from pathlib import Path
 from compactlm_nemo.config.choices import Precision
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.dims import Dims, split_layers
-from compactlm_nemo.search.cost import num_params, params_per_rank
-from compactlm_nemo.search.space import enumerate_space
+from compactlm_nemo.search.cost import counts, num_params, params_per_rank
+from compactlm_nemo.search.space import enumerate_space, shape_of
 
 TRAINING_BYTES = {Precision.fp32: 4 + 4 + 8, Precision.bf16: 2 + 4 + 4 + 8}
 """Bytes a parameter while training: weight, float32 gradient, main weight, two moments; one data-parallel rank."""
@@ -37,7 +37,7 @@ def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) ->
     student = max(found, key=num_params)
     lines += _sizes(config, "teacher", teacher)
     lines.append(f"candidates: {len(found)}")
-    lines += _sizes(config, "student (largest candidate)", student)
+    lines += _sizes(config, "student (largest candidate)", student) + _costs(config, student)
     weight = 2 if config.model.precision is Precision.bf16 else 4
     sizes = {
         "teacher": max(_rank_params(config, teacher)) * weight,
@@ -59,15 +59,20 @@ def _rank_params(config: Config, dims: Dims) -> list[int]:
 
 
 def _sizes(config: Config, label: str, dims: Dims) -> list[str]:
-    lines = [f"{label}: {num_params(dims):,} parameters, {_shape(dims)}"]
+    lines = [f"{label}: {num_params(dims):,} parameters, {shape_of(dims)}"]
     stages = enumerate(_rank_params(config, dims))
     return lines + [f"  pipeline stage {stage}: {params:,} parameters a rank" for stage, params in stages]
 
 
-def _shape(dims: Dims) -> str:
-    return (
-        f"{dims.num_layers} layers, hidden {dims.hidden_size}, heads {dims.num_heads}/{dims.num_query_groups}, "
-        f"MLP {dims.ffn_hidden_size}"
-        + f" x {dims.num_experts} experts" * (dims.num_experts > 0)
-        + f" and {dims.shared_expert_ffn} shared" * (dims.shared_expert_ffn > 0)
-    )
+def _costs(config: Config, dims: Dims) -> list[str]:
+    """What the budgets of a search count."""
+    cfg = config.search
+    count = {name: of(dims) for name, of in counts(cfg).items()}
+    lines = [
+        f"  {count['non_embedding_params']:,} parameters outside the embeddings, {count['active_params']:,} active",
+        f"  {count['memory_bytes']:,} bytes for weights and {cfg.batch} x {cfg.context} tokens of keys and values, "
+        f"{count['flops']:,} FLOPs a token at {cfg.context} tokens",
+    ]
+    if cfg.latency_ms is not None:
+        lines.append(f"  search.latency_ms={cfg.latency_ms:g} is checked by the search stage, which times layers")
+    return lines

@@ -26,3 +26,9 @@ class CheckpointError(CompactLMError):
 
 class NumericsError(CompactLMError):
     """A NaN or infinity where a number was needed."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError(message) unless the rule holds."""
+    if not holds:
+        raise ConfigError(message)

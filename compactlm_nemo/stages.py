@@ -54,6 +54,11 @@ def _source(config: Config) -> dict[str, Path]:
     return files | {f"companions/{name}": described / name for name in COMPANIONS}
 
 
+def _ranking(config: Config) -> dict[str, Path]:
+    """What short distillations made of the candidates, where that decides."""
+    return {"ranking": Path(config.run.dir) / "rank" / "ranking.json"} if config.rank.candidates else {}
+
+
 def _how_to_cut(config: Config) -> dict[str, Any]:
     """What a search needs to know of how its candidates are cut."""
     return {name: value for name, value in vars(config.prune).items() if name != "candidate"}
@@ -76,7 +81,7 @@ STAGES: dict[str, Stage] = {
             },
         ),
         Stage("search", "search", ("score",), lambda c: {"search": c.search, "prune": _how_to_cut(c)}),
-        Stage("prune", "student", ("search",), lambda c: {"prune": c.prune}),
+        Stage("prune", "student", ("search",), lambda c: {"prune": c.prune}, _ranking),
         Stage(
             "distill",
             "distill",
@@ -171,7 +176,7 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
     from compactlm_nemo.report.build import report
     from compactlm_nemo.run import Run
 
-    work: dict[str, Callable[..., dict[str, Any]]] = {
+    work: dict[str, Callable[..., dict[str, Any] | None]] = {
         "import": verbs.import_model,
         "tokenize": verbs.tokenize,
         "score": verbs.score,
@@ -203,6 +208,9 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
         error.add_note(f"The stage that failed: {stage.name}")
         raise
     barrier()
+    if results is None:
+        console.print(f"{stage.name}: stopped before its end; run it again to go on")
+        return
     with main_rank_writes() as writes:
         if writes:
             write_manifest(folder, settings, inputs, results)

@@ -13,37 +13,42 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
 from compactlm_nemo.config.choices import WidthMetric
 from compactlm_nemo.config.schema import ScoreConfig, deciding
-from compactlm_nemo.cutting import Cutting
+from compactlm_nemo.cutting import Cutting, validation_loss
 from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer, refuse_shared_documents, tokenize_corpus
 from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
 from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.evaluation.harness import run_tasks
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
+from compactlm_nemo.evaluation.speed import device_name, time_layers
 from compactlm_nemo.importance.running import STATE, Running
 from compactlm_nemo.importance.scores import DEPTH, FILE, Scores, load_scores, save_scores
 from compactlm_nemo.layer_scoring import measure_layers
 from compactlm_nemo.models import gguf
 from compactlm_nemo.models.build import fill
 from compactlm_nemo.models.checkpoint import CheckpointSource
+from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import copy_companions, count_params, export_hf
 from compactlm_nemo.models.teacher import companions_folder, open_teacher
 from compactlm_nemo.parallel.collectives import broadcast_object
-from compactlm_nemo.parallel.launch import device, is_main_rank, main_rank_writes
+from compactlm_nemo.parallel.launch import device, is_main_rank, launch_world_size, main_rank_writes
 from compactlm_nemo.pruning.spare import FILE as SPARE
 from compactlm_nemo.report.progress import progress_bar
 from compactlm_nemo.run import HF, Run, claim
 from compactlm_nemo.scoring import Scoring
 from compactlm_nemo.search.cost import num_params
 from compactlm_nemo.search.damage import predicted_damage
-from compactlm_nemo.search.select import Candidate, rank_candidates
-from compactlm_nemo.search.space import enumerate_space
+from compactlm_nemo.search.latency import FILE as LATENCY
+from compactlm_nemo.search.latency import LatencyTable
+from compactlm_nemo.search.select import Candidate, candidates_json, rank_candidates
+from compactlm_nemo.search.space import Budget, enumerate_space, within
 from compactlm_nemo.training.checkpoint import latest_step
 from compactlm_nemo.training.tracker import METRICS, Tracker
 
@@ -161,34 +166,69 @@ def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[st
 
 
 def search(run: Run, folder: Path) -> dict[str, Any]:
-    """Scores + budget -> candidates.json, best first."""
-    dims = run.dims("teacher")
-    found = enumerate_space(dims, run.config.search, run.config.parallel.tp)
+    """Scores + budgets -> candidates.json, best first."""
+    dims, cfg = run.dims("teacher"), run.config.search
+    found = enumerate_space(dims, cfg, run.config.parallel.tp)
+    timed = _timed_layers(run, found, folder)
+    if timed is not None and cfg.latency_ms is not None:
+        found = within(found, [Budget("latency_ms", cfg.latency_ms, timed.milliseconds)])
     cutting = Cutting(run)
     cutting.find_spare(folder)
-    ranked = rank_candidates(dims, found, run.ranking())
+    ranked = rank_candidates(dims, found, run.ranking(), cfg)
+    if timed is not None:
+        ranked = [replace(c, latency_ms=timed.milliseconds(c.dims(dims))) for c in ranked]
     if cutting.moments is not None:
         spare, scores = load_file(folder / SPARE), run.ranking()
         ranked = [replace(c, damage=predicted_damage(dims, c.dims(dims), scores, spare)) for c in ranked]
         ranked.sort(key=lambda c: (c.damage, c.params))
-    best = [replace(c, zero_shot=cutting.candidate_loss(c.dims(dims), folder)) for c in ranked[: run.config.search.top]]
+    best = [replace(c, zero_shot=cutting.candidate_loss(c.dims(dims), folder)) for c in ranked[: cfg.top]]
     ranked[: len(best)] = sorted(best, key=lambda c: c.zero_shot or 0.0)
     with main_rank_writes() as writes:
         if writes:
-            atomic_write_text(folder / "candidates.json", json.dumps([asdict(c) for c in ranked], indent=2) + "\n")
+            atomic_write_text(folder / "candidates.json", candidates_json(ranked))
     return {"candidates": len(ranked), "best": asdict(ranked[0])}
+
+
+def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | None:
+    """Times of the layers of these candidates; None without a latency budget. What was timed is kept in `run.dir`."""
+    cfg, layout = run.config.search, run.config.parallel
+    if cfg.latency_ms is None:
+        return None
+    about = {
+        "device": device_name(),
+        "precision": run.config.model.precision.name,
+        "batch": cfg.batch,
+        "context": cfg.context,
+        "model": read_manifest(run.dir / "teacher")["fingerprint"],
+        "parallel": vars(layout) | {"world": launch_world_size()},
+    }
+    known = broadcast_object(LatencyTable.load(run.dir / LATENCY, about))
+    tokens_BS = torch.randint(found[0].vocab_size, (cfg.batch, cfg.context), generator=torch.Generator().manual_seed(0))
+
+    def keep(table: LatencyTable) -> None:
+        if is_main_rank():
+            table.save(run.dir / LATENCY)
+
+    with progress_bar("time layers", len(known.missing(found)), tokens_BS.numel()) as advance:
+        table = time_layers(
+            known, found, build=run.build, mesh=run.mesh, tokens_BS=tokens_BS.to(device()), keep=keep, progress=advance
+        )
+    if is_main_rank():
+        table.save(folder / LATENCY)
+    return table
 
 
 def prune(run: Run, folder: Path) -> dict[str, Any]:
     """Teacher + scores + one candidate -> student checkpoint; parameters planned and counted."""
-    candidates = json.loads((run.dir / "search" / "candidates.json").read_text())
+    ranked = "rank/ranking.json" if run.config.rank.candidates else "search/candidates.json"
+    candidates = json.loads((run.dir / ranked).read_text())
     chosen = run.config.prune.candidate
     if not 0 <= chosen < len(candidates):
         raise ConfigError(f"prune.candidate={chosen} must be in [0, {len(candidates)}), the number of candidates.")
     cutting = Cutting(run)
     teacher, student = cutting.teacher, Candidate(**candidates[chosen]).dims(cutting.teacher)
     plan = cutting.plan(student, run.dir / "search")
-    before = cutting.zero_shot(run.load("teacher"), teacher, "teacher")
+    before = validation_loss(run, run.load("teacher"), teacher, "teacher")
     model = cutting.student(student, plan)
     run.save(folder, model, student)
     with main_rank_writes() as writes:
@@ -199,12 +239,15 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
         "teacher_params": num_params(teacher),
         "shape": candidates[chosen],
         "loss_before": before,
-        "loss_after": cutting.zero_shot(model, student, "student"),
+        "loss_after": validation_loss(run, model, student, "student"),
     }
 
 
-def train(run: Run, folder: Path) -> dict[str, Any]:
-    """Teacher + student + tokens -> trained student. Training state lives in `run.dir/training` until the end."""
+def train(run: Run, folder: Path) -> dict[str, Any] | None:
+    """Teacher + student + tokens -> trained student. Training state lives in `run.dir/training` until the end.
+
+    None when `distill.stop_after` ends it earlier.
+    """
     config = run.config
     state = run.dir / "training"
     claim(
@@ -236,12 +279,18 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
             log=tracker.log,
             is_main=is_main_rank(),
             device=device(),
+            until=config.distill.stop_after,
         )
+    if (config.distill.stop_after or config.distill.steps) < config.distill.steps:
+        return None
     run.save(folder, student, dims)
     with main_rank_writes() as writes:
         if writes:
             shutil.copyfile(state / METRICS, folder / METRICS)
-    return {"tokens": config.distill.steps * config.distill.global_batch * config.data.sequence_length}
+    return {
+        "tokens": config.distill.steps * config.distill.global_batch * config.data.sequence_length,
+        "loss": validation_loss(run, student, dims, "student"),
+    }
 
 
 def evaluate(run: Run, folder: Path) -> dict[str, Any]:

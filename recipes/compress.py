@@ -1,9 +1,12 @@
-"""The whole road: import, tokenize, score, search, prune, distill, evaluate, export, report. Skips what is done."""
+"""The whole road: import, tokenize, score, search, prune, distill, evaluate, export, report. Skips what is done.
+
+With rank.candidates > 0 the best candidates are trained a little after the search, and the winner is pruned.
+"""
 
 from compactlm_nemo.config.load import recipe
-from compactlm_nemo.stages import run_stages
+from compactlm_nemo.ranking import compress
 
-main = recipe(lambda config: run_stages(config), __doc__)
+main = recipe(compress, __doc__)
 
 if __name__ == "__main__":
     main()

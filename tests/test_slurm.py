@@ -17,7 +17,7 @@ import pytest
 from tests.tiny_run import command, make_inputs
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("compress", "distill")
+VERBS = ("compress", "distill", "rank")
 OVERRIDES = [
     "experiment=smollm2_135m_cpu",
     "run.dir=runs/with two  spaces",
@@ -86,8 +86,17 @@ def _directives(verb: str) -> list[str]:
 
 def test_scripts_requeue_and_differ_only_in_their_verb() -> None:
     assert "#SBATCH --requeue" in _directives("compress")
-    compress, distill = ((ROOT / "slurm" / f"{verb}.sbatch").read_text() for verb in VERBS)
+    compress, distill, rank = ((ROOT / "slurm" / f"{verb}.sbatch").read_text() for verb in VERBS)
     assert compress.replace("compress", "distill") == distill
+    comment = next(line for line in rank.splitlines() if "--array" in line) + "\n"
+    array = rank[rank.index("\nif [[ -n") : rank.index("\nfi\n") + 4]
+    assert rank.replace(comment, "").replace(array, "").replace("rank", "distill") == distill
+
+
+def test_a_task_of_an_array_trains_the_candidate_of_its_number(tmp_path: Path) -> None:
+    assert _run_with_fakes(tmp_path, "rank", "gpu01", SLURM_ARRAY_TASK_ID="3").returncode == 0
+    record = json.loads((tmp_path / "python0.json").read_text())
+    assert record["argv"][-len(OVERRIDES) - 2 :] == ["recipes.rank", *OVERRIDES, "rank.only=3"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -302,6 +311,29 @@ def test_a_requeued_job_on_two_nodes_goes_on_to_the_end(tmp_path: Path, slurm_en
     assert "score: done before, skipped" in log, "the second start skipped what the first had finished"
     steps = [json.loads(line)["step"] for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(40))
+
+
+@pytest.mark.slow
+def test_an_array_trains_the_candidates_and_a_last_job_ranks_them(tmp_path: Path, slurm_env: dict[str, str]) -> None:
+    """The real recipe: two tasks side by side, each a candidate; the ranking is that of one process."""
+    inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
+    python = _script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n[12]:/127.0.0.1:}}"\n')
+    extra = ["search.ffn=[32,48]", "rank.candidates=2", "rank.steps=2"]
+    env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"PYTHONPATH": str(ROOT)}
+    for recipe in ("import_hf", "tokenize", "score", "search"):
+        words = [sys.executable, *command(inputs, run, *extra, recipe=recipe)]
+        subprocess.run(words, cwd=ROOT, env=env, capture_output=True, check=True)
+    submit = [str(ROOT / "slurm" / "rank.sbatch"), *command(inputs, run, *extra)[2:]]
+    for options in (["--array=0-1"], []):
+        words = ["sbatch", "--wait", "--nodes=1", *options, *submit]
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        log = "".join(path.read_text() for path in tmp_path.glob("compactlm-rank-*.out"))
+        assert done.returncode == 0, done.stderr + log
+        assert (run / "rank" / "ranking.json").exists() == (not options)
+    assert log.count("distill ...") == 2, "the last job found both trained"
+    ranking = json.loads((run / "rank" / "ranking.json").read_text())
+    assert sorted(entry["candidate"] for entry in ranking) == [0, 1]
 
 
 def _job(job: str, env: dict[str, str]) -> dict[str, str]:

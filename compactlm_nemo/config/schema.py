@@ -22,21 +22,16 @@ from compactlm_nemo.config.choices import (
     WandbMode,
     WidthMetric,
 )
-from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.config.search import SearchConfig
+from compactlm_nemo.errors import require
 
-SPEED_ONLY = {"micro_batch", "chunk_tokens", "checkpoint_every", "keep_checkpoints", "log_every"}
+SPEED_ONLY = {"micro_batch", "chunk_tokens", "checkpoint_every", "keep_checkpoints", "log_every", "stop_after"}
 """Settings that change memory, speed or output, not the result; they may differ when a run goes on."""
 
 
 def deciding(section: Any) -> dict[str, Any]:
     """The settings of a section that decide its result."""
     return {name: value for name, value in vars(section).items() if name not in SPEED_ONLY}
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise ConfigError(message) unless the rule holds."""
-    if not holds:
-        raise ConfigError(message)
 
 
 @dataclass(kw_only=True)
@@ -216,91 +211,15 @@ class ScoreConfig:
 
 
 @dataclass(kw_only=True)
-class SearchConfig:
-    """Space and budget. An empty axis keeps the teacher's value."""
-
-    layers: list[int] = field(default_factory=list)
-    """Numbers of layers to try."""
-    heads: list[int] = field(default_factory=list)
-    """Numbers of query heads to try; each must be a multiple of the query groups."""
-    groups: list[int] = field(default_factory=list)
-    """Numbers of query groups to try; whole groups are cut with their keys and values."""
-    ffn: list[int] = field(default_factory=list)
-    """MLP widths to try; of a model with experts the width of one."""
-    hidden: list[int] = field(default_factory=list)
-    """Hidden sizes to try."""
-    experts: list[int] = field(default_factory=list)
-    """Numbers of experts to try."""
-    shared_expert_ffn: list[int] = field(default_factory=list)
-    """Widths of the expert that sees every token to try."""
-    ffn_multiples: list[float] = field(default_factory=list)
-    """MLP widths as multiples of the hidden size; excludes `search.ffn`."""
-    multiples: dict[str, int] = field(default_factory=dict)
-    """Axis to step: every multiple of it is tried, as in `search.multiples.hidden=64`; excludes values of that axis."""
-    divisors: list[str] = field(default_factory=list)
-    """Axes of which every divisor of the teacher's value is tried; excludes values of that axis."""
-    smallest: float = 0.5
-    """Share of the teacher's value at which `search.multiples` and `search.divisors` begin."""
-    params: float | None = None
-    """Target parameter count, within `search.band`; null sets no target."""
-    non_embedding_params: float | None = None
-    """Target count of parameters outside embedding and output layer, within `search.band`."""
-    active_params: float | None = None
-    """Target count of parameters that a token uses, within `search.band`."""
-    memory_bytes: float | None = None
-    """Most bytes of weights and of keys and values of `search.batch` sequences of `search.context` tokens."""
-    flops: float | None = None
-    """Most forward FLOPs of a token at `search.context` tokens."""
-    latency_ms: float | None = None
-    """Most milliseconds of a forward pass over `search.batch` sequences of `search.context` tokens on one rank, from
-    layers timed on the present device."""
-    band: float = 0.05
-    """Accepted relative distance from a target."""
-    batch: int = 1
-    """Sequences of the memory and latency budgets."""
-    context: int = 2048
-    """Tokens of a sequence of the memory, FLOPs and latency budgets."""
-    bytes_per_value: int = 2
-    """Bytes of a weight, key or value in the memory budget."""
-    top: int = 0
-    """Best candidates that are cut in memory and ranked again by their zero-shot loss; 0 trusts the prediction."""
-    width: WidthMetric | None = None
-    """Which of `score.width` ranks units; null takes the first."""
-    depth: DepthMetric | None = None
-    """Which of `score.depth` ranks layers; null takes the first."""
-
-    def __post_init__(self) -> None:
-        require(
-            not (self.ffn and self.ffn_multiples),
-            "search.ffn and search.ffn_multiples are both set; give one of them.",
-        )
-        require(0 <= self.band < 1, f"search.band={self.band} must be in [0, 1); the paper uses 0.05.")
-        require(0 < self.smallest <= 1, f"search.smallest={self.smallest} must be in (0, 1]; try 0.5.")
-        require(self.top >= 0, f"search.top={self.top} must be >= 0; 0 builds no candidate.")
-        for name in ("params", "non_embedding_params", "active_params", "memory_bytes", "flops", "latency_ms"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"search.{name}={value} must be > 0; null sets no budget.")
-        for name in ("batch", "context", "bytes_per_value"):
-            require(getattr(self, name) > 0, f"search.{name}={getattr(self, name)} must be > 0.")
-        axes = ("layers", "hidden", "ffn", "heads", "groups", "experts", "shared_expert_ffn")
-        for axis in [*self.multiples, *self.divisors]:
-            require(axis in axes, f"search.multiples and search.divisors know no axis {axis}; use one of {list(axes)}.")
-            require(
-                not getattr(self, axis) and not (axis == "ffn" and self.ffn_multiples),
-                f"search.{axis} has both values and a rule; give one of them.",
-            )
-        for axis, step in self.multiples.items():
-            require(step > 0, f"search.multiples.{axis}={step} must be > 0.")
-
-
-@dataclass(kw_only=True)
 class PruneConfig:
     candidate: int = 0
-    """Index into candidates.json, best first."""
+    """Index into candidates.json, best first; after `recipes.rank` into ranking.json."""
     heads: HeadCut = HeadCut.cut
     """cut, or merge: removed query heads are folded into kept ones of their group, as in the paper."""
     reconstruct: Reconstruct = Reconstruct.none
     """least_squares: maps that lose inputs are refitted on calibration data (needs `score.second_moments`)."""
+    sequential: bool = False
+    """Refit once more, layer by layer, on what the pruned layers before produce (needs least_squares)."""
     ridge: float = 1e-3
     """Ridge of the refit as a share of the mean second moment; more trusts the calibration text less."""
     hidden: Stream = Stream.select
@@ -315,7 +234,7 @@ class PruneConfig:
         require(self.ridge > 0, f"prune.ridge={self.ridge} must be > 0; 0.001 is a good start.")
         require(self.samples > 0, f"prune.samples={self.samples} must be > 0; try 16.")
         if self.reconstruct is Reconstruct.none:
-            for name, used in (("hidden=rotate", self.hidden is Stream.rotate), ("by_error", bool(self.by_error))):
+            for name, used in (("hidden=rotate", self.hidden is Stream.rotate), ("by_error", bool(self.by_error)), ("sequential", self.sequential)):
                 require(not used, f"prune.{name} needs prune.reconstruct=least_squares; set it, or leave it out.")
         require(
             self.heads is HeadCut.cut or self.reconstruct is Reconstruct.none,
@@ -324,9 +243,37 @@ class PruneConfig:
 
 
 @dataclass(kw_only=True)
+class RankConfig:
+    """Short distillation of the best candidates, which decides between them (`recipes.rank`)."""
+
+    candidates: int = 0
+    """Candidates to train, best first; 0 takes the first of candidates.json without."""
+    steps: int = 400
+    """Optimizer steps of each; the learning rate falls over these. The paper trains 400, and ranks settle near 300."""
+    halving: int = 0
+    """Times that the worse half is dropped on the way, at 1/2, 1/4, ... of the steps from the end; 0 trains all."""
+    only: int | None = None
+    """Train this candidate alone and rank nothing: one task of a Slurm array. Needs `rank.halving=0`."""
+
+    def __post_init__(self) -> None:
+        require(self.candidates >= 0, f"rank.candidates={self.candidates} must be >= 0; 0 trains none.")
+        require(self.steps > 0, f"rank.steps={self.steps} must be > 0.")
+        require(
+            0 <= self.halving and 2**self.halving <= self.steps,
+            f"rank.halving={self.halving} must be >= 0 and leave a step of rank.steps={self.steps} to each round.",
+        )
+        require(
+            self.only is None or (0 <= self.only < self.candidates and not self.halving),
+            f"rank.only={self.only} must be in [0, rank.candidates={self.candidates}), with rank.halving=0.",
+        )
+
+
+@dataclass(kw_only=True)
 class DistillConfig:
     steps: int = 1000
     """Optimizer steps."""
+    stop_after: int | None = None
+    """Stop after so many of the steps, to go on in a later run; null trains to the end."""
     global_batch: int = 8
     """Samples of one step over all data-parallel ranks."""
     micro_batch: int = 1
@@ -358,6 +305,10 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"distill.steps={self.steps} must be > 0.")
+        require(
+            self.stop_after is None or 0 < self.stop_after <= self.steps,
+            f"distill.stop_after={self.stop_after} must be in [1, distill.steps={self.steps}]; null trains to the end.",
+        )
         require(self.temperature > 0, f"distill.temperature={self.temperature} must be > 0; 1.0 is plain KL.")
         for name in (
             "global_batch",
@@ -423,6 +374,7 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    rank: RankConfig = field(default_factory=RankConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -85,7 +85,7 @@ class _Part(torch.nn.Module):
         start = self.inputs.get(run.start)  # None: the embedding, or what the stage before has sent
         if start is not None and not chunk.pre_process:
             chunk.set_input_tensor(start)
-        with _only(chunk, wanted):
+        with only_layers(chunk, wanted):
             hidden = chunk(tokens_BS, positions_BS, mask, decoder_input=start)
         self.layers_run += len(wanted)
         if run.keeps:
@@ -102,7 +102,7 @@ def _index(layer: Any) -> int:
 
 
 @contextmanager
-def _only(chunk: HiddenStateModel, layers: list[Any]) -> Iterator[None]:
+def only_layers(chunk: HiddenStateModel, layers: list[Any]) -> Iterator[None]:
     """The chunk with some of its layers, possibly none."""
     decoder: Any = chunk.decoder
     whole, decoder.layers = decoder.layers, torch.nn.ModuleList(layers)

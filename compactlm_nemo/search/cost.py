@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from compactlm_nemo.config.schema import ParallelConfig
+from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 
@@ -58,6 +61,11 @@ def num_params(dims: Dims) -> int:
     fc2 are those of all experts and of the shared expert, and router and shared expert's gate come on top.
     """
     return _params_with(dims, dims.num_experts)
+
+
+def non_embedding_params(dims: Dims) -> int:
+    """All but embedding and output layer."""
+    return num_params(dims) - embedding_params(dims)
 
 
 def active_params(dims: Dims) -> int:
@@ -140,3 +148,14 @@ def memory_bytes(dims: Dims, tokens: int, bytes_per_value: int) -> int:
 def weight_bytes(dims: Dims, bytes_per_value: int) -> int:
     """``num_params * bytes_per_value``."""
     return num_params(dims) * bytes_per_value
+
+
+def counts(cfg: SearchConfig) -> dict[str, Callable[[Dims], int]]:
+    """Budget of `search` -> what it limits, at the batch, context and bytes per value that `search` names."""
+    return {
+        "params": num_params,
+        "non_embedding_params": non_embedding_params,
+        "active_params": active_params,
+        "memory_bytes": lambda dims: memory_bytes(dims, cfg.batch * cfg.context, cfg.bytes_per_value),
+        "flops": lambda dims: flops_per_token_forward(dims, cfg.context),
+    }

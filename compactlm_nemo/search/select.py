@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.importance.scores import (
     DEPTH,
@@ -20,7 +22,7 @@ from compactlm_nemo.importance.scores import (
     shared_expert_key,
 )
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.search.cost import active_params, num_params
+from compactlm_nemo.search.cost import counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +38,23 @@ class Candidate:
     shared_expert_ffn: int
     params: int
     active_params: int
+    memory_bytes: int
+    """As the budget of that name counts them."""
+    flops_per_token: int
+    """The same."""
     kept_importance: float
     """Share of the teacher's importance that the cut keeps, in [0, 1]."""
+    latency_ms: float | None = None
+    """From timed layers; None without a budget."""
     damage: float | None = None
     """Predicted damage (`search.damage`); None without second moments."""
     zero_shot: float | None = None
     """LM loss in nats right after the cut; None where it was not measured."""
+
+    candidate: int | None = None
+    """Its place in candidates.json, in a ranking."""
+    loss: float | None = None
+    """Validation loss in nats after a short distillation, in a ranking."""
 
     def dims(self, teacher: Dims) -> Dims:
         """The teacher's architecture in this candidate's sizes."""
@@ -54,6 +67,12 @@ class Candidate:
             experts=self.experts,
             shared_expert_ffn=self.shared_expert_ffn,
         )
+
+
+def candidates_json(ranked: list[Candidate]) -> str:
+    """A list with one line a candidate; what is not known is left out."""
+    rows = [{name: value for name, value in asdict(c).items() if value is not None} for c in ranked]
+    return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n"
 
 
 def check_scores(teacher: Dims, scores: dict[str, Tensor]) -> None:
@@ -176,9 +195,12 @@ def kept_importance(teacher: Dims, student: Dims, scores: dict[str, Tensor]) -> 
     return share(HIDDEN, student.hidden_size) * sum(heads) / len(heads) * sum(mlp) / len(mlp) * depth
 
 
-def rank_candidates(teacher: Dims, candidates: list[Dims], scores: dict[str, Tensor]) -> list[Candidate]:
+def rank_candidates(
+    teacher: Dims, candidates: list[Dims], scores: dict[str, Tensor], cfg: SearchConfig
+) -> list[Candidate]:
     """Candidates by `kept_importance`, best first; of equals the smaller model, then the order given."""
     check_scores(teacher, scores)
+    count = counts(cfg)
     ranked = [
         Candidate(
             layers=dims.num_layers,
@@ -188,8 +210,10 @@ def rank_candidates(teacher: Dims, candidates: list[Dims], scores: dict[str, Ten
             groups=dims.num_query_groups,
             experts=dims.num_experts,
             shared_expert_ffn=dims.shared_expert_ffn,
-            params=num_params(dims),
-            active_params=active_params(dims),
+            params=count["params"](dims),
+            active_params=count["active_params"](dims),
+            memory_bytes=count["memory_bytes"](dims),
+            flops_per_token=count["flops"](dims),
             kept_importance=kept_importance(teacher, dims, scores),
         )
         for dims in candidates

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from compactlm_nemo.config.schema import SearchConfig
+from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError, listed
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.search.cost import (
-    active_params,
-    embedding_params,
-    flops_per_token_forward,
-    memory_bytes,
-    num_params,
-)
+from compactlm_nemo.search.cost import counts
 
 AXES = {
     "layers": "num_layers",
@@ -38,7 +33,7 @@ class Budget:
     name: str
     target: float
     cost: Callable[[Dims], float]
-    band: float | None
+    band: float | None = None
     """Accepted relative distance; None: the target is an upper limit."""
 
     def excess(self, dims: Dims) -> float:
@@ -47,24 +42,29 @@ class Budget:
         return max(0.0, away) if self.band is None else max(0.0, abs(away) - self.band)
 
     def __str__(self) -> str:
-        return f"search.{self.name}={self.target:.6g}" + (f" within search.band={self.band:g}" if self.band else "")
+        within = "" if self.band is None else f" within search.band={self.band:g}"
+        return f"search.{self.name}={self.target:.6g}{within}"
+
+
+LIMITS = ("memory_bytes", "flops")
+"""Budgets that are upper limits; the others are targets with a band."""
 
 
 def budgets(cfg: SearchConfig) -> list[Budget]:
     """The constraints that are set and can be counted; latency has to be measured."""
-    costs: dict[str, Callable[[Dims], float]] = {
-        "params": num_params,
-        "non_embedding_params": lambda dims: num_params(dims) - embedding_params(dims),
-        "active_params": active_params,
-        "memory_bytes": lambda dims: memory_bytes(dims, cfg.batch * cfg.context, cfg.bytes_per_value),
-        "flops": lambda dims: flops_per_token_forward(dims, cfg.context),
-    }
-    limits = ("memory_bytes", "flops")
     return [
-        Budget(name, getattr(cfg, name), cost, None if name in limits else cfg.band)
-        for name, cost in costs.items()
+        Budget(name, getattr(cfg, name), count, None if name in LIMITS else cfg.band)
+        for name, count in counts(cfg).items()
         if getattr(cfg, name) is not None
     ]
+
+
+def within(space: list[Dims], limits: list[Budget]) -> list[Dims]:
+    """The architectures that meet all budgets, in order; ConfigError when there is none."""
+    feasible = [dims for dims in space if not any(limit.excess(dims) for limit in limits)]
+    if not feasible:
+        raise ConfigError(_nearest(space, limits))
+    return feasible
 
 
 def enumerate_space(teacher: Dims, cfg: SearchConfig, tp: int = 1) -> list[Dims]:
@@ -83,11 +83,13 @@ def enumerate_space(teacher: Dims, cfg: SearchConfig, tp: int = 1) -> list[Dims]
         if _heads_fit(teacher, heads, rest[0])
     }
     space = [teacher.with_shape(**dict(zip(AXES, shape, strict=True))) for shape in sorted(shapes, reverse=True)]
-    limits = budgets(cfg)
-    feasible = [dims for dims in space if not any(limit.excess(dims) for limit in limits)]
-    if not feasible:
-        raise ConfigError(_nearest(space, limits))
-    return feasible
+    if not space:
+        most = max(values["groups"]) * (teacher.num_heads // teacher.num_query_groups)
+        raise ConfigError(
+            f"search.groups={values['groups']} fits none of {values['heads']} heads; set search.heads to multiples of "
+            f"the groups, {most} at most."
+        )
+    return within(space, budgets(cfg))
 
 
 def _heads_fit(teacher: Dims, heads: int, groups: int) -> bool:
@@ -102,8 +104,9 @@ def _values(axis: str, teacher: Dims, cfg: SearchConfig, tp: int) -> list[int]:
     if axis not in cfg.multiples and axis not in cfg.divisors:
         return given or [size]
     step = cfg.multiples.get(axis, 1)
-    unit = step * tp // _gcd(step, tp) if axis in SPLIT_BY_TP else step
-    found = [value for value in range(unit, size + 1, unit) if value >= cfg.smallest * size]
+    unit = math.lcm(step, tp) if axis in SPLIT_BY_TP else step
+    least = max(cfg.smallest * size, teacher.experts_per_token if axis == "experts" else 0)
+    found = [value for value in range(unit, size + 1, unit) if value >= least]
     if axis in cfg.divisors:
         found = [value for value in found if size % value == 0]
     if not found:
@@ -114,20 +117,24 @@ def _values(axis: str, teacher: Dims, cfg: SearchConfig, tp: int) -> list[int]:
     return found
 
 
-def _gcd(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a
+def shape_of(dims: Dims) -> str:
+    """The sizes that a search chooses, in words."""
+    return (
+        f"{dims.num_layers} layers, hidden {dims.hidden_size}, heads {dims.num_heads}/{dims.num_query_groups}, "
+        f"MLP {dims.ffn_hidden_size}"
+        + f" x {dims.num_experts} experts" * (dims.num_experts > 0)
+        + f" and {dims.shared_expert_ffn} shared" * (dims.shared_expert_ffn > 0)
+    )
 
 
 def _nearest(space: list[Dims], limits: list[Budget]) -> str:
-    """What is wrong with the budgets, and the candidate that misses them by least."""
-    asked = " and ".join(map(str, limits))
-    if not space:
-        return "search.heads and search.groups have no combination that the teacher's groups allow; change either."
-    best = min(space, key=lambda dims: sum(limit.excess(dims) for limit in limits))
+    """Which budgets no architecture meets, else that all together are too much, and what comes closest."""
+    impossible = [limit for limit in limits if all(limit.excess(dims) for dims in space)]
+    asked = " and ".join(map(str, impossible or limits))
+    met = f"is met by none of {len(space)} architectures" if impossible else f"is more than any of {len(space)} meets"
+    best = min(space, key=lambda dims: sum(limit.excess(dims) for limit in impossible or limits))
     has = ", ".join(f"{limit.cost(best):.10g} {limit.name.replace('params', 'parameters')}" for limit in limits)
-    return f"{asked} is met by none of {len(space)} architectures; the nearest has {has}: aim there or widen the axes."
+    return f"{asked} {met}; the nearest has {has} ({shape_of(best)}): aim there or widen the axes."
 
 
 def _check_axes(teacher: Dims, cfg: SearchConfig, values: dict[str, list[int]]) -> None:

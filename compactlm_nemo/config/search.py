@@ -1,0 +1,86 @@
+"""Settings of the search: the sizes to try and the budgets that a candidate must meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from compactlm_nemo.config.choices import DepthMetric, WidthMetric
+from compactlm_nemo.errors import require
+
+
+@dataclass(kw_only=True)
+class SearchConfig:
+    """Space and budget. An empty axis keeps the teacher's value."""
+
+    layers: list[int] = field(default_factory=list)
+    """Numbers of layers to try."""
+    heads: list[int] = field(default_factory=list)
+    """Numbers of query heads to try; each must be a multiple of the query groups."""
+    groups: list[int] = field(default_factory=list)
+    """Numbers of query groups to try; whole groups are cut with their keys and values."""
+    ffn: list[int] = field(default_factory=list)
+    """MLP widths to try; of a model with experts the width of one."""
+    hidden: list[int] = field(default_factory=list)
+    """Hidden sizes to try."""
+    experts: list[int] = field(default_factory=list)
+    """Numbers of experts to try."""
+    shared_expert_ffn: list[int] = field(default_factory=list)
+    """Widths of the expert that sees every token to try."""
+    ffn_multiples: list[float] = field(default_factory=list)
+    """MLP widths as multiples of the hidden size; excludes `search.ffn`."""
+    multiples: dict[str, int] = field(default_factory=dict)
+    """Axis to step: every multiple of it is tried, as in `search.multiples.hidden=64`; excludes values of that axis."""
+    divisors: list[str] = field(default_factory=list)
+    """Axes of which every divisor of the teacher's value is tried; excludes values of that axis."""
+    smallest: float = 0.5
+    """Share of the teacher's value at which `search.multiples` and `search.divisors` begin."""
+    params: float | None = None
+    """Target parameter count, within `search.band`; null sets no target."""
+    non_embedding_params: float | None = None
+    """Target count of parameters outside embedding and output layer, within `search.band`."""
+    active_params: float | None = None
+    """Target count of parameters that a token uses, within `search.band`."""
+    memory_bytes: float | None = None
+    """Most bytes of weights and of keys and values of `search.batch` sequences of `search.context` tokens."""
+    flops: float | None = None
+    """Most forward FLOPs of a token at `search.context` tokens."""
+    latency_ms: float | None = None
+    """Most milliseconds of a forward pass over `search.batch` sequences of `search.context` tokens on one rank, from
+    layers timed on the present device."""
+    band: float = 0.05
+    """Accepted relative distance from a target."""
+    batch: int = 1
+    """Sequences of the memory and latency budgets."""
+    context: int = 2048
+    """Tokens of a sequence of the memory, FLOPs and latency budgets."""
+    bytes_per_value: int = 2
+    """Bytes of a weight, key or value in the memory budget."""
+    top: int = 0
+    """Best candidates that are cut in memory and ranked again by their zero-shot loss; 0 trusts the prediction."""
+    width: WidthMetric | None = None
+    """Which of `score.width` ranks units; null takes the first."""
+    depth: DepthMetric | None = None
+    """Which of `score.depth` ranks layers; null takes the first."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.ffn and self.ffn_multiples),
+            "search.ffn and search.ffn_multiples are both set; give one of them.",
+        )
+        require(0 <= self.band < 1, f"search.band={self.band} must be in [0, 1); the paper uses 0.05.")
+        require(0 < self.smallest <= 1, f"search.smallest={self.smallest} must be in (0, 1]; try 0.5.")
+        require(self.top >= 0, f"search.top={self.top} must be >= 0; 0 builds no candidate.")
+        for name in ("params", "non_embedding_params", "active_params", "memory_bytes", "flops", "latency_ms"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"search.{name}={value} must be > 0; null sets no budget.")
+        for name in ("batch", "context", "bytes_per_value"):
+            require(getattr(self, name) > 0, f"search.{name}={getattr(self, name)} must be > 0.")
+        axes = ("layers", "hidden", "ffn", "heads", "groups", "experts", "shared_expert_ffn")
+        for axis in [*self.multiples, *self.divisors]:
+            require(axis in axes, f"search.multiples and search.divisors know no axis {axis}; use one of {list(axes)}.")
+            require(
+                not getattr(self, axis) and not (axis == "ffn" and self.ffn_multiples),
+                f"search.{axis} has both values and a rule; give one of them.",
+            )
+        for axis, step in self.multiples.items():
+            require(step > 0, f"search.multiples.{axis}={step} must be > 0.")
