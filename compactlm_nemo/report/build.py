@@ -14,7 +14,8 @@ from compactlm_nemo.config.choices import BLOCK_METRICS, DepthMetric, WidthMetri
 from compactlm_nemo.importance.scores import Scores, load_scores
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
-from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes
+from compactlm_nemo.report.plots import KD, plot_loss_curve, plot_sizes
+from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
 from compactlm_nemo.training.tracker import METRICS
 
@@ -81,9 +82,39 @@ def _write(run_dir: Path, folder: Path) -> None:
         "![Loss over steps](loss.png)",
         "![Loss against size](sizes.png)",
         "",
+        *_search(run_dir, folder),
         *_importance(run_dir, folder),
     ]
     atomic_write_text(folder / "report.md", "\n".join(text) + "\n")
+
+
+def _search(run_dir: Path, folder: Path) -> list[str]:
+    """The plots of candidates that were built or trained, and what the report says about them."""
+    candidates = json.loads((run_dir / "search" / "candidates.json").read_text())
+    ranking = run_dir / "rank" / "ranking.json"
+    ranked = json.loads(ranking.read_text()) if ranking.is_file() else []
+    text: list[str] = []
+    if ranked or any("zero_shot" in candidate for candidate in candidates):
+        plot_pareto(ranked or candidates, folder / "pareto.png")
+        text += ["What candidates lose for their size:", "", "![Loss against cost of candidates](pareto.png)", ""]
+    if sum("zero_shot" in candidate and "damage" in candidate for candidate in candidates) > 1:
+        plot_prediction(candidates, folder / "prediction.png")
+        text += ["Predicted damage and measured loss:", "", "![Prediction](prediction.png)", ""]
+    if ranked:
+        curves = {int(path.parts[-3]): _losses(path) for path in sorted(ranking.parent.glob(f"*/distill/{METRICS}"))}
+        curves |= {
+            int(path.parts[-3]): _losses(path)
+            for path in sorted(ranking.parent.glob(f"*/training/{METRICS}"))
+            if int(path.parts[-3]) not in curves
+        }
+        labels = {index: shape_label(candidates[index]) for index in curves}
+        plot_rank_curves(curves, labels, folder / "ranks.png")
+        text += ["How the candidates fared while they were trained:", "", "![Ranks over steps](ranks.png)", ""]
+    return ["## Candidates", "", *text] if text else []
+
+
+def _losses(path: Path) -> list[float]:
+    return [json.loads(line)[KD] for line in path.read_text().splitlines()]
 
 
 def _importance(run_dir: Path, folder: Path) -> list[str]:

@@ -192,7 +192,26 @@ def finished_run(run: Path, scores: Scores, search: dict[str, str | None]) -> Pa
     row = {"params": 1000, "loss_wiki": 2.5, "tokens_trained": 0, "forward_tokens_per_second": 9.6}
     rows = [row | {"model": name} for name in ("teacher", "pruned", "distilled")]
     (run / "evaluate" / "results.json").write_text(json.dumps(rows))
+    (run / "search" / "candidates.json").write_text(json.dumps([results["student"]["shape"] | {"params": 1000}]))
     return run
+
+
+def test_the_report_shows_the_search(tmp_path):
+    run = finished_run(tmp_path / "a", three_metrics(), {"search.width": None, "search.depth": None})
+    shape = {"layers": 2, "hidden": 32, "ffn": 48, "heads": 4}
+    found = [shape | {"params": 1000 - i, "damage": i, "zero_shot": 3.0 + i} for i in range(3)]
+    (run / "search" / "candidates.json").write_text(json.dumps(found))
+    (run / "rank").mkdir()
+    (run / "rank" / "ranking.json").write_text(json.dumps([found[1] | {"candidate": 1, "loss": 2.0}]))
+    for index, folder in ((0, "training"), (1, "training"), (1, "distill")):
+        (run / "rank" / str(index) / folder).mkdir(parents=True)
+        lines = [{"step": step, "train/kd_logit_nats": 1.0 / (step + 1)} for step in range(4 if index else 2)]
+        (run / "rank" / str(index) / folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    report(SimpleNamespace(dir=run), run / "report")
+    text = (run / "report" / "report.md").read_text()
+    assert text.index("## Candidates") < text.index("## Importance")
+    for name in ("pareto.png", "prediction.png", "ranks.png"):
+        assert f"({name})" in text and (run / "report" / name).stat().st_size > 5000
 
 
 def test_the_report_shows_what_decided_the_cut(tmp_path):

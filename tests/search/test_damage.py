@@ -1,0 +1,96 @@
+"""Predicted damage by hand, and what layers can spare against the maps themselves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compactlm_nemo.importance.moments import mlp_key as mlp_moment
+from compactlm_nemo.importance.moments import proj_key
+from compactlm_nemo.pruning.refit import output_error, refit
+from compactlm_nemo.pruning.spare import ranking, spare_layer
+from compactlm_nemo.search.damage import predicted_damage
+from tests.search.test_search import TINY
+
+WIDE = replace(TINY, num_layers=3)  # hidden 4, MLP 6, 4 heads in 2 groups
+
+
+def spare() -> dict[str, torch.Tensor]:
+    """Errors that name what has gone: `layer + gone / 10` for neurons, a tenth of that for heads."""
+    found = {"hidden.error": torch.tensor([0.0, 0.1, 0.2, 0.4, 1])}
+    for i in range(3):
+        found[f"layers.{i}.mlp.error"] = (i + torch.arange(7) / 10).double() * (torch.arange(7) > 0)
+        found[f"layers.{i}.heads.error"] = (i + torch.arange(5) / 10).double() * (torch.arange(5) > 0) / 10
+    return found
+
+
+SCORES = {
+    "depth": torch.tensor([3.0, 1, 2]),
+    **{f"layers.{i}.groups": torch.tensor([3.0, 1]) for i in range(3)},
+    **{f"layers.{i}.experts": torch.tensor([3.0, 1, 4]) for i in range(3)},
+}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "want"),
+    [
+        ({}, 0.0),
+        ({"hidden": 2}, 6 * 0.2),
+        ({"ffn": 4}, 3 * 0.2 + 1 * 1.2 + 2 * 2.2),
+        ({"heads": 2}, (3 * 0.2 + 1 * 1.2 + 2 * 2.2) / 10),
+        ({"layers": 2}, 1.0),
+        ({"layers": 1, "hidden": 3, "ffn": 5}, 3 * 0.1 + 3 * 0.1 + 3),
+        ({"groups": 1, "heads": 2}, 6 * 0.25),  # the group that stays keeps its heads
+        ({"groups": 1, "heads": 1}, 6 * 0.25 + (3 * 0.2 + 1 * 1.2 + 2 * 2.2) / 10),
+    ],
+)
+def test_damage_by_hand(sizes, want):
+    student = WIDE.with_shape(**sizes)
+    assert predicted_damage(WIDE, student, SCORES, spare()) == pytest.approx(want, rel=1e-6)
+
+
+def test_a_removed_block_costs_its_own_score():
+    nan = math.nan
+    blocks = torch.tensor([[3.0, 9, nan], [1, 0.5, nan], [2, nan, nan]])
+    damage = predicted_damage(WIDE, WIDE.with_shape(layers=1, ffn=4), SCORES | {"depth": blocks}, spare())
+    assert damage == pytest.approx(0.5 + 3 * 0.2)
+    unknown = torch.tensor([[nan, 9, nan], [nan, 0.5, nan], [nan, nan, nan]])
+    damage = predicted_damage(WIDE, WIDE.with_shape(layers=1, ffn=4), SCORES | {"depth": unknown}, spare())
+    assert damage == pytest.approx(0.5 + 0.2 / 3), "without scores of single layers all are worth the same"
+
+
+def test_experts_lose_the_share_of_their_scores():
+    mixed = replace(WIDE, num_experts=3, experts_per_token=1)
+    damage = predicted_damage(mixed, mixed.with_shape(experts=2), SCORES, spare())
+    assert damage == pytest.approx(6 * 1 / 8)
+
+
+def test_what_a_layer_can_spare_is_what_refitting_leaves():
+    draw = torch.Generator().manual_seed(0)
+    x = {
+        name: torch.randn(50, width, generator=draw).double() for name, width in ((proj_key(1), 8), (mlp_moment(1), 6))
+    }
+    weights = {"self_attention.linear_proj": (4, 8), "mlp.linear_fc2": (4, 6)}
+    held = {f"decoder.layers.1.{name}.weight": torch.randn(*shape, generator=draw) for name, shape in weights.items()}
+    found = spare_layer(1, WIDE, held.__getitem__, lambda name: x[name].T @ x[name], 1e-9)
+    assert len(found["layers.1.heads.order"]) == 4 and len(found["layers.1.mlp.order"]) == 6
+    for gone in range(1, 6):
+        kept = found["layers.1.mlp.order"][gone:].sort().values
+        weight, moment = held["decoder.layers.1.mlp.linear_fc2.weight"], x[mlp_moment(1)].T @ x[mlp_moment(1)]
+        want = output_error(weight, moment, kept, refit(weight, moment, kept, 1e-9))
+        assert float(found["layers.1.mlp.error"][gone]) == pytest.approx(want, rel=1e-5)
+    assert float(found["layers.1.mlp.error"][-1]) == pytest.approx(1, rel=1e-5)
+    # Of heads one of each group goes in turn.
+    assert sorted((found["layers.1.heads.order"][:2] // 2).tolist()) == [0, 1]
+
+
+def test_order_of_removal_takes_the_place_of_scores():
+    scores = {"layers.0.mlp": torch.tensor([9.0, 8, 7]), "layers.0.heads": torch.tensor([1.0, 2])}
+    held = {"layers.0.mlp.order": torch.tensor([1, 2, 0]), "layers.0.heads.order": torch.tensor([1, 0])}
+    held["layers.0.mlp.error"] = torch.zeros(4)
+    assert ranking(held, scores, ["mlp"])["layers.0.mlp"].tolist() == [2, 0, 1]
+    assert ranking(held, scores, ["mlp"])["layers.0.heads"].tolist() == [1, 2]
+    assert ranking(held, scores, ["mlp", "heads"])["layers.0.heads"].tolist() == [1, 0]
