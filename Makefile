@@ -24,8 +24,9 @@ compress: $(STAMP)  ## Fetch, prune and distil SmolLM2-135M on the CPU; override
 	$(BIN)/python -m recipes.fetch experiment=smollm2_135m_cpu
 	$(BIN)/python -m recipes.compress experiment=smollm2_135m_cpu $(ARGS)
 
+# Files of tests run side by side; much of the time goes into processes that start, one thread each.
 test: $(STAMP)  ## Run the tests
-	$(BIN)/pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 lint: $(STAMP)  ## Check style, format and types
 	$(BIN)/ruff check .

@@ -198,11 +198,13 @@ def _layout_problems(config: Config, dims: Dims) -> list[str]:
             "for; shorten it."
         )
     parts = (tp if layout.sequence_parallel else 1) * (2 * layout.cp if layout.cp > 1 else 1)
-    if length % parts:
-        problems.append(
-            f"data.sequence_length={length} must be a multiple of {parts} (2 x parallel.cp, times parallel.tp with "
-            f"parallel.sequence_parallel); use {-(-length // parts) * parts}."
-        )
+    timed = {"search.context": config.search.context} if config.search.latency_ms is not None else {}
+    problems += [
+        f"{name}={tokens} must be a multiple of {parts} (2 x parallel.cp, times parallel.tp with "
+        f"parallel.sequence_parallel); use {-(-tokens // parts) * parts}."
+        for name, tokens in ({"data.sequence_length": length} | timed).items()
+        if tokens % parts
+    ]
     try:
         models = [dims, *enumerate_space(dims, config.search, tp)]
     except CompactLMError as error:

@@ -64,6 +64,12 @@ def _how_to_cut(config: Config) -> dict[str, Any]:
     return {name: value for name, value in vars(config.prune).items() if name != "candidate"}
 
 
+def _split(config: Config) -> dict[str, Any]:
+    """The layout, where the candidates depend on it."""
+    cfg = config.search
+    return {"parallel.tp": config.parallel.tp} if cfg.multiples or cfg.divisors or cfg.latency_ms is not None else {}
+
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
@@ -80,7 +86,7 @@ STAGES: dict[str, Stage] = {
                 "run.seed": c.run.seed,
             },
         ),
-        Stage("search", "search", ("score",), lambda c: {"search": c.search, "prune": _how_to_cut(c)}),
+        Stage("search", "search", ("score",), lambda c: {"search": c.search, "prune": _how_to_cut(c)} | _split(c)),
         Stage("prune", "student", ("search",), lambda c: {"prune": c.prune}, _ranking),
         Stage(
             "distill",

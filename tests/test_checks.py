@@ -34,6 +34,11 @@ EXPERTS = [
         ([*LLAMA, "search.experts=[4]"], ["search.experts=4 must be in [0, 0] (the teacher's value)"]),
         ([*LLAMA, "search.hidden=[64]", "search.divisors=[hidden]"], ["search.hidden has both values and a rule"]),
         ([*LLAMA, "search.multiples.width=4"], ["know no axis width"]),
+        (
+            [*LLAMA, "search.latency_ms=9", "search.context=10", "parallel.tp=4", "parallel.sequence_parallel=true"],
+            ["search.context=10 must be a multiple of 4"],
+        ),
+        ([*LLAMA, "search.latency_ms=0"], ["search.latency_ms=0.0 must be > 0; null sets no budget"]),
         ([*LLAMA, "search.multiples.heads=48"], ["no value between search.smallest=0.5 and 1"]),
         ([*LLAMA, "prune.reconstruct=least_squares"], ["needs score.second_moments=true"]),
         ([*LLAMA, "prune.hidden=rotate"], ["prune.hidden=rotate needs prune.reconstruct=least_squares"]),

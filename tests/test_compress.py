@@ -32,8 +32,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _extras(inputs: Path) -> list[str]:
-    """What only the finished run has, because it takes long: tasks, and W&B in a file."""
-    return ["evaluate.tasks=[own_choice]", f"evaluate.task_folder={inputs}/tasks", "wandb.mode=offline"]
+    """What only the finished run has, because it takes long: tasks, W&B in a file, and timed layers."""
+    tasks = ["evaluate.tasks=[own_choice]", f"evaluate.task_folder={inputs}/tasks"]
+    return [*tasks, "wandb.mode=offline", "search.latency_ms=1e9", "search.context=32"]
 
 
 def _run(words: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
@@ -63,6 +64,15 @@ def test_a_second_run_does_nothing_and_says_so(inputs: Path, finished: Path) -> 
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done before, skipped") == 9
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+
+
+def test_layers_are_timed_for_a_latency_budget(finished: Path) -> None:
+    table = json.loads((finished / "search" / "latency.json").read_text())
+    ms = {part: table[part][0]["ms"] for part in ("attention", "mlp", "head")}
+    [candidate] = json.loads((finished / "search" / "candidates.json").read_text())
+    assert candidate["latency_ms"] == pytest.approx(2 * (ms["attention"] + ms["mlp"]) + ms["head"])
+    assert table == json.loads((finished / "latency.json").read_text())
+    assert table["about"]["context"] == 32 and table["about"]["device"]
 
 
 def test_the_exported_folder_is_the_trained_student(finished: Path) -> None:

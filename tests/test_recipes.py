@@ -64,6 +64,20 @@ def test_bytes_of_a_stage_are_those_of_what_it_holds(capsys: pytest.CaptureFixtu
     assert held["distill"] == 2 * teacher + (2 + 4 + 4 + 4 + 4) * student
 
 
+def test_the_largest_candidate_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["search.batch=4", "search.context=2048", "search.bytes_per_value=2", "search.latency_ms=20"]
+    run_stages(compose([*_dry("llama31_8b_to_4b_depth"), *settings]))
+    out = capsys.readouterr().out
+    # 16 layers of Llama 3.1, counted by hand; a query reads 2049 / 2 keys on average.
+    outside, norms = 2 * 128256 * 4096, 33 * 4096
+    layer = 2 * (32 + 8) * 128 * 4096 + 3 * 4096 * 14336
+    kv = 16 * 2 * 8 * 128 * 2
+    assert f"  {16 * layer + norms:,} parameters outside the embeddings, {16 * layer + norms + outside:,} active" in out
+    assert f"{2 * (16 * layer + norms + outside) + 4 * 2048 * kv:,} bytes for weights and 4 x 2048 tokens" in out
+    assert f"{2 * 16 * layer + outside + 16 * 4 * 32 * 128 * 2049 // 2:,} FLOPs a token at 2048 tokens" in out
+    assert "search.latency_ms=20 is checked by the search stage" in out
+
+
 def test_every_experiment_composes() -> None:
     assert {*PUBLISHED_BILLIONS, "smollm2_135m_cpu"} == set(EXPERIMENTS)
     for experiment in EXPERIMENTS:
@@ -152,7 +166,7 @@ def test_documented_commands_plan() -> None:
 def test_slurm_commands_plan() -> None:
     """What follows a batch script in slurm/README.md are overrides that compose; NAME is any experiment."""
     text = (ROOT / "slurm" / "README.md").read_text().replace("\\\n", " ").replace("NAME", "nemotron4_15b_to_8b")
-    commands = re.findall(r"slurm/(?:compress|distill)\.sbatch ((?:[\w.]+=\S+ *)+)", text)
+    commands = re.findall(r"slurm/(?:compress|distill|rank)\.sbatch ((?:[\w.]+=\S+ *)+)", text)
     assert len(commands) >= 4
     for words in commands:
         overrides = words.replace(")", "").split()

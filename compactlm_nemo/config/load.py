@@ -186,7 +186,7 @@ def _shown(default: Any) -> str:
 
 def reference_markdown() -> str:
     """docs/configuration.md, made from the dataclasses; `python -m compactlm_nemo.config.load` prints it."""
-    head = "# Settings\n\nMade from `compactlm_nemo/config/schema.py` by `make docs`.\n\n"
+    head = "# Settings\n\nMade from the dataclasses in `compactlm_nemo/config/` by `make docs`.\n\n"
     between = "\n## Settings of `recipes.compare_scores`\n\n"
     return head + _table(schema_reference()) + between + _table(schema_reference(CompareConfig))
 

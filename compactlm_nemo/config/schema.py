@@ -22,7 +22,7 @@ from compactlm_nemo.config.choices import (
     WandbMode,
     WidthMetric,
 )
-from compactlm_nemo.config.search import SearchConfig
+from compactlm_nemo.config.search import RankConfig, SearchConfig
 from compactlm_nemo.errors import require
 
 SPEED_ONLY = {"micro_batch", "chunk_tokens", "checkpoint_every", "keep_checkpoints", "log_every", "stop_after"}
@@ -234,7 +234,11 @@ class PruneConfig:
         require(self.ridge > 0, f"prune.ridge={self.ridge} must be > 0; 0.001 is a good start.")
         require(self.samples > 0, f"prune.samples={self.samples} must be > 0; try 16.")
         if self.reconstruct is Reconstruct.none:
-            for name, used in (("hidden=rotate", self.hidden is Stream.rotate), ("by_error", bool(self.by_error)), ("sequential", self.sequential)):
+            for name, used in (
+                ("hidden=rotate", self.hidden is Stream.rotate),
+                ("by_error", bool(self.by_error)),
+                ("sequential", self.sequential),
+            ):
                 require(not used, f"prune.{name} needs prune.reconstruct=least_squares; set it, or leave it out.")
         require(
             self.heads is HeadCut.cut or self.reconstruct is Reconstruct.none,
@@ -243,29 +247,17 @@ class PruneConfig:
 
 
 @dataclass(kw_only=True)
-class RankConfig:
-    """Short distillation of the best candidates, which decides between them (`recipes.rank`)."""
+class RoundsConfig:
+    """Iterative pruning (`recipes.rounds`)."""
 
-    candidates: int = 0
-    """Candidates to train, best first; 0 takes the first of candidates.json without."""
-    steps: int = 400
-    """Optimizer steps of each; the learning rate falls over these. The paper trains 400, and ranks settle near 300."""
-    halving: int = 0
-    """Times that the worse half is dropped on the way, at 1/2, 1/4, ... of the steps from the end; 0 trains all."""
-    only: int | None = None
-    """Train this candidate alone and rank nothing: one task of a Slurm array. Needs `rank.halving=0`."""
+    count: int = 2
+    """Rounds of score and prune; 1 is what recipes.compress does."""
+    steps: int = 0
+    """Optimizer steps of distillation after each round but the last, which trains `distill.steps`; 0 is none."""
 
     def __post_init__(self) -> None:
-        require(self.candidates >= 0, f"rank.candidates={self.candidates} must be >= 0; 0 trains none.")
-        require(self.steps > 0, f"rank.steps={self.steps} must be > 0.")
-        require(
-            0 <= self.halving and 2**self.halving <= self.steps,
-            f"rank.halving={self.halving} must be >= 0 and leave a step of rank.steps={self.steps} to each round.",
-        )
-        require(
-            self.only is None or (0 <= self.only < self.candidates and not self.halving),
-            f"rank.only={self.only} must be in [0, rank.candidates={self.candidates}), with rank.halving=0.",
-        )
+        require(self.count > 0, f"rounds.count={self.count} must be > 0; 1 prunes at once.")
+        require(self.steps >= 0, f"rounds.steps={self.steps} must be >= 0; 0 trains only after the last round.")
 
 
 @dataclass(kw_only=True)
@@ -375,6 +367,7 @@ class Config:
     search: SearchConfig = field(default_factory=SearchConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     rank: RankConfig = field(default_factory=RankConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

@@ -1,4 +1,4 @@
-"""Settings of the search: the sizes to try and the budgets that a candidate must meet."""
+"""Settings of the search: sizes to try, budgets that a candidate must meet, and short distillations that decide."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SearchConfig:
     layers: list[int] = field(default_factory=list)
     """Numbers of layers to try."""
     heads: list[int] = field(default_factory=list)
-    """Numbers of query heads to try; each must be a multiple of the query groups."""
+    """Numbers of query heads to try: multiples of the query groups, with at most the teacher's heads in each."""
     groups: list[int] = field(default_factory=list)
     """Numbers of query groups to try; whole groups are cut with their keys and values."""
     ffn: list[int] = field(default_factory=list)
@@ -23,17 +23,19 @@ class SearchConfig:
     hidden: list[int] = field(default_factory=list)
     """Hidden sizes to try."""
     experts: list[int] = field(default_factory=list)
-    """Numbers of experts to try."""
+    """Numbers of experts to try, at least as many as a token is sent to."""
     shared_expert_ffn: list[int] = field(default_factory=list)
     """Widths of the expert that sees every token to try."""
     ffn_multiples: list[float] = field(default_factory=list)
     """MLP widths as multiples of the hidden size; excludes `search.ffn`."""
     multiples: dict[str, int] = field(default_factory=dict)
-    """Axis to step: every multiple of it is tried, as in `search.multiples.hidden=64`; excludes values of that axis."""
+    """Axis to step: every multiple of it is tried that `parallel.tp` can split, as in `search.multiples.hidden=64`;
+    excludes values of that axis."""
     divisors: list[str] = field(default_factory=list)
-    """Axes of which every divisor of the teacher's value is tried; excludes values of that axis."""
+    """Axes of which every divisor of the teacher's value is tried that `parallel.tp` can split; excludes values of that
+    axis."""
     smallest: float = 0.5
-    """Share of the teacher's value at which `search.multiples` and `search.divisors` begin."""
+    """Share of the teacher's value at which `search.multiples` and `search.divisors` begin; they end at that value."""
     params: float | None = None
     """Target parameter count, within `search.band`; null sets no target."""
     non_embedding_params: float | None = None
@@ -45,7 +47,7 @@ class SearchConfig:
     flops: float | None = None
     """Most forward FLOPs of a token at `search.context` tokens."""
     latency_ms: float | None = None
-    """Most milliseconds of a forward pass over `search.batch` sequences of `search.context` tokens on one rank, from
+    """Most milliseconds of a forward pass over `search.batch` sequences of `search.context` tokens in this layout, from
     layers timed on the present device."""
     band: float = 0.05
     """Accepted relative distance from a target."""
@@ -84,3 +86,29 @@ class SearchConfig:
             )
         for axis, step in self.multiples.items():
             require(step > 0, f"search.multiples.{axis}={step} must be > 0.")
+
+
+@dataclass(kw_only=True)
+class RankConfig:
+    """Short distillation of the best candidates, which decides between them (`recipes.rank`)."""
+
+    candidates: int = 0
+    """Candidates to train, best first; 0 takes the first of candidates.json without."""
+    steps: int = 400
+    """Optimizer steps of each; the learning rate falls over these. The paper trains 400, and ranks settle near 300."""
+    halving: int = 0
+    """Times that the worse half is dropped on the way, at 1/2, 1/4, ... of the steps from the end; 0 trains all."""
+    only: int | None = None
+    """Train this candidate alone and rank nothing: one task of a Slurm array. Needs `rank.halving=0`."""
+
+    def __post_init__(self) -> None:
+        require(self.candidates >= 0, f"rank.candidates={self.candidates} must be >= 0; 0 trains none.")
+        require(self.steps > 0, f"rank.steps={self.steps} must be > 0.")
+        require(
+            0 <= self.halving and 2**self.halving <= self.steps,
+            f"rank.halving={self.halving} must be >= 0 and leave a step of rank.steps={self.steps} to each round.",
+        )
+        require(
+            self.only is None or (0 <= self.only < self.candidates and not self.halving),
+            f"rank.only={self.only} must be in [0, rank.candidates={self.candidates}), with rank.halving=0.",
+        )

@@ -156,6 +156,8 @@ def counts(cfg: SearchConfig) -> dict[str, Callable[[Dims], int]]:
         "params": num_params,
         "non_embedding_params": non_embedding_params,
         "active_params": active_params,
-        "memory_bytes": lambda dims: memory_bytes(dims, cfg.batch * cfg.context, cfg.bytes_per_value),
+        "memory_bytes": lambda dims: memory_bytes(
+            dims, cfg.batch * min(cfg.context, dims.window or cfg.context), cfg.bytes_per_value
+        ),
         "flops": lambda dims: flops_per_token_forward(dims, cfg.context),
     }

@@ -76,8 +76,12 @@ def candidates_json(ranked: list[Candidate]) -> str:
 
 
 def check_scores(teacher: Dims, scores: dict[str, Tensor]) -> None:
-    """ConfigError unless every score vector is there in the teacher's length; NumericsError on NaN or infinity."""
-    for name, length in _lengths(teacher).items():
+    """ConfigError unless every score vector is there in the teacher's length; NumericsError on NaN or infinity.
+
+    Scores of query groups may be missing: only a cut of groups needs them.
+    """
+    groups = {groups_key(i): teacher.num_query_groups for i in range(teacher.num_layers) if groups_key(i) in scores}
+    for name, length in (_lengths(teacher) | groups).items():
         if name not in scores:
             raise ConfigError(f"scores: {name} is missing; run the score stage on this teacher.")
         if name == DEPTH and tuple(scores[name].shape) == (length, length):
@@ -95,7 +99,7 @@ def check_scores(teacher: Dims, scores: dict[str, Tensor]) -> None:
 
 
 def _lengths(teacher: Dims) -> dict[str, int]:
-    """The vectors that every cut needs; groups are asked for when they are cut."""
+    """The vectors that every cut needs."""
     expected = {HIDDEN: teacher.hidden_size, DEPTH: teacher.num_layers}
     for i in range(teacher.num_layers):
         expected[heads_key(i)] = teacher.num_heads

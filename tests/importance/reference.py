@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 AGGREGATORS = ("mean", "l2", "var")
@@ -121,4 +123,69 @@ def reference(model: Any, ids_NS: Tensor, neurons: str = "after") -> dict[str, T
     scores = {"depth.bi": block_importance(seen)}
     for pair in PAIRS:
         scores |= scores_of(seen, *pair)
+    return scores
+
+
+@torch.no_grad()
+def logits_without(
+    model: Any, ids_NS: Tensor, each: Iterable[tuple[int, ...]]
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Layers left out, and the `[N, S, V]` logits of the model without them."""
+    every = list(model.model.layers)
+    del model.model.layers  # a plain list takes its place
+    for missing in each:
+        model.model.layers = [layer for i, layer in enumerate(every) if i not in missing]
+        yield missing, model(ids_NS, use_cache=False).logits
+
+
+def taylor_reference(model: Any, ids_NS: Tensor) -> dict[str, Tensor]:
+    """Taylor importance by plain loops over the tensors of a Hugging Face model."""
+    F.cross_entropy(model(ids_NS).logits[:, :-1].flatten(0, 1), ids_NS[:, 1:].flatten()).backward()
+    heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
+    is_centred = model.config.model_type == "nemotron"
+    taylor = {}
+    for name, p in model.named_parameters():
+        weight = p + 1 if is_centred and "norm" in name and name.endswith("weight") else p
+        taylor[name] = (weight * p.grad).abs().detach()
+    hidden = taylor["model.embed_tokens.weight"].sum(0) + taylor.get("lm_head.weight", torch.zeros(1)).sum(0)
+    hidden = hidden + taylor["model.norm.weight"] + taylor.get("model.norm.bias", 0)
+    scores = {}
+    for i in range(model.config.num_hidden_layers):
+        prefix = f"model.layers.{i}."
+        own = {name.removeprefix(prefix): x for name, x in taylor.items() if name.startswith(prefix)}
+        for name, x in own.items():
+            is_reader = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "up_proj.weight"))
+            if is_reader or name.endswith(("gate_proj.weight", "gate.weight")):
+                hidden = hidden + x.sum(0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                hidden = hidden + x.sum(1)
+            elif "layernorm" in name or name.endswith(("o_proj.bias", "down_proj.bias")):
+                hidden = hidden + x
+            elif name.endswith("gate_up_proj"):
+                hidden = hidden + x.sum((0, 1))
+            elif name.endswith("experts.down_proj"):
+                hidden = hidden + x.sum((0, 2))
+        scores |= {f"layers.{i}.{name}": x for name, x in _taylor_of_layer(own, heads, groups).items()}
+    return scores | {"hidden": hidden}
+
+
+def _taylor_of_layer(own: dict[str, Tensor], heads: int, groups: int) -> dict[str, Tensor]:
+    def rows(projection: str, count: int) -> Tensor:
+        """Of `count` heads: their rows and biases."""
+        total = own[f"self_attn.{projection}.weight"].sum(1) + own.get(f"self_attn.{projection}.bias", 0)
+        return total.reshape(count, -1).sum(1)
+
+    scores = {"heads": rows("q_proj", heads) + own["self_attn.o_proj.weight"].sum(0).reshape(heads, -1).sum(1)}
+    keys_and_values = rows("k_proj", groups) + rows("v_proj", groups)
+    scores["groups"] = scores["heads"].reshape(groups, -1).sum(1) + keys_and_values
+    for path, name in (("mlp.", "mlp"), ("mlp.shared_expert.", "shared_expert.mlp")):
+        if f"{path}down_proj.weight" in own:
+            first = [x for x in own if x.startswith((f"{path}gate_proj.", f"{path}up_proj."))]
+            values = [own[x].sum(1) if x.endswith("weight") else own[x] for x in first]
+            scores[name] = sum(values) + own[f"{path}down_proj.weight"].sum(0)
+    if "mlp.experts.down_proj" in own:
+        gate_up_EF, down_EF = own["mlp.experts.gate_up_proj"].sum(2), own["mlp.experts.down_proj"].sum(1)
+        scores["experts"] = gate_up_EF.sum(1) + down_EF.sum(1)
+        for e, (gate_up_F, down_F) in enumerate(zip(gate_up_EF, down_EF, strict=True)):
+            scores[f"experts.{e}.mlp"] = gate_up_F.reshape(2, -1).sum(0) + down_F
     return scores

@@ -19,6 +19,8 @@ from tests.ranks import run_ranks
 
 DENSE = ("llama", "nemotron")
 MIXED = ("mixtral", "qwen3_moe", "qwen2_moe")
+FOUR_GROUPS = tuple(f"{case}_4_groups" for case in DENSE)
+"""The dense cases with four query groups of two heads: one a rank of TP 4."""
 PAIRS = [metric for metric in WidthMetric if metric.pair]
 
 
@@ -30,10 +32,11 @@ def windows() -> Tensor:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("score")
-    for case in CASES:
-        model = save_tiny(case, root / case)
+    for name in (*CASES, *FOUR_GROUPS):
+        changes = {"num_attention_heads": 8, "num_key_value_heads": 4} if name in FOUR_GROUPS else {}
+        model = save_tiny(name.removesuffix("_4_groups"), root / name, **changes)
         for neurons in Neurons:
-            torch.save(reference(model, windows(), neurons.name), root / case / f"{neurons.name}.pt")
+            torch.save(reference(model, windows(), neurons.name), root / name / f"{neurons.name}.pt")
     return root
 
 
@@ -57,7 +60,7 @@ def _matches(rank: int, world: int, layout: dict, cases: tuple[str, ...], root: 
     mesh = mesh_of(**layout)
     for case in cases:
         dims, model = filled(root / case, mesh)
-        for neurons in Neurons if case in (*DENSE, *MIXED) else [Neurons.after]:
+        for neurons in Neurons if case in (*DENSE, *MIXED, *FOUR_GROUPS) else [Neurons.after]:
             cfg = ScoreConfig(samples=5, micro_batch=2, width=PAIRS, neurons=neurons)
             done: list[int] = []
             running = Running()
@@ -76,6 +79,10 @@ def test_scores_of_every_family_are_the_definition(root, tmp_path):
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "1"])
 def test_dense_scores_are_the_definition_in_every_layout(layout, root, tmp_path):
     run_ranks(_matches, LAYOUTS[layout][0], tmp_path, LAYOUTS[layout][1], DENSE, root)
+
+
+def test_dense_scores_over_four_tensor_parallel_ranks_are_the_definition(root, tmp_path):
+    run_ranks(_matches, 4, tmp_path, {"tp": 4}, FOUR_GROUPS, root)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2_sp", "pp2", "cp2", *EXPERT_LAYOUTS])

@@ -19,6 +19,7 @@ from compactlm_nemo.importance.depth import LayerSums, layer_sums, lm_loss_rise,
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.groups import Mesh
+from tests.importance.reference import logits_without
 from tests.importance.test_blocks import block_reference, check_blocks, windows
 from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of, whole_logits
 from tests.models.tiny import VOCAB, save_tiny
@@ -43,15 +44,9 @@ def loss_of(logits_BSV: Tensor, ids_BS: Tensor) -> float:
     return sum(losses) / len(losses)
 
 
-@torch.no_grad()
 def reference(model: Any) -> Want:
     """Loss, and error of the logits, without each set of layers."""
-    every = list(model.model.layers)
-    del model.model.layers  # a plain list takes its place
-    logits = {}
-    for missing in MISSING:
-        model.model.layers = [layer for i, layer in enumerate(every) if i not in missing]
-        logits[missing] = model(windows(), use_cache=False).logits
+    logits = dict(logits_without(model, windows(), MISSING))
     whole = logits[()]
     return {
         "loss": {missing: loss_of(x, windows()) for missing, x in logits.items()},
@@ -83,8 +78,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def measure(model: Chunks, dims: Dims, mesh: Mesh, removed: frozenset[int], told: list[int]) -> LayerSums:
-    """Both metrics of the windows, in two parts."""
+def measure(
+    model: Chunks, dims: Dims, mesh: Mesh, windows_NS: Tensor, removed: frozenset[int], told: list[int]
+) -> LayerSums:
+    """Both metrics, in two parts, of which the second has two samples."""
 
     def token_losses(hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
         head = model.head_weight
@@ -112,7 +109,7 @@ def measure(model: Chunks, dims: Dims, mesh: Mesh, removed: frozenset[int], told
             removed=removed,
             progress=told.append,
         )
-        for part_NS in windows().split([3, 2])
+        for part_NS in windows_NS.tensor_split([-2])
     )
     return first + second
 
@@ -137,7 +134,7 @@ def _check_rounds(model: Chunks, dims: Dims, mesh: Mesh, want: Want) -> None:
     def one_round(removed: frozenset[int]) -> Tensor:
         told: list[int] = []
         ran[0] = 0
-        got = measure(model, dims, mesh, removed, told)
+        got = measure(model, dims, mesh, windows(), removed, told)
         assert sum(told) == 5 and got.tokens == 5 * 11
         _check_values(got, want, removed)
         total = torch.tensor(ran[0])

@@ -1,14 +1,17 @@
 """Plans against a choice made with plain Python sorting, and by hand."""
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 
-from compactlm_nemo.errors import CheckpointError, ConfigError
+from compactlm_nemo.config.search import SearchConfig
+from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.pruning.plan import Plan, make_plan
+from compactlm_nemo.search.select import kept_importance, rank_candidates
 
 TEACHER = Dims(
     family="llama", num_layers=5, hidden_size=16, ffn_hidden_size=24, num_heads=6, num_query_groups=2, head_dim=4,
@@ -17,12 +20,28 @@ TEACHER = Dims(
 STUDENT = TEACHER.with_shape(layers=3, hidden=9, ffn=7, heads=4)
 
 
+MIXED = replace(
+    TEACHER,
+    num_heads=12,
+    num_query_groups=4,
+    num_experts=6,
+    experts_per_token=2,
+    ffn_hidden_size=8,
+    shared_expert_ffn=9,
+)
+
+
 def scores_of(dims: Dims, seed: int = 0) -> dict[str, torch.Tensor]:
     # Few distinct values, so that ties are common.
     draw = torch.Generator().manual_seed(seed)
     lengths = {"hidden": dims.hidden_size, "depth": dims.num_layers}
     for i in range(dims.num_layers):
         lengths |= {f"layers.{i}.mlp": dims.ffn_hidden_size, f"layers.{i}.heads": dims.num_heads}
+        if dims.num_experts:
+            lengths |= {f"layers.{i}.groups": dims.num_query_groups, f"layers.{i}.experts": dims.num_experts}
+            lengths |= {f"layers.{i}.experts.{e}.mlp": dims.ffn_hidden_size for e in range(dims.num_experts)}
+            lengths |= {f"layers.{i}.shared_expert.mlp": dims.shared_expert_ffn}
+            del lengths[f"layers.{i}.mlp"]
     return {name: torch.randint(0, 4, (n,), generator=draw).double() for name, n in lengths.items()}
 
 
@@ -70,6 +89,89 @@ def test_removed_heads_are_merged_into_the_last_kept_ones():
     assert make_plan(wide, wide, scores, merge_heads=True).merge == {}
     with pytest.raises(ConfigError, match="prune.heads=merge keeps 2 of 5 heads.*at least half"):
         make_plan(wide, replace(wide, num_heads=4), scores, merge_heads=True)
+
+
+def random_cut(seed: int) -> Dims:
+    """Any sizes that `MIXED` can be cut to."""
+    draw = random.Random(seed)
+    groups = draw.randint(1, 4)
+    return MIXED.with_shape(
+        layers=draw.randint(1, 5), hidden=draw.randint(1, 16), ffn=draw.randint(1, 8), groups=groups,
+        heads=groups * draw.randint(1, 3), experts=draw.randint(2, 6), shared_expert_ffn=draw.randint(1, 9),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_groups_and_experts_are_the_naive_choice(seed):
+    """Property-style over sizes and scores; after a round trip through JSON."""
+    scores, student = scores_of(MIXED, seed), random_cut(seed)
+    plain = {name: value.tolist() for name, value in scores.items()}
+    plan = Plan.from_json(json.loads(json.dumps(make_plan(MIXED, student, scores).to_json())))
+    assert list(plan.heads) == list(plan.experts) == list(plan.expert_mlp) == list(plan.shared_expert) == plan.layers
+    for i in plan.layers:
+        groups = naive_top(plain[f"layers.{i}.groups"], student.num_query_groups)
+        each = student.num_heads // student.num_query_groups
+        want = [naive_top(plain[f"layers.{i}.heads"], each, range(3 * g, 3 * g + 3)) for g in groups]
+        assert plan.heads[i].tolist() == [head for heads in want for head in heads]
+        experts = naive_top(plain[f"layers.{i}.experts"], student.num_experts)
+        assert plan.experts[i].tolist() == experts
+        neurons = {e: naive_top(plain[f"layers.{i}.experts.{e}.mlp"], student.ffn_hidden_size) for e in experts}
+        assert {e: kept.tolist() for e, kept in plan.expert_mlp[i].items()} == neurons
+        shared = naive_top(plain[f"layers.{i}.shared_expert.mlp"], student.shared_expert_ffn)
+        assert plan.shared_expert[i].tolist() == shared
+    assert {kept.dtype for experts in plan.expert_mlp.values() for kept in experts.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kept_importance_with_experts_is_the_naive_sum(seed):
+    scores, student = scores_of(MIXED, seed), random_cut(seed)
+    plain = {name: value.tolist() for name, value in scores.items()}
+
+    def share(name: str, kept: list[int]) -> float:
+        return sum(plain[name][unit] for unit in kept) / sum(plain[name])
+
+    def top(name: str, count: int) -> float:
+        return share(name, naive_top(plain[name], count))
+
+    every = Plan.from_json(make_plan(MIXED, replace(student, num_layers=5), scores).to_json())
+    heads = [share(f"layers.{i}.heads", every.heads[i].tolist()) for i in range(5)]
+    mlp = []
+    for i in range(5):
+        neurons = [top(f"layers.{i}.experts.{e}.mlp", student.ffn_hidden_size) for e in range(6)]
+        neurons.append(top(f"layers.{i}.shared_expert.mlp", student.shared_expert_ffn))
+        mlp.append(top(f"layers.{i}.experts", student.num_experts) * sum(neurons) / 7)
+    want = top("hidden", student.hidden_size) * sum(heads) / 5 * sum(mlp) / 5 * top("depth", student.num_layers)
+    assert kept_importance(MIXED, student, scores) == pytest.approx(want, rel=1e-12)
+    assert kept_importance(MIXED, MIXED, scores) == 1
+    ranked = rank_candidates(MIXED, [student, MIXED], scores, SearchConfig())
+    assert [c.dims(MIXED) for c in ranked] == [MIXED, student]
+
+
+NAN = torch.tensor([1.0, float("nan"), 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"layers.1.experts": None}, ConfigError, "scores: layers.1.experts is missing"),
+        ({"layers.4.experts.5.mlp": None}, ConfigError, "scores: layers.4.experts.5.mlp is missing"),
+        ({"layers.0.shared_expert.mlp": None}, ConfigError, "scores: layers.0.shared_expert.mlp is missing"),
+        ({"layers.1.groups": None}, ConfigError, "scores: layers.1.groups is missing"),
+        ({"layers.1.groups": torch.ones(3)}, ConfigError, r"layers.1.groups has shape \[3\], the teacher needs \[4\]"),
+        ({"layers.1.groups": NAN}, NumericsError, "layers.1.groups holds NaN"),
+        ({"layers.0.experts": torch.ones(8)}, ConfigError, r"layers.0.experts has shape \[8\]"),
+        ({"layers.0.experts.0.mlp": torch.ones(8) / 0}, NumericsError, "layers.0.experts.0.mlp holds NaN or infinity"),
+    ],
+)
+def test_scores_of_groups_and_experts_are_checked(changes, error, message):
+    scores = {name: x for name, x in (scores_of(MIXED) | changes).items() if x is not None}
+    with pytest.raises(error, match=message):
+        make_plan(MIXED, MIXED.with_shape(layers=5, groups=2, heads=6), scores)
+
+
+def test_scores_of_groups_may_be_missing_where_none_is_cut():
+    scores = {name: x for name, x in scores_of(MIXED).items() if not name.endswith("groups")}
+    assert make_plan(MIXED, MIXED.with_shape(heads=8, experts=2), scores).heads[0].shape == (8,)
 
 
 def test_experts_go_first_then_the_neurons_of_each():

@@ -1,5 +1,6 @@
 """The space against the papers' tables, budgets, and ranks by hand."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -9,7 +10,14 @@ import torch
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.search import cost
-from compactlm_nemo.search.select import depth_share, keep_heads, keep_layers, rank_candidates, top_units
+from compactlm_nemo.search.select import (
+    candidates_json,
+    depth_share,
+    keep_heads,
+    keep_layers,
+    rank_candidates,
+    top_units,
+)
 from compactlm_nemo.search.space import enumerate_space
 from tests.search.shapes import NEMOTRON_15B, TINY
 
@@ -60,6 +68,7 @@ def test_empty_axes_keep_the_teacher_and_order_is_fixed():
             "search.heads=3 must be a multiple of 2 query groups with at most 2 heads each; try 2",
         ),
         (SearchConfig(heads=[4], groups=[1]), "search.heads=4 must be a multiple of 1 query groups.*try 2"),
+        (SearchConfig(groups=[1]), r"search.groups=\[1\] fits none of \[4\] heads.*multiples of the groups, 2 at most"),
         (SearchConfig(ffn_multiples=[1.3]), "search.ffn_multiples=1.3 times hidden 4 is 5.2, must be whole"),
         (SearchConfig(ffn_multiples=[2]), r"times hidden 4 is 8, must be in \[1, 6\]"),
         (SearchConfig(hidden=[5], layers=[3]), "(?s)2 problems:\n- search.layers=3.*\n- search.hidden=5"),
@@ -87,6 +96,9 @@ def test_values_by_rule():
     # Heads must be a multiple of the 8 groups; 16 ranks can split multiples of 16.
     assert values("num_heads", SearchConfig(multiples={"heads": 1})) == [24, 32, 40, 48]
     assert values("num_heads", SearchConfig(multiples={"heads": 4}), tp=16) == [32, 48]
+    experts = replace(TINY, num_experts=12, experts_per_token=5)
+    found = enumerate_space(experts, SearchConfig(divisors=["experts"], multiples={"experts": 2}, smallest=0.25))
+    assert [dims.num_experts for dims in found] == [12, 6]  # not 4, as a token is sent to 5
     found = enumerate_space(teacher, SearchConfig(multiples={"groups": 1}, heads=[24, 36, 48]))
     assert {(d.num_heads, d.num_query_groups) for d in found} == {(24, 4), (24, 6), (24, 8), (36, 6), (48, 8)}
 
@@ -110,6 +122,12 @@ def test_budgets_hold_together():
         ]
         with pytest.raises(ConfigError, match=f"search.{name}=1 is met by none of 12.*{min(map(of, every))} {name}"):
             enumerate_space(TINY, replace(cfg, **{name: 1.0}))
+    window = replace(TINY, window=16)  # of which keys and values are kept
+    least = cost.weight_bytes(window, 4) + 3 * 16 * cost.kv_cache_bytes_per_token(window, 4)
+    cfg = SearchConfig(context=64, batch=3, bytes_per_value=4)
+    assert enumerate_space(window, replace(cfg, memory_bytes=float(least))) == [window]
+    with pytest.raises(ConfigError, match="search.memory_bytes"):
+        enumerate_space(window, replace(cfg, memory_bytes=least - 1.0))
     body = cost.num_params(TINY) - cost.embedding_params(TINY)
     assert enumerate_space(TINY, replace(space, non_embedding_params=float(body), band=0.0)) == [TINY]
 
@@ -120,6 +138,23 @@ def test_an_infeasible_budget_names_the_nearest_count():
         enumerate_space(TINY, SearchConfig(layers=[1, 2], params=10.0 * two))
     with pytest.raises(ConfigError, match=f"nearest has {one} parameters"):
         enumerate_space(TINY, SearchConfig(layers=[1, 2], params=one / 2))
+
+
+def test_of_several_budgets_the_impossible_one_is_named():
+    one, two = (TINY.with_shape(layers=n) for n in (1, 2))
+    flops = [cost.flops_per_token_forward(dims, 8) for dims in (one, two)]
+    space = SearchConfig(layers=[1, 2], context=8, band=0.0)
+    both = replace(space, params=float(cost.num_params(two)), flops=float(flops[1] - 1))
+    with pytest.raises(
+        ConfigError, match=r"params=\d+ within search.band=0 and search.flops=\d+ is more than any of 2"
+    ):
+        enumerate_space(TINY, both)
+    with pytest.raises(ConfigError) as caught:
+        enumerate_space(TINY, replace(both, flops=flops[0] / 2))
+    assert str(caught.value) == (
+        f"search.flops={flops[0] / 2:g} is met by none of 2 architectures; the nearest has {cost.num_params(one)} "
+        f"parameters, {flops[0]} flops (1 layers, hidden 4, heads 4/2, MLP 6): aim there or widen the axes."
+    )
 
 
 def _scores():
@@ -146,6 +181,23 @@ def test_ranks_by_hand():
     assert [c.dims(TINY) for c in ranked] == [dims for dims, _ in want]
     assert [c.kept_importance for c in ranked] == pytest.approx([kept for _, kept in want], rel=1e-12)
     assert [c.params for c in ranked] == [cost.num_params(dims) for dims, _ in want]
+    assert [c.flops_per_token for c in ranked] == [cost.flops_per_token_forward(dims, 2048) for dims, _ in want]
+    assert json.loads(candidates_json(ranked)) == [
+        {name: value for name, value in vars(c).items() if value is not None} for c in ranked
+    ]
+
+
+def test_a_candidate_is_its_architecture():
+    teacher = replace(TINY, num_experts=4, experts_per_token=2, shared_expert_ffn=5)
+    student = teacher.with_shape(layers=1, hidden=3, ffn=4, heads=1, groups=1, experts=3, shared_expert_ffn=2)
+    names = ["heads", "groups", "experts", *(f"experts.{e}.mlp" for e in range(4)), "shared_expert.mlp"]
+    sizes = [4, 2, 4, 6, 6, 6, 6, 5]
+    scores = {f"layers.{i}.{n}": torch.ones(size) for i in (0, 1) for n, size in zip(names, sizes, strict=True)}
+    scores |= {"hidden": torch.ones(4), "depth": torch.ones(2)}
+    [candidate] = rank_candidates(teacher, [student], scores, SearchConfig(batch=2, context=8, bytes_per_value=4))
+    assert candidate.dims(teacher) == student
+    assert candidate.active_params == cost.active_params(student) < candidate.params == cost.num_params(student)
+    assert candidate.memory_bytes == 4 * candidate.params + 16 * cost.kv_cache_bytes_per_token(student, 4)
 
 
 def test_equal_importance_puts_the_smaller_model_first():
