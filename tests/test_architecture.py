@@ -66,7 +66,7 @@ def test_files_stay_short() -> None:
 ORDER = [
     "errors", "config", "parallel", "artifacts", "models", "data", "importance", "search", "pruning", "training",
     "distill", "evaluation", "report", "checks", "dry_run", "run", "scoring", "layer_scoring", "cutting",
-    "verbs", "stages", "ranking",
+    "verbs", "stages", "ranking", "rounds",
 ]  # fmt: skip
 
 

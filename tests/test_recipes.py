@@ -78,6 +78,17 @@ def test_the_largest_candidate_is_counted(capsys: pytest.CaptureFixture[str]) ->
     assert "search.latency_ms=20 is checked by the search stage" in out
 
 
+@pytest.mark.parametrize("rule", ["search.multiples.hidden=64", "search.divisors=[ffn]", "search.latency_ms=9"])
+def test_a_search_that_depends_on_the_layout_is_not_taken_for_another(rule: str) -> None:
+    axes = ["search.hidden=[]", "search.ffn=[]"]
+
+    def identity(*settings: str) -> object:
+        return STAGES["search"].settings(compose([*_dry("llama31_8b_to_4b_depth"), *axes, *settings]))
+
+    assert identity(rule, "parallel.tp=4") != identity(rule, "parallel.tp=8")
+    assert identity("parallel.tp=4") == identity("parallel.tp=8")
+
+
 def test_every_experiment_composes() -> None:
     assert {*PUBLISHED_BILLIONS, "smollm2_135m_cpu"} == set(EXPERIMENTS)
     for experiment in EXPERIMENTS:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -173,30 +175,48 @@ def kept_share(score_E: Tensor, kept: Tensor) -> float:
     return float(mass_E[kept].sum()) / total if total > 0 else 1.0
 
 
-def kept_importance(teacher: Dims, student: Dims, scores: dict[str, Tensor]) -> float:
-    """``share(hidden) * mean_l share(heads_l) * mean_l share(MLP_l) * share(depth)``.
+def kept_importance(teacher: Dims, scores: dict[str, Tensor]) -> Callable[[Dims], float]:
+    """A function of the student: ``share(hidden) * mean_l share(heads_l) * mean_l share(MLP_l) * share(depth)``.
 
     share is the part of the score mass held by the units that stay and l runs over all layers of the teacher. Of a
     layer with experts the MLP's share is that of its experts times the mean share of their neurons (and of the shared
-    expert's).
+    expert's). Each share is worked out once for a value of its axis, however many students have it.
     """
-
-    def share(name: str, num: int) -> float:
-        return kept_share(scores[name], top_units(scores[name], num))
-
-    def mlp_share(layer: int) -> float:
-        if not teacher.num_experts:
-            return share(mlp_key(layer), student.ffn_hidden_size)
-        neurons = [share(expert_mlp_key(layer, e), student.ffn_hidden_size) for e in range(teacher.num_experts)]
-        if teacher.shared_expert_ffn:
-            neurons.append(share(shared_expert_key(layer), student.shared_expert_ffn))
-        return share(experts_key(layer), student.num_experts) * sum(neurons) / len(neurons)
-
     layers = range(teacher.num_layers)
-    heads = [kept_share(scores[heads_key(i)], keep_heads(i, teacher, student, scores)) for i in layers]
-    mlp = [mlp_share(i) for i in layers]
-    depth = depth_share(scores[DEPTH], student.num_layers)
-    return share(HIDDEN, student.hidden_size) * sum(heads) / len(heads) * sum(mlp) / len(mlp) * depth
+
+    @cache
+    def curve(name: str) -> list[float]:
+        """Share that the best n units hold, for n from 0 on."""
+        mass_E = scores[name].cpu().double().clamp(min=0).sort(descending=True).values
+        kept_E = torch.cat([mass_E.new_zeros(1), mass_E.cumsum(0)])
+        held: list[float] = (kept_E / kept_E[-1]).tolist() if kept_E[-1] > 0 else [1.0] * len(kept_E)
+        return held
+
+    def mlp_of(layer: int, ffn: int, experts: int, shared: int) -> float:
+        if not teacher.num_experts:
+            return curve(mlp_key(layer))[ffn]
+        neurons = [curve(expert_mlp_key(layer, e))[ffn] for e in range(teacher.num_experts)]
+        if teacher.shared_expert_ffn:
+            neurons.append(curve(shared_expert_key(layer))[shared])
+        return curve(experts_key(layer))[experts] * sum(neurons) / len(neurons)
+
+    @cache
+    def mlp(*sizes: int) -> float:
+        return sum(mlp_of(i, *sizes) for i in layers) / len(layers)
+
+    @cache
+    def heads(count: int, groups: int) -> float:
+        cut = teacher.with_shape(heads=count, groups=groups)
+        kept = [kept_share(scores[heads_key(i)], keep_heads(i, teacher, cut, scores)) for i in layers]
+        return sum(kept) / len(layers)
+
+    depth = cache(lambda num: depth_share(scores[DEPTH], num))
+    return lambda student: (
+        curve(HIDDEN)[student.hidden_size]
+        * heads(student.num_heads, student.num_query_groups)
+        * mlp(student.ffn_hidden_size, student.num_experts, student.shared_expert_ffn)
+        * depth(student.num_layers)
+    )
 
 
 def rank_candidates(
@@ -204,7 +224,7 @@ def rank_candidates(
 ) -> list[Candidate]:
     """Candidates by `kept_importance`, best first; of equals the smaller model, then the order given."""
     check_scores(teacher, scores)
-    count = counts(cfg)
+    count, kept = counts(cfg), kept_importance(teacher, scores)
     ranked = [
         Candidate(
             layers=dims.num_layers,
@@ -218,7 +238,7 @@ def rank_candidates(
             active_params=count["active_params"](dims),
             memory_bytes=count["memory_bytes"](dims),
             flops_per_token=count["flops"](dims),
-            kept_importance=kept_importance(teacher, dims, scores),
+            kept_importance=kept(dims),
         )
         for dims in candidates
     ]

@@ -132,7 +132,7 @@ def _nearest(space: list[Dims], limits: list[Budget]) -> str:
     impossible = [limit for limit in limits if all(limit.excess(dims) for dims in space)]
     asked = " and ".join(map(str, impossible or limits))
     met = f"is met by none of {len(space)} architectures" if impossible else f"is more than any of {len(space)} meets"
-    best = min(space, key=lambda dims: sum(limit.excess(dims) for limit in impossible or limits))
+    best = min(space, key=lambda dims: sum(limit.excess(dims) for limit in limits))
     has = ", ".join(f"{limit.cost(best):.10g} {limit.name.replace('params', 'parameters')}" for limit in limits)
     return f"{asked} {met}; the nearest has {has} ({shape_of(best)}): aim there or widen the axes."
 

@@ -141,8 +141,8 @@ def test_kept_importance_with_experts_is_the_naive_sum(seed):
         neurons.append(top(f"layers.{i}.shared_expert.mlp", student.shared_expert_ffn))
         mlp.append(top(f"layers.{i}.experts", student.num_experts) * sum(neurons) / 7)
     want = top("hidden", student.hidden_size) * sum(heads) / 5 * sum(mlp) / 5 * top("depth", student.num_layers)
-    assert kept_importance(MIXED, student, scores) == pytest.approx(want, rel=1e-12)
-    assert kept_importance(MIXED, MIXED, scores) == 1
+    assert kept_importance(MIXED, scores)(student) == pytest.approx(want, rel=1e-12)
+    assert kept_importance(MIXED, scores)(MIXED) == 1
     ranked = rank_candidates(MIXED, [student, MIXED], scores, SearchConfig())
     assert [c.dims(MIXED) for c in ranked] == [MIXED, student]
 
