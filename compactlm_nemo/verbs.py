@@ -173,13 +173,15 @@ def search(run: Run, folder: Path) -> dict[str, Any]:
     if timed is not None and cfg.latency_ms is not None:
         found = within(found, [Budget("latency_ms", cfg.latency_ms, timed.milliseconds)])
     cutting = Cutting(run)
-    cutting.find_spare(folder)
+    is_predicted = cutting.moments is not None and len(found) > 1
+    if is_predicted or run.config.prune.by_error:
+        cutting.find_spare(folder)
     ranked = rank_candidates(dims, found, run.ranking(), cfg)
     if timed is not None:
         ranked = [replace(c, latency_ms=timed.milliseconds(c.dims(dims))) for c in ranked]
-    if cutting.moments is not None:
-        spare, scores = load_file(folder / SPARE), run.ranking()
-        ranked = [replace(c, damage=predicted_damage(dims, c.dims(dims), scores, spare)) for c in ranked]
+    if is_predicted:
+        damage = predicted_damage(dims, run.ranking(), load_file(folder / SPARE))
+        ranked = [replace(c, damage=damage(c.dims(dims))) for c in ranked]
         ranked.sort(key=lambda c: (c.damage, c.params))
     best = [replace(c, zero_shot=cutting.candidate_loss(c.dims(dims), folder)) for c in ranked[: cfg.top]]
     ranked[: len(best)] = sorted(best, key=lambda c: c.zero_shot or 0.0)

@@ -10,10 +10,21 @@ lose the share of their score mass. Damages of axes are added, as if they were s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from compactlm_nemo.importance.scores import DEPTH, experts_key, groups_key, heads_key, mlp_key
+from compactlm_nemo.importance.scores import (
+    DEPTH,
+    expert_mlp_key,
+    experts_key,
+    groups_key,
+    heads_key,
+    mlp_key,
+    shared_expert_key,
+)
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.select import keep_layers, kept_share, top_units
 
@@ -28,20 +39,37 @@ def layer_worth(depth: Tensor) -> Tensor:
     return own_L.double().clamp(min=0)
 
 
-def predicted_damage(teacher: Dims, student: Dims, scores: dict[str, Tensor], spare: dict[str, Tensor]) -> float:
-    """The formula above; 0 for the teacher itself."""
+def predicted_damage(teacher: Dims, scores: dict[str, Tensor], spare: dict[str, Tensor]) -> Callable[[Dims], float]:
+    """Student -> the formula above; 0 for the teacher itself. Each axis value is worked out once."""
     worth_L = layer_worth(scores[DEPTH])
-    kept = keep_layers(scores[DEPTH], student.num_layers).tolist()
-    gone_hidden = teacher.hidden_size - student.hidden_size
-    damage = float(spare[HIDDEN_ERROR][gone_hidden] * worth_L[kept].sum()) + _depth(scores[DEPTH], kept, worth_L)
-    for i in kept:
-        lost = _heads(i, teacher, student, scores, spare)
-        if teacher.num_experts:
-            lost += 1 - kept_share(scores[experts_key(i)], top_units(scores[experts_key(i)], student.num_experts))
-        else:
-            lost += float(spare[f"{mlp_key(i)}.error"][teacher.ffn_hidden_size - student.ffn_hidden_size])
-        damage += float(worth_L[i]) * lost
-    return damage
+
+    @cache
+    def experts_lost(i: int, experts: int, ffn: int, shared_ffn: int) -> float:
+        """Share of the experts that go, and of the neurons of all that stay or see every token, on average."""
+        names = [expert_mlp_key(i, e) for e in range(teacher.num_experts)]
+        lost = [_share_lost(scores[name], ffn) for name in names]
+        if teacher.shared_expert_ffn:
+            lost.append(_share_lost(scores[shared_expert_key(i)], shared_ffn))
+        return _share_lost(scores[experts_key(i)], experts) + sum(lost) / len(lost)
+
+    def damage_of(student: Dims) -> float:
+        kept = keep_layers(scores[DEPTH], student.num_layers).tolist()
+        gone_hidden = teacher.hidden_size - student.hidden_size
+        damage = float(spare[HIDDEN_ERROR][gone_hidden] * worth_L[kept].sum()) + _depth(scores[DEPTH], kept, worth_L)
+        for i in kept:
+            lost = _heads(i, teacher, student, scores, spare)
+            if teacher.num_experts:
+                lost += experts_lost(i, student.num_experts, student.ffn_hidden_size, student.shared_expert_ffn)
+            else:
+                lost += float(spare[f"{mlp_key(i)}.error"][teacher.ffn_hidden_size - student.ffn_hidden_size])
+            damage += float(worth_L[i]) * lost
+        return damage
+
+    return damage_of
+
+
+def _share_lost(score_E: Tensor, num: int) -> float:
+    return 1 - kept_share(score_E, top_units(score_E, num))
 
 
 def _heads(i: int, teacher: Dims, student: Dims, scores: dict[str, Tensor], spare: dict[str, Tensor]) -> float:
@@ -50,7 +78,7 @@ def _heads(i: int, teacher: Dims, student: Dims, scores: dict[str, Tensor], spar
     in_all_groups = student.num_heads // kept_groups * groups
     lost = float(spare[f"{heads_key(i)}.error"][teacher.num_heads - in_all_groups])
     if kept_groups < groups:
-        lost += 1 - kept_share(scores[groups_key(i)], top_units(scores[groups_key(i)], kept_groups))
+        lost += _share_lost(scores[groups_key(i)], kept_groups)
     return lost
 
 

@@ -136,6 +136,7 @@ def logits_without(
     for missing in each:
         model.model.layers = [layer for i, layer in enumerate(every) if i not in missing]
         yield missing, model(ids_NS, use_cache=False).logits
+    model.model.layers = torch.nn.ModuleList(every)
 
 
 def taylor_reference(model: Any, ids_NS: Tensor) -> dict[str, Tensor]:
@@ -189,3 +190,18 @@ def _taylor_of_layer(own: dict[str, Tensor], heads: int, groups: int) -> dict[st
         for e, (gate_up_F, down_F) in enumerate(zip(gate_up_EF, down_EF, strict=True)):
             scores[f"experts.{e}.mlp"] = gate_up_F.reshape(2, -1).sum(0) + down_F
     return scores
+
+
+def normed_in_float64(model: Any) -> Any:
+    """A Llama whose norms are in the model's precision; transformers computes them in float32."""
+
+    def normed(norm: Any, args: Any, out: Any) -> Tensor:
+        x = args[0]
+        return norm.weight * x / (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+
+    norms = [model.model.norm]
+    for layer in model.model.layers:
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+    for norm in norms:
+        norm.register_forward_hook(normed)
+    return model

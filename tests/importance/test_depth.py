@@ -79,7 +79,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(
-    model: Chunks, dims: Dims, mesh: Mesh, windows_NS: Tensor, removed: frozenset[int], told: list[int]
+    model: Chunks,
+    dims: Dims,
+    mesh: Mesh,
+    windows_NS: Tensor,
+    removed: frozenset[int],
+    told: list[int],
+    chunk_tokens: int = 5,
 ) -> LayerSums:
     """Both metrics, in two parts, of which the second has two samples."""
 
@@ -90,7 +96,7 @@ def measure(
             head,
             labels_N,
             torch.ones_like(labels_N),
-            chunk_tokens=7,
+            chunk_tokens=chunk_tokens + 2,
             vocab_size=dims.vocab_size,
             vocab_start=mesh.tp_rank * len(head),
             tp_group=mesh.tp_group,
@@ -103,7 +109,7 @@ def measure(
             dims,
             part_NS,
             micro_batch=2,
-            chunk_tokens=5,
+            chunk_tokens=chunk_tokens,
             token_losses=token_losses,
             logits=True,
             removed=removed,

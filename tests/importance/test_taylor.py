@@ -38,12 +38,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def loss_sum_of(chunks: Chunks, dims: Dims, mesh: Mesh) -> LossSum:
+def loss_sum_of(chunks: Chunks, dims: Dims, mesh: Mesh, chunk_tokens: int = 7) -> LossSum:
     """Cross-entropy of a model's own output layer."""
 
     def loss_sum(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor) -> Tensor:
         return linear_ce_sum(
-            hidden_NH, chunks.head_weight, labels_N, mask_N, chunk_tokens=7, vocab_size=dims.vocab_size,
+            hidden_NH, chunks.head_weight, labels_N, mask_N, chunk_tokens=chunk_tokens, vocab_size=dims.vocab_size,
             vocab_start=mesh.tp_rank * chunks.head_weight.shape[0], tp_group=mesh.tp_group,
         )  # fmt: skip
 

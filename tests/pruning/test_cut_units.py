@@ -82,7 +82,7 @@ def export_cut(teacher: Path, folder: Path, student: Dims, plan: Plan) -> None:
 
 
 def silenced(model: Any, plan: Plan, dims: Dims) -> Any:
-    """The model, changed: removed layers are gone, removed heads and neurons write 0, removed experts are never picked."""
+    """The model, changed: removed layers gone, removed heads and neurons write 0, removed experts are never picked."""
 
     def keep_columns(weight_OE: Tensor, kept: list[int]) -> None:
         for column in set(range(weight_OE.shape[1])) - set(kept):

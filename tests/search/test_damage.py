@@ -49,23 +49,30 @@ SCORES = {
 )
 def test_damage_by_hand(sizes, want):
     student = WIDE.with_shape(**sizes)
-    assert predicted_damage(WIDE, student, SCORES, spare()) == pytest.approx(want, rel=1e-6)
+    assert predicted_damage(WIDE, SCORES, spare())(student) == pytest.approx(want, rel=1e-6)
 
 
 def test_a_removed_block_costs_its_own_score():
     nan = math.nan
     blocks = torch.tensor([[3.0, 9, nan], [1, 0.5, nan], [2, nan, nan]])
-    damage = predicted_damage(WIDE, WIDE.with_shape(layers=1, ffn=4), SCORES | {"depth": blocks}, spare())
+    damage = predicted_damage(WIDE, SCORES | {"depth": blocks}, spare())(WIDE.with_shape(layers=1, ffn=4))
     assert damage == pytest.approx(0.5 + 3 * 0.2)
     unknown = torch.tensor([[nan, 9, nan], [nan, 0.5, nan], [nan, nan, nan]])
-    damage = predicted_damage(WIDE, WIDE.with_shape(layers=1, ffn=4), SCORES | {"depth": unknown}, spare())
+    damage = predicted_damage(WIDE, SCORES | {"depth": unknown}, spare())(WIDE.with_shape(layers=1, ffn=4))
     assert damage == pytest.approx(0.5 + 0.2 / 3), "without scores of single layers all are worth the same"
 
 
 def test_experts_lose_the_share_of_their_scores():
-    mixed = replace(WIDE, num_experts=3, experts_per_token=1)
-    damage = predicted_damage(mixed, mixed.with_shape(experts=2), SCORES, spare())
-    assert damage == pytest.approx(6 * 1 / 8)
+    mixed = replace(WIDE, num_experts=3, experts_per_token=1, shared_expert_ffn=2)
+    scores = SCORES | {
+        f"layers.{i}.experts.{e}.mlp": torch.tensor([1.0, 2, 1, 0, 0, 0]) for i in range(3) for e in range(3)
+    }
+    scores |= {f"layers.{i}.shared_expert.mlp": torch.tensor([3.0, 1]) for i in range(3)}
+    damage = predicted_damage(mixed, scores, spare())
+    assert damage(mixed) == 0
+    assert damage(mixed.with_shape(experts=2)) == pytest.approx(6 * 1 / 8)
+    # Of the neurons of three experts half the mass goes each, of the shared expert a quarter.
+    assert damage(mixed.with_shape(ffn=1, shared_expert_ffn=1)) == pytest.approx(6 * (3 * 0.5 + 0.25) / 4)
 
 
 def test_what_a_layer_can_spare_is_what_refitting_leaves():
