@@ -86,8 +86,9 @@ def measure(
     removed: frozenset[int],
     told: list[int],
     chunk_tokens: int = 5,
+    block: int = 1,
 ) -> LayerSums:
-    """Both metrics, in two parts, of which the second has two samples."""
+    """Both metrics, of the two halves of the windows."""
 
     def token_losses(hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
         head = model.head_weight
@@ -113,9 +114,10 @@ def measure(
             token_losses=token_losses,
             logits=True,
             removed=removed,
+            block=block,
             progress=told.append,
         )
-        for part_NS in windows_NS.tensor_split([-2])
+        for part_NS in windows_NS.tensor_split(2)
     )
     return first + second
 
@@ -128,9 +130,20 @@ def _matches(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ..
             model.head_weight.data[max(VOCAB - mesh.tp_rank * len(model.head_weight), 0) :] = 3.0
         before = whole_logits(model.eval(), dims, mesh, windows())
         _check_rounds(model, dims, mesh, torch.load(root / case / "want.pt"))
+        _check_block_losses(model, dims, mesh, torch.load(root / case / "want.pt")["loss"])
         check_blocks(model, dims, mesh, torch.load(root / case / "blocks.pt"))
         after = whole_logits(model, dims, mesh, windows())  # the model is as it was
         assert (before is None and after is None) or torch.equal(before, after)
+
+
+def _check_block_losses(model: Chunks, dims: Dims, mesh: Mesh, loss: dict[tuple[int, ...], float]) -> None:
+    """Without two and three layers side by side; where no block begins there is no number."""
+    for block in (2, 3):
+        rise = lm_loss_rise(measure(model, dims, mesh, windows(), frozenset(), [], block=block))
+        firsts = range(LAYERS - block + 1)
+        want = torch.tensor([loss[tuple(range(j, j + block))] - loss[()] for j in firsts], dtype=torch.float64)
+        torch.testing.assert_close(rise[: len(firsts)].cpu(), want, rtol=1e-4, atol=1e-4)
+        assert bool(rise[len(firsts) :].isnan().all())
 
 
 def _check_rounds(model: Chunks, dims: Dims, mesh: Mesh, want: Want) -> None:
