@@ -180,6 +180,6 @@ def validation_loss(run: Run, model: Chunks, dims: Dims, label: str) -> float:
             run.mesh,
             windows_NT,
             micro_batch=config.evaluate.micro_batch,
-            chunk_tokens=config.distill.chunk_tokens,
+            chunk_tokens=run.chunk_tokens(dims),
             progress=advance,
         ).loss_nats

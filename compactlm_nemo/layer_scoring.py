@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.config.choices import DepthMetric
-from compactlm_nemo.distill.linear_kd import linear_ce
+from compactlm_nemo.distill.linear_ce import linear_ce
 from compactlm_nemo.evaluation.harness import accuracy, run_tasks_without
 from compactlm_nemo.importance.blocks import block_importance, state_cosines
 from compactlm_nemo.importance.depth import LayerSums, layer_sums, lm_loss_rise, logit_mse, logit_mse_iterative
@@ -97,7 +97,7 @@ def left_out(scoring: Scoring, removed: frozenset[int], block: int | None = None
         return layer_sums(
             scoring.teacher, scoring.run.mesh, scoring.dims, part_NS,
             micro_batch=scoring.cfg.micro_batch,
-            chunk_tokens=scoring.run.config.distill.chunk_tokens,
+            chunk_tokens=scoring.run.chunk_tokens(scoring.dims),
             token_losses=token_losses if block or (DepthMetric.lm_loss in asked and not removed) else None,
             logits=not block and bool(asked & {DepthMetric.logit_mse, DepthMetric.logit_mse_iterative}),
             removed=removed,

@@ -20,13 +20,12 @@ from compactlm_nemo.config.schema import Config, RankConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, launched
 from compactlm_nemo.stages import run_stages
-from compactlm_nemo.training.tracker import METRICS
+from compactlm_nemo.training.tracker import LOSS, METRICS
 
 SHARED = ("teacher", "tokens", "score", "search")
 """Stages that all candidates have in common."""
 FOLDER = "rank"
 RANKING = "ranking.json"
-ROUND_LOSS = "train/kd_logit_nats"
 
 
 def candidate_config(config: Config, index: int, stop_after: int | None = None) -> Config:
@@ -114,7 +113,7 @@ def _metrics(config: Config, index: int) -> list[dict[str, Any]]:
 def _round_loss(config: Config, index: int, steps: int) -> float:
     """Mean distillation loss over the last tenth of the steps before `steps`: of the same batches for all."""
     first = steps - max(1, steps // 10)
-    losses = [line[ROUND_LOSS] for line in _metrics(config, index) if first <= line["step"] < steps]
+    losses = [line[LOSS] for line in _metrics(config, index) if first <= line["step"] < steps]
     return sum(losses) / len(losses)
 
 

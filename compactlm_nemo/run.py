@@ -12,6 +12,7 @@ import torch
 from compactlm_nemo.artifacts import atomic_write_text, differences, read_manifest
 from compactlm_nemo.config.choices import Precision
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.distill.vocabulary import chunk_tokens
 from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.importance.scores import load_scores
 from compactlm_nemo.models.build import Chunks, build_model
@@ -45,6 +46,11 @@ class Run:
 
     def build(self, dims: Dims) -> Chunks:
         return build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=self.config.model.vocab_multiple)
+
+    def chunk_tokens(self, dims: Dims) -> int:
+        """Tokens whose logits `distill.loss_memory_mib` has room for."""
+        rows = dims.padded_vocab(self.mesh.tp_size, self.config.model.vocab_multiple) // self.mesh.tp_size
+        return chunk_tokens(self.config.distill.loss_memory_mib * 2**20, rows)
 
     def load(self, stage: str) -> Chunks:
         """The model that a stage made, on this run's mesh."""

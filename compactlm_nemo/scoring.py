@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compactlm_nemo.config.choices import DepthMetric
 from compactlm_nemo.config.schema import ScoreConfig
-from compactlm_nemo.distill.linear_kd import linear_ce_sum
+from compactlm_nemo.distill.linear_ce import linear_ce_sum
 from compactlm_nemo.importance.collect import StateKey, collect
 from compactlm_nemo.importance.moments import MomentCollector, save_moments
 from compactlm_nemo.importance.running import STATE, Running
@@ -60,7 +60,7 @@ class Scoring:
     def head(self) -> dict[str, Any]:
         """What the chunked losses need to know about this rank's part of the vocabulary. Last stage only."""
         return {
-            "chunk_tokens": self.run.config.distill.chunk_tokens,
+            "chunk_tokens": self.run.chunk_tokens(self.dims),
             "vocab_size": self.dims.vocab_size,
             "vocab_start": self.run.mesh.tp_rank * self.teacher.head_weight.shape[0],
             "tp_group": self.run.mesh.tp_group,

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from compactlm_nemo.artifacts import fresh_folder, read_manifest, settings_of, stage_is_done, write_manifest
 from compactlm_nemo.checks import check, launch_problems
+from compactlm_nemo.config.distill import deciding
 from compactlm_nemo.config.load import to_yaml
-from compactlm_nemo.config.schema import Config, deciding
+from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import CompactLMError, ConfigError
 from compactlm_nemo.models.hf import COMPANIONS
 from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, launched, main_rank_writes
@@ -178,6 +179,7 @@ def _identity(stage: Stage, config: Config) -> tuple[dict[str, Any], dict[str, s
 
 def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None:
     from compactlm_nemo import verbs
+    from compactlm_nemo.distilling import train
     from compactlm_nemo.parallel.collectives import barrier, broadcast_object
     from compactlm_nemo.report.build import report
     from compactlm_nemo.run import Run
@@ -188,7 +190,7 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
         "score": verbs.score,
         "search": verbs.search,
         "prune": verbs.prune,
-        "distill": verbs.train,
+        "distill": train,
         "evaluate": verbs.evaluate,
         "export": verbs.export,
         "report": report,

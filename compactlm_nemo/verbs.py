@@ -19,11 +19,11 @@ from torch import Tensor
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
 from compactlm_nemo.config.choices import WidthMetric
-from compactlm_nemo.config.schema import ScoreConfig, deciding
+from compactlm_nemo.config.distill import deciding
+from compactlm_nemo.config.schema import ScoreConfig
 from compactlm_nemo.cutting import Cutting, validation_loss
 from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer, refuse_shared_documents, tokenize_corpus
-from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
-from compactlm_nemo.distill.loop import distill
+from compactlm_nemo.data.windows import calibration_windows, heldout_windows
 from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.evaluation.harness import run_tasks
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
@@ -49,8 +49,6 @@ from compactlm_nemo.search.latency import FILE as LATENCY
 from compactlm_nemo.search.latency import LatencyTable
 from compactlm_nemo.search.select import Candidate, candidates_json, rank_candidates
 from compactlm_nemo.search.space import Budget, enumerate_space, within
-from compactlm_nemo.training.checkpoint import latest_step
-from compactlm_nemo.training.tracker import METRICS, Tracker
 
 
 def import_model(run: Run, folder: Path) -> dict[str, Any]:
@@ -245,56 +243,6 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def train(run: Run, folder: Path) -> dict[str, Any] | None:
-    """Teacher + student + tokens -> trained student. Training state lives in `run.dir/training` until the end.
-
-    None when `distill.stop_after` ends it earlier.
-    """
-    config = run.config
-    state = run.dir / "training"
-    claim(
-        state,
-        settings_of(
-            {
-                "distill": deciding(config.distill),
-                "data.sequence_length": config.data.sequence_length,
-                "run.seed": config.run.seed,
-                "student": read_manifest(run.dir / "student")["fingerprint"],
-            }
-        ),
-    )
-    dims = run.dims("student")
-    samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
-    student, teacher = run.load("student"), run.load("teacher")
-    start = latest_step(state / "checkpoints") or 0
-    with Tracker(
-        state, config.wandb, settings_of(asdict(config)), is_main_rank(), config.distill.steps, start_step=start
-    ) as tracker:
-        distill(
-            student,
-            teacher,
-            dims,
-            run.mesh,
-            samples.sample,
-            config.distill,
-            checkpoints=state / "checkpoints",
-            log=tracker.log,
-            is_main=is_main_rank(),
-            device=device(),
-            until=config.distill.stop_after,
-        )
-    if (config.distill.stop_after or config.distill.steps) < config.distill.steps:
-        return None
-    run.save(folder, student, dims)
-    with main_rank_writes() as writes:
-        if writes:
-            shutil.copyfile(state / METRICS, folder / METRICS)
-    return {
-        "tokens": config.distill.steps * config.distill.global_batch * config.data.sequence_length,
-        "loss": validation_loss(run, student, dims, "student"),
-    }
-
-
 def evaluate(run: Run, folder: Path) -> dict[str, Any]:
     """Held-out LM loss, size, forward speed and lm-eval tasks of teacher, pruned and distilled model."""
     trained = read_manifest(run.dir / "distill")["results"]["tokens"]
@@ -327,7 +275,7 @@ def _heldout_losses(run: Run, label: str, stage: str) -> dict[str, float]:
                 run.mesh,
                 windows,
                 micro_batch=config.evaluate.micro_batch,
-                chunk_tokens=config.distill.chunk_tokens,
+                chunk_tokens=run.chunk_tokens(dims),
                 progress=advance,
             )
         row |= {f"loss_{name}": result.loss_nats, f"tokens_{name}": result.tokens}

@@ -65,7 +65,7 @@ def test_files_stay_short() -> None:
 # A module imports only what stands at or above its own place.
 ORDER = [
     "errors", "config", "parallel", "artifacts", "models", "data", "importance", "search", "pruning", "training",
-    "distill", "evaluation", "report", "checks", "dry_run", "run", "scoring", "layer_scoring", "cutting",
+    "distill", "evaluation", "report", "checks", "dry_run", "run", "scoring", "layer_scoring", "cutting", "distilling",
     "verbs", "stages", "ranking", "rounds",
 ]  # fmt: skip
 

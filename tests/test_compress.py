@@ -100,8 +100,9 @@ def test_wandb_has_every_metric_of_every_step_and_the_configuration(finished: Pa
     for logged, line in zip(history, lines, strict=True):
         assert {key: logged[key] for key in line} == line
     assert {
-        "train/kd_logit_nats", "train/lm_loss_nats", "train/teacher_lm_loss_nats", "train/grad_norm", "train/lr",
-        "train/tokens", "perf/tokens_per_second", "perf/step_seconds", "perf/peak_memory_bytes", "step",
+        "train/loss", "train/kd_forward_kl", "train/lm_loss_nats", "train/teacher_lm_loss_nats", "train/grad_norm",
+        "train/lr", "train/tokens", "train/skipped_steps", "train/rewinds", "perf/tokens_per_second",
+        "perf/tflops_per_device", "perf/step_seconds", "perf/peak_memory_bytes", "step",
     } == lines[0].keys()  # fmt: skip
 
 
@@ -266,7 +267,7 @@ def test_training_of_another_student_is_not_continued(inputs: Path, finished: Pa
 
 def test_memory_settings_may_change_when_training_goes_on(inputs: Path, finished: Path, tmp_path: Path) -> None:
     run = _state_before(finished, tmp_path / "run", *LATE)
-    result = _run(command(inputs, run, "distill.micro_batch=1", "distill.chunk_tokens=8", recipe="distill"))
+    result = _run(command(inputs, run, "distill.micro_batch=1", "distill.loss_memory_mib=1", recipe="distill"))
     assert result.returncode == 0, result.stderr
     assert _metrics(run) == _metrics(finished)
 

@@ -111,3 +111,10 @@ class WandbMode(Enum):
     disabled = "disabled"
     offline = "offline"
     online = "online"
+
+
+class Result(Enum):
+    """Which of a training's weights are its result."""
+
+    last = "last"
+    best = "best"

@@ -22,16 +22,9 @@ from compactlm_nemo.config.choices import (
     WandbMode,
     WidthMetric,
 )
+from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.search import RankConfig, SearchConfig
 from compactlm_nemo.errors import require
-
-SPEED_ONLY = {"micro_batch", "chunk_tokens", "checkpoint_every", "keep_checkpoints", "log_every", "stop_after"}
-"""Settings that change memory, speed or output, not the result; they may differ when a run goes on."""
-
-
-def deciding(section: Any) -> dict[str, Any]:
-    """The settings of a section that decide its result."""
-    return {name: value for name, value in vars(section).items() if name not in SPEED_ONLY}
 
 
 @dataclass(kw_only=True)
@@ -258,72 +251,6 @@ class RoundsConfig:
     def __post_init__(self) -> None:
         require(self.count > 0, f"rounds.count={self.count} must be > 0; 1 prunes at once.")
         require(self.steps >= 0, f"rounds.steps={self.steps} must be >= 0; 0 trains only after the last round.")
-
-
-@dataclass(kw_only=True)
-class DistillConfig:
-    steps: int = 1000
-    """Optimizer steps."""
-    stop_after: int | None = None
-    """Stop after so many of the steps, to go on in a later run; null trains to the end."""
-    global_batch: int = 8
-    """Samples of one step over all data-parallel ranks."""
-    micro_batch: int = 1
-    """Samples of one forward/backward on one rank."""
-    temperature: float = 1.0
-    """Softmax temperature of teacher and student, > 0; the loss is scaled by its square."""
-    chunk_tokens: int = 512
-    """Tokens whose logits exist at the same time."""
-    lr: float = 2e-4
-    """Peak learning rate."""
-    min_lr: float = 4.5e-7
-    """Learning rate at the end of the cosine."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay; norms and biases are exempt."""
-    beta1: float = 0.9
-    """Adam."""
-    beta2: float = 0.95
-    """Adam."""
-    clip_grad: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 is off."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept."""
-    log_every: int = 1
-    """Steps between metric lines."""
-
-    def __post_init__(self) -> None:
-        require(self.steps > 0, f"distill.steps={self.steps} must be > 0.")
-        require(
-            self.stop_after is None or 0 < self.stop_after <= self.steps,
-            f"distill.stop_after={self.stop_after} must be in [1, distill.steps={self.steps}]; null trains to the end.",
-        )
-        require(self.temperature > 0, f"distill.temperature={self.temperature} must be > 0; 1.0 is plain KL.")
-        for name in (
-            "global_batch",
-            "micro_batch",
-            "chunk_tokens",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "log_every",
-        ):
-            require(getattr(self, name) > 0, f"distill.{name}={getattr(self, name)} must be > 0.")
-        require(self.weight_decay >= 0, f"distill.weight_decay={self.weight_decay} must be >= 0; 0 is off.")
-        require(self.clip_grad >= 0, f"distill.clip_grad={self.clip_grad} must be >= 0; 0 is off.")
-        for name in ("beta1", "beta2"):
-            require(0 <= getattr(self, name) < 1, f"distill.{name}={getattr(self, name)} must be in [0, 1); try 0.9.")
-        require(self.lr > 0, f"distill.lr={self.lr} must be > 0; the paper uses 2e-4.")
-        require(
-            0 <= self.min_lr <= self.lr,
-            f"distill.min_lr={self.min_lr} must be in [0, distill.lr={self.lr}]; lower it.",
-        )
-        require(
-            0 <= self.warmup_steps < self.steps,
-            f"distill.warmup_steps={self.warmup_steps} must be in [0, distill.steps={self.steps}); lower it.",
-        )
 
 
 @dataclass(kw_only=True)

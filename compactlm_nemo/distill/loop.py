@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compactlm_nemo.config.schema import DistillConfig
+from compactlm_nemo.config.choices import Result
+from compactlm_nemo.config.distill import DistillConfig
+from compactlm_nemo.distill.guards import NonFinite, Spikes
 from compactlm_nemo.distill.step import forward_backward
-from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import micro_batches
 from compactlm_nemo.parallel.groups import Mesh
-from compactlm_nemo.training.checkpoint import latest_step, load_training, save_training
-from compactlm_nemo.training.optimizer import build_optimizer, build_schedule, wrap_data_parallel
+from compactlm_nemo.training.checkpoint import Position, latest_step, load_training, load_weights, save_training
+from compactlm_nemo.training.optimizer import build_optimizer, build_schedule, gradient_norm, wrap_data_parallel
+from compactlm_nemo.training.tracker import LOSS
+
+EVAL_LOSS = "eval/lm_loss_nats"
+"""Mean of the LM loss over the held-out texts, by which a checkpoint is the best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outside:
+    """What the loop tells and asks the world around it. All ranks call all of it."""
+
+    log: Callable[[int, dict[str, float]], None]
+    """Metrics of a 0-based step."""
+    rewind: Callable[[int], None] = lambda step: None
+    """Training goes on from this 0-based step: forget the metrics from there on."""
+    evaluate: Callable[[], dict[str, float]] | None = None
+    """Held-out metrics of the student as it is, `EVAL_LOSS` among them; collective."""
+    speed: Callable[[float, float], dict[str, float]] = lambda tokens, seconds: {
+        "perf/tokens_per_second": tokens / seconds
+    }
+    """Metrics of speed from the tokens of a step and its seconds."""
 
 
 def step_batches(
-    sample: Callable[[int], Tensor], step: int, cfg: DistillConfig, mesh: Mesh, device: torch.device
+    sample: Callable[[int], Tensor], batch: int, cfg: DistillConfig, mesh: Mesh, device: torch.device
 ) -> list[Tensor]:
-    """This rank's micro-batches of a step, `[micro_batch, S + 1]` each.
+    """This rank's micro-batches of a global batch, `[micro_batch, S + 1]` each.
 
-    Step k holds samples k * global_batch ... of the one seeded order, whatever the layout; rank r takes every dp-th.
+    Batch k holds samples k * global_batch ... of the one seeded order, whatever the layout; rank r takes every dp-th.
     """
-    first = step * cfg.global_batch
+    first = batch * cfg.global_batch
     mine = [sample(i) for i in range(first + mesh.dp_rank, first + cfg.global_batch, mesh.dp_size)]
     return micro_batches(torch.stack(mine).to(device), cfg.micro_batch)
 
@@ -49,14 +70,15 @@ def distill(
     mesh: Mesh,
     sample: Callable[[int], Tensor],
     cfg: DistillConfig,
+    outside: Outside,
     *,
+    chunk_tokens: int,
     checkpoints: Path,
-    log: Callable[[int, dict[str, float]], None],
     is_main: bool,
     device: torch.device,
     until: int | None = None,
-) -> int:
-    """Train the student from the newest checkpoint (or the start) to `cfg.steps`; returns the finished steps.
+) -> Position:
+    """Train the student from the newest checkpoint (or the start) to `cfg.steps`; returns where it ends.
 
     `until` ends earlier, without changing the schedule. Collective.
     """
@@ -65,35 +87,63 @@ def distill(
     ddps = wrap_data_parallel(student)
     optimizer = build_optimizer(ddps, cfg)
     schedule = build_schedule(optimizer, cfg)
-    done = 0
-    if latest_step(checkpoints) is not None:
-        done = load_training(checkpoints, ddps, optimizer, schedule, mesh)
+
+    def load() -> Position:
+        return load_training(checkpoints, ddps, optimizer, schedule, mesh)
+
+    def save() -> None:
+        position.losses = list(spikes.losses)
+        save_training(
+            checkpoints, ddps, optimizer, schedule, mesh,
+            position=position, keep=cfg.keep_checkpoints, is_main=is_main,
+        )  # fmt: skip
+
+    position = Position() if latest_step(checkpoints) is None else load()
+    non_finite, spikes = NonFinite(cfg.skip_limit), Spikes(cfg.spike_factor, cfg.spike_limit, position.losses)
+    if cfg.spike_factor is not None and latest_step(checkpoints) is None:
+        save()  # a spike must find one to go back to
     last = cfg.steps if until is None else until
-    for step in range(done, last):
-        start = time.perf_counter()
+    while position.step < last:
+        step, start = position.step, time.perf_counter()
         schedule.step(1)
-        batches = step_batches(sample, step, cfg, mesh, device)
+        batches = step_batches(sample, step + position.given_up, cfg, mesh, device)
         terms = forward_backward(
-            ddps, teacher, dims, mesh, batches, temperature=cfg.temperature, chunk_tokens=cfg.chunk_tokens
+            ddps, teacher, dims, mesh, batches, loss=cfg.loss, temperature=cfg.temperature, chunk_tokens=chunk_tokens
         )
-        _, grad_norm, _ = optimizer.step()
-        if math.isnan(terms["train/kd_logit_nats"]):
-            raise NumericsError(f"distill: step {step}: train/kd_logit_nats is NaN; lower distill.lr={cfg.lr}.")
-        if (step + 1) % cfg.log_every == 0 or step + 1 == last:
-            seconds = time.perf_counter() - start
-            log(step, terms | _measures(optimizer, grad_norm, terms["train/tokens"], seconds))
-        if (step + 1) % cfg.checkpoint_every == 0 or step + 1 == last:
-            save_training(
-                checkpoints, ddps, optimizer, schedule, mesh, step=step + 1, keep=cfg.keep_checkpoints, is_main=is_main
-            )
-    return last
+        if spikes.is_one(step, terms[LOSS], position.rewinds):
+            rewinds, passed = position.rewinds + 1, position.given_up + step + 1
+            position = load()
+            position.rewinds, position.given_up = rewinds, passed - position.step
+            spikes = Spikes(cfg.spike_factor, cfg.spike_limit, position.losses)
+            outside.rewind(position.step)
+            continue
+        grad_norm = gradient_norm(optimizer)
+        if not non_finite.skips(step, terms | {"train/grad_norm": grad_norm}):
+            optimizer.step()
+        position.step = step + 1
+        seconds = time.perf_counter() - start
+        held_out = _held_out(ddps, outside, cfg, position)
+        if position.step % cfg.log_every == 0 or position.step == last or held_out:
+            guards = {"train/skipped_steps": float(non_finite.skipped), "train/rewinds": float(position.rewinds)}
+            rates = {"train/grad_norm": grad_norm, "train/lr": optimizer.param_groups[0]["lr"]}
+            speed = outside.speed(terms["train/tokens"], seconds) | {"perf/step_seconds": seconds}
+            memory = {"perf/peak_memory_bytes": float(peak_memory_bytes())}
+            outside.log(step, terms | rates | guards | speed | memory | held_out)
+        if position.step % cfg.checkpoint_every == 0 or position.step in (last, position.best_step):
+            save()
+    if cfg.result is Result.best and position.best_step not in (None, position.step) and position.step == cfg.steps:
+        load_weights(checkpoints, ddps, mesh, position.best_step)
+    return position
 
 
-def _measures(optimizer: Any, grad_norm: float | None, tokens: float, seconds: float) -> dict[str, float]:
-    return {
-        "train/grad_norm": float(grad_norm or 0.0),
-        "train/lr": optimizer.param_groups[0]["lr"],
-        "perf/tokens_per_second": tokens / seconds,
-        "perf/step_seconds": seconds,
-        "perf/peak_memory_bytes": float(peak_memory_bytes()),
-    }
+def _held_out(ddps: list[Any], outside: Outside, cfg: DistillConfig, position: Position) -> dict[str, float]:
+    """Held-out metrics when they are due; notes in the position when these weights are the best."""
+    due = cfg.eval_every is not None and (position.step % cfg.eval_every == 0 or position.step == cfg.steps)
+    if outside.evaluate is None or not due:
+        return {}
+    values = outside.evaluate()
+    for ddp in ddps:
+        ddp.train()
+    if position.best_loss is None or values[EVAL_LOSS] < position.best_loss:
+        position.best_step, position.best_loss = position.step, values[EVAL_LOSS]
+    return values

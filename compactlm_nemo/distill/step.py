@@ -10,15 +10,21 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from compactlm_nemo.config.distill import LossConfig
 from compactlm_nemo.distill.linear_kd import linear_kd
+from compactlm_nemo.distill.losses import weighted_losses
+from compactlm_nemo.distill.targets import TeacherHead
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import context_share, forward_each, positions_of
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.training.tracker import LM_LOSS, LOSS, TEACHER_LM_LOSS
 
-TERMS = ("train/kd_logit_nats", "train/lm_loss_nats", "train/teacher_lm_loss_nats")
-"""W&B names of the loss terms: means over the tokens of the global batch."""
+
+def term_names(loss: LossConfig) -> list[str]:
+    """W&B names of the loss terms, means over the tokens of the global batch: the loss, its parts, both LM losses."""
+    return [LOSS, *(f"train/kd_{name}" for name in weighted_losses(loss)), LM_LOSS, TEACHER_LM_LOSS]
 
 
 def teacher_hidden_states(teacher: Chunks, mesh: Mesh, batches_BT: list[Tensor]) -> list[Tensor]:
@@ -33,6 +39,7 @@ def forward_backward(
     mesh: Mesh,
     batches_BT: list[Tensor],
     *,
+    loss: LossConfig,
     temperature: float,
     chunk_tokens: int,
 ) -> dict[str, float]:
@@ -43,7 +50,7 @@ def forward_backward(
         teacher: Teacher model on the same mesh; runs without gradients.
         batches_BT: This data-parallel rank's micro-batches, each `[B, S + 1]` token ids.
     Returns:
-        `TERMS` and `train/tokens`, reduced over data parallel, equal on every rank.
+        What `term_names` names and `train/tokens`, reduced over data parallel, equal on every rank.
     """
     for student in students:
         student.zero_grad_buffer()
@@ -55,19 +62,19 @@ def forward_backward(
         tokens_BT, target_SBG = next(iterator)
         inputs_BS = context_share(tokens_BT[:, :-1], mesh)
         hidden = model(inputs_BS, positions_of(inputs_BS), None)
-        return hidden, partial(loss, tokens_BT, target_SBG)
+        return hidden, partial(loss_of, tokens_BT, target_SBG)
 
-    def loss(tokens_BT: Tensor, target_SBG: Tensor | None, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss_of(tokens_BT: Tensor, target_SBG: Tensor | None, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         assert target_SBG is not None  # the last stage, where the loss is, keeps the teacher's too
         weight_VH = students[-1].module.head_weight
         labels_N = context_share(tokens_BT[:, 1:], mesh).T.flatten()
         terms = linear_kd(
             hidden_SBH.flatten(0, 1),
             weight_VH,
-            target_SBG.flatten(0, 1),
-            teacher.head_weight,
+            TeacherHead(target_SBG.flatten(0, 1), teacher.head_weight),
             labels_N,
             torch.ones_like(labels_N, dtype=torch.float32),
+            loss=loss,
             temperature=temperature,
             chunk_tokens=chunk_tokens,
             vocab_size=dims.vocab_size,
@@ -75,8 +82,8 @@ def forward_backward(
             tp_group=mesh.tp_group,
         )
         tokens = torch.tensor(labels_N.numel(), dtype=torch.int, device=labels_N.device)
-        sums = torch.stack([term.detach().double() for term in (terms.kd_sum, terms.ce_sum, terms.teacher_ce_sum)])
-        return terms.kd_sum, tokens, torch.cat([sums, tokens[None].double()])
+        sums = [terms.loss_sum.detach(), *terms.terms.values(), terms.ce_sum, terms.teacher_ce_sum, tokens]
+        return terms.loss_sum, tokens, torch.stack([term.double() for term in sums])
 
     sums = get_forward_backward_func()(
         forward_step_func=step,
@@ -87,12 +94,12 @@ def forward_backward(
         micro_batch_size=size,
         forward_only=False,
     )
-    return _reduced(sums, mesh, batches_BT[0].device)
+    return _reduced(sums, term_names(loss), mesh, batches_BT[0].device)
 
 
-def _reduced(sums: list[Tensor], mesh: Mesh, device: torch.device) -> dict[str, float]:
+def _reduced(sums: list[Tensor], names: list[str], mesh: Mesh, device: torch.device) -> dict[str, float]:
     """Sum over micro-batches and data-parallel ranks, divided by the token count; known on every stage."""
-    total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(len(TERMS) + 1, dtype=torch.float64, device=device)
+    total = torch.stack(sums).sum(dim=0) if sums else torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
     total = last_stage_total(total, mesh)
     tokens = float(total[-1])
-    return {name: float(value) / tokens for name, value in zip(TERMS, total, strict=False)} | {"train/tokens": tokens}
+    return {name: float(value) / tokens for name, value in zip(names, total, strict=False)} | {"train/tokens": tokens}

@@ -14,10 +14,10 @@ from compactlm_nemo.config.choices import BLOCK_METRICS, DepthMetric, WidthMetri
 from compactlm_nemo.importance.scores import Scores, load_scores
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
-from compactlm_nemo.report.plots import KD, plot_loss_curve, plot_sizes
+from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes
 from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
-from compactlm_nemo.training.tracker import METRICS
+from compactlm_nemo.training.tracker import LOSS, METRICS
 
 SHORT_TABLE_LAYERS = 16
 """Layers up to which the scores of layers are given as numbers too; beyond, the plot alone is easier to read."""
@@ -114,7 +114,7 @@ def _search(run_dir: Path, folder: Path) -> list[str]:
 
 
 def _losses(path: Path) -> list[float]:
-    return [json.loads(line)[KD] for line in path.read_text().splitlines()]
+    return [json.loads(line)[LOSS] for line in path.read_text().splitlines()]
 
 
 def _importance(run_dir: Path, folder: Path) -> list[str]:

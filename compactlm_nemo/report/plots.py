@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from compactlm_nemo.errors import DataError
-
-KD, LM, TEACHER_LM = "train/kd_logit_nats", "train/lm_loss_nats", "train/teacher_lm_loss_nats"
+from compactlm_nemo.training.tracker import LM_LOSS, LOSS, TEACHER_LM_LOSS
 
 
 def save(figure: Figure, path: Path) -> Figure:
@@ -30,23 +29,23 @@ def plot_loss_curve(metrics: list[dict[str, Any]], path: Path) -> Figure:
     """
     series = {
         key: [(row["step"], row[key]) for row in metrics if key in row and "step" in row]
-        for key in (KD, LM, TEACHER_LM)
+        for key in (LOSS, LM_LOSS, TEACHER_LM_LOSS)
     }
     if not any(series.values()):
         raise DataError(f"{path.name}: no metric line has step and one of {', '.join(series)}; distil first.")
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _curve(left, series[KD], "KL(teacher ‖ student)", "C0")
-    _curve(right, series[LM], "student", "C0")
-    _curve(right, series[TEACHER_LM], "teacher", "C1")
-    left.set(title="Distillation loss", xlabel="step", ylabel="nats per token")
+    _curve(left, series[LOSS], "weighted sum of the losses", "C0")
+    _curve(right, series[LM_LOSS], "student", "C0")
+    _curve(right, series[TEACHER_LM_LOSS], "teacher", "C1")
+    left.set(title="Distillation loss", xlabel="step", ylabel="per token")
     right.set(title="Training LM loss", xlabel="step", ylabel="nats per token")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:
             axes.legend()
-    if left.lines and min(value for _, value in series[KD]) > 0:
+    if left.lines and min(value for _, value in series[LOSS]) > 0:
         left.set_yscale("log")
     return save(figure, path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,24 @@ from compactlm_nemo.parallel.collectives import barrier
 from compactlm_nemo.parallel.groups import Mesh
 
 LATEST = "latest.json"
+
+
+@dataclass
+class Position:
+    """How far a training is, apart from what torch and Megatron hold."""
+
+    step: int = 0
+    """Finished steps."""
+    given_up: int = 0
+    """Global batches that were passed over when a loss spike sent the run back: step k trains batch k + given_up."""
+    rewinds: int = 0
+    """Times that this happened."""
+    losses: list[float] = field(default_factory=list)
+    """Those of the last steps, by which a spike is told."""
+    best_step: int | None = None
+    """Finished steps at the lowest held-out loss so far; its checkpoint is kept."""
+    best_loss: float | None = None
+    """That loss."""
 
 
 def latest_step(folder: Path) -> int | None:
@@ -69,7 +88,9 @@ def _load_part(part: Any, state: dict[str, Any]) -> None:
         adam.state[parameter]["step"] = step
 
 
-def _state(ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh, step: int, is_loading: bool) -> dict[str, Any]:
+def _state(
+    ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh, position: Position, is_loading: bool
+) -> dict[str, Any]:
     weights = model_state([ddp.module for ddp in ddps], mesh)
     # Megatron looks up the shards by parameter and takes the first chunk's entry as `model`.
     by_chunk = weights if len(ddps) > 1 else weights["model0"]
@@ -77,38 +98,54 @@ def _state(ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh, step: int
     return weights | {
         "optimizer": optimizer.sharded_state_dict(by_chunk, is_loading=is_loading, metadata=metadata),
         "schedule": schedule.state_dict(),
-        "step": step,
+        "position": asdict(position),
         "rng": torch.get_rng_state(),
     }
 
 
 def save_training(
-    root: Path, ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh, *, step: int, keep: int, is_main: bool
+    root: Path,
+    ddps: list[Any],
+    optimizer: Any,
+    schedule: Any,
+    mesh: Mesh,
+    *,
+    position: Position,
+    keep: int,
+    is_main: bool,
 ) -> None:
-    """Save after `step` finished steps and drop all but the newest `keep`. Collective."""
-    target = _folder(root, step)
+    """Save at this position and drop all but the newest `keep` and the best. Collective."""
+    target = _folder(root, position.step)
     if is_main:
         shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed while saving
         target.mkdir(parents=True)
     barrier()
-    dist_checkpointing.save(_state(ddps, optimizer, schedule, mesh, step, is_loading=False), str(target))
+    dist_checkpointing.save(_state(ddps, optimizer, schedule, mesh, position, is_loading=False), str(target))
     barrier()
     if is_main:
-        atomic_write_text(root / LATEST, json.dumps({"step": step}) + "\n")
+        atomic_write_text(root / LATEST, json.dumps({"step": position.step}) + "\n")
+        best = None if position.best_step is None else _folder(root, position.best_step)
         for old in sorted(root.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
+            if old != best:
+                shutil.rmtree(old)
 
 
-def load_training(root: Path, ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh) -> int:
-    """Load the newest checkpoint into model, optimizer and schedule; returns its finished steps. Collective."""
+def load_training(root: Path, ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh) -> Position:
+    """Load the newest checkpoint into model, optimizer and schedule; returns where it stands. Collective."""
     step = latest_step(root)
     if step is None or not (_folder(root, step) / "metadata.json").is_file():
         raise CheckpointError(f"{root} names no complete checkpoint; delete the folder to start again.")
     _allocate_adam(optimizer)
-    state = _state(ddps, optimizer, schedule, mesh, step, is_loading=True)
+    state = _state(ddps, optimizer, schedule, mesh, Position(), is_loading=True)
     state = dist_checkpointing.load(state, str(_folder(root, step)))
     load_state([ddp.module for ddp in ddps], state)
     _load_optimizer(optimizer, state["optimizer"])
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["rng"])
-    return int(state["step"])
+    return Position(**state["position"])
+
+
+def load_weights(root: Path, ddps: list[Any], mesh: Mesh, step: int) -> None:
+    """Load the model, and nothing else, of the checkpoint after `step` finished steps. Collective."""
+    chunks = [ddp.module for ddp in ddps]
+    load_state(chunks, dist_checkpointing.load(model_state(chunks, mesh), str(_folder(root, step))))

@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from compactlm_nemo.config.schema import DistillConfig
+from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.models.build import Chunks
 
 
@@ -54,6 +54,12 @@ def build_optimizer(ddps: list[Any], cfg: DistillConfig) -> Any:
         ),
         ddps,
     )
+
+
+def gradient_norm(optimizer: Any) -> float:
+    """The gradient's norm over all ranks; Megatron's own step would find it and move the weights at once."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
 
 
 def build_schedule(optimizer: Any, cfg: DistillConfig) -> OptimizerParamScheduler:

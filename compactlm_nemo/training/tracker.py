@@ -22,8 +22,8 @@ from compactlm_nemo.config.schema import WandbConfig
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id"
-LOSS = "train/kd_logit_nats"
-"""Metric shown on the console, in nats."""
+LOSS, LM_LOSS, TEACHER_LM_LOSS = "train/loss", "train/lm_loss_nats", "train/teacher_lm_loss_nats"
+"""What is trained, shown on the console, and the language-model losses of both models."""
 SPEED = "perf/tokens_per_second"
 """Metric shown on the console."""
 
@@ -101,6 +101,13 @@ class Tracker:
         if self._run is not None:
             # `step` is a value, not W&B's own counter: that one refuses to go back when a run resumes.
             self._run.log({"step": step} | values)
+
+    def rewind(self, step: int) -> None:
+        """Forget the lines of 0-based `step` and later: training goes on from there. W&B keeps what it was sent."""
+        if self._is_writer:
+            self._file.close()
+            truncate_metrics(self._folder / METRICS, step)
+            self._file = (self._folder / METRICS).open("a", encoding="utf-8")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from compactlm_nemo.distill.linear_kd import linear_ce
+from compactlm_nemo.distill.linear_ce import linear_ce
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.importance.depth import LayerSums, layer_sums, lm_loss_rise, logit_mse, logit_mse_iterative
 from compactlm_nemo.models.build import Chunks

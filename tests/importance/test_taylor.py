@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compactlm_nemo.distill.linear_kd import linear_ce_sum
+from compactlm_nemo.distill.linear_ce import linear_ce_sum
 from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.importance.taylor import LossSum, taylor_scores
 from compactlm_nemo.models.build import Chunks

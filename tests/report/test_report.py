@@ -52,14 +52,14 @@ def colours(path, name: str) -> int:
 
 def test_loss_curve_draws_student_and_teacher(tmp_path):
     lines = [
-        {"step": i, "train/kd_logit_nats": 2 / i, "train/lm_loss_nats": 3 + 1 / i, "train/teacher_lm_loss_nats": 2.9}
+        {"step": i, "train/loss": 2 / i, "train/lm_loss_nats": 3 + 1 / i, "train/teacher_lm_loss_nats": 2.9}
         for i in range(1, 60)
     ]
     path = tmp_path / "new" / "loss.png"
     plot_loss_curve([*lines, {"eval/loss": 1.0}], path)
     assert colours(path, "blue") > 300 and colours(path, "orange") > 300
     # A loss of exactly 0 has no place on a log axis, yet must be seen: the legend alone is about 40 pixels.
-    plot_loss_curve([{"step": i, "train/kd_logit_nats": 0.0} for i in range(60)], tmp_path / "one.png")
+    plot_loss_curve([{"step": i, "train/loss": 0.0} for i in range(60)], tmp_path / "one.png")
     assert colours(tmp_path / "one.png", "blue") > 300
     assert colours(tmp_path / "one.png", "orange") == 0
     with pytest.raises(DataError, match="no metric line"):
@@ -187,7 +187,7 @@ def finished_run(run: Path, scores: Scores, search: dict[str, str | None]) -> Pa
         (run / stage).mkdir(parents=True)
         write_manifest(run / stage, search if stage == "search" else {}, {}, values)
     save_scores(run / "score" / FILE, scores)
-    lines = [{"step": i, "train/kd_logit_nats": 1 / i, "train/lm_loss_nats": 3.0} for i in range(1, 5)]
+    lines = [{"step": i, "train/loss": 1 / i, "train/lm_loss_nats": 3.0} for i in range(1, 5)]
     (run / "distill" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     row = {"params": 1000, "loss_wiki": 2.5, "tokens_trained": 0, "forward_tokens_per_second": 9.6}
     rows = [row | {"model": name} for name in ("teacher", "pruned", "distilled")]
@@ -205,7 +205,7 @@ def test_the_report_shows_the_search(tmp_path):
     (run / "rank" / "ranking.json").write_text(json.dumps([found[1] | {"candidate": 1, "loss": 2.0}]))
     for index, folder in ((0, "training"), (1, "training"), (1, "distill")):
         (run / "rank" / str(index) / folder).mkdir(parents=True)
-        lines = [{"step": step, "train/kd_logit_nats": 1.0 / (step + 1)} for step in range(4 if index else 2)]
+        lines = [{"step": step, "train/loss": 1.0 / (step + 1)} for step in range(4 if index else 2)]
         (run / "rank" / str(index) / folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     report(SimpleNamespace(dir=run), run / "report")
     text = (run / "report" / "report.md").read_text()

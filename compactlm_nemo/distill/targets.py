@@ -1,0 +1,142 @@
+"""What the student is compared with: a teacher's hidden states and head, or stored probabilities of likely tokens.
+
+Both give, for a chunk of tokens, the value of every loss and the gradient of their sum to the student's logits.
+
+Shape suffixes: N tokens, V vocabulary rows of this rank, G teacher width, K stored entries, L losses.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from compactlm_nemo.distill.losses import LogitLoss, Pair
+from compactlm_nemo.distill.vocabulary import LogProbs, Shard
+from compactlm_nemo.parallel.collectives import all_reduce_sum
+
+Losses = dict[str, tuple[float, LogitLoss]]
+"""Name -> weight and loss."""
+
+
+class Compared(NamedTuple):
+    """A chunk of tokens compared with the teacher."""
+
+    student: LogProbs
+    values_LN: Tensor
+    """Each loss, with the factor T**2."""
+    teacher_ce_N: Tensor
+    """Teacher's language-model loss at T = 1."""
+    gradient_NV: Tensor | None
+    """Of the weighted sum of `values_LN` to the student's logits."""
+
+
+class Targets(Protocol):
+    """A source of targets for N tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+
+    def compare(
+        self,
+        student_logits_NV: Tensor,
+        labels_N: Tensor,
+        rows: slice,
+        losses: Losses,
+        *,
+        temperature: float,
+        shard: Shard,
+        with_gradient: bool,
+    ) -> Compared:
+        """The tokens `rows`; overwrites `student_logits_NV`, which with the labels is of these tokens only."""
+
+
+class TeacherHead(NamedTuple):
+    """A teacher that is there: its final normed hidden states and its output weights."""
+
+    hidden_NG: Tensor
+    """``[N, G]``, replicated over tensor-parallel ranks."""
+    weight_VG: Tensor
+    """``[V, G]``, the same rows as the student's."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden_NG.shape[0]
+
+    def compare(
+        self,
+        student_logits_NV: Tensor,
+        labels_N: Tensor,
+        rows: slice,
+        losses: Losses,
+        *,
+        temperature: float,
+        shard: Shard,
+        with_gradient: bool,
+    ) -> Compared:
+        teacher_NV = shard.logits(self.hidden_NG[rows], self.weight_VG).to(student_logits_NV.dtype)
+        student, teacher = shard.log_probs([student_logits_NV, teacher_NV], labels_N, temperature)
+        pair = Pair(
+            student.log_prob_NV, teacher.log_prob_NV, student.shift_N1, teacher.shift_N1, vocab_size=shard.vocab_size
+        )
+        own = [loss.sums(pair) for _, loss in losses.values()]
+        nothing_KN = student_logits_NV.new_zeros(0, len(labels_N))
+        totals_KN = all_reduce_sum(torch.cat([*own, nothing_KN]), shard.tp_group)
+        totals = totals_KN.split([len(sums_KN) for sums_KN in own]) if own else []
+        gradient_NV, values = None, [nothing_KN]
+        for (weight, loss), sums_KN in zip(losses.values(), totals, strict=True):
+            values.append(loss.value(sums_KN)[None] * temperature**2)
+            if with_gradient:
+                own_NV = loss.gradient(pair, sums_KN).mul_(weight * temperature)
+                gradient_NV = own_NV if gradient_NV is None else gradient_NV.add_(own_NV)
+        return Compared(student, torch.cat(values), teacher.ce_N, gradient_NV)
+
+
+class TopK(NamedTuple):
+    """A teacher's K likeliest tokens, of which the rest of the vocabulary is one more outcome.
+
+    ``KL = sum_{v in K} p_v (log p_v - log q_v) + p_r (log p_r - log q_r)`` with ``p_r = 1 - sum_{v in K} p_v`` and
+    ``q_r`` the student's probability outside of K: a proper divergence over K + 1 outcomes, never above the KL over the
+    vocabulary. Its gradient to the logits is ``q_v - p_v`` in K and ``q_v (1 - p_r / q_r)`` outside. T must be 1.
+    """
+
+    ids_NK: Tensor
+    """``[N, K]`` int64, distinct in each row."""
+    probs_NK: Tensor
+    """``[N, K]``, of the softmax over the vocabulary."""
+    rest_N: Tensor
+    """``[N]``, the probability of the rest."""
+    ce_N: Tensor
+    """``[N]``, the teacher's language-model loss."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.ids_NK.shape[0]
+
+    def compare(
+        self,
+        student_logits_NV: Tensor,
+        labels_N: Tensor,
+        rows: slice,
+        losses: Losses,
+        *,
+        temperature: float,
+        shard: Shard,
+        with_gradient: bool,
+    ) -> Compared:
+        (student,) = shard.log_probs([student_logits_NV], labels_N, temperature)
+        dtype = student_logits_NV.dtype
+        ids_NK, p_NK, p_rest_N = self.ids_NK[rows], self.probs_NK[rows].to(dtype), self.rest_N[rows].to(dtype)
+        q_NV, log_q_NK = student.log_prob_NV.exp(), shard.at(student.log_prob_NV, ids_NK)
+        # The rest is summed without the K entries: 1 minus their sum would cancel where the student is sure.
+        rest_NV = shard.add_at(q_NV, ids_NK, -shard.at(q_NV, ids_NK))
+        sums = all_reduce_sum(torch.cat([log_q_NK, rest_NV.sum(dim=-1, keepdim=True)], dim=-1), shard.tp_group)
+        log_q_NK, q_rest_N = sums[:, :-1], sums[:, -1].clamp(min=torch.finfo(dtype).tiny)
+        value_N = (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(dim=-1) + torch.xlogy(p_rest_N, p_rest_N / q_rest_N)
+        gradient_NV = None
+        if with_gradient:
+            gradient_NV = rest_NV.mul_(1 - (p_rest_N / q_rest_N)[:, None])
+            shard.add_at(gradient_NV, ids_NK, log_q_NK.exp() - p_NK).mul_(losses["forward_kl"][0])
+        return Compared(student, value_N[None], self.ce_N[rows].to(dtype), gradient_NV)

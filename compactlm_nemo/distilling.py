@@ -1,0 +1,121 @@
+"""The distill stage: teacher, pruned student and tokens to a trained student.
+
+Training state lives in `run.dir/training` until the end, so a killed run goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from compactlm_nemo.artifacts import read_manifest, settings_of
+from compactlm_nemo.config.distill import deciding
+from compactlm_nemo.cutting import validation_loss
+from compactlm_nemo.data.windows import Windows, heldout_windows
+from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
+from compactlm_nemo.evaluation.kd_loss import evaluate_kd_loss
+from compactlm_nemo.evaluation.speed import device_name, peak_tflops
+from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.parallel.launch import device, is_main_rank, launch_world_size, main_rank_writes
+from compactlm_nemo.run import Run, claim
+from compactlm_nemo.search.cost import flops_per_token_forward
+from compactlm_nemo.training.checkpoint import latest_step
+from compactlm_nemo.training.tracker import METRICS, Tracker
+
+
+def train(run: Run, folder: Path) -> dict[str, Any] | None:
+    """Teacher + student + tokens -> trained student.
+
+    None when `distill.stop_after` ends it earlier.
+    """
+    config, cfg = run.config, run.config.distill
+    state = run.dir / "training"
+    claim(
+        state,
+        settings_of(
+            {
+                "distill": deciding(cfg),
+                "data.sequence_length": config.data.sequence_length,
+                "run.seed": config.run.seed,
+                "student": read_manifest(run.dir / "student")["fingerprint"],
+            }
+        ),
+    )
+    dims = run.dims("student")
+    samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
+    student, teacher = run.load("student"), run.load("teacher")
+    start = latest_step(state / "checkpoints") or 0
+    with Tracker(
+        state, config.wandb, settings_of(asdict(config)), is_main_rank(), cfg.steps, start_step=start
+    ) as tracker:
+        end = distill(
+            student,
+            teacher,
+            dims,
+            run.mesh,
+            samples.sample,
+            cfg,
+            Outside(
+                log=tracker.log,
+                rewind=tracker.rewind,
+                evaluate=_heldout_metrics(run, student, teacher),
+                speed=_speed(run),
+            ),
+            chunk_tokens=run.chunk_tokens(dims),
+            checkpoints=state / "checkpoints",
+            is_main=is_main_rank(),
+            device=device(),
+            until=cfg.stop_after,
+        )
+    if end.step < cfg.steps:
+        return None
+    run.save(folder, student, dims)
+    with main_rank_writes() as writes:
+        if writes:
+            shutil.copyfile(state / METRICS, folder / METRICS)
+    return {
+        "tokens": cfg.steps * cfg.global_batch * config.data.sequence_length,
+        "best_step": end.best_step,
+        "loss": validation_loss(run, student, dims, "student"),
+    }
+
+
+def _heldout_metrics(run: Run, student: Chunks, teacher: Chunks) -> Callable[[], dict[str, float]]:
+    """LM loss and KL of the student as it is, for each held-out text and in the mean."""
+    config, dims = run.config, run.dims("student")
+
+    def measure() -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name in config.data.heldout:
+            prefix = run.token_prefix(f"heldout.{name}")
+            windows = heldout_windows(prefix, config.data.sequence_length, config.distill.eval_tokens).to(device())
+            got = evaluate_kd_loss(
+                student, teacher, dims, run.mesh, windows,
+                micro_batch=config.evaluate.micro_batch, chunk_tokens=run.chunk_tokens(dims),
+            )  # fmt: skip
+            values |= {f"eval/{name}_lm_loss_nats": got.lm_loss, f"eval/{name}_kl_nats": got.kl}
+        return values | {EVAL_LOSS: sum(v for k, v in values.items() if "lm_loss" in k) / len(config.data.heldout)}
+
+    return measure
+
+
+def _speed(run: Run) -> Callable[[float, float], dict[str, float]]:
+    """Tokens a second, model FLOPs a second of one device, and their share of its peak where that is known.
+
+    A training step is three forward passes of the student (backward is two) and one of the teacher; what recomputation
+    adds is not counted.
+    """
+    length = run.config.data.sequence_length
+    flops = 3 * flops_per_token_forward(run.dims("student"), length)
+    flops += flops_per_token_forward(run.dims("teacher"), length)
+    peak = run.config.distill.peak_tflops or peak_tflops(device_name())
+
+    def measure(tokens: float, seconds: float) -> dict[str, float]:
+        achieved = tokens * flops / seconds / launch_world_size() / 1e12
+        utilisation = {"perf/mfu": achieved / peak} if peak else {}
+        return {"perf/tokens_per_second": tokens / seconds, "perf/tflops_per_device": achieved} | utilisation
+
+    return measure
