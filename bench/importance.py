@@ -30,7 +30,7 @@ from bench.agreement import agree
 from bench.interleave import Group, measure
 from bench.report import tables
 from bench.teacher import add_run_arguments
-from bench.venv import model_optimizer_python
+from bench.venv import MODEL_OPTIMIZER, interpreter
 from bench.worker import Worker
 
 RESULTS = Path(__file__).parent / "results" / "importance.json"
@@ -66,7 +66,7 @@ def worker_commands(args: argparse.Namespace) -> list[list[str]]:
         f"--{name.replace('_', '-')}={getattr(args, name)}"
         for name in ("samples", "sequence_length", "micro_batch", "precision")
     ]
-    theirs = [str(model_optimizer_python()), "-m", "bench.minitron", *shared, "--model"]
+    theirs = [str(interpreter(MODEL_OPTIMIZER)), "-m", "bench.minitron", *shared, "--model"]
     return [[sys.executable, "-m", "bench.ours", *shared], *([*theirs, kind] for kind in KINDS)]
 
 

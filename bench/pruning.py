@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.teacher import ASSETS
 from bench.texts import fetch_bible
-from bench.venv import model_optimizer_python
+from bench.venv import MODEL_OPTIMIZER, interpreter
 from compactlm_nemo.config.choices import DepthMetric, ErrorAxis, HeadCut, Reconstruct, Stream
 from compactlm_nemo.config.load import compose
 from compactlm_nemo.config.schema import Config, PruneConfig
@@ -174,7 +174,7 @@ def measure_peer(config: Config, done: dict[str, Any], seed: str, args: argparse
         windows = calibration_windows(run.train_prefixes(), args.samples, 512, config.run.seed)
         save_file({"calibration": windows, **{text: heldout(run, text) for text in TEXTS}}, tokens)
     sizes = {target: {EXPORT_NAMES[axis]: size for axis, size in TARGETS[target].items()} for target in missing}
-    command = [str(model_optimizer_python()), "-m", "bench.minitron_prune", str(tokens), json.dumps(sizes)]
+    command = [str(interpreter(MODEL_OPTIMIZER)), "-m", "bench.minitron_prune", str(tokens), json.dumps(sizes)]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
     for target, values in json.loads(answer).items():
         _keep(done, seed, target, PEER, lambda values=values: values)

@@ -54,11 +54,11 @@ def _folder(root: Path, step: int) -> Path:
 
 
 def _allocate_adam(optimizer: Any) -> None:
-    """Give torch's Adam the state it otherwise makes at its first step: Megatron reads `step` before it loads."""
+    """Give torch's Adam the state it otherwise makes at its first step: Megatron reads `step` before that."""
     for part in optimizer.chained_optimizers:
         adam = part.optimizer
         if isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
-            for parameter in (p for group in adam.param_groups for p in group["params"]):
+            for parameter in (p for group in adam.param_groups for p in group["params"] if p not in adam.state):
                 zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
                 adam.state[parameter] = {"step": torch.tensor(0.0)} | zeros
 
@@ -120,6 +120,7 @@ def save_training(
         shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed while saving
         target.mkdir(parents=True)
     barrier()
+    _allocate_adam(optimizer)
     dist_checkpointing.save(_state(ddps, optimizer, schedule, mesh, position, is_loading=False), str(target))
     barrier()
     if is_main:
@@ -140,6 +141,7 @@ def load_training(root: Path, ddps: list[Any], optimizer: Any, schedule: Any, me
     state = dist_checkpointing.load(state, str(_folder(root, step)))
     load_state([ddp.module for ddp in ddps], state)
     _load_optimizer(optimizer, state["optimizer"])
+    schedule.num_steps = 0  # Megatron adds the loaded steps to those it has
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["rng"])
     return Position(**state["position"])

@@ -1,0 +1,101 @@
+"""Time and memory of the distillation head, forward and backward: this package, plain torch, and Liger.
+
+    python -m bench.linear_kd --hidden 576 --vocab 49152 --tokens 1024 2048 4096 --repeats 5
+    python -m bench.linear_kd --hidden 4096 --vocab 128256 --tokens 256 512 --repeats 3
+
+fp32 on a CPU. Every way lives in a process of its own and they take turns, so that a slow moment meets all; a ratio is
+to plain torch in the same turn. Memory is the peak of a fresh process beside the heads (bench/memory.py). Losses and
+gradients are compared before anything is timed. The first call builds Liger's environment in bench/.venv-liger.
+
+Prints Markdown and writes bench/results/linear_kd_HIDDENxVOCAB.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from bench import memory
+from bench.head import WAYS
+from bench.interleave import summary
+from bench.venv import LIGER, interpreter
+from bench.worker import Worker
+
+RESULTS = Path(__file__).parent / "results"
+PLAIN = "plain torch"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=576, help="width of both models")
+    parser.add_argument("--vocab", type=int, default=49152, help="entries of the vocabulary")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096], help="tokens of a pass")
+    parser.add_argument("--repeats", type=int, default=5, help="timed passes of each way")
+    args = parser.parse_args()
+    rows: dict[str, dict[str, Any]] = {way: {str(tokens): {} for tokens in args.tokens} for way in WAYS}
+    for tokens in map(str, args.tokens):
+        timed(rows, args, tokens)
+        for way in WAYS:
+            with Worker(command(way, args), environment=memory.ENVIRONMENT) as worker:
+                worker.seconds(str(min(args.tokens)))
+                rows[way][tokens]["peak_bytes"] = worker.peak_bytes(tokens)
+        RESULTS.mkdir(exist_ok=True)
+        result = {"run": vars(args), "torch": torch.__version__, "ways": rows}
+        (RESULTS / f"linear_kd_{args.hidden}x{args.vocab}.json").write_text(json.dumps(result, indent=2) + "\n")
+        print(f"measured {tokens} tokens", file=sys.stderr, flush=True)
+    print(markdown(rows))
+
+
+def command(way: str, args: argparse.Namespace) -> list[str]:
+    """Command line of the process of a way."""
+    python = str(interpreter(LIGER)) if "Liger" in way else sys.executable
+    sizes = [f"--hidden={args.hidden}", f"--vocab={args.vocab}", "--tokens", *map(str, args.tokens)]
+    return [python, "-m", "bench.head", f"--way={way}", *sizes]
+
+
+def timed(rows: dict[str, dict[str, Any]], args: argparse.Namespace, tokens: str) -> None:
+    """Seconds of every way, in turns, and ratios to plain torch; after a check that all give the same."""
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+        workers = {way: stack.enter_context(Worker(command(way, args))) for way in WAYS}
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        for way, worker in workers.items():
+            worker.seconds(tokens)  # warms up, and compiles
+            worker.save_scores(tokens, Path(folder) / way)
+        wanted = load_file(Path(folder) / PLAIN)
+        for way in WAYS:
+            for name, got in load_file(Path(folder) / way).items():
+                gap = float((got - wanted[name]).norm() / wanted[name].norm())
+                if gap > 1e-4:
+                    raise SystemExit(f"{way}: {name} differs from plain torch by {gap:.1e}, relative.")
+        for repeat in range(args.repeats):
+            for way in list(WAYS) if repeat % 2 == 0 else list(WAYS)[::-1]:
+                seconds[way].append(workers[way].seconds(tokens))
+    for way in WAYS:
+        ratios = [own / plain for own, plain in zip(seconds[way], seconds[PLAIN], strict=True)]
+        rows[way][tokens] |= {"seconds": summary(seconds[way]), "ratio": summary(ratios)}
+
+
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """One row a number of tokens and way."""
+    lines = ["| tokens | way | seconds | time / plain torch (range) | peak beside heads, MiB | peak / plain torch |"]
+    lines.append("|---|---|---|---|---|---|")
+    for tokens, plain in rows[PLAIN].items():
+        for way, found in rows.items():
+            row = found[tokens]
+            ratio = "{median:.2f} ({min:.2f} to {max:.2f})".format(**row["ratio"])
+            share = row["peak_bytes"] / plain["peak_bytes"]
+            peak = f"{row['peak_bytes'] / 2**20:,.0f} | {share:.2f}"
+            lines.append(f"| {tokens} | {way} | {row['seconds']['median']:.2f} | {ratio} | {peak} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
