@@ -77,3 +77,10 @@ def _measures(rank, world, layout, case, folder: Path):
 def test_layers_are_timed_once(layout, case, tmp_path):
     world, sizes = (LAYOUTS | EXPERT_LAYOUTS)[layout]
     run_ranks(_measures, world, tmp_path, sizes, case, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("CPU", None)]
+)
+def test_peaks_are_found_by_name(name, peak):
+    assert speed.peak_tflops(name) == peak
