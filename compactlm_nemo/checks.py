@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from compactlm_nemo.artifacts import MANIFEST
-from compactlm_nemo.config.choices import DepthMetric, Reconstruct, Stream, WidthMetric
+from compactlm_nemo.config.choices import (
+    DepthMetric,
+    Reconstruct,
+    StoredKind,
+    Stream,
+    TeacherSource,
+    WidthMetric,
+)
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer
 from compactlm_nemo.data.windows import TokenStream
+from compactlm_nemo.distill.losses import weighted_losses
 from compactlm_nemo.errors import CompactLMError, ConfigError, listed
 from compactlm_nemo.evaluation.harness import harness_problem
 from compactlm_nemo.models.dims import Dims, split_layers
@@ -55,6 +63,7 @@ def check(config: Config) -> Dims | None:
     problems += _data_problems(config)
     problems += _score_problems(config)
     problems += _prune_problems(config, dims)
+    problems += _stored_problems(config, dims)
     if problem := harness_problem(config.evaluate):
         problems.append(problem)
     shared = {c.path for c in config.data.train.values()} & {c.path for c in config.data.heldout.values()}
@@ -96,6 +105,36 @@ def _prune_problems(config: Config, dims: Dims | None) -> list[str]:
         problems.append(
             f"prune.hidden=rotate needs RMSNorms, {dims.family} has LayerNorms, which see a rotation; use select."
         )
+    return problems
+
+
+def _stored_problems(config: Config, dims: Dims | None) -> list[str]:
+    """What a stored teacher, or none, cannot do."""
+    cfg, cache = config.distill, config.cache
+    problems = []
+    if dims is not None and cache.kind is StoredKind.top_k and cache.k > dims.vocab_size:
+        problems.append(f"cache.k={cache.k} must be <= the vocabulary of {dims.vocab_size}; the paper says > 100.")
+    if cfg.teacher is TeacherSource.none:
+        return problems + [
+            f"distill.loss.{name} needs a teacher; set distill.teacher=live, or {name}=0 and cross_entropy=1."
+            for name in weighted_losses(cfg.loss)
+        ]
+    if cfg.teacher is TeacherSource.live:
+        return problems
+    needed = cfg.steps * cfg.global_batch
+    if config.cached_samples < needed:
+        problems.append(
+            f"cache.samples={cache.samples} is less than the {needed} samples of distill.steps x distill.global_batch; "
+            "raise it, or leave it out."
+        )
+    if cache.kind is StoredKind.top_k:
+        if cfg.temperature != 1:
+            problems.append(f"distill.temperature={cfg.temperature} needs cache.kind=hidden; top_k is stored at 1.")
+        problems += [
+            f"distill.loss.{name} needs cache.kind=hidden or a live teacher; top_k serves forward_kl and cross_entropy."
+            for name in weighted_losses(cfg.loss)
+            if name != "forward_kl"
+        ]
     return problems
 
 

@@ -11,14 +11,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from compactlm_nemo.artifacts import read_manifest, settings_of
+from compactlm_nemo.config.choices import StoredKind, TeacherSource
 from compactlm_nemo.config.distill import deciding
 from compactlm_nemo.cutting import validation_loss
 from compactlm_nemo.data.windows import Windows, heldout_windows
 from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
+from compactlm_nemo.distill.store import Store
+from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, StoredHidden, StoredTopK, Teacher
 from compactlm_nemo.evaluation.kd_loss import evaluate_kd_loss
+from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.evaluation.speed import device_name, peak_tflops
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import Chunks, tp_share
+from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.parallel.launch import device, is_main_rank, launch_world_size, main_rank_writes
 from compactlm_nemo.run import Run, claim
 from compactlm_nemo.search.cost import flops_per_token_forward
@@ -46,7 +53,7 @@ def train(run: Run, folder: Path) -> dict[str, Any] | None:
     )
     dims = run.dims("student")
     samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
-    student, teacher = run.load("student"), run.load("teacher")
+    student, teacher = run.load("student"), _teacher(run)
     start = latest_step(state / "checkpoints") or 0
     with Tracker(
         state, config.wandb, settings_of(asdict(config)), is_main_rank(), cfg.steps, start_step=start
@@ -83,20 +90,44 @@ def train(run: Run, folder: Path) -> dict[str, Any] | None:
     }
 
 
-def _heldout_metrics(run: Run, student: Chunks, teacher: Chunks) -> Callable[[], dict[str, float]]:
-    """LM loss and KL of the student as it is, for each held-out text and in the mean."""
+def _teacher(run: Run) -> Teacher:
+    """The teacher itself, what it said, or nobody."""
+    if run.config.distill.teacher is TeacherSource.none:
+        return NoTeacher(run.mesh)
+    if run.config.distill.teacher is TeacherSource.live:
+        return LiveTeacher(run.load("teacher"), run.mesh)
+    store = Store(run.dir / "targets")
+    if run.config.cache.kind is StoredKind.top_k:
+        return StoredTopK(store, run.mesh)
+    return StoredHidden(store, run.mesh, _head(run) if run.mesh.is_last_stage else None)
+
+
+def _head(run: Run) -> Tensor:
+    """This rank's rows of the teacher's output weights, read without the rest of the teacher."""
+    dims, mesh = run.dims("teacher"), run.mesh
+    name = "embedding.word_embeddings.weight" if dims.tied_embeddings else "output_layer.weight"
+    padded = dims.padded_vocab(mesh.tp_size, run.config.model.vocab_multiple)
+    whole = CheckpointSource(run.dir / "teacher", dims)(name)
+    own = tp_share(name, whole, rank=mesh.tp_rank, size=mesh.tp_size, gated=dims.gated_mlp, padded_vocab=padded)
+    return own.to(device(), run.dtype)
+
+
+def _heldout_metrics(run: Run, student: Chunks, teacher: Teacher) -> Callable[[], dict[str, float]]:
+    """LM loss and, with a live teacher, KL of the student as it is, for each held-out text and in the mean."""
     config, dims = run.config, run.dims("student")
+    settings = {"micro_batch": config.evaluate.micro_batch, "chunk_tokens": run.chunk_tokens(dims)}
 
     def measure() -> dict[str, float]:
         values: dict[str, float] = {}
         for name in config.data.heldout:
             prefix = run.token_prefix(f"heldout.{name}")
             windows = heldout_windows(prefix, config.data.sequence_length, config.distill.eval_tokens).to(device())
-            got = evaluate_kd_loss(
-                student, teacher, dims, run.mesh, windows,
-                micro_batch=config.evaluate.micro_batch, chunk_tokens=run.chunk_tokens(dims),
-            )  # fmt: skip
-            values |= {f"eval/{name}_lm_loss_nats": got.lm_loss, f"eval/{name}_kl_nats": got.kl}
+            if isinstance(teacher, LiveTeacher):
+                got = evaluate_kd_loss(student, teacher, dims, run.mesh, windows, **settings)
+                values |= {f"eval/{name}_lm_loss_nats": got.lm_loss, f"eval/{name}_kl_nats": got.kl}
+            else:
+                loss = evaluate_lm_loss(student, dims, run.mesh, windows, progress=lambda samples: None, **settings)
+                values[f"eval/{name}_lm_loss_nats"] = loss.loss_nats
         return values | {EVAL_LOSS: sum(v for k, v in values.items() if "lm_loss" in k) / len(config.data.heldout)}
 
     return measure
@@ -105,12 +136,13 @@ def _heldout_metrics(run: Run, student: Chunks, teacher: Chunks) -> Callable[[],
 def _speed(run: Run) -> Callable[[float, float], dict[str, float]]:
     """Tokens a second, model FLOPs a second of one device, and their share of its peak where that is known.
 
-    A training step is three forward passes of the student (backward is two) and one of the teacher; what recomputation
-    adds is not counted.
+    A training step is three forward passes of the student (backward is two) and one of a live teacher; what
+    recomputation adds is not counted.
     """
     length = run.config.data.sequence_length
     flops = 3 * flops_per_token_forward(run.dims("student"), length)
-    flops += flops_per_token_forward(run.dims("teacher"), length)
+    if run.config.distill.teacher is TeacherSource.live:
+        flops += flops_per_token_forward(run.dims("teacher"), length)
     peak = run.config.distill.peak_tflops or peak_tflops(device_name())
 
     def measure(tokens: float, seconds: float) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compactlm_nemo.config.choices import Precision
+from compactlm_nemo.config.choices import Precision, TeacherSource
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.dims import Dims, split_layers
 from compactlm_nemo.search.cost import counts, num_params, params_per_rank
@@ -18,6 +18,7 @@ HOLDS = {
     "import": ("teacher",),
     "score": ("teacher",),
     "prune": ("student",),
+    "cache_teacher": ("teacher",),
     "distill": ("teacher", "training"),
     "evaluate": ("teacher",),
 }
@@ -45,7 +46,8 @@ def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) ->
         "training": max(_rank_params(config, student)) * TRAINING_BYTES[config.model.precision],
     }
     for name, folder in folders.items():
-        held = sum(sizes[model] for model in HOLDS.get(name, ()))
+        live = name != "distill" or config.distill.teacher is TeacherSource.live
+        held = sum(sizes[model] for model in HOLDS.get(name, ()) if live or model != "teacher")
         memory = f"{held:,} bytes a rank for weights and optimizer; " if held else ""
         lines.append(f"{name}: {memory}writes {Path(config.run.dir) / folder}")
     return lines

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from compactlm_nemo.artifacts import fresh_folder, read_manifest, settings_of, stage_is_done, write_manifest
 from compactlm_nemo.checks import check, launch_problems
+from compactlm_nemo.config.choices import TeacherSource
 from compactlm_nemo.config.distill import deciding
 from compactlm_nemo.config.load import to_yaml
 from compactlm_nemo.config.schema import Config
@@ -90,6 +91,18 @@ STAGES: dict[str, Stage] = {
         Stage("search", "search", ("score",), lambda c: {"search": c.search, "prune": _how_to_cut(c)} | _split(c)),
         Stage("prune", "student", ("search",), lambda c: {"prune": c.prune}, _ranking),
         Stage(
+            "cache_teacher",
+            "targets",
+            ("import", "tokenize"),
+            lambda c: {
+                "cache": deciding(c.cache),
+                "samples": c.cached_samples,
+                "data.sequence_length": c.data.sequence_length,
+                "data.train": asdict(c.data)["train"],
+                "run.seed": c.run.seed,
+            },
+        ),
+        Stage(
             "distill",
             "distill",
             ("prune",),
@@ -122,7 +135,7 @@ def _inputs(stage: Stage, config: Config) -> dict[str, str]:
     files = stage.inputs(config)
     identities = {name: file_identity(path) for name, path in sorted(files.items()) if path.is_file()}
     run = Path(config.run.dir)
-    for name in stage.needs:
+    for name in _needs(stage, config):
         try:
             identities[name] = read_manifest(run / STAGES[name].folder)["fingerprint"]
         except CompactLMError:
@@ -131,6 +144,18 @@ def _inputs(stage: Stage, config: Config) -> dict[str, str]:
                 f"run recipes.{verb(name)} first, or recipes.compress."
             ) from None
     return identities
+
+
+def _needs(stage: Stage, config: Config) -> tuple[str, ...]:
+    """Stages whose results this one reads."""
+    stored = stage.name == "distill" and config.distill.teacher is TeacherSource.stored
+    return (*stage.needs, "cache_teacher") if stored else stage.needs
+
+
+def stages_of(config: Config) -> list[str]:
+    """The stages of a whole run, in order."""
+    left_out = set() if config.distill.teacher is TeacherSource.stored else {"cache_teacher"}
+    return [name for name in STAGES if name not in left_out]
 
 
 def verb(stage: str) -> str:
@@ -146,12 +171,12 @@ def run_stages(config: Config, only: str | None = None) -> None:
 
         if is_main_rank():
             print(to_yaml(config))
-            names = [only] if only else list(STAGES)
+            names = [only] if only else stages_of(config)
             print("\n".join(plan_lines(config, teacher, {name: STAGES[name].folder for name in names})))
         return
     if problems := launch_problems(config, launch_world_size()):
         raise ConfigError(problems)
-    names = [only] if only else list(STAGES)
+    names = [only] if only else stages_of(config)
     pending = names
     console = Console(quiet=not is_main_rank())
     if launch_world_size() == 1:  # more ranks leave the decision to the main one, in _run_one
@@ -179,6 +204,7 @@ def _identity(stage: Stage, config: Config) -> tuple[dict[str, Any], dict[str, s
 
 def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None:
     from compactlm_nemo import verbs
+    from compactlm_nemo.caching import cache_teacher
     from compactlm_nemo.distilling import train
     from compactlm_nemo.parallel.collectives import barrier, broadcast_object
     from compactlm_nemo.report.build import report
@@ -190,6 +216,7 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
         "score": verbs.score,
         "search": verbs.search,
         "prune": verbs.prune,
+        "cache_teacher": cache_teacher,
         "distill": train,
         "evaluate": verbs.evaluate,
         "export": verbs.export,

@@ -14,8 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# Imported once in the fork server; every rank of every test starts from there.
-multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "megatron.core"])
+from tests.commands import PRELOAD
+
+# Every rank of every test starts from the fork server that commands start from too.
+multiprocessing.set_forkserver_preload(PRELOAD)
 
 
 def run_ranks(fn: Callable[..., None], world: int, tmp_path: Path, *args: Any) -> None:

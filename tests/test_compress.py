@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from compactlm_nemo.config.load import CONF
+from tests import commands
 from tests.tiny_run import command, make_inputs
 from tests.training.test_tracker import finished_records
 
@@ -37,12 +38,6 @@ def _extras(inputs: Path) -> list[str]:
     return [*tasks, "wandb.mode=offline", "search.latency_ms=1e9", "search.context=32"]
 
 
-def _run(words: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *launcher, *words], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
 def _metrics(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
@@ -51,7 +46,9 @@ def _metrics(run: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "one"
-    result = _run(command(inputs, run, *_extras(inputs)))
+    # From a shell, imports included: their warnings must not reach the user.
+    words, env = command(inputs, run, *_extras(inputs)), {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "Hugging Face folder" in result.stdout
     assert "warn" not in result.stderr.lower(), result.stderr
@@ -60,7 +57,7 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_second_run_does_nothing_and_says_so(inputs: Path, finished: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    result = _run(command(inputs, finished, *_extras(inputs)))
+    result = commands.run(command(inputs, finished, *_extras(inputs)))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done before, skipped") == 9
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
@@ -122,7 +119,7 @@ def test_a_document_in_both_parts_is_refused(inputs: Path, tmp_path: Path) -> No
     lines = (inputs / "test.jsonl").read_text().splitlines()[3:4] + (inputs / "train.jsonl").read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join(lines))
     run = tmp_path / "run"
-    result = _run(command(inputs, run, f"data.train.a={tmp_path}/train.jsonl"))
+    result = commands.run(command(inputs, run, f"data.train.a={tmp_path}/train.jsonl"))
     assert result.returncode == 2
     assert "train.jsonl:1 and" in result.stderr and "test.jsonl:4" in result.stderr, result.stderr
 
@@ -150,7 +147,7 @@ def test_losses_in_the_results_are_what_transformers_computes(inputs: Path, fini
 
 
 def test_two_by_two_ranks_give_the_run_of_one(inputs: Path, finished: Path, tmp_path: Path) -> None:
-    result = _run(command(inputs, tmp_path / "run", "parallel.tp=2", "parallel.pp=2"), ranks=4)
+    result = commands.run(command(inputs, tmp_path / "run", "parallel.tp=2", "parallel.pp=2"), ranks=4)
     assert result.returncode == 0, result.stderr
     one, four = (load_file(run / "score" / "scores.safetensors") for run in (finished, tmp_path / "run"))
     for name, value in one.items():
@@ -159,29 +156,26 @@ def test_two_by_two_ranks_give_the_run_of_one(inputs: Path, finished: Path, tmp_
         assert b == pytest.approx(a, rel=1e-4)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on_to_the_same_result(inputs: Path, finished: Path, tmp_path: Path, how: int) -> None:
-    """Killed once in every stage folder's lifetime: as soon as each appears, and in the middle of training."""
+STAGE_FOLDERS = ("teacher", "tokens", "score", "search", "student", "distill", "evaluate", "export", "report")
+IN_TRAINING = "training/checkpoints/latest.json"
+
+
+@pytest.mark.parametrize(
+    ("how", "signs"),
+    [(signal.SIGKILL, (*STAGE_FOLDERS[:5], IN_TRAINING, *STAGE_FOLDERS[5:])), (signal.SIGINT, [IN_TRAINING])],
+)
+def test_a_killed_run_goes_on_to_the_same_result(
+    inputs: Path, finished: Path, tmp_path: Path, how: int, signs: Sequence[str]
+) -> None:
+    """Killed as soon as each of the signs appears: once in every stage folder's lifetime, and in training."""
     run = tmp_path / "run"
-    signs = (
-        "teacher",
-        "tokens",
-        "score",
-        "search",
-        "student",
-        "training/checkpoints/latest.json",
-        "distill",
-        "evaluate",
-    )
-    for sign in (*signs, "export", "report"):
-        process = subprocess.Popen(
-            [sys.executable, *command(inputs, run)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while not (run / sign).exists() and process.poll() is None:
+    for sign in signs:
+        process = commands.start(command(inputs, run), tmp_path / "out", tmp_path / "err")
+        while not (run / sign).exists() and process.is_alive():
             time.sleep(0.01)
-        process.send_signal(how)
-        process.wait(timeout=120)
-    result = _run(command(inputs, run))
+        os.kill(process.pid, how)
+        process.join(120)
+    result = commands.run(command(inputs, run))
     assert result.returncode == 0, result.stderr
     assert _metrics(run) == _metrics(finished)
     for name, value in load_file(finished / "export/hf/model.safetensors").items():
@@ -189,13 +183,13 @@ def test_a_killed_run_goes_on_to_the_same_result(inputs: Path, finished: Path, t
 
 
 def test_a_folder_of_another_run_is_refused(inputs: Path, finished: Path) -> None:
-    result = _run(command(inputs, finished, "score.samples=9", recipe="score"))
+    result = commands.run(command(inputs, finished, "score.samples=9", recipe="score"))
     assert result.returncode == 2
     assert "score.samples=8" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_a_missing_stage_is_named(inputs: Path, tmp_path: Path) -> None:
-    result = _run(command(inputs, tmp_path / "run", recipe="prune"))
+    result = commands.run(command(inputs, tmp_path / "run", recipe="prune"))
     assert result.returncode == 2
     assert "recipes.search" in result.stderr and not (tmp_path / "run").exists()
 
@@ -206,7 +200,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_anything_is_
     shutil.copytree(inputs / "teacher", tmp_path / "teacher")
     config = LlamaConfig.from_pretrained(inputs / "teacher", vocab_size=50)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
-    result = _run(command(inputs, tmp_path / "run", f"model.source={tmp_path}/teacher"))
+    result = commands.run(command(inputs, tmp_path / "run", f"model.source={tmp_path}/teacher"))
     assert result.returncode == 2
     assert "vocab_size=50" in result.stderr and "tokenizer's 92" in result.stderr
     assert not (tmp_path / "run").exists()
@@ -240,7 +234,7 @@ def test_bad_input_ends_before_anything_is_built(
     shutil.copytree(inputs / "teacher", teacher)
     spoil(teacher)
     overrides = [f"model.source={teacher}", *([override.format(teacher=teacher)] if override else [])]
-    result = _run(command(inputs, tmp_path / "run", *overrides))
+    result = commands.run(command(inputs, tmp_path / "run", *overrides))
     assert result.returncode == 2, result.stderr
     assert words in result.stderr
     assert all(line.startswith(("error: ", "- ")) for line in result.stderr.splitlines())
@@ -260,14 +254,14 @@ LATE = ("distill", "evaluate", "export", "report")
 
 def test_training_of_another_student_is_not_continued(inputs: Path, finished: Path, tmp_path: Path) -> None:
     run = _state_before(finished, tmp_path / "run", "search", "student", *LATE)
-    result = _run(command(inputs, run, *_extras(inputs), "search.ffn=[48]"))
+    result = commands.run(command(inputs, run, *_extras(inputs), "search.ffn=[48]"))
     assert result.returncode == 2
     assert f"{run}/training holds unfinished work with another student" in result.stderr
 
 
 def test_memory_settings_may_change_when_training_goes_on(inputs: Path, finished: Path, tmp_path: Path) -> None:
     run = _state_before(finished, tmp_path / "run", *LATE)
-    result = _run(command(inputs, run, "distill.micro_batch=1", "distill.loss_memory_mib=1", recipe="distill"))
+    result = commands.run(command(inputs, run, "distill.micro_batch=1", "distill.loss_memory_mib=1", recipe="distill"))
     assert result.returncode == 0, result.stderr
     assert _metrics(run) == _metrics(finished)
 
@@ -276,6 +270,6 @@ def test_memory_settings_may_change_when_training_goes_on(inputs: Path, finished
 def test_a_changed_text_is_noticed(inputs: Path, finished: Path, tmp_path: Path, part: str, file: str) -> None:
     changed = tmp_path / file  # the name stays the same
     changed.write_text((inputs / file).read_text().replace("w1 ", "w2 "))
-    result = _run(command(inputs, finished, *_extras(inputs), f"data.{part}.a={changed}"))
+    result = commands.run(command(inputs, finished, *_extras(inputs), f"data.{part}.a={changed}"))
     assert result.returncode == 2
     assert f"input data.{part}.a" in result.stderr

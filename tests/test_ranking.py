@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compactlm_nemo.artifacts import read_manifest
-from compactlm_nemo.config.load import CONF, compose
+from compactlm_nemo.config.load import compose
 from compactlm_nemo.config.schema import RankConfig
 from compactlm_nemo.data.windows import validation_windows
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import export_hf
 from compactlm_nemo.ranking import rounds
+from tests import commands
 from tests.tiny_run import command, make_inputs
 
 SEARCH = [
@@ -36,9 +34,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_recipe(inputs: Path, run: Path, recipe: str, *overrides: str) -> str:
-    words = [sys.executable, *command(inputs, run, *SEARCH, *overrides, recipe=recipe)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(words, cwd=CONF.parent, env=env, capture_output=True, text=True)
+    result = commands.run(command(inputs, run, *SEARCH, *overrides, recipe=recipe))
     assert result.returncode == 0, result.stderr
     return result.stdout
 

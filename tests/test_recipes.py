@@ -6,13 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from compactlm_nemo.config.load import COMPARE, CONF, compose, compose_root, reference_markdown, schema_reference
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.stages import STAGES, run_stages, verb
+from tests import commands
 
 ROOT = CONF.parent
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -24,10 +24,6 @@ PUBLISHED_BILLIONS = {
     "llama31_8b_to_4b_depth": (8.03, 4.54),
     "mistral_nemo_12b_to_8b": (12.2, 8.4),
 }
-
-
-def _run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def _dry(experiment: str) -> list[str]:
@@ -115,7 +111,7 @@ def test_per_rank_sizes_add_up_under_another_layout(capsys: pytest.CaptureFixtur
     ],
 )  # fmt: skip
 def test_bad_input_is_one_useful_message(overrides: list[str], words: list[str]) -> None:
-    result = _run("-m", "recipes.compress", *overrides)
+    result = commands.run(["-m", "recipes.compress", *overrides])
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert result.stderr.startswith("error: ")
@@ -134,7 +130,8 @@ def test_cross_field_problems_are_listed_together() -> None:
 
 
 def test_help_names_every_setting() -> None:
-    result = _run("-m", "recipes.distill", "--help")
+    words = [sys.executable, "-m", "recipes.distill", "--help"]  # as from a shell
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0
     for key, _, meaning in schema_reference():
         assert key in result.stdout
@@ -143,7 +140,7 @@ def test_help_names_every_setting() -> None:
 
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_every_verb_plans(stage: str) -> None:
-    result = _run("-m", f"recipes.{verb(stage)}", *_dry("llama31_8b_to_4b_depth"))
+    result = commands.run(["-m", f"recipes.{verb(stage)}", *_dry("llama31_8b_to_4b_depth")])
     assert result.returncode == 0, result.stderr
     assert STAGES[stage].folder in result.stdout
 
@@ -201,5 +198,5 @@ def test_make_compress_is_the_two_recipes() -> None:
 
 
 def test_fetch_plans_too() -> None:
-    result = _run("-m", "recipes.fetch", "experiment=smollm2_135m_cpu", "dry_run=true")
+    result = commands.run(["-m", "recipes.fetch", "experiment=smollm2_135m_cpu", "dry_run=true"])
     assert (result.returncode, result.stdout) == (0, "fetch: writes runs/assets\n"), result.stderr

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compactlm_nemo.artifacts import read_manifest
-from compactlm_nemo.config.load import CONF
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import count_params
 from compactlm_nemo.rounds import size_between
+from tests import commands
 from tests.search.test_search import NEMOTRON_15B
 from tests.tiny_run import command, make_inputs
 
@@ -30,16 +27,11 @@ def test_sizes_on_the_way_by_hand():
     assert size_between(NEMOTRON_15B, target, 1.0) == target
 
 
-def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], cwd=CONF.parent, env=env, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("steps", [0, 2])
 def test_each_round_goes_on_from_the_one_before(tmp_path: Path, steps: int) -> None:
     inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
     words = command(inputs, run, "rounds.count=2", f"rounds.steps={steps}", recipe="rounds")
-    result = _run(words)
+    result = commands.run(words)
     assert result.returncode == 0, result.stderr
     first, last = (Dims.load(folder / "student" / "model.json") for folder in (run / "round_1", run))
     assert (first.num_layers, first.hidden_size, first.ffn_hidden_size, first.num_heads) == (3, 28, 48, 4)
@@ -50,11 +42,11 @@ def test_each_round_goes_on_from_the_one_before(tmp_path: Path, steps: int) -> N
     assert (run / "round_1" / "distill").exists() == bool(steps)
     model = AutoModelForCausalLM.from_pretrained(run / "export" / "hf")
     assert bool(torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all())
-    again = _run(words)
+    again = commands.run(words)
     assert again.returncode == 0 and " ...\n" not in again.stdout, again.stdout
 
 
 def test_one_target_is_needed(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path / "inputs")
-    result = _run(command(inputs, tmp_path / "run", "search.layers=[2,3]", recipe="rounds"))
+    result = commands.run(command(inputs, tmp_path / "run", "search.layers=[2,3]", recipe="rounds"))
     assert result.returncode == 2 and "recipes.rounds needs one target, search allows 2" in result.stderr

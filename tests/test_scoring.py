@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compactlm_nemo.config.load import CONF, compose
+from compactlm_nemo.config.load import compose
 from compactlm_nemo.data.windows import calibration_windows
 from compactlm_nemo.evaluation.harness import accuracy, run_tasks
 from compactlm_nemo.importance.moments import MomentSource
 from compactlm_nemo.importance.running import Running
 from compactlm_nemo.importance.scores import load_scores
+from tests import commands
 from tests.importance.reference import reference
 from tests.tiny_run import command, make_inputs
 
@@ -37,18 +34,9 @@ def _words(inputs: Path, run: Path, *overrides: str) -> list[str]:
     return command(inputs, run, *FEW, *overrides, recipe="score")
 
 
-def _process(words: list[str], ranks: int = 1) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *launcher, *words], cwd=CONF.parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-
-
 def _run(words: list[str], ranks: int = 1) -> tuple[int, str]:
-    process = _process(words, ranks)
-    _, errors = process.communicate()
-    return process.returncode, errors
+    done = commands.run(words, ranks=ranks)
+    return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +91,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(inputs: Path, ready: Path, scored
     kept = run / "scoring" / "state.safetensors"
     seen = []
     for least in (1, 9):  # among the activations, twice
-        process = _process(_words(inputs, run))
-        while process.poll() is None and (not kept.exists() or Running.load(kept).samples < least):
+        process = commands.start(_words(inputs, run), tmp_path / "out", tmp_path / "err")
+        while process.is_alive() and (not kept.exists() or Running.load(kept).samples < least):
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
         seen.append(Running.load(kept).samples)
     assert 0 < seen[0] <= seen[1] and seen[0] < 24 and not (run / "score" / "manifest.json").exists()
     status, errors = _run(_words(inputs, run))

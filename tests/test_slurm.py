@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import commands
 from tests.tiny_run import command, make_inputs
 
 ROOT = Path(__file__).parents[1]
@@ -322,8 +323,7 @@ def test_an_array_trains_the_candidates_and_a_last_job_ranks_them(tmp_path: Path
     env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
     env |= {"PYTHONPATH": str(ROOT)}
     for recipe in ("import_hf", "tokenize", "score", "search"):
-        words = [sys.executable, *command(inputs, run, *extra, recipe=recipe)]
-        subprocess.run(words, cwd=ROOT, env=env, capture_output=True, check=True)
+        assert commands.run(command(inputs, run, *extra, recipe=recipe)).returncode == 0
     submit = [str(ROOT / "slurm" / "rank.sbatch"), *command(inputs, run, *extra)[2:]]
     for options in (["--array=0-1"], []):
         words = ["sbatch", "--wait", "--nodes=1", *options, *submit]

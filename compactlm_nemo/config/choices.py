@@ -113,6 +113,21 @@ class WandbMode(Enum):
     online = "online"
 
 
+class TeacherSource(Enum):
+    """Who teaches: a teacher that runs beside the student, what one said before (`recipes.cache_teacher`), nobody."""
+
+    live = "live"
+    stored = "stored"
+    none = "none"
+
+
+class StoredKind(Enum):
+    """What is stored of a teacher: probabilities of its likeliest tokens, or its final hidden states."""
+
+    top_k = "top_k"
+    hidden = "hidden"
+
+
 class Result(Enum):
     """Which of a training's weights are its result."""
 

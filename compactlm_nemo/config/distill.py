@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from compactlm_nemo.config.choices import Result
+from compactlm_nemo.config.choices import Result, StoredKind, TeacherSource
 from compactlm_nemo.errors import require
 
 SPEED_ONLY = {
@@ -19,6 +19,7 @@ SPEED_ONLY = {
     "peak_tflops",
     "eval_every",
     "eval_tokens",
+    "shard_samples",
 }
 """Settings that change memory, speed or output, not the result; they may differ when a run goes on."""
 
@@ -62,7 +63,32 @@ class LossConfig:
 
 
 @dataclass(kw_only=True)
+class CacheConfig:
+    """What `recipes.cache_teacher` stores for a run with `distill.teacher=stored`."""
+
+    kind: StoredKind = StoredKind.top_k
+    """top_k: probabilities of the likeliest tokens and of the rest. hidden: final hidden states as they are, from which
+    every loss is computed as with a live teacher."""
+    k: int = 64
+    """Tokens of `cache.kind=top_k`; one more outcome stands for the rest of the vocabulary."""
+    samples: int | None = None
+    """Samples of the training order to store; null stores `distill.steps` x `distill.global_batch`."""
+    shard_samples: int = 256
+    """Samples in a file."""
+    micro_batch: int = 4
+    """Samples per forward pass on one rank."""
+
+    def __post_init__(self) -> None:
+        for name in ("k", "shard_samples", "micro_batch", "samples"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"cache.{name}={value} must be > 0.")
+
+
+@dataclass(kw_only=True)
 class DistillConfig:
+    teacher: TeacherSource = TeacherSource.live
+    """live, or stored: what recipes.cache_teacher wrote takes its place, and no teacher is loaded; none: plain training
+    on `distill.loss.cross_entropy`."""
     steps: int = 1000
     """Optimizer steps."""
     stop_after: int | None = None

@@ -22,7 +22,7 @@ from compactlm_nemo.config.choices import (
     WandbMode,
     WidthMetric,
 )
-from compactlm_nemo.config.distill import DistillConfig
+from compactlm_nemo.config.distill import CacheConfig, DistillConfig
 from compactlm_nemo.config.search import RankConfig, SearchConfig
 from compactlm_nemo.errors import require
 
@@ -295,11 +295,17 @@ class Config:
     prune: PruneConfig = field(default_factory=PruneConfig)
     rank: RankConfig = field(default_factory=RankConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     dry_run: bool = False
     """Check everything, print the resolved configuration and the plan, and exit 0."""
+
+    @property
+    def cached_samples(self) -> int:
+        """Samples of the training order that the cache_teacher stage stores."""
+        return self.cache.samples or self.distill.steps * self.distill.global_batch
 
 
 @dataclass(kw_only=True)

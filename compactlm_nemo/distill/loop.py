@@ -16,6 +16,7 @@ from compactlm_nemo.config.choices import Result
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.distill.guards import NonFinite, Spikes
 from compactlm_nemo.distill.step import forward_backward
+from compactlm_nemo.distill.teacher import Batch, Teacher
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import micro_batches
@@ -46,14 +47,15 @@ class Outside:
 
 def step_batches(
     sample: Callable[[int], Tensor], batch: int, cfg: DistillConfig, mesh: Mesh, device: torch.device
-) -> list[Tensor]:
-    """This rank's micro-batches of a global batch, `[micro_batch, S + 1]` each.
+) -> list[Batch]:
+    """This rank's micro-batches of a global batch.
 
     Batch k holds samples k * global_batch ... of the one seeded order, whatever the layout; rank r takes every dp-th.
     """
     first = batch * cfg.global_batch
-    mine = [sample(i) for i in range(first + mesh.dp_rank, first + cfg.global_batch, mesh.dp_size)]
-    return micro_batches(torch.stack(mine).to(device), cfg.micro_batch)
+    mine = range(first + mesh.dp_rank, first + cfg.global_batch, mesh.dp_size)
+    tokens = micro_batches(torch.stack([sample(i) for i in mine]).to(device), cfg.micro_batch)
+    return [Batch(part, mine[i * cfg.micro_batch :][: len(part)]) for i, part in enumerate(tokens)]
 
 
 def peak_memory_bytes() -> int:
@@ -65,7 +67,7 @@ def peak_memory_bytes() -> int:
 
 def distill(
     student: Chunks,
-    teacher: Chunks,
+    teacher: Teacher,
     dims: Dims,
     mesh: Mesh,
     sample: Callable[[int], Tensor],
@@ -83,7 +85,6 @@ def distill(
     `until` ends earlier, without changing the schedule. Collective.
     """
     student.train()
-    teacher.eval()
     ddps = wrap_data_parallel(student)
     optimizer = build_optimizer(ddps, cfg)
     schedule = build_schedule(optimizer, cfg)

@@ -13,10 +13,10 @@ from torch import Tensor
 from compactlm_nemo.config.distill import LossConfig
 from compactlm_nemo.distill.linear_kd import linear_kd
 from compactlm_nemo.distill.losses import weighted_losses
-from compactlm_nemo.distill.targets import TeacherHead
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.distill.targets import Targets
+from compactlm_nemo.distill.teacher import Batch, NoTeacher, Teacher
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import context_share, forward_each, positions_of
+from compactlm_nemo.models.forward import context_share, positions_of
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.training.tracker import LM_LOSS, LOSS, TEACHER_LM_LOSS
@@ -27,17 +27,12 @@ def term_names(loss: LossConfig) -> list[str]:
     return [LOSS, *(f"train/kd_{name}" for name in weighted_losses(loss)), LM_LOSS, TEACHER_LM_LOSS]
 
 
-def teacher_hidden_states(teacher: Chunks, mesh: Mesh, batches_BT: list[Tensor]) -> list[Tensor]:
-    """The teacher's final normed hidden states `[S / cp, B, G]` of every micro-batch; empty before the last stage."""
-    return forward_each(teacher, mesh, [batch[:, :-1] for batch in batches_BT], lambda idx, hidden: hidden)
-
-
 def forward_backward(
     students: list[Any],
-    teacher: Chunks,
+    teacher: Teacher,
     dims: Dims,
     mesh: Mesh,
-    batches_BT: list[Tensor],
+    batches: list[Batch],
     *,
     loss: LossConfig,
     temperature: float,
@@ -47,31 +42,31 @@ def forward_backward(
 
     Args:
         students: Megatron DDP around each chunk of the student; their gradients are zeroed here.
-        teacher: Teacher model on the same mesh; runs without gradients.
-        batches_BT: This data-parallel rank's micro-batches, each `[B, S + 1]` token ids.
+        teacher: Says what the student should; asked once, before the student's schedule starts.
+        batches: This data-parallel rank's micro-batches.
     Returns:
         What `term_names` names and `train/tokens`, reduced over data parallel, equal on every rank.
     """
     for student in students:
         student.zero_grad_buffer()
-    targets = teacher_hidden_states(teacher, mesh, batches_BT)
-    hidden_of = targets if targets else [None] * len(batches_BT)
-    size, length = batches_BT[0].shape[0], batches_BT[0].shape[1] - 1
+    targets_of: list[Targets | None] = [*teacher.targets(batches)] or [None] * len(batches)
+    tokens = [batch.tokens_BT for batch in batches]
+    size, length = tokens[0].shape[0], tokens[0].shape[1] - 1
 
-    def step(iterator: Iterator[tuple[Tensor, Tensor | None]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        tokens_BT, target_SBG = next(iterator)
+    def step(iterator: Iterator[tuple[Tensor, Targets | None]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        tokens_BT, targets = next(iterator)
         inputs_BS = context_share(tokens_BT[:, :-1], mesh)
         hidden = model(inputs_BS, positions_of(inputs_BS), None)
-        return hidden, partial(loss_of, tokens_BT, target_SBG)
+        return hidden, partial(loss_of, tokens_BT, targets)
 
-    def loss_of(tokens_BT: Tensor, target_SBG: Tensor | None, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        assert target_SBG is not None  # the last stage, where the loss is, keeps the teacher's too
+    def loss_of(tokens_BT: Tensor, targets: Targets | None, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert targets is not None  # they are where the loss is, on the last stage
         weight_VH = students[-1].module.head_weight
         labels_N = context_share(tokens_BT[:, 1:], mesh).T.flatten()
         terms = linear_kd(
             hidden_SBH.flatten(0, 1),
             weight_VH,
-            TeacherHead(target_SBG.flatten(0, 1), teacher.head_weight),
+            targets,
             labels_N,
             torch.ones_like(labels_N, dtype=torch.float32),
             loss=loss,
@@ -81,20 +76,23 @@ def forward_backward(
             vocab_start=mesh.tp_rank * weight_VH.shape[0],
             tp_group=mesh.tp_group,
         )
-        tokens = torch.tensor(labels_N.numel(), dtype=torch.int, device=labels_N.device)
-        sums = [terms.loss_sum.detach(), *terms.terms.values(), terms.ce_sum, terms.teacher_ce_sum, tokens]
-        return terms.loss_sum, tokens, torch.stack([term.double() for term in sums])
+        count = torch.full((), labels_N.numel(), dtype=torch.int, device=labels_N.device)
+        sums = [terms.loss_sum.detach(), *terms.terms.values(), terms.ce_sum, terms.teacher_ce_sum, count]
+        return terms.loss_sum, count, torch.stack([term.double() for term in sums])
 
     sums = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=[iter(zip(batches_BT, hidden_of, strict=True)) for _ in students],
+        data_iterator=[iter(zip(tokens, targets_of, strict=True)) for _ in students],
         model=students,
-        num_microbatches=len(batches_BT),
+        num_microbatches=len(batches),
         seq_length=length,
         micro_batch_size=size,
         forward_only=False,
     )
-    return _reduced(sums, term_names(loss), mesh, batches_BT[0].device)
+    terms = _reduced(sums, term_names(loss), mesh, tokens[0].device)
+    if isinstance(teacher, NoTeacher):
+        del terms[TEACHER_LM_LOSS]
+    return terms
 
 
 def _reduced(sums: list[Tensor], names: list[str], mesh: Mesh, device: torch.device) -> dict[str, float]:

@@ -94,6 +94,27 @@ class TeacherHead(NamedTuple):
         return Compared(student, torch.cat(values), teacher.ce_N, gradient_NV)
 
 
+class NoTargets(NamedTuple):
+    """Nobody to compare with: cross entropy alone."""
+
+    num_tokens: int
+
+    def compare(
+        self,
+        student_logits_NV: Tensor,
+        labels_N: Tensor,
+        rows: slice,
+        losses: Losses,
+        *,
+        temperature: float,
+        shard: Shard,
+        with_gradient: bool,
+    ) -> Compared:
+        assert not losses  # settings are checked before the start
+        (student,) = shard.log_probs([student_logits_NV], labels_N, temperature)
+        return Compared(student, student_logits_NV.new_zeros(0, len(labels_N)), torch.zeros_like(student.ce_N), None)
+
+
 class TopK(NamedTuple):
     """A teacher's K likeliest tokens, of which the rest of the vocabulary is one more outcome.
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from compactlm_nemo.config.distill import LossConfig
 from compactlm_nemo.distill.linear_kd import linear_kd
-from compactlm_nemo.distill.step import teacher_hidden_states
-from compactlm_nemo.distill.targets import TeacherHead
+from compactlm_nemo.distill.targets import Targets
+from compactlm_nemo.distill.teacher import Batch, LiveTeacher
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import Share, context_share, forward_each
@@ -33,7 +33,7 @@ class KDLoss(NamedTuple):
 @torch.no_grad()
 def evaluate_kd_loss(
     student: Chunks,
-    teacher: Chunks,
+    teacher: LiveTeacher,
     dims: Dims,
     mesh: Mesh,
     windows_NT: Tensor,
@@ -50,15 +50,15 @@ def evaluate_kd_loss(
     sums = torch.zeros(3, dtype=torch.float64, device=windows_NT.device)
     for first in range(0, len(share.batches), GROUP):
         batches = share.batches[first : first + GROUP]
-        targets = teacher_hidden_states(teacher, mesh, batches)
+        targets = teacher.targets([Batch(batch, ()) for batch in batches])
 
-        def visit(idx: int, hidden_SBH: Tensor, first: int = first, targets: list[Tensor] = targets) -> Tensor:
+        def visit(idx: int, hidden_SBH: Tensor, first: int = first, targets: list[Targets] = targets) -> Tensor:
             labels_SB = context_share(share.batches[first + idx][:, 1:], mesh).T
             counts_B = share.counted(first + idx, mesh.dp_rank).to(labels_SB.device)
             weight_VH, mask_N = student.head_weight, counts_B.float().expand_as(labels_SB).flatten()
             got = linear_kd(
-                hidden_SBH.flatten(0, 1), weight_VH, TeacherHead(targets[idx].flatten(0, 1), teacher.head_weight),
-                labels_SB.flatten(), mask_N, loss=LossConfig(), chunk_tokens=chunk_tokens, vocab_size=dims.vocab_size,
+                hidden_SBH.flatten(0, 1), weight_VH, targets[idx], labels_SB.flatten(), mask_N, loss=LossConfig(),
+                chunk_tokens=chunk_tokens, vocab_size=dims.vocab_size,
                 vocab_start=mesh.tp_rank * weight_VH.shape[0], tp_group=mesh.tp_group,
             )  # fmt: skip
             return torch.stack([got.ce_sum, got.terms["forward_kl"], mask_N.sum()]).double()

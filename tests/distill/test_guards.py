@@ -16,6 +16,7 @@ from compactlm_nemo.config.choices import Result
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.distill.guards import FEWEST, NonFinite, Spikes
 from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
+from compactlm_nemo.distill.teacher import LiveTeacher
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.models.build import Chunks, global_names
 from compactlm_nemo.parallel.groups import Mesh
@@ -49,7 +50,8 @@ class Training:
 
     def run(self, name: str, draw: Callable[[int, Chunks], Tensor]) -> Position:
         return distill(
-            self.student, self.teacher, self.dims, self.mesh, lambda idx: draw(idx, self.teacher), self.cfg,
+            self.student, LiveTeacher(self.teacher, self.mesh), self.dims, self.mesh,
+            lambda idx: draw(idx, self.teacher), self.cfg,
             Outside(log=self.log, rewind=self.rewound.append, evaluate=self.evaluate),
             chunk_tokens=64, checkpoints=self.root / name, is_main=True, device=torch.device("cpu"),
         )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compactlm_nemo.config.distill import LossConfig
 from compactlm_nemo.distill.step import forward_backward
+from compactlm_nemo.distill.teacher import Batch, LiveTeacher
 from compactlm_nemo.models.build import global_names, tp_share
 from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.collectives import all_gather
@@ -78,11 +79,12 @@ def _step(root: Path, mesh: Mesh, student: str, micro_batch: int) -> tuple[Any, 
     _, learner = filled(root / student, mesh)
     dims, teacher = filled(root / "teacher", mesh)
     ddps = wrap_data_parallel(learner.train())
-    batches = list(samples()[mesh.dp_rank :: mesh.dp_size].split(micro_batch))
+    live = LiveTeacher(teacher, mesh)
+    batches = [Batch(part, ()) for part in samples()[mesh.dp_rank :: mesh.dp_size].split(micro_batch)]
     settings: dict[str, Any] = {"loss": LossConfig(), "temperature": TEMPERATURE, "chunk_tokens": 7}
     # Twice: the second must not see anything of the first.
-    forward_backward(ddps, teacher.eval(), dims, mesh, batches, **settings)
-    terms = forward_backward(ddps, teacher, dims, mesh, batches, **settings)
+    forward_backward(ddps, live, dims, mesh, batches, **settings)
+    terms = forward_backward(ddps, live, dims, mesh, batches, **settings)
     return ddps, dims, terms
 
 

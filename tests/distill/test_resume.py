@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.distill.loop import Outside, distill
+from compactlm_nemo.distill.teacher import LiveTeacher
 from compactlm_nemo.models.build import global_names
 from compactlm_nemo.parallel.groups import Mesh
 from tests.megatron import LAYOUTS, filled, mesh_of
@@ -36,7 +37,8 @@ def train(
     dims, teacher = filled(root / "teacher", mesh, dtype=dtype)
     seen: Metrics = {}
     finished = distill(
-        student, teacher, dims, mesh, sample, CONFIG, Outside(log=lambda step, values: seen.update({step: values})),
+        student, LiveTeacher(teacher, mesh), dims, mesh, sample, CONFIG,
+        Outside(log=lambda step, values: seen.update({step: values})),
         chunk_tokens=7, checkpoints=checkpoints, is_main=rank == 0, device=torch.device("cpu"), until=until,
     )  # fmt: skip
     assert finished.step == (until or CONFIG.steps)

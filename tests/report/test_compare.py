@@ -12,20 +12,19 @@ import pytest
 import torch
 
 from compactlm_nemo.config.choices import WidthMetric
-from compactlm_nemo.config.load import COMPARE, CONF, compose_root, schema_reference
+from compactlm_nemo.config.load import COMPARE, compose_root, schema_reference
 from compactlm_nemo.config.schema import CompareConfig
 from compactlm_nemo.errors import ConfigError, DataError, NumericsError
 from compactlm_nemo.importance.scores import FILE, Scores, save_scores
 from compactlm_nemo.report.compare import comparison_rows, header_lines, metric_pairs
 from recipes import compare_scores
+from tests import commands
 
 MODEL, OTHER_MODEL = "ab" * 32, "cd" * 32
 
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    command = [sys.executable, "-m", "recipes.compare_scores", *words]
-    return subprocess.run(command, cwd=CONF.parent, env=env, capture_output=True, text=True, timeout=300)
+    return commands.run(["-m", "recipes.compare_scores", *words], env={**os.environ, "COLUMNS": "120"})
 
 
 def _tensors(metric: str, sign: int = 1) -> dict[str, torch.Tensor]:

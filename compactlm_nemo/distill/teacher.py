@@ -1,0 +1,101 @@
+"""Where the targets of a step come from: a teacher that runs beside the student, or what one said before, on disk.
+
+Shape suffixes: B samples, S tokens, T a sample's tokens on this rank, K stored entries, G teacher width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from compactlm_nemo.distill.store import Store, decode_hidden, decode_top_k
+from compactlm_nemo.distill.targets import NoTargets, Targets, TeacherHead, TopK
+from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.forward import context_share, forward_each
+from compactlm_nemo.parallel.groups import Mesh
+
+
+class Batch(NamedTuple):
+    """A micro-batch of one rank."""
+
+    tokens_BT: Tensor
+    """``[B, S + 1]`` token ids."""
+    samples: Sequence[int]
+    """Numbers of the B samples in the training order."""
+
+
+class Teacher(Protocol):
+    """A source of targets."""
+
+    def targets(self, batches: list[Batch]) -> list[Targets]:
+        """For each micro-batch, of its tokens in the order ``[S / cp, B]``; empty before the last stage. Collective."""
+
+
+class LiveTeacher:
+    """A model on the student's mesh: one forward-only pass of its own over the micro-batches of a step."""
+
+    def __init__(self, chunks: Chunks, mesh: Mesh) -> None:
+        self.chunks, self.mesh = chunks.eval(), mesh
+
+    def targets(self, batches: list[Batch]) -> list[Targets]:
+        """Final normed hidden states and the output weights."""
+        inputs = [batch.tokens_BT[:, :-1] for batch in batches]
+        hidden = forward_each(self.chunks, self.mesh, inputs, lambda idx, hidden_SBG: hidden_SBG)
+        return [TeacherHead(hidden_SBG.flatten(0, 1), self.chunks.head_weight) for hidden_SBG in hidden]
+
+
+class NoTeacher:
+    """Training on the labels alone."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def targets(self, batches: list[Batch]) -> list[Targets]:
+        """Nothing but the number of tokens."""
+        counts = [context_share(batch.tokens_BT[:, 1:], self.mesh).numel() for batch in batches]
+        return [NoTargets(count) for count in counts] if self.mesh.is_last_stage else []
+
+
+class StoredTopK:
+    """Likeliest tokens from disk: no teacher in memory."""
+
+    def __init__(self, store: Store, mesh: Mesh) -> None:
+        self.store, self.mesh, self.k = store, mesh, int(store.about["k"])
+
+    def targets(self, batches: list[Batch]) -> list[Targets]:
+        """Of the last stage's tokens."""
+        return [self._of(batch) for batch in batches] if self.mesh.is_last_stage else []
+
+    def _of(self, batch: Batch) -> TopK:
+        length, device = batch.tokens_BT.shape[1] - 1, batch.tokens_BT.device
+        records = [decode_top_k(self.store.record(sample), length, self.k) for sample in batch.samples]
+        fields = [torch.stack(field) for field in zip(*records, strict=True)]
+        own = [context_share(field, self.mesh).transpose(0, 1).flatten(0, 1) for field in fields]
+        return TopK(*(field.contiguous().to(device, non_blocking=True) for field in own))
+
+
+class StoredHidden:
+    """Final hidden states from disk and the teacher's output weights: no teacher's layers in memory.
+
+    Args:
+        head_weight: ``[V, G]``, this rank's rows, in the dtype of the stored states; None before the last stage.
+    """
+
+    def __init__(self, store: Store, mesh: Mesh, head_weight: Tensor | None) -> None:
+        self.store, self.mesh, self.head_weight = store, mesh, head_weight
+
+    def targets(self, batches: list[Batch]) -> list[Targets]:
+        """Of the last stage's tokens."""
+        return [self._of(batch) for batch in batches] if self.mesh.is_last_stage else []
+
+    def _of(self, batch: Batch) -> TeacherHead:
+        assert self.head_weight is not None
+        length, width = batch.tokens_BT.shape[1] - 1, self.head_weight.shape[1]
+        dtype = self.head_weight.dtype
+        records = [decode_hidden(self.store.record(sample), length, width, dtype) for sample in batch.samples]
+        hidden_BTG = torch.stack(records)
+        own_SBG = context_share(hidden_BTG, self.mesh).transpose(0, 1).to(self.head_weight, non_blocking=True)
+        return TeacherHead(own_SBG.flatten(0, 1), self.head_weight)

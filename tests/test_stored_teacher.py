@@ -1,0 +1,178 @@
+"""A teacher stored by recipes.cache_teacher gives the training of a live one, under any layout, and after a kill."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from compactlm_nemo.checks import check
+from compactlm_nemo.config.load import compose
+from compactlm_nemo.distill.store import STEP_NATS, Store, decode_top_k
+from compactlm_nemo.errors import ConfigError
+from tests import commands
+from tests.tiny_run import WORDS, command, make_inputs
+
+VOCAB = len(WORDS) + 3
+LENGTH, SAMPLES = 16, 24
+STORED = "distill.teacher=stored"
+HIDDEN = [STORED, "cache.kind=hidden", "cache.shard_samples=7"]
+TOP_K = [STORED, "cache.k=10", "cache.shard_samples=5"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def pruned(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to its pruned student."""
+    run = tmp_path_factory.mktemp("runs") / "pruned"
+    for recipe in ("import_hf", "tokenize", "score", "search", "prune"):
+        done = commands.run(command(inputs, run, recipe=recipe))
+        assert done.returncode == 0, done.stderr
+    return run
+
+
+def trained(
+    inputs: Path, run: Path, *overrides: str, recipes: tuple[str, ...], ranks: int = 1
+) -> list[dict[str, float]]:
+    """Metrics of the training that these recipes end with."""
+    for recipe in recipes:
+        done = commands.run(command(inputs, run, *overrides, recipe=recipe), ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def live(inputs: Path, pruned: Path) -> list[dict[str, float]]:
+    return trained(inputs, shutil.copytree(pruned, pruned.parent / "live"), recipes=("distill",))
+
+
+@pytest.fixture(scope="module")
+def top_k(inputs: Path, pruned: Path) -> Path:
+    """A run with stored top-k targets and the student trained on them."""
+    run = shutil.copytree(pruned, pruned.parent / "top_k")
+    trained(inputs, run, *TOP_K, recipes=("cache_teacher", "distill"))
+    return run
+
+
+def test_stored_hidden_states_give_the_training_of_a_live_teacher(inputs, pruned, live, tmp_path):
+    run = shutil.copytree(pruned, tmp_path / "run")
+    stored = trained(inputs, run, *HIDDEN, "distill.loss.jsd=0.5", recipes=("cache_teacher", "distill"))
+    both = trained(inputs, shutil.copytree(pruned, tmp_path / "live"), "distill.loss.jsd=0.5", recipes=("distill",))
+    for a, b in zip(both, stored, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    assert both != live
+
+
+def test_all_of_the_vocabulary_stored_gives_the_loss_of_a_live_teacher(inputs, pruned, live, tmp_path):
+    run = shutil.copytree(pruned, tmp_path / "run")
+    stored = trained(inputs, run, STORED, f"cache.k={VOCAB}", recipes=("cache_teacher", "distill"))
+    # A log-probability is off by a step at most, so the loss by a step times E_p |log p/q| <= KL + sqrt(2 KL), and by
+    # the KL of the rounding, at most a step squared.
+    kl = live[0]["train/loss"]
+    assert abs(stored[0]["train/loss"] - kl) < STEP_NATS * (kl + math.sqrt(2 * kl)) + STEP_NATS**2
+    for name in ("train/lm_loss_nats", "train/teacher_lm_loss_nats"):
+        assert stored[0][name] == pytest.approx(live[0][name], rel=1e-3)  # the teacher's is kept in half precision
+
+
+def records(folder: Path) -> list[tuple[torch.Tensor, ...]]:
+    """Entries of every sample by id, so that equal probabilities in another order are equal."""
+    store, result = Store(folder), []
+    for sample in range(SAMPLES):
+        ids_TK, probs_TK, *rest = decode_top_k(store.record(sample), LENGTH, 10)
+        order = ids_TK.argsort(dim=-1)
+        result.append((ids_TK.gather(-1, order), probs_TK.gather(-1, order), *rest))
+    return result
+
+
+def test_every_layout_stores_the_same_and_trains_the_same(inputs, pruned, top_k, tmp_path):
+    four = shutil.copytree(pruned, tmp_path / "four")
+    layout = ["parallel.tp=2", "parallel.sequence_parallel=true"]
+    metrics = trained(inputs, four, *TOP_K, *layout, recipes=("cache_teacher", "distill"), ranks=4)
+    for one, other in zip(records(top_k / "targets"), records(four / "targets"), strict=True):
+        assert one[0].equal(other[0])
+        for a, b in zip(one[1:], other[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=STEP_NATS, atol=1e-5)  # rounding may fall on either side of a step
+    wanted = [json.loads(line) for line in (top_k / "distill" / "metrics.jsonl").read_text().splitlines()]
+    for line, want in zip(metrics, wanted, strict=True):
+        assert line == pytest.approx({name: want[name] for name in line}, rel=2e-3)
+    other = shutil.copytree(top_k, tmp_path / "other")
+    shutil.rmtree(other / "distill")
+    shutil.rmtree(other / "training")
+    layout = ["parallel.pp=2", "parallel.cp=2"]
+    metrics = trained(inputs, other, *TOP_K, *layout, recipes=("distill",), ranks=4)
+    for line, want in zip(metrics, wanted, strict=True):
+        assert line == pytest.approx({name: want[name] for name in line}, rel=1e-4)
+
+
+def test_a_killed_cache_goes_on_to_the_same_bytes(inputs, pruned, top_k, tmp_path):
+    run = shutil.copytree(pruned, tmp_path / "run")
+    words = command(inputs, run, *TOP_K, "cache.shard_samples=1", recipe="cache_teacher")
+    process = commands.start(words, tmp_path / "out", tmp_path / "err")
+    while process.is_alive() and not (run / "caching" / "shard_00003.safetensors").exists():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    found = sorted((run / "caching").glob("shard_*.safetensors"))
+    assert 4 <= len(found) < SAMPLES and not (run / "targets" / "manifest.json").exists()
+    written = {path.name: path.stat().st_mtime_ns for path in found}
+    done = commands.run(words)
+    assert done.returncode == 0, done.stderr
+    assert {name: (run / "targets" / name).stat().st_mtime_ns for name in written} == written
+    whole, killed = Store(top_k / "targets"), Store(run / "targets")
+    decoded = [[decode_top_k(store.record(i), LENGTH, 10) for i in range(SAMPLES)] for store in (whole, killed)]
+    for one, other in zip(*decoded, strict=True):
+        assert one.ids_TK.sort().values.equal(other.ids_TK.sort().values)
+    results = json.loads((run / "targets" / "manifest.json").read_text())["results"]
+    assert results["samples"] == SAMPLES and results["bytes"] == killed.num_bytes()
+    assert results["bytes_per_token"] == killed.num_bytes() / (SAMPLES * LENGTH)
+    assert not (run / "caching").exists()
+
+
+PLAIN = ["distill.teacher=none", "distill.loss.forward_kl=0", "distill.loss.cross_entropy=1"]
+
+
+def test_training_without_a_teacher_is_that_of_its_cross_entropy(inputs, pruned, tmp_path):
+    alone = trained(inputs, shutil.copytree(pruned, tmp_path / "alone"), *PLAIN, recipes=("distill",))
+    beside = trained(inputs, shutil.copytree(pruned, tmp_path / "beside"), *PLAIN[1:], recipes=("distill",))
+    for a, b in zip(alone, beside, strict=True):
+        assert b.pop("train/teacher_lm_loss_nats") > 0
+        assert a == pytest.approx(b, rel=1e-6) and a["train/loss"] == a["train/lm_loss_nats"]
+    layout = ["parallel.pp=2"]
+    two = trained(inputs, shutil.copytree(pruned, tmp_path / "two"), *PLAIN, *layout, recipes=("distill",), ranks=2)
+    for a, b in zip(alone, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+
+
+def test_a_missing_cache_is_named(inputs, pruned, tmp_path):
+    done = commands.run(command(inputs, shutil.copytree(pruned, tmp_path / "run"), STORED, recipe="distill"))
+    assert done.returncode == 2
+    assert "no finished cache_teacher stage" in done.stderr and "recipes.cache_teacher" in done.stderr
+
+
+def test_what_a_stored_teacher_cannot_do_is_said_before_the_start(inputs, tmp_path):
+    with pytest.raises(ConfigError, match=r"distill.loss.forward_kl needs a teacher; set distill.teacher=live"):
+        check(compose(command(inputs, tmp_path / "run", "distill.teacher=none")[2:]))
+    bad = [
+        STORED, "distill.temperature=2", "distill.loss.jsd=1", "distill.loss.mse=1", "cache.samples=23",
+        f"cache.k={VOCAB + 1}",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        check(compose(command(inputs, tmp_path / "run", *bad)[2:]))
+    for words in (
+        "distill.temperature=2.0 needs cache.kind=hidden",
+        "distill.loss.jsd needs cache.kind=hidden",
+        "distill.loss.mse needs cache.kind=hidden",
+        "cache.samples=23 is less than the 24 samples",
+        f"cache.k={VOCAB + 1} must be <= the vocabulary of {VOCAB}",
+    ):
+        assert words in str(caught.value)
