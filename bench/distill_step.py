@@ -34,7 +34,7 @@ from compactlm_nemo.training.optimizer import wrap_data_parallel
 
 RESULTS = Path(__file__).parent / "results" / "distill_step.json"
 SHAPE = {"layers": 23, "ffn": 1296}
-LOSS_MEMORY_BYTES = 512 * 2**20
+LOSS_MEMORY_BYTES = 256 * 2**20
 PLAIN = LossConfig(forward_kl=0, cross_entropy=1)
 
 

@@ -19,7 +19,7 @@ from bench.worker import Pass, answers_only, serve
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """Hidden states, head, teacher's hidden states, teacher's head, labels -> mean loss with its graph."""
-LOSS_MEMORY_MIB = 512
+LOSS_MEMORY_MIB = 256
 """The default of `distill.loss_memory_mib`."""
 
 

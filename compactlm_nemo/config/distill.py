@@ -100,7 +100,7 @@ class DistillConfig:
     temperature: float = 1.0
     """Softmax temperature of teacher and student, > 0; the loss is scaled by its square."""
     loss: LossConfig = field(default_factory=LossConfig)
-    loss_memory_mib: int = 512
+    loss_memory_mib: int = 256
     """Memory on each rank for the logits of a loss, of which so many tokens exist at once as fit; in MiB."""
     lr: float = 2e-4
     """Peak learning rate."""

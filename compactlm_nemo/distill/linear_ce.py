@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from compactlm_nemo.distill.linear_kd import Gradients, ce_gradient, check_tokens, chunks, masked, wanted_gradients
-from compactlm_nemo.distill.vocabulary import Shard, wide
+from compactlm_nemo.distill.linear_kd import Gradients, ce_gradient, check_tokens, masked, wanted_gradients
+from compactlm_nemo.distill.vocabulary import Shard, blocks, chunks, wide
 
 
 def linear_ce_sum(
@@ -65,8 +65,10 @@ def linear_ce(
     shard = Shard(vocab_size, vocab_start, tp_group)
     out_N = torch.zeros(hidden_NH.shape[0], dtype=wide(hidden_NH), device=hidden_NH.device)
     for rows in chunks(hidden_NH.shape[0], chunk_tokens):
-        (model,) = shard.log_probs([shard.logits(hidden_NH[rows], weight_VH)], labels_N[rows], 1.0)
-        out_N[rows] = masked(model.ce_N, mask_N[rows])
+        logits_NV = shard.logits(hidden_NH[rows], weight_VH)
+        for block in blocks(logits_NV, shard):
+            (model,) = shard.log_probs([logits_NV[block]], labels_N[rows][block], 1.0)
+            out_N[rows][block] = masked(model.ce_N, mask_N[rows][block])
     return out_N
 
 
@@ -86,11 +88,14 @@ class _LinearCE(torch.autograd.Function):
         gradients = Gradients(hidden_NH, weight_VH, shard, wanted)
         ce_sum = torch.zeros((), dtype=dtype, device=hidden_NH.device)
         for rows in chunks(hidden_NH.shape[0], chunk_tokens):
-            (model,) = shard.log_probs([shard.logits(hidden_NH[rows], weight_VH)], labels_N[rows], 1.0)
-            row_mask_N = mask_N[rows].to(dtype)
-            ce_sum += masked(model.ce_N, row_mask_N).sum()
+            logits_NV, row_labels_N, row_mask_N = shard.logits(hidden_NH[rows], weight_VH), labels_N[rows], mask_N[rows]
+            for block in blocks(logits_NV, shard):
+                (model,) = shard.log_probs([logits_NV[block]], row_labels_N[block], 1.0)
+                ce_sum += masked(model.ce_N, row_mask_N[block].to(dtype)).sum()
+                if gradients.are_wanted:
+                    logits_NV[block] = ce_gradient(model, row_labels_N[block], 1.0, shard)
             if gradients.are_wanted:
-                gradients.add(rows, ce_gradient(model, labels_N[rows], 1.0, shard).mul_(row_mask_N[:, None]))
+                gradients.add(rows, logits_NV, row_mask_N.to(dtype))
         gradients.keep(ctx)
         return ce_sum
 

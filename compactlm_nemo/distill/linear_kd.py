@@ -5,7 +5,6 @@ Shape suffixes: N tokens, V vocabulary rows of this rank, H student width, L los
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,8 +15,8 @@ from torch.distributed import ProcessGroup
 
 from compactlm_nemo.config.distill import LossConfig
 from compactlm_nemo.distill.losses import weighted_losses
-from compactlm_nemo.distill.targets import Losses, Targets
-from compactlm_nemo.distill.vocabulary import LogProbs, Shard, wide
+from compactlm_nemo.distill.targets import Compared, Losses, Settings, Targets
+from compactlm_nemo.distill.vocabulary import LogProbs, Shard, blocks, chunks, wide
 from compactlm_nemo.errors import ConfigError, DataError
 from compactlm_nemo.parallel.collectives import all_reduce_sum
 
@@ -108,25 +107,29 @@ class _Walk:
 
     def over(self, hidden_NH: Tensor, weight_VH: Tensor, gradients: Gradients) -> Tensor:
         """``[L + 2]``: sums of each loss and of both models' cross entropy."""
-        dtype = wide(hidden_NH)
-        sums = torch.zeros(len(self.losses) + 2, dtype=dtype, device=hidden_NH.device)
+        sums = torch.zeros(len(self.losses) + 2, dtype=wide(hidden_NH), device=hidden_NH.device)
+        settings = Settings(self.losses, self.temperature, self.shard, gradients.are_wanted)
         for rows in chunks(hidden_NH.shape[0], self.chunk_tokens):
-            mask_N = self.mask_N[rows].to(dtype)
-            compared = self.targets.compare(
-                self.shard.logits(hidden_NH[rows], weight_VH), self.labels_N[rows], rows, self.losses,
-                temperature=self.temperature, shard=self.shard, with_gradient=gradients.are_wanted,
-            )  # fmt: skip
-            each = torch.cat([compared.values_LN, compared.student.ce_N[None], compared.teacher_ce_N[None]])
-            sums += masked(each, mask_N).sum(dim=-1)
+            logits_NV, labels_N = self.shard.logits(hidden_NH[rows], weight_VH), self.labels_N[rows]
+            mask_N, compare = self.mask_N[rows].to(sums.dtype), self.targets.chunk(rows, settings)
+            for block in blocks(logits_NV, self.shard):
+                compared = compare(logits_NV[block], labels_N[block], block)
+                each = [compared.values_LN, compared.student.ce_N[None], compared.teacher_ce_N[None]]
+                sums += masked(torch.cat(each), mask_N[block]).sum(dim=-1)
+                if gradients.are_wanted:  # it takes the place of the logits, which have served
+                    logits_NV[block] = self._gradient(compared, labels_N[block])
             if gradients.are_wanted:
-                grad_NV = compared.gradient_NV
-                if self.ce_weight:
-                    own_NV = ce_gradient(compared.student, self.labels_N[rows], self.temperature, self.shard)
-                    own_NV.mul_(self.ce_weight)
-                    grad_NV = own_NV if grad_NV is None else grad_NV.add_(own_NV)
-                assert grad_NV is not None  # LossConfig demands a weight
-                gradients.add(rows, grad_NV.mul_(mask_N[:, None]))
+                gradients.add(rows, logits_NV, mask_N)
         return sums
+
+    def _gradient(self, compared: Compared, labels_N: Tensor) -> Tensor:
+        """Of the weighted losses of each token to its logits."""
+        grad_NV = compared.gradient_NV
+        if self.ce_weight:
+            own_NV = ce_gradient(compared.student, labels_N, self.temperature, self.shard).mul_(self.ce_weight)
+            grad_NV = own_NV if grad_NV is None else grad_NV.add_(own_NV)
+        assert grad_NV is not None  # LossConfig demands a weight
+        return grad_NV
 
 
 class _LinearKD(torch.autograd.Function):
@@ -156,16 +159,21 @@ class Gradients:
         self.to_hidden_NH = torch.zeros_like(hidden_NH) if wanted[0] else None
         self.to_weight_VH = torch.zeros_like(weight_VH, dtype=wide(hidden_NH)) if wanted[1] else None
 
-    def add(self, rows: slice, wide_NV: Tensor) -> None:
+    def add(self, rows: slice, wide_NV: Tensor, mask_N: Tensor) -> None:
+        """Takes the gradient to the logits of some tokens, and the weight of each token."""
         num_valid = self.shard.num_valid(self.weight_VH)
         grad_NV = wide_NV.to(self.weight_VH.dtype)
         if self.to_hidden_NH is not None:
             # Each rank holds its columns' share of the sum over the vocabulary. Added here, once and in wide
             # dtype; nothing outside may reduce it again.
-            share_NH = (grad_NV @ self.weight_VH[:num_valid]).to(wide_NV.dtype)
+            share_NH = (grad_NV @ self.weight_VH[:num_valid]).to(wide_NV.dtype) * mask_N[:, None]
             self.to_hidden_NH[rows] = all_reduce_sum(share_NH, self.shard.tp_group).to(self.to_hidden_NH.dtype)
         if self.to_weight_VH is not None:
-            self.to_weight_VH[:num_valid] += grad_NV.T @ self.hidden_NH[rows]
+            hidden_NH = self.hidden_NH[rows] * mask_N[:, None].to(self.hidden_NH.dtype)
+            if grad_NV.dtype == self.to_weight_VH.dtype:
+                self.to_weight_VH[:num_valid].addmm_(grad_NV.T, hidden_NH)
+            else:
+                self.to_weight_VH[:num_valid] += grad_NV.T @ hidden_NH
 
     def keep(self, ctx: Any) -> None:
         to_weight_VH = None if self.to_weight_VH is None else self.to_weight_VH.to(self.weight_VH.dtype)
@@ -205,8 +213,3 @@ def wanted_gradients(hidden_NH: Tensor, weight_VH: Tensor) -> tuple[bool, bool]:
     """Whether either input wants a gradient; read before the function, inside of which grad mode is always off."""
     enabled = torch.is_grad_enabled()
     return enabled and hidden_NH.requires_grad, enabled and weight_VH.requires_grad
-
-
-def chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    """Slices of at most so many tokens."""
-    return (slice(start, start + chunk_tokens) for start in range(0, num_tokens, chunk_tokens))

@@ -72,7 +72,7 @@ class ForwardKL:
     """``sum_v p_v (log p_v - log q_v)``; gradient ``q - p``. Source: Hinton et al. 2015, arXiv:1503.02531."""
 
     def sums(self, pair: Pair) -> Tensor:
-        return (pair.log_p_NV - pair.log_q_NV).mul_(pair.p_NV).sum(dim=-1)[None]
+        return torch.linalg.vecdot(pair.p_NV, pair.log_p_NV - pair.log_q_NV)[None]
 
     def value(self, sums_KN: Tensor) -> Tensor:
         return sums_KN[0]

@@ -32,6 +32,22 @@ class Compared(NamedTuple):
     """Of the weighted sum of `values_LN` to the student's logits."""
 
 
+class Compare(Protocol):
+    """The comparison of one chunk, a block of its tokens at a time."""
+
+    def __call__(self, student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Compared:
+        """Logits and labels of the block, which stay as they are; `block` says which tokens of the chunk they are."""
+
+
+class Settings(NamedTuple):
+    """What a comparison needs to know beside the tokens."""
+
+    losses: Losses
+    temperature: float
+    shard: Shard
+    with_gradient: bool
+
+
 class Targets(Protocol):
     """A source of targets for N tokens."""
 
@@ -39,18 +55,8 @@ class Targets(Protocol):
     def num_tokens(self) -> int:
         """N."""
 
-    def compare(
-        self,
-        student_logits_NV: Tensor,
-        labels_N: Tensor,
-        rows: slice,
-        losses: Losses,
-        *,
-        temperature: float,
-        shard: Shard,
-        with_gradient: bool,
-    ) -> Compared:
-        """The tokens `rows`; overwrites `student_logits_NV`, which with the labels is of these tokens only."""
+    def chunk(self, rows: slice, settings: Settings) -> Compare:
+        """How the tokens `rows` are compared."""
 
 
 class TeacherHead(NamedTuple):
@@ -65,33 +71,34 @@ class TeacherHead(NamedTuple):
     def num_tokens(self) -> int:
         return self.hidden_NG.shape[0]
 
-    def compare(
-        self,
-        student_logits_NV: Tensor,
-        labels_N: Tensor,
-        rows: slice,
-        losses: Losses,
-        *,
-        temperature: float,
-        shard: Shard,
-        with_gradient: bool,
-    ) -> Compared:
-        teacher_NV = shard.logits(self.hidden_NG[rows], self.weight_VG).to(student_logits_NV.dtype)
-        student, teacher = shard.log_probs([student_logits_NV, teacher_NV], labels_N, temperature)
-        pair = Pair(
-            student.log_prob_NV, teacher.log_prob_NV, student.shift_N1, teacher.shift_N1, vocab_size=shard.vocab_size
-        )
-        own = [loss.sums(pair) for _, loss in losses.values()]
-        nothing_KN = student_logits_NV.new_zeros(0, len(labels_N))
-        totals_KN = all_reduce_sum(torch.cat([*own, nothing_KN]), shard.tp_group)
-        totals = totals_KN.split([len(sums_KN) for sums_KN in own]) if own else []
-        gradient_NV, values = None, [nothing_KN]
-        for (weight, loss), sums_KN in zip(losses.values(), totals, strict=True):
-            values.append(loss.value(sums_KN)[None] * temperature**2)
-            if with_gradient:
-                own_NV = loss.gradient(pair, sums_KN).mul_(weight * temperature)
-                gradient_NV = own_NV if gradient_NV is None else gradient_NV.add_(own_NV)
-        return Compared(student, torch.cat(values), teacher.ce_N, gradient_NV)
+    def chunk(self, rows: slice, settings: Settings) -> Compare:
+        teacher_NV = settings.shard.logits(self.hidden_NG[rows], self.weight_VG)
+
+        def compare(student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Compared:
+            return _compare(student_logits_NV, teacher_NV[block].to(student_logits_NV.dtype), labels_N, settings)
+
+        return compare
+
+
+def _compare(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, settings: Settings) -> Compared:
+    losses, temperature, shard, with_gradient = settings
+    student, teacher = shard.log_probs([student_NV, teacher_NV], labels_N, temperature)
+    pair = Pair(
+        student.log_prob_NV, teacher.log_prob_NV, student.shift_N1, teacher.shift_N1, vocab_size=shard.vocab_size
+    )
+    own = [loss.sums(pair) for _, loss in losses.values()]
+    nothing_KN = student_NV.new_zeros(0, len(labels_N))
+    totals_KN = all_reduce_sum(torch.cat([*own, nothing_KN]), shard.tp_group)
+    totals = totals_KN.split([len(sums_KN) for sums_KN in own]) if own else []
+    gradient_NV, values = None, [nothing_KN]
+    for (weight, loss), sums_KN in zip(losses.values(), totals, strict=True):
+        values.append(loss.value(sums_KN)[None] * temperature**2)
+        if with_gradient:
+            own_NV = loss.gradient(pair, sums_KN)
+            if weight * temperature != 1:
+                own_NV.mul_(weight * temperature)
+            gradient_NV = own_NV if gradient_NV is None else gradient_NV.add_(own_NV)
+    return Compared(student, torch.cat(values), teacher.ce_N, gradient_NV)
 
 
 class NoTargets(NamedTuple):
@@ -99,20 +106,15 @@ class NoTargets(NamedTuple):
 
     num_tokens: int
 
-    def compare(
-        self,
-        student_logits_NV: Tensor,
-        labels_N: Tensor,
-        rows: slice,
-        losses: Losses,
-        *,
-        temperature: float,
-        shard: Shard,
-        with_gradient: bool,
-    ) -> Compared:
-        assert not losses  # settings are checked before the start
-        (student,) = shard.log_probs([student_logits_NV], labels_N, temperature)
-        return Compared(student, student_logits_NV.new_zeros(0, len(labels_N)), torch.zeros_like(student.ce_N), None)
+    def chunk(self, rows: slice, settings: Settings) -> Compare:
+        assert not settings.losses  # settings are checked before the start
+
+        def compare(student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Compared:
+            (student,) = settings.shard.log_probs([student_logits_NV], labels_N, settings.temperature)
+            nothing_LN = student_logits_NV.new_zeros(0, len(labels_N))
+            return Compared(student, nothing_LN, torch.zeros_like(student.ce_N), None)
+
+        return compare
 
 
 class TopK(NamedTuple):
@@ -136,28 +138,29 @@ class TopK(NamedTuple):
     def num_tokens(self) -> int:
         return self.ids_NK.shape[0]
 
-    def compare(
-        self,
-        student_logits_NV: Tensor,
-        labels_N: Tensor,
-        rows: slice,
-        losses: Losses,
-        *,
-        temperature: float,
-        shard: Shard,
-        with_gradient: bool,
-    ) -> Compared:
-        (student,) = shard.log_probs([student_logits_NV], labels_N, temperature)
-        dtype = student_logits_NV.dtype
-        ids_NK, p_NK, p_rest_N = self.ids_NK[rows], self.probs_NK[rows].to(dtype), self.rest_N[rows].to(dtype)
-        q_NV, log_q_NK = student.log_prob_NV.exp(), shard.at(student.log_prob_NV, ids_NK)
-        # The rest is summed without the K entries: 1 minus their sum would cancel where the student is sure.
-        rest_NV = shard.add_at(q_NV, ids_NK, -shard.at(q_NV, ids_NK))
-        sums = all_reduce_sum(torch.cat([log_q_NK, rest_NV.sum(dim=-1, keepdim=True)], dim=-1), shard.tp_group)
-        log_q_NK, q_rest_N = sums[:, :-1], sums[:, -1].clamp(min=torch.finfo(dtype).tiny)
-        value_N = (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(dim=-1) + torch.xlogy(p_rest_N, p_rest_N / q_rest_N)
-        gradient_NV = None
-        if with_gradient:
-            gradient_NV = rest_NV.mul_(1 - (p_rest_N / q_rest_N)[:, None])
-            shard.add_at(gradient_NV, ids_NK, log_q_NK.exp() - p_NK).mul_(losses["forward_kl"][0])
-        return Compared(student, value_N[None], self.ce_N[rows].to(dtype), gradient_NV)
+    def chunk(self, rows: slice, settings: Settings) -> Compare:
+        own = TopK(*(field[rows] for field in self))
+
+        def compare(student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Compared:
+            return _compare_top_k(student_logits_NV, TopK(*(field[block] for field in own)), labels_N, settings)
+
+        return compare
+
+
+def _compare_top_k(student_NV: Tensor, targets: TopK, labels_N: Tensor, settings: Settings) -> Compared:
+    losses, _, shard, with_gradient = settings
+    (student,) = shard.log_probs([student_NV], labels_N, 1.0)
+    dtype = student_NV.dtype
+    ids_NK, p_NK, p_rest_N = targets.ids_NK, targets.probs_NK.to(dtype), targets.rest_N.to(dtype)
+    q_NV, log_q_NK = student.log_prob_NV.exp(), shard.at(student.log_prob_NV, ids_NK)
+    # The rest is summed without the K entries: 1 minus their sum would cancel where the student is sure.
+    rest_NV = shard.add_at(q_NV, ids_NK, -shard.at(q_NV, ids_NK))
+    sums = all_reduce_sum(torch.cat([log_q_NK, rest_NV.sum(dim=-1, keepdim=True)], dim=-1), shard.tp_group)
+    log_q_NK, q_rest_N = sums[:, :-1], sums[:, -1].clamp(min=torch.finfo(dtype).tiny)
+    value_N = (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(dim=-1) + torch.xlogy(p_rest_N, p_rest_N / q_rest_N)
+    gradient_NV, weight = None, losses["forward_kl"][0] if losses else 0.0
+    if with_gradient and weight:
+        gradient_NV = rest_NV.mul_(1 - (p_rest_N / q_rest_N)[:, None])
+        shard.add_at(gradient_NV, ids_NK, log_q_NK.exp() - p_NK).mul_(weight)
+    values_LN = value_N[None] if losses else value_N.new_zeros(0, len(value_N))
+    return Compared(student, values_LN, targets.ce_N.to(dtype), gradient_NV)

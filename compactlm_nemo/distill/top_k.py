@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compactlm_nemo.distill.linear_kd import chunks
 from compactlm_nemo.distill.targets import TopK
-from compactlm_nemo.distill.vocabulary import Shard
+from compactlm_nemo.distill.vocabulary import Shard, chunks
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
 
 

@@ -5,6 +5,7 @@ Shape suffixes: N tokens, V vocabulary rows of this rank, H hidden width, M mode
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,10 @@ from torch.distributed import ProcessGroup
 
 from compactlm_nemo.parallel.collectives import all_reduce_max, all_reduce_sum
 
-NUM_BUFFERS = 6
-"""Tensors `[N, V]` in wide dtype that a loss and its gradient hold at once."""
+NUM_BUFFERS = 3
+"""Tensors `[N, V]` in wide dtype that a chunk holds at once: logits of both models, a product not yet widened."""
+BLOCK_BYTES = 2**22
+"""Logits that are compared at a time on a CPU: few enough that all that is made of them stays in its cache."""
 
 
 class LogProbs(NamedTuple):
@@ -47,28 +50,30 @@ class Shard(NamedTuple):
         return logits_NV.to(wide(logits_NV))
 
     def log_probs(self, logits: list[Tensor], labels_N: Tensor, temperature: float) -> list[LogProbs]:
-        """Overwrites `logits`, `[N, V]` of each model. All models share one maximum and one sum over the ranks."""
-        max_MN = all_reduce_max(torch.stack([_row_max(logits_NV) for logits_NV in logits]), self.tp_group)
-        sums = []
-        for logits_NV, max_N in zip(logits, max_MN, strict=True):
-            plain_N = logits_NV.sub_(max_N[:, None]).exp().sum(dim=-1)
-            label_N = self.at(logits_NV, labels_N[:, None])[:, 0]
-            tempered_N = plain_N if temperature == 1 else logits_NV.div_(temperature).exp().sum(dim=-1)
-            sums.append(torch.stack([plain_N, label_N, tempered_N]))
-        totals_MKN = all_reduce_sum(torch.stack(sums), self.tp_group)
+        """Of each model's `[N, V]`, which stay as they are. All models share one maximum and one sum over the ranks."""
+        tempered = logits if temperature == 1 else [logits_NV / temperature for logits_NV in logits]
+        local = [torch.log_softmax(x_NV, dim=-1) for x_NV in tempered]
+        norms = [*map(_log_norm, tempered, local)]
+        plain = norms if temperature == 1 else [torch.logsumexp(logits_NV, dim=-1) for logits_NV in logits]
+        label = [self.at(logits_NV, labels_N[:, None])[:, 0] for logits_NV in logits]
+        norms_MN, plain_MN, label_MN = torch.stack(norms), torch.stack(plain), torch.stack(label)
+        if self.tp_group is not None:
+            own_MN = norms_MN
+            norms_MN, plain_MN = self._over_ranks(torch.stack([norms_MN, plain_MN]))
+            local = [x_NV.add_(gap_N[:, None]) for x_NV, gap_N in zip(local, own_MN - norms_MN, strict=True)]
+            label_MN = all_reduce_sum(label_MN, self.tp_group)
         is_label_N = (labels_N >= 0) & (labels_N < self.vocab_size)
-        results = []
-        for logits_NV, max_N, (plain_N, label_N, tempered_N) in zip(logits, max_MN, totals_MKN, strict=True):
-            log_z_N, log_plain_N = tempered_N.log(), plain_N.log()
-            results.append(
-                LogProbs(
-                    logits_NV.sub_(log_z_N[:, None]),
-                    (log_z_N + max_N / temperature)[:, None],
-                    (temperature * log_z_N - log_plain_N)[:, None],
-                    torch.where(is_label_N, log_plain_N - label_N, torch.nan),
-                )
-            )
-        return results
+        ce_MN = torch.where(is_label_N, plain_MN - label_MN, torch.nan)
+        plain_shift_MN = temperature * norms_MN - plain_MN
+        return [
+            LogProbs(x_NV, norm_N[:, None], shift_N[:, None], ce_N)
+            for x_NV, norm_N, shift_N, ce_N in zip(local, norms_MN, plain_shift_MN, ce_MN, strict=True)
+        ]
+
+    def _over_ranks(self, norms: Tensor) -> Tensor:
+        """The logarithm of the ranks' summed exponentials, from that of each; -inf where a rank holds padding only."""
+        top = all_reduce_max(norms, self.tp_group)
+        return top + all_reduce_sum((norms - top).exp(), self.tp_group).log()
 
     def at(self, values_NV: Tensor, ids_NK: Tensor) -> Tensor:
         """``[N, K]``: entries of global ids where this shard holds them, else 0; their sum over ranks is the entry."""
@@ -100,7 +105,20 @@ def chunk_tokens(memory_bytes: int, rows: int) -> int:
     return max(1, memory_bytes // (NUM_BUFFERS * torch.float32.itemsize * rows))
 
 
-def _row_max(logits_NV: Tensor) -> Tensor:
+def blocks(logits_NV: Tensor, shard: Shard) -> Iterator[slice]:
+    """Rows that are compared at a time: all, where every step is a kernel's start or a message to other ranks."""
+    rows, row_bytes = logits_NV.shape[0], logits_NV.shape[1] * logits_NV.itemsize
+    whole = shard.tp_group is not None or logits_NV.is_cuda
+    return chunks(rows, rows if whole else max(1, BLOCK_BYTES // max(1, row_bytes)))
+
+
+def chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    """Slices of at most so many tokens."""
+    return (slice(start, start + chunk_tokens) for start in range(0, num_tokens, max(1, chunk_tokens)))
+
+
+def _log_norm(logits_NV: Tensor, log_prob_NV: Tensor) -> Tensor:
+    """``log sum exp`` of each row: what the largest logit is above its log-probability, so that nothing cancels."""
     if logits_NV.shape[-1] == 0:  # this rank holds padding only
         return logits_NV.new_full(logits_NV.shape[:1], -torch.inf)
-    return logits_NV.amax(dim=-1)
+    return logits_NV.amax(dim=-1) - log_prob_NV.amax(dim=-1)

@@ -207,7 +207,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.products += func is torch.ops.aten.mm.default
+        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
         if isinstance(out, Tensor):
             self.largest = max(self.largest, out.numel())
         return out
