@@ -10,9 +10,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -34,6 +36,7 @@ PRELOAD = [
     "compactlm_nemo.report.build",
 ]
 """Imported once in the fork server."""
+GRACE_SECONDS = 20
 multiprocessing.set_forkserver_preload(PRELOAD)
 
 
@@ -51,21 +54,46 @@ def start(
 def run(
     words: list[str], cwd: Path = ROOT, env: Mapping[str, str] | None = None, timeout: float = 600, ranks: int = 1
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python WORDS` to its end, as `subprocess.run` with captured output; several ranks by the real launcher."""
-    if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
-        settings = {**(env or os.environ), "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [*launcher, *words], cwd=cwd, env=settings, capture_output=True, text=True, timeout=timeout
-        )
+    """Run `python WORDS` to its end, as `subprocess.run` with captured output.
+
+    Several ranks get the variables that torchrun would set (tests/test_slurm.py starts some with torchrun itself). The
+    output is that of rank 0, then the errors of the others; the exit code the first that is not 0.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        process = start(words, out, err, cwd, env)
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
+        files = [(Path(folder) / f"out{rank}", Path(folder) / f"err{rank}") for rank in range(ranks)]
+        port = str(_free_port())
+        processes = []
+        for rank, (out, err) in enumerate(files):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            processes.append(start(words, out, err, cwd, {**(env or os.environ), **(place if ranks > 1 else {})}))
+        _wait(processes, words, timeout)
+        code = next((process.exitcode for process in processes if process.exitcode), 0)
+        errors = "".join(err.read_text() for _, err in files)
+        return subprocess.CompletedProcess(words, code, files[0][0].read_text(), errors)
+
+
+def _wait(processes: list[ForkServerProcess], words: list[str], timeout: float) -> None:
+    """Until all have ended; when one fails, the others have some seconds to notice."""
+    end = time.monotonic() + timeout
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode for process in processes):
+            end = min(end, time.monotonic() + GRACE_SECONDS)
+        if time.monotonic() > end:
+            failed = any(process.exitcode for process in processes)
+            for process in processes:
+                process.kill()
+                process.join()
+            if failed:
+                return
             raise subprocess.TimeoutExpired(words, timeout)
-        return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
+        time.sleep(0.02)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 def _main(words: list[str], out: str, err: str, cwd: str, env: dict[str, str]) -> None:
