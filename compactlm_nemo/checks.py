@@ -64,6 +64,7 @@ def check(config: Config) -> Dims | None:
     problems += _score_problems(config)
     problems += _prune_problems(config, dims)
     problems += _stored_problems(config, dims)
+    problems += _teacher_layout_problems(config, dims)
     if problem := harness_problem(config.evaluate):
         problems.append(problem)
     shared = {c.path for c in config.data.train.values()} & {c.path for c in config.data.heldout.values()}
@@ -138,6 +139,39 @@ def _stored_problems(config: Config, dims: Dims | None) -> list[str]:
     return problems
 
 
+def _teacher_layout_problems(config: Config, dims: Dims | None) -> list[str]:
+    """What is wrong with a teacher on a mesh of its own."""
+    layout, student, cfg = config.teacher_parallel, config.parallel, config.distill
+    if layout == student:
+        return []
+    given = f"distill.teacher_tp={cfg.teacher_tp} and distill.teacher_pp={cfg.teacher_pp}"
+    problems = []
+    if cfg.teacher is not TeacherSource.live:
+        problems.append(f"{given} are of a live teacher; leave them out with distill.teacher={cfg.teacher.name}.")
+    if student.cp > 1 or student.ep > 1:
+        problems.append(
+            f"{given} need parallel.cp=1 and parallel.ep=1, not {student.cp} and {student.ep}; leave them out."
+        )
+    if dims is None:
+        return problems
+    sizes = {
+        "query groups": dims.num_query_groups,
+        "heads": dims.num_heads,
+        "MLP width": dims.ffn_hidden_size,
+        "shared expert's width": dims.shared_expert_ffn,
+    }
+    problems += [
+        f"distill.teacher_tp={layout.tp} must divide the teacher's {name} {size}; use a divisor."
+        for name, size in sizes.items()
+        if size % layout.tp
+    ]
+    try:
+        split_layers(dims.num_layers, layout)
+    except CompactLMError as error:
+        problems.append(f"distill.teacher_pp={layout.pp}: {error}")
+    return problems
+
+
 def launch_problems(config: Config, world_size: int) -> str:
     """What is wrong with running this configuration on `world_size` processes; empty when nothing is."""
     parallel, distill = config.parallel, config.distill
@@ -146,6 +180,12 @@ def launch_problems(config: Config, world_size: int) -> str:
         return (
             f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} x parallel.cp={parallel.cp} = {model_ranks} must "
             f"divide the {world_size} processes started; use torchrun --nproc-per-node={model_ranks} or a multiple."
+        )
+    teacher_ranks = config.teacher_parallel.model_ranks
+    if distill.teacher is TeacherSource.live and world_size % teacher_ranks:
+        return (
+            f"distill.teacher_tp x distill.teacher_pp = {teacher_ranks} ranks must divide the {world_size} processes "
+            f"started; use torchrun --nproc-per-node={teacher_ranks * model_ranks} or a multiple."
         )
     dp = world_size // model_ranks
     if dp % parallel.ep:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from compactlm_nemo.cutting import validation_loss
 from compactlm_nemo.data.windows import Windows, heldout_windows
 from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
 from compactlm_nemo.distill.store import Store
-from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, StoredHidden, StoredTopK, Teacher
+from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, SeparateTeacher, StoredHidden, StoredTopK, Teacher
 from compactlm_nemo.evaluation.kd_loss import evaluate_kd_loss
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.evaluation.speed import device_name, peak_tflops
 from compactlm_nemo.models.build import Chunks, tp_share
 from compactlm_nemo.models.checkpoint import CheckpointSource
-from compactlm_nemo.parallel.launch import device, is_main_rank, launch_world_size, main_rank_writes
+from compactlm_nemo.parallel.launch import device, is_main_rank, launch_world_size, main_rank_writes, second_mesh
 from compactlm_nemo.run import Run, claim
 from compactlm_nemo.search.cost import flops_per_token_forward
 from compactlm_nemo.training.checkpoint import latest_step
@@ -95,7 +95,13 @@ def _teacher(run: Run) -> Teacher:
     if run.config.distill.teacher is TeacherSource.none:
         return NoTeacher(run.mesh)
     if run.config.distill.teacher is TeacherSource.live:
-        return LiveTeacher(run.load("teacher"), run.mesh)
+        layout = run.config.teacher_parallel
+        if layout == run.mesh.layout:
+            return LiveTeacher(run.load("teacher"), run.mesh)
+        own = second_mesh(layout, run.config.run.seed)
+        with own.active():
+            chunks = replace(run, mesh=own).load("teacher")
+        return SeparateTeacher(chunks, own, run.mesh, _head(run) if run.mesh.is_last_stage else None)
     store = Store(run.dir / "targets")
     if run.config.cache.kind is StoredKind.top_k:
         return StoredTopK(store, run.mesh)
@@ -122,7 +128,7 @@ def _heldout_metrics(run: Run, student: Chunks, teacher: Teacher) -> Callable[[]
         for name in config.data.heldout:
             prefix = run.token_prefix(f"heldout.{name}")
             windows = heldout_windows(prefix, config.data.sequence_length, config.distill.eval_tokens).to(device())
-            if isinstance(teacher, LiveTeacher):
+            if isinstance(teacher, (LiveTeacher, SeparateTeacher)):
                 got = evaluate_kd_loss(student, teacher, dims, run.mesh, windows, **settings)
                 values |= {f"eval/{name}_lm_loss_nats": got.lm_loss, f"eval/{name}_kl_nats": got.kl}
             else:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compactlm_nemo.checks import check
+from compactlm_nemo.checks import check, launch_problems
 from compactlm_nemo.config.load import compose
 from compactlm_nemo.distill.store import STEP_NATS, Store, decode_top_k
 from compactlm_nemo.errors import ConfigError
@@ -114,6 +114,16 @@ def test_every_layout_stores_the_same_and_trains_the_same(inputs, pruned, top_k,
         assert line == pytest.approx({name: want[name] for name in line}, rel=1e-4)
 
 
+def test_a_teacher_with_a_layout_of_its_own_gives_the_same_training(inputs, pruned, tmp_path):
+    measured = ["distill.eval_every=3", "distill.eval_tokens=48"]  # with the KL to the teacher
+    same = trained(inputs, shutil.copytree(pruned, tmp_path / "same"), *measured, recipes=("distill",))
+    own = shutil.copytree(pruned, tmp_path / "own")
+    other = trained(inputs, own, *measured, "distill.teacher_tp=2", recipes=("distill",), ranks=2)
+    assert same[2]["eval/a_kl_nats"] > 0
+    for a, b in zip(same, other, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+
+
 def test_a_killed_cache_goes_on_to_the_same_bytes(inputs, pruned, top_k, tmp_path):
     run = shutil.copytree(pruned, tmp_path / "run")
     words = command(inputs, run, *TOP_K, "cache.shard_samples=1", recipe="cache_teacher")
@@ -162,6 +172,18 @@ def test_a_missing_cache_is_named(inputs, pruned, tmp_path):
 def test_what_a_stored_teacher_cannot_do_is_said_before_the_start(inputs, tmp_path):
     with pytest.raises(ConfigError, match=r"distill.loss.forward_kl needs a teacher; set distill.teacher=live"):
         check(compose(command(inputs, tmp_path / "run", "distill.teacher=none")[2:]))
+    bad = ["distill.teacher_tp=3", "parallel.cp=2", "distill.teacher_pp=5", STORED]
+    with pytest.raises(ConfigError) as caught:
+        check(compose(command(inputs, tmp_path / "run", *bad)[2:]))
+    for words in (
+        "distill.teacher_tp=3 and distill.teacher_pp=5 are of a live teacher",
+        "distill.teacher_tp=3 and distill.teacher_pp=5 need parallel.cp=1 and parallel.ep=1, not 2 and 1",
+        "distill.teacher_tp=3 must divide the teacher's heads 4",
+        "distill.teacher_pp=5: ",
+    ):
+        assert words in str(caught.value)
+    config = compose(command(inputs, tmp_path / "run", "distill.teacher_tp=2")[2:])
+    assert "distill.teacher_tp x distill.teacher_pp = 2 ranks must divide the 3" in launch_problems(config, 3)
     bad = [
         STORED, "distill.temperature=2", "distill.loss.jsd=1", "distill.loss.mse=1", "cache.samples=23",
         f"cache.k={VOCAB + 1}",

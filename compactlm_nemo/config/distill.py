@@ -20,6 +20,8 @@ SPEED_ONLY = {
     "eval_every",
     "eval_tokens",
     "shard_samples",
+    "teacher_tp",
+    "teacher_pp",
 }
 """Settings that change memory, speed or output, not the result; they may differ when a run goes on."""
 
@@ -89,6 +91,11 @@ class DistillConfig:
     teacher: TeacherSource = TeacherSource.live
     """live, or stored: what recipes.cache_teacher wrote takes its place, and no teacher is loaded; none: plain training
     on `distill.loss.cross_entropy`."""
+    teacher_tp: int | None = None
+    """Tensor-parallel ranks of a live teacher; null takes `parallel.tp`. With another layout than the student's the
+    teacher stands on a mesh of its own over the same processes."""
+    teacher_pp: int | None = None
+    """Pipeline stages of a live teacher; null takes `parallel.pp`."""
     steps: int = 1000
     """Optimizer steps."""
     stop_after: int | None = None
@@ -156,7 +163,7 @@ class DistillConfig:
             require(getattr(self, name) > 0, f"distill.{name}={getattr(self, name)} must be > 0.")
         for name in ("skip_limit", "spike_limit"):
             require(getattr(self, name) >= 0, f"distill.{name}={getattr(self, name)} must be >= 0; 5 is usual.")
-        for name in ("eval_every", "eval_tokens", "peak_tflops"):
+        for name in ("eval_every", "eval_tokens", "peak_tflops", "teacher_tp", "teacher_pp"):
             value = getattr(self, name)
             require(value is None or value > 0, f"distill.{name}={value} must be > 0; or leave it out.")
         require(

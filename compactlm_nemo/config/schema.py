@@ -303,6 +303,16 @@ class Config:
     """Check everything, print the resolved configuration and the plan, and exit 0."""
 
     @property
+    def teacher_parallel(self) -> ParallelConfig:
+        """Layout of a live teacher while it distils."""
+        tp, pp = self.distill.teacher_tp or self.parallel.tp, self.distill.teacher_pp or self.parallel.pp
+        if (tp, pp) == (self.parallel.tp, self.parallel.pp):
+            return self.parallel
+        return ParallelConfig(
+            tp=tp, pp=pp, cp=self.parallel.cp, sequence_parallel=self.parallel.sequence_parallel and tp > 1
+        )
+
+    @property
     def cached_samples(self) -> int:
         """Samples of the training order that the cache_teacher stage stores."""
         return self.cache.samples or self.distill.steps * self.distill.global_batch

@@ -6,6 +6,7 @@ Shape suffixes: B samples, S tokens, T a sample's tokens on this rank, K stored 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from compactlm_nemo.distill.store import Store, decode_hidden, decode_top_k
 from compactlm_nemo.distill.targets import NoTargets, Targets, TeacherHead, TopK
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.forward import context_share, forward_each
+from compactlm_nemo.parallel.collectives import all_gather, all_gather_objects, broadcast
 from compactlm_nemo.parallel.groups import Mesh
 
 
@@ -45,6 +47,54 @@ class LiveTeacher:
         inputs = [batch.tokens_BT[:, :-1] for batch in batches]
         hidden = forward_each(self.chunks, self.mesh, inputs, lambda idx, hidden_SBG: hidden_SBG)
         return [TeacherHead(hidden_SBG.flatten(0, 1), self.chunks.head_weight) for hidden_SBG in hidden]
+
+
+class SeparateTeacher:
+    """A model on a mesh of its own over the same processes: other tensor- and pipeline-parallel sizes than the student.
+
+    The micro-batches of all the student's data-parallel ranks are dealt out to the teacher's, and every hidden state
+    goes to the ranks whose samples it is of. Neither mesh may be context parallel.
+
+    Args:
+        chunks: This rank's part of the teacher on `own`.
+        own: The teacher's mesh.
+        mesh: The student's.
+        head_weight: ``[V, G]``, the teacher's output weights as the student's mesh shards them; None before its last
+            stage.
+    """
+
+    def __init__(self, chunks: Chunks, own: Mesh, mesh: Mesh, head_weight: Tensor | None) -> None:
+        self.chunks, self.own, self.mesh, self.head_weight = chunks.eval(), own, mesh, head_weight
+        places = all_gather_objects((own.is_last_stage and own.tp_rank == 0, own.dp_rank))
+        self.source = {dp_rank: rank for rank, (gives, dp_rank) in enumerate(places) if gives}
+
+    def targets(self, batches: list[Batch]) -> list[Targets]:
+        """Final normed hidden states and the output weights."""
+        hidden: list[Tensor] = []
+        for _, group in groupby(batches, key=lambda batch: batch.tokens_BT.shape):
+            hidden += self._of_one_shape(torch.stack([batch.tokens_BT for batch in group]))
+        if self.head_weight is None:
+            return []
+        return [TeacherHead(hidden_SBG.flatten(0, 1), self.head_weight) for hidden_SBG in hidden]
+
+    def _of_one_shape(self, tokens_MBT: Tensor) -> list[Tensor]:
+        """``[S, B, G]`` for each of this rank's M micro-batches."""
+        every = all_gather(tokens_MBT, self.mesh.dp_group, dim=0).unbind()
+        missing = -len(every) % self.own.dp_size  # all of the teacher's ranks run equally many
+        dealt = [*every, *every[-1:] * missing][self.own.dp_rank :: self.own.dp_size]
+        with self.own.active():
+            found = forward_each(self.chunks, self.own, [batch[:, :-1] for batch in dealt], lambda idx, hidden: hidden)
+        config, (_, size, length) = self.chunks[0].config, tokens_MBT.shape
+        blank = tokens_MBT.new_empty((length - 1, size, config.hidden_size), dtype=config.params_dtype)
+        first = self.mesh.dp_rank * len(tokens_MBT)
+        mine = []
+        for number in range(len(every)):
+            turn, dp_rank = divmod(number, self.own.dp_size)
+            gives = bool(found) and dp_rank == self.own.dp_rank
+            hidden_SBG = broadcast(found[turn] if gives else blank, self.source[dp_rank])
+            if first <= number < first + len(tokens_MBT) and self.head_weight is not None:
+                mine.append(hidden_SBG)
+        return mine
 
 
 class NoTeacher:

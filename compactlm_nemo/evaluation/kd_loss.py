@@ -10,7 +10,7 @@ from torch import Tensor
 from compactlm_nemo.config.distill import LossConfig
 from compactlm_nemo.distill.linear_kd import linear_kd
 from compactlm_nemo.distill.targets import Targets
-from compactlm_nemo.distill.teacher import Batch, LiveTeacher
+from compactlm_nemo.distill.teacher import Batch, Teacher
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import Share, context_share, forward_each
@@ -33,7 +33,7 @@ class KDLoss(NamedTuple):
 @torch.no_grad()
 def evaluate_kd_loss(
     student: Chunks,
-    teacher: LiveTeacher,
+    teacher: Teacher,
     dims: Dims,
     mesh: Mesh,
     windows_NT: Tensor,

@@ -38,6 +38,19 @@ def broadcast_object(obj: T, group: ProcessGroup | None = None, src: int = 0) ->
     return box[0]
 
 
+def broadcast(tensor: Tensor, src: int) -> Tensor:
+    """The tensor of global rank `src` on every rank; what others pass says shape and dtype."""
+    out = tensor.detach().clone(memory_format=torch.contiguous_format)
+    if dist.is_initialized():
+        dist.broadcast(out, src=src)
+    return out
+
+
+def all_gather_objects(obj: T) -> list[T]:
+    """The `obj` of every rank in rank order, on every rank."""
+    return broadcast_object(gather_objects(obj))
+
+
 def gather_objects(obj: T) -> list[T]:
     """The `obj` of every rank in rank order, on the main rank; empty on the others."""
     if not dist.is_initialized():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
@@ -34,6 +37,10 @@ class Mesh:
     dp_group: ProcessGroup
     cp_group: ProcessGroup
     dp_cp_group: ProcessGroup
+    last_stage_rank: int
+    """Global rank of the last pipeline stage among the ranks that share this rank's pipeline."""
+    megatron: dict[str, Any] = field(repr=False)
+    """What Megatron holds of this mesh."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -47,10 +54,31 @@ class Mesh:
     def is_sequence_parallel(self) -> bool:
         return self.layout.sequence_parallel
 
-    @property
-    def last_stage_rank(self) -> int:
-        """Global rank of the last pipeline stage among the ranks that share this rank's pipeline."""
-        return parallel_state.get_pipeline_model_parallel_last_rank()
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Megatron's own functions see this mesh inside; needed where a process has two."""
+        before = _held()
+        vars(parallel_state).update(self.megatron)
+        try:
+            yield
+        finally:
+            vars(parallel_state).update(before)
+
+
+def _held() -> dict[str, Any]:
+    """Megatron's record of the present mesh."""
+    return {name: value for name, value in vars(parallel_state).items() if name[0] == "_" and name.isupper()}
+
+
+@contextmanager
+def no_mesh() -> Iterator[None]:
+    """Inside, Megatron knows no mesh, so that a second one can be made; afterwards it knows the first again."""
+    before = _held()
+    vars(parallel_state).update({name: {} if isinstance(value, dict) else None for name, value in before.items()})
+    try:
+        yield
+    finally:
+        vars(parallel_state).update(before)
 
 
 def current_mesh(layout: ParallelConfig) -> Mesh:
@@ -73,4 +101,6 @@ def current_mesh(layout: ParallelConfig) -> Mesh:
         dp_group=ps.get_data_parallel_group(),
         cp_group=ps.get_context_parallel_group(),
         dp_cp_group=ps.get_data_parallel_group(with_context_parallel=True),
+        last_stage_rank=ps.get_pipeline_model_parallel_last_rank(),
+        megatron=_held(),
     )

@@ -77,6 +77,17 @@ def start_mesh(layout: ParallelConfig, seed: int) -> Mesh:
     return current_mesh(layout)
 
 
+def second_mesh(layout: ParallelConfig, seed: int) -> Mesh:
+    """Another mesh over the same processes, beside the one that Megatron goes on to see; see `Mesh.active`."""
+    from compactlm_nemo.parallel.groups import no_mesh
+
+    rng = torch.get_rng_state()
+    with no_mesh():
+        mesh = start_mesh(layout, seed)
+    torch.set_rng_state(rng)
+    return mesh
+
+
 @contextmanager
 def launched(layout: ParallelConfig, seed: int) -> Iterator[Mesh]:
     """Process group and mesh for the body; both are taken down afterwards."""

@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compactlm_nemo.config.distill import LossConfig
+from compactlm_nemo.config.schema import ParallelConfig
 from compactlm_nemo.distill.step import forward_backward
-from compactlm_nemo.distill.teacher import Batch, LiveTeacher
+from compactlm_nemo.distill.teacher import Batch, LiveTeacher, SeparateTeacher, Teacher
 from compactlm_nemo.models.build import global_names, tp_share
+from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.collectives import all_gather
 from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.launch import second_mesh
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of
 from tests.models.tiny import EXPERT_CASES, VOCAB, save_tiny
@@ -75,11 +78,29 @@ def gradients(ddps: list[Any]) -> dict[str, Tensor]:
     return {name: parameter.main_grad for name, parameter in global_names(ddp.module for ddp in ddps)}
 
 
-def _step(root: Path, mesh: Mesh, student: str, micro_batch: int) -> tuple[Any, Any, dict[str, float]]:
+def separate(folder: Path, mesh: Mesh, layout: ParallelConfig) -> tuple[Dims, SeparateTeacher]:
+    """A teacher on a mesh of its own, with its head as the student's mesh shards it."""
+    own = second_mesh(layout, seed=1)
+    with own.active():
+        dims, chunks = filled(folder, own)
+    _, source = open_hf(folder)
+    name = "embedding.word_embeddings.weight" if dims.tied_embeddings else "output_layer.weight"
+    padded = dims.padded_vocab(mesh.tp_size, VOCAB_MULTIPLE)
+    head = tp_share(name, source(name), rank=mesh.tp_rank, size=mesh.tp_size, gated=False, padded_vocab=padded)
+    return dims, SeparateTeacher(chunks, own, mesh, head.float() if mesh.is_last_stage else None)
+
+
+def _step(
+    root: Path, mesh: Mesh, student: str, micro_batch: int, own_layout: ParallelConfig | None = None
+) -> tuple[Any, Any, dict[str, float]]:
     _, learner = filled(root / student, mesh)
-    dims, teacher = filled(root / "teacher", mesh)
     ddps = wrap_data_parallel(learner.train())
-    live = LiveTeacher(teacher, mesh)
+    live: Teacher
+    if own_layout is None:
+        dims, teacher = filled(root / "teacher", mesh)
+        live = LiveTeacher(teacher, mesh)
+    else:
+        dims, live = separate(root / "teacher", mesh, own_layout)
     batches = [Batch(part, ()) for part in samples()[mesh.dp_rank :: mesh.dp_size].split(micro_batch)]
     settings: dict[str, Any] = {"loss": LossConfig(), "temperature": TEMPERATURE, "chunk_tokens": 7}
     # Twice: the second must not see anything of the first.
@@ -88,11 +109,18 @@ def _step(root: Path, mesh: Mesh, student: str, micro_batch: int) -> tuple[Any, 
     return ddps, dims, terms
 
 
-def _matches(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ...], root: Path) -> None:
+def _matches(
+    rank: int,
+    world: int,
+    layout: dict[str, Any],
+    cases: tuple[str, ...],
+    root: Path,
+    own_layout: ParallelConfig | None = None,
+) -> None:
     mesh = mesh_of(**layout)
     for case in cases:
         micro_batch = 1 if case == "llama" or mesh.layout.virtual_stages > 1 else 2
-        ddps, dims, terms = _step(root / case, mesh, "student", micro_batch)
+        ddps, dims, terms = _step(root / case, mesh, "student", micro_batch, own_layout)
         assert terms == pytest.approx(torch.load(root / case / "terms.pt"), rel=1e-5), case
         _, wanted = open_hf(root / case / "gradients")
         padded = dims.padded_vocab(mesh.tp_size, VOCAB_MULTIPLE)
@@ -109,10 +137,12 @@ def _matches(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ..
             compared += 1
         assert compared == sum(len(list(ddp.module.parameters())) for ddp in ddps)
 
-        ddps, _, terms = _step(root / case, mesh, "teacher", micro_batch)
+        ddps, _, terms = _step(root / case, mesh, "teacher", micro_batch, own_layout)
         assert abs(terms["train/loss"]) < 1e-6
-        assert terms["train/lm_loss_nats"] == pytest.approx(terms["train/teacher_lm_loss_nats"], abs=1e-9)
-        assert max(float(g.abs().max()) for g in gradients(ddps).values()) < 1e-6
+        # On two layouts the same model sums in another order.
+        same, least = (1e-9, 1e-6) if own_layout is None else (1e-6, 1e-5)
+        assert terms["train/lm_loss_nats"] == pytest.approx(terms["train/teacher_lm_loss_nats"], abs=same)
+        assert max(float(g.abs().max()) for g in gradients(ddps).values()) < least
 
 
 @pytest.mark.parametrize("layout", COMBINED)
@@ -125,3 +155,20 @@ def test_step_is_the_definition_in_every_layout(layout, root, tmp_path):
 def test_step_with_experts_is_the_definition(layout, root, tmp_path):
     ranks, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]
     run_ranks(_matches, ranks, tmp_path, fields, EXPERT_CASES, root)
+
+
+# Ranks, layout of the student, layout of the teacher.
+TWO_LAYOUTS = {
+    "tp1_of_tp2": (2, {}, ParallelConfig(tp=2)),
+    "pp1_of_pp2": (2, {}, ParallelConfig(pp=2)),
+    "tp2_sp_of_tp1": (2, {"tp": 2, "sequence_parallel": True}, ParallelConfig()),
+    "vpp2_of_tp2_sp": (2, {"pp": 2, "virtual_stages": 2}, ParallelConfig(tp=2, sequence_parallel=True)),
+    "tp2_of_pp2": (4, {"tp": 2}, ParallelConfig(pp=2)),
+    "pp2_of_tp2_pp2": (4, {"pp": 2}, ParallelConfig(tp=2, pp=2)),
+}
+
+
+@pytest.mark.parametrize("layouts", TWO_LAYOUTS)
+def test_step_with_a_teacher_of_another_layout_is_the_definition(layouts, root, tmp_path):
+    ranks, student, teacher = TWO_LAYOUTS[layouts]
+    run_ranks(_matches, ranks, tmp_path, student, CASES, root, teacher)
