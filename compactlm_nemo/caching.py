@@ -49,13 +49,13 @@ def cache_teacher(run: Run, folder: Path) -> dict[str, Any]:
     about = {
         "kind": config.cache.kind.name, "k": config.cache.k, "width": dims.hidden_size, "samples": samples,
         "shard_samples": config.cache.shard_samples, "sequence_length": length,
-        "model": read_manifest(run.dir / "teacher")["fingerprint"],
+        "model": read_manifest(run.dir / run.teacher)["fingerprint"],
     }  # fmt: skip
     state = run.dir / "caching"
     claim(state, settings_of({"cache": deciding(config.cache), "about": about, "run.seed": config.run.seed}))
     every = range(num_shards(samples, config.cache.shard_samples))
     missing = broadcast_object([shard for shard in every if not shard_path(state, shard).exists()])
-    windows, teacher = Windows(run.train_prefixes(), length, config.run.seed), run.load("teacher").eval()
+    windows, teacher = Windows(run.train_prefixes(), length, config.run.seed), run.load(run.teacher).eval()
     with progress_bar("cache teacher", len(missing) * config.cache.shard_samples, length) as advance:
         for first in range(0, len(missing), mesh.dp_size):
             turn = missing[first : first + mesh.dp_size]

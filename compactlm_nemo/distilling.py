@@ -1,6 +1,7 @@
-"""The distill stage: teacher, pruned student and tokens to a trained student.
+"""The stages that train: the student by its teacher, and before that the teacher on the same tokens.
 
-Training state lives in `run.dir/training` until the end, so a killed run goes on from its newest checkpoint.
+Training state lives in `run.dir/training` and `run.dir/correcting` until the end, so a killed run goes on from its
+newest checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from compactlm_nemo.artifacts import read_manifest, settings_of
 from compactlm_nemo.config.choices import StoredKind, TeacherSource
-from compactlm_nemo.config.distill import deciding
+from compactlm_nemo.config.distill import DistillConfig, deciding
 from compactlm_nemo.cutting import validation_loss
 from compactlm_nemo.data.windows import Windows, heldout_windows
 from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
@@ -26,6 +27,7 @@ from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.evaluation.speed import device_name, peak_tflops
 from compactlm_nemo.models.build import Chunks, tp_share
 from compactlm_nemo.models.checkpoint import CheckpointSource
+from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.launch import device, is_main_rank, launch_world_size, main_rank_writes, second_mesh
 from compactlm_nemo.run import Run, claim
 from compactlm_nemo.search.cost import flops_per_token_forward
@@ -38,8 +40,20 @@ def train(run: Run, folder: Path) -> dict[str, Any] | None:
 
     None when `distill.stop_after` ends it earlier.
     """
-    config, cfg = run.config, run.config.distill
-    state = run.dir / "training"
+    return _train(run, folder, run.config.distill, source="student", state=run.dir / "training")
+
+
+def correct_teacher(run: Run, folder: Path) -> dict[str, Any] | None:
+    """Teacher + tokens -> the teacher, trained a little on the tokens that the student will see.
+
+    Source: "LLM Pruning and Distillation in Practice" (arXiv 2408.11796), section 2.1.
+    """
+    return _train(run, folder, run.config.correction, source="teacher", state=run.dir / "correcting")
+
+
+def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Path) -> dict[str, Any] | None:
+    """Train the model that stage `source` made, as `cfg` says; None when that ends before its last step."""
+    config = run.config
     claim(
         state,
         settings_of(
@@ -47,17 +61,16 @@ def train(run: Run, folder: Path) -> dict[str, Any] | None:
                 "distill": deciding(cfg),
                 "data.sequence_length": config.data.sequence_length,
                 "run.seed": config.run.seed,
-                "student": read_manifest(run.dir / "student")["fingerprint"],
+                source: read_manifest(run.dir / source)["fingerprint"],
             }
         ),
     )
-    dims = run.dims("student")
+    dims = run.dims(source)
     samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
-    student, teacher = run.load("student"), _teacher(run)
+    student, teacher = run.load(source), _teacher(run, cfg)
     start = latest_step(state / "checkpoints") or 0
-    with Tracker(
-        state, config.wandb, settings_of(asdict(config)), is_main_rank(), cfg.steps, start_step=start
-    ) as tracker:
+    shown = settings_of(asdict(config))
+    with Tracker(state, config.wandb, shown, is_main_rank(), cfg.steps, start_step=start) as tracker:
         end = distill(
             student,
             teacher,
@@ -68,8 +81,8 @@ def train(run: Run, folder: Path) -> dict[str, Any] | None:
             Outside(
                 log=tracker.log,
                 rewind=tracker.rewind,
-                evaluate=_heldout_metrics(run, student, teacher),
-                speed=_speed(run),
+                evaluate=_heldout_metrics(run, student, dims, teacher),
+                speed=_speed(run, dims, cfg),
             ),
             chunk_tokens=run.chunk_tokens(dims),
             checkpoints=state / "checkpoints",
@@ -86,21 +99,21 @@ def train(run: Run, folder: Path) -> dict[str, Any] | None:
     return {
         "tokens": cfg.steps * cfg.global_batch * config.data.sequence_length,
         "best_step": end.best_step,
-        "loss": validation_loss(run, student, dims, "student"),
+        "loss": validation_loss(run, student, dims, source),
     }
 
 
-def _teacher(run: Run) -> Teacher:
+def _teacher(run: Run, cfg: DistillConfig) -> Teacher:
     """The teacher itself, what it said, or nobody."""
-    if run.config.distill.teacher is TeacherSource.none:
+    if cfg.teacher is TeacherSource.none:
         return NoTeacher(run.mesh)
-    if run.config.distill.teacher is TeacherSource.live:
+    if cfg.teacher is TeacherSource.live:
         layout = run.config.teacher_parallel
         if layout == run.mesh.layout:
-            return LiveTeacher(run.load("teacher"), run.mesh)
+            return LiveTeacher(run.load(run.teacher), run.mesh)
         own = second_mesh(layout, run.config.run.seed)
         with own.active():
-            chunks = replace(run, mesh=own).load("teacher")
+            chunks = replace(run, mesh=own).load(run.teacher)
         return SeparateTeacher(chunks, own, run.mesh, _head(run) if run.mesh.is_last_stage else None)
     store = Store(run.dir / "targets")
     if run.config.cache.kind is StoredKind.top_k:
@@ -113,14 +126,14 @@ def _head(run: Run) -> Tensor:
     dims, mesh = run.dims("teacher"), run.mesh
     name = "embedding.word_embeddings.weight" if dims.tied_embeddings else "output_layer.weight"
     padded = dims.padded_vocab(mesh.tp_size, run.config.model.vocab_multiple)
-    whole = CheckpointSource(run.dir / "teacher", dims)(name)
+    whole = CheckpointSource(run.dir / run.teacher, dims)(name)
     own = tp_share(name, whole, rank=mesh.tp_rank, size=mesh.tp_size, gated=dims.gated_mlp, padded_vocab=padded)
     return own.to(device(), run.dtype)
 
 
-def _heldout_metrics(run: Run, student: Chunks, teacher: Teacher) -> Callable[[], dict[str, float]]:
+def _heldout_metrics(run: Run, student: Chunks, dims: Dims, teacher: Teacher) -> Callable[[], dict[str, float]]:
     """LM loss and, with a live teacher, KL of the student as it is, for each held-out text and in the mean."""
-    config, dims = run.config, run.dims("student")
+    config = run.config
     settings = {"micro_batch": config.evaluate.micro_batch, "chunk_tokens": run.chunk_tokens(dims)}
 
     def measure() -> dict[str, float]:
@@ -139,17 +152,17 @@ def _heldout_metrics(run: Run, student: Chunks, teacher: Teacher) -> Callable[[]
     return measure
 
 
-def _speed(run: Run) -> Callable[[float, float], dict[str, float]]:
+def _speed(run: Run, student: Dims, cfg: DistillConfig) -> Callable[[float, float], dict[str, float]]:
     """Tokens a second, model FLOPs a second of one device, and their share of its peak where that is known.
 
     A training step is three forward passes of the student (backward is two) and one of a live teacher; what
     recomputation adds is not counted.
     """
     length = run.config.data.sequence_length
-    flops = 3 * flops_per_token_forward(run.dims("student"), length)
-    if run.config.distill.teacher is TeacherSource.live:
+    flops = 3 * flops_per_token_forward(student, length)
+    if cfg.teacher is TeacherSource.live:
         flops += flops_per_token_forward(run.dims("teacher"), length)
-    peak = run.config.distill.peak_tflops or peak_tflops(device_name())
+    peak = cfg.peak_tflops or peak_tflops(device_name())
 
     def measure(tokens: float, seconds: float) -> dict[str, float]:
         achieved = tokens * flops / seconds / launch_world_size() / 1e12

@@ -18,6 +18,7 @@ HOLDS = {
     "import": ("teacher",),
     "score": ("teacher",),
     "prune": ("student",),
+    "correct_teacher": ("correction",),
     "cache_teacher": ("teacher",),
     "distill": ("teacher", "training"),
     "evaluate": ("teacher",),
@@ -43,6 +44,7 @@ def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) ->
     sizes = {
         "teacher": max(_rank_params(config, teacher)) * weight,
         "student": max(_rank_params(config, student)) * weight,
+        "correction": max(_rank_params(config, teacher)) * TRAINING_BYTES[config.model.precision],
         "training": max(_rank_params(config, student)) * TRAINING_BYTES[config.model.precision],
     }
     for name, folder in folders.items():

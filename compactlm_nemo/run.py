@@ -41,6 +41,11 @@ class Run:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.config.model.precision is Precision.bf16 else torch.float32
 
+    @property
+    def teacher(self) -> str:
+        """The stage whose model teaches."""
+        return "corrected" if self.config.correct.steps else "teacher"
+
     def dims(self, stage: str) -> Dims:
         return Dims.load(self.dir / stage / MODEL)
 

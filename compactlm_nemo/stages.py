@@ -91,6 +91,17 @@ STAGES: dict[str, Stage] = {
         Stage("search", "search", ("score",), lambda c: {"search": c.search, "prune": _how_to_cut(c)} | _split(c)),
         Stage("prune", "student", ("search",), lambda c: {"prune": c.prune}, _ranking),
         Stage(
+            "correct_teacher",
+            "corrected",
+            ("import", "tokenize"),
+            lambda c: {
+                "correct": deciding(c.correction),
+                "data.sequence_length": c.data.sequence_length,
+                "data.train": asdict(c.data)["train"],
+                "run.seed": c.run.seed,
+            },
+        ),
+        Stage(
             "cache_teacher",
             "targets",
             ("import", "tokenize"),
@@ -148,14 +159,21 @@ def _inputs(stage: Stage, config: Config) -> dict[str, str]:
 
 def _needs(stage: Stage, config: Config) -> tuple[str, ...]:
     """Stages whose results this one reads."""
-    stored = stage.name == "distill" and config.distill.teacher is TeacherSource.stored
-    return (*stage.needs, "cache_teacher") if stored else stage.needs
+    needs = stage.needs
+    if stage.name == "distill" and config.distill.teacher is TeacherSource.stored:
+        needs = (*needs, "cache_teacher")
+    if stage.name in ("distill", "cache_teacher") and config.correct.steps:
+        needs = (*needs, "correct_teacher")
+    return needs
 
 
 def stages_of(config: Config) -> list[str]:
     """The stages of a whole run, in order."""
-    left_out = set() if config.distill.teacher is TeacherSource.stored else {"cache_teacher"}
-    return [name for name in STAGES if name not in left_out]
+    wanted = {
+        "cache_teacher": config.distill.teacher is TeacherSource.stored,
+        "correct_teacher": config.correct.steps > 0,
+    }
+    return [name for name in STAGES if wanted.get(name, True)]
 
 
 def verb(stage: str) -> str:
@@ -205,7 +223,7 @@ def _identity(stage: Stage, config: Config) -> tuple[dict[str, Any], dict[str, s
 def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None:
     from compactlm_nemo import verbs
     from compactlm_nemo.caching import cache_teacher
-    from compactlm_nemo.distilling import train
+    from compactlm_nemo.distilling import correct_teacher, train
     from compactlm_nemo.parallel.collectives import barrier, broadcast_object
     from compactlm_nemo.report.build import report
     from compactlm_nemo.run import Run
@@ -216,6 +234,7 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
         "score": verbs.score,
         "search": verbs.search,
         "prune": verbs.prune,
+        "correct_teacher": correct_teacher,
         "cache_teacher": cache_teacher,
         "distill": train,
         "evaluate": verbs.evaluate,

@@ -87,6 +87,29 @@ class CacheConfig:
 
 
 @dataclass(kw_only=True)
+class CorrectConfig:
+    """Training of the teacher on the distillation's data before it teaches (`recipes.correct_teacher`); what is not
+    here is as in `distill`. The paper: 120 steps of warm-up to a fifth of the teacher's own peak rate."""
+
+    steps: int = 0
+    """Optimizer steps; 0 leaves the teacher as it is."""
+    lr: float = 2e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    warmup_steps: int = 120
+    """Steps of linear warm-up from 0; at most half of `correct.steps` are taken."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, f"correct.steps={self.steps} must be >= 0; 0 leaves the teacher as it is.")
+        require(self.lr > 0, f"correct.lr={self.lr} must be > 0; try a fifth of the teacher's own.")
+        require(
+            0 <= self.min_lr <= self.lr, f"correct.min_lr={self.min_lr} must be in [0, correct.lr={self.lr}]; lower it."
+        )
+        require(self.warmup_steps >= 0, f"correct.warmup_steps={self.warmup_steps} must be >= 0; 0 is none.")
+
+
+@dataclass(kw_only=True)
 class DistillConfig:
     teacher: TeacherSource = TeacherSource.live
     """live, or stored: what recipes.cache_teacher wrote takes its place, and no teacher is loaded; none: plain training

@@ -5,7 +5,7 @@ One schema serves all verbs, so that one experiment file describes a whole run a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from compactlm_nemo.config.choices import (
     Precision,
     Reconstruct,
     Stream,
+    TeacherSource,
     WandbMode,
     WidthMetric,
 )
-from compactlm_nemo.config.distill import CacheConfig, DistillConfig
+from compactlm_nemo.config.distill import CacheConfig, CorrectConfig, DistillConfig, LossConfig
 from compactlm_nemo.config.search import RankConfig, SearchConfig
 from compactlm_nemo.errors import require
 
@@ -295,6 +296,7 @@ class Config:
     prune: PruneConfig = field(default_factory=PruneConfig)
     rank: RankConfig = field(default_factory=RankConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    correct: CorrectConfig = field(default_factory=CorrectConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -310,6 +312,24 @@ class Config:
             return self.parallel
         return ParallelConfig(
             tp=tp, pp=pp, cp=self.parallel.cp, sequence_parallel=self.parallel.sequence_parallel and tp > 1
+        )
+
+    @property
+    def correction(self) -> DistillConfig:
+        """How the teacher itself is trained: `correct`, the rest as in `distill`, without a teacher of its own."""
+        own = self.correct
+        require(own.steps > 0, "correct.steps=0 trains no teacher; set it, for example correct.steps=200.")
+        return replace(
+            self.distill,
+            steps=own.steps,
+            lr=own.lr,
+            min_lr=own.min_lr,
+            warmup_steps=min(own.warmup_steps, own.steps // 2),
+            teacher=TeacherSource.none,
+            loss=LossConfig(forward_kl=0.0, cross_entropy=1.0),
+            stop_after=None,
+            teacher_tp=None,
+            teacher_pp=None,
         )
 
     @property

@@ -118,12 +118,13 @@ def _main(folder: str, settings: str, left_out: str, results: str) -> None:
     lm: Any = HFLM(pretrained=folder, trust_remote_code=False, batch_size=cfg.micro_batch, device=device)
     lm.model.config.use_cache = False  # its places are counted by layer
     every = lm.model.model.layers
+    manager = TaskManager(include_path=cfg.task_folder)  # reads thousands of task files
     for layers in json.loads(left_out)[finished.count("\n") :]:
         lm.model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(every) if i not in layers)
         outcome = lm_eval.simple_evaluate(
             model=lm,
             tasks=list(cfg.tasks),
-            task_manager=TaskManager(include_path=cfg.task_folder),
+            task_manager=manager,
             limit=cfg.task_limit,
             bootstrap_iters=0,
         )

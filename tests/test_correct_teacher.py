@@ -1,0 +1,89 @@
+"""A teacher that is trained on the distillation's tokens before it teaches."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from compactlm_nemo.config.distill import CorrectConfig
+from compactlm_nemo.errors import ConfigError
+from tests import commands
+from tests.tiny_run import command, make_inputs
+
+CORRECT = ["correct.steps=4", "correct.lr=1e-2", "distill.checkpoint_every=2"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _run(words: list[str], ranks: int = 1) -> None:
+    done = commands.run(words, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+
+
+def _metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plain(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "plain"
+    _run(command(inputs, run))
+    return run
+
+
+def test_the_corrected_teacher_teaches(inputs: Path, plain: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    _run(command(inputs, run, *CORRECT))  # the whole run, with the stage in its place
+    correction, before, after = _metrics(run / "corrected"), _metrics(plain / "distill"), _metrics(run / "distill")
+    # Both begin with the same batch, which the teacher has not been trained on.
+    assert correction[0]["train/loss"] == pytest.approx(before[0]["train/teacher_lm_loss_nats"], rel=1e-5)
+    assert "train/teacher_lm_loss_nats" not in correction[0]
+    assert [line["step"] for line in correction] == list(range(4))
+    assert [line["train/lr"] for line in correction] == pytest.approx([5e-3, 1e-2, 5e-3, 0])  # two of warm-up, cosine
+    assert after[0]["train/teacher_lm_loss_nats"] < before[0]["train/teacher_lm_loss_nats"] - 0.05
+    scores = [load_file(folder / "score" / "scores.safetensors") for folder in (plain, run)]
+    assert all(value.equal(scores[1][name]) for name, value in scores[0].items())  # the cut is the original's
+
+    stored = shutil.copytree(run, tmp_path / "stored")
+    for folder in ("distill", "training"):
+        shutil.rmtree(stored / folder)
+    words = [*CORRECT, "distill.teacher=stored", "cache.kind=hidden"]
+    for recipe in ("cache_teacher", "distill"):
+        _run(command(inputs, stored, *words, recipe=recipe))
+    for a, b in zip(after, _metrics(stored / "distill"), strict=True):
+        assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-4)
+    about = json.loads((stored / "targets" / "about.json").read_text())
+    assert about["model"] == json.loads((run / "corrected" / "manifest.json").read_text())["fingerprint"]
+
+
+def test_two_ranks_correct_as_one(inputs: Path, plain: Path, tmp_path: Path) -> None:
+    runs = []
+    for ranks, layout in ((1, []), (2, ["parallel.pp=2"])):
+        run = tmp_path / str(ranks)
+        for stage in ("teacher", "tokens"):
+            shutil.copytree(plain / stage, run / stage)
+        _run(command(inputs, run, *CORRECT, *layout, recipe="correct_teacher"), ranks)
+        runs.append(_metrics(run / "corrected"))
+    for one, two in zip(*runs, strict=True):
+        assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4)
+        assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-3)
+
+
+def test_what_is_missing_is_named(inputs: Path, plain: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(plain, tmp_path / "run")
+    shutil.rmtree(run / "distill")
+    done = commands.run(command(inputs, run, *CORRECT, recipe="distill"))
+    assert done.returncode == 2 and "no finished correct_teacher stage" in done.stderr
+    done = commands.run(command(inputs, run, recipe="correct_teacher"))
+    assert done.returncode == 2 and "correct.steps=0 trains no teacher" in done.stderr
+    settings = {"steps": -1, "lr": 0, "min_lr": 1, "warmup_steps": -1}
+    for name, value in settings.items():
+        with pytest.raises(ConfigError, match=rf"correct\.{name}={value}"):
+            CorrectConfig(**{name: value})
