@@ -23,8 +23,8 @@ class NonFinite:
     Equal on every rank, as what it looks at is.
     """
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.in_a_row, self.skipped = limit, 0, 0
+    def __init__(self, limit: int, skipped: int = 0) -> None:
+        self.limit, self.in_a_row, self.skipped = limit, 0, skipped
 
     def skips(self, step: int, values: dict[str, float]) -> bool:
         """Whether to skip this step.

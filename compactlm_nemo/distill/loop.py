@@ -93,14 +93,15 @@ def distill(
         return load_training(checkpoints, ddps, optimizer, schedule, mesh)
 
     def save() -> None:
-        position.losses = list(spikes.losses)
+        position.losses, position.skipped = list(spikes.losses), non_finite.skipped
         save_training(
             checkpoints, ddps, optimizer, schedule, mesh,
             position=position, keep=cfg.keep_checkpoints, is_main=is_main,
         )  # fmt: skip
 
     position = Position() if latest_step(checkpoints) is None else load()
-    non_finite, spikes = NonFinite(cfg.skip_limit), Spikes(cfg.spike_factor, cfg.spike_limit, position.losses)
+    non_finite = NonFinite(cfg.skip_limit, position.skipped)
+    spikes = Spikes(cfg.spike_factor, cfg.spike_limit, position.losses)
     if cfg.spike_factor is not None and latest_step(checkpoints) is None:
         save()  # a spike must find one to go back to
     last = cfg.steps if until is None else until

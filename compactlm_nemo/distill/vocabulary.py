@@ -40,6 +40,11 @@ class Shard(NamedTuple):
     vocab_start: int
     tp_group: ProcessGroup | None
 
+    @property
+    def is_split(self) -> bool:
+        """Whether other ranks hold rows too; Megatron has a group even where there is one rank."""
+        return self.tp_group is not None and self.tp_group.size() > 1
+
     def num_valid(self, weight_VH: Tensor) -> int:
         """Leading rows of the shard that are no padding; 0 where the whole shard is padding."""
         return min(max(self.vocab_size - self.vocab_start, 0), weight_VH.shape[0])
@@ -57,7 +62,7 @@ class Shard(NamedTuple):
         plain = norms if temperature == 1 else [torch.logsumexp(logits_NV, dim=-1) for logits_NV in logits]
         label = [self.at(logits_NV, labels_N[:, None])[:, 0] for logits_NV in logits]
         norms_MN, plain_MN, label_MN = torch.stack(norms), torch.stack(plain), torch.stack(label)
-        if self.tp_group is not None:
+        if self.is_split:
             own_MN = norms_MN
             norms_MN, plain_MN = self._over_ranks(torch.stack([norms_MN, plain_MN]))
             local = [x_NV.add_(gap_N[:, None]) for x_NV, gap_N in zip(local, own_MN - norms_MN, strict=True)]
@@ -108,7 +113,7 @@ def chunk_tokens(memory_bytes: int, rows: int) -> int:
 def blocks(logits_NV: Tensor, shard: Shard) -> Iterator[slice]:
     """Rows that are compared at a time: all, where every step is a kernel's start or a message to other ranks."""
     rows, row_bytes = logits_NV.shape[0], logits_NV.shape[1] * logits_NV.itemsize
-    whole = shard.tp_group is not None or logits_NV.is_cuda
+    whole = shard.is_split or logits_NV.is_cuda
     return chunks(rows, rows if whole else max(1, BLOCK_BYTES // max(1, row_bytes)))
 
 

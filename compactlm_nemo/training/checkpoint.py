@@ -34,6 +34,8 @@ class Position:
     """Global batches that were passed over when a loss spike sent the run back: step k trains batch k + given_up."""
     rewinds: int = 0
     """Times that this happened."""
+    skipped: int = 0
+    """Steps that did not reach the weights because they were not finite."""
     losses: list[float] = field(default_factory=list)
     """Those of the last steps, by which a spike is told."""
     best_step: int | None = None

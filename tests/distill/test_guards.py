@@ -95,6 +95,9 @@ def _nan_is_skipped(rank: int, world: int, root: Path) -> None:
     assert moved == [True, True, False, True, True]
     assert all(value.isfinite().all() for value in reached[-1].values())
 
+    assert end.skipped == 1
+    assert Training(root, mesh, CONFIG).run("nan", undisturbed) == end  # it is counted on after a restart
+
     stubborn = Training(root, mesh, replace(CONFIG, skip_limit=1))
     with pytest.raises(NumericsError, match=r"step 1: train/loss is nan for the 2th step in a row; lower distill.lr"):
         stubborn.run("stubborn", lambda idx, teacher: disturbing(idx // 2, lambda head: head * math.nan)(idx, teacher))

@@ -20,6 +20,7 @@ from compactlm_nemo.config.distill import LossConfig
 from compactlm_nemo.distill.linear_ce import linear_ce, linear_ce_sum
 from compactlm_nemo.distill.linear_kd import LinearKD, linear_kd
 from compactlm_nemo.distill.targets import TeacherHead
+from compactlm_nemo.distill.vocabulary import Shard, blocks
 from compactlm_nemo.errors import ConfigError, DataError
 from compactlm_nemo.parallel.collectives import all_reduce_max, all_reduce_sum, broadcast_object, gather_objects
 from tests.distill.reference import BETA, LOSSES, SKEW, Case, ce_sums, gradients, log_softmax, loss_sum, make, rows
@@ -332,6 +333,17 @@ def test_collectives(tmp_path: Path) -> None:
     one = torch.ones(2)
     assert all_reduce_sum(one, None) is not one and all_reduce_sum(one, None).equal(one)
     assert broadcast_object("a") == "a" and gather_objects("a") == ["a"]
+
+
+def _blocks(rank: int, world: int) -> None:
+    logits_NV = torch.zeros(100, 2**18)
+    rows = [block.stop - block.start for block in blocks(logits_NV, Shard(2**18 * world, 0, dist.group.WORLD))]
+    assert rows == ([4] * 25 if world == 1 else [100])  # 4 MiB; every block more is a message to the other ranks
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_blocks_fit_a_cache_where_no_other_rank_waits(tmp_path: Path, world: int) -> None:
+    run_ranks(_blocks, world, tmp_path)
 
 
 def _one_rank_fails(rank: int, world: int) -> None:
