@@ -96,7 +96,8 @@ def records(folder: Path) -> list[tuple[torch.Tensor, ...]]:
 
 def test_every_layout_stores_the_same_and_trains_the_same(inputs, pruned, top_k, tmp_path):
     four = shutil.copytree(pruned, tmp_path / "four")
-    layout = ["parallel.tp=2", "parallel.sequence_parallel=true"]
+    # The vocabulary of 93 is padded so little that either rank holds words.
+    layout = ["parallel.tp=2", "parallel.sequence_parallel=true", "model.vocab_multiple=8"]
     metrics = trained(inputs, four, *TOP_K, *layout, recipes=("cache_teacher", "distill"), ranks=4)
     for one, other in zip(records(top_k / "targets"), records(four / "targets"), strict=True):
         assert one[0].equal(other[0])

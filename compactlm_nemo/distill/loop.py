@@ -17,7 +17,7 @@ from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.distill.guards import NonFinite, Spikes
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Batch, Teacher
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import Chunks, recompute_activations
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import micro_batches
 from compactlm_nemo.parallel.groups import Mesh
@@ -85,6 +85,8 @@ def distill(
     `until` ends earlier, without changing the schedule. Collective.
     """
     student.train()
+    if cfg.recompute:
+        recompute_activations(student)
     ddps = wrap_data_parallel(student)
     optimizer = build_optimizer(ddps, cfg)
     schedule = build_schedule(optimizer, cfg)

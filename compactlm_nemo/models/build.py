@@ -79,6 +79,13 @@ class Chunks(list[HiddenStateModel]):
             yield from chunk.parameters()
 
 
+def recompute_activations(chunks: Chunks) -> None:
+    """From now on training keeps each layer's input only, and runs the layer's forward pass again in backward."""
+    for chunk in chunks:
+        chunk.config.recompute_granularity, chunk.config.recompute_method = "full", "uniform"
+        chunk.config.recompute_num_layers = 1
+
+
 def pipeline_layout(num_layers: int, layout: ParallelConfig) -> list[list[str]] | None:
     """Megatron's description of `split_layers`; None without a pipeline."""
     if layout.pp == 1:

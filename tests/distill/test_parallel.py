@@ -14,8 +14,9 @@ from compactlm_nemo.config.distill import LossConfig
 from compactlm_nemo.config.schema import ParallelConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Batch, LiveTeacher, SeparateTeacher, Teacher
-from compactlm_nemo.models.build import global_names, tp_share
+from compactlm_nemo.models.build import global_names, recompute_activations, tp_share
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.forward import positions_of
 from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.collectives import all_gather
 from compactlm_nemo.parallel.groups import Mesh
@@ -91,9 +92,16 @@ def separate(folder: Path, mesh: Mesh, layout: ParallelConfig) -> tuple[Dims, Se
 
 
 def _step(
-    root: Path, mesh: Mesh, student: str, micro_batch: int, own_layout: ParallelConfig | None = None
+    root: Path,
+    mesh: Mesh,
+    student: str,
+    micro_batch: int,
+    own_layout: ParallelConfig | None = None,
+    recompute: bool = False,
 ) -> tuple[Any, Any, dict[str, float]]:
     _, learner = filled(root / student, mesh)
+    if recompute:
+        recompute_activations(learner)
     ddps = wrap_data_parallel(learner.train())
     live: Teacher
     if own_layout is None:
@@ -116,11 +124,12 @@ def _matches(
     cases: tuple[str, ...],
     root: Path,
     own_layout: ParallelConfig | None = None,
+    recompute: bool = False,
 ) -> None:
     mesh = mesh_of(**layout)
     for case in cases:
         micro_batch = 1 if case == "llama" or mesh.layout.virtual_stages > 1 else 2
-        ddps, dims, terms = _step(root / case, mesh, "student", micro_batch, own_layout)
+        ddps, dims, terms = _step(root / case, mesh, "student", micro_batch, own_layout, recompute)
         assert terms == pytest.approx(torch.load(root / case / "terms.pt"), rel=1e-5), case
         _, wanted = open_hf(root / case / "gradients")
         padded = dims.padded_vocab(mesh.tp_size, VOCAB_MULTIPLE)
@@ -172,3 +181,32 @@ TWO_LAYOUTS = {
 def test_step_with_a_teacher_of_another_layout_is_the_definition(layouts, root, tmp_path):
     ranks, student, teacher = TWO_LAYOUTS[layouts]
     run_ranks(_matches, ranks, tmp_path, student, CASES, root, teacher)
+
+
+def _recomputed(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:
+    _matches(rank, world, layout, CASES[:1], root, recompute=True)
+
+
+def _kept_bytes(rank: int, world: int, root: Path) -> None:
+    """What autograd keeps of a forward pass."""
+    mesh, kept = mesh_of(), {}
+    for recompute in (False, True):
+        _, learner = filled(root / CASES[0] / "student", mesh)
+        if recompute:
+            recompute_activations(learner)
+        sizes: list[int] = []
+        inputs = samples()[:, :-1]
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: to.append(x.nbytes) or x, lambda x: x):
+            learner.train()[0](inputs, positions_of(inputs), None)
+        kept[recompute] = sum(sizes)
+    assert kept[True] < kept[False] / 4, kept
+
+
+def test_recomputing_keeps_less(root, tmp_path):
+    run_ranks(_kept_bytes, 1, tmp_path, root)
+
+
+@pytest.mark.parametrize("layout", ["1", "tp2_sp", "vpp2"])
+def test_recomputing_activations_changes_nothing(layout, root, tmp_path):
+    ranks, fields = LAYOUTS[layout]
+    run_ranks(_recomputed, ranks, tmp_path, fields, root)

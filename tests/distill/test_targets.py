@@ -17,6 +17,8 @@ from torch.testing import assert_close
 from compactlm_nemo.config.distill import LossConfig
 from compactlm_nemo.distill.linear_kd import LinearKD, linear_kd
 from compactlm_nemo.distill.targets import TopK
+from compactlm_nemo.distill.top_k import top_k_targets
+from compactlm_nemo.distill.vocabulary import Shard
 from tests.distill.reference import Case, ce_sums, gradients, log_softmax, loss_sum, make, rows
 from tests.ranks import run_ranks
 
@@ -118,9 +120,28 @@ def test_a_student_that_is_sure_of_the_kept_tokens() -> None:
     assert case.weight_VH.grad[:, 0].tolist() == pytest.approx(gradient, abs=1e-7)
 
 
+def finds(case: Case, k: int, shard: Shard) -> None:
+    """What is found on this shard of the vocabulary is what the whole of it says."""
+    own = slice(shard.vocab_start, shard.vocab_start + ROWS // (shard.tp_group.size() if shard.tp_group else 1))
+    labels_N = case.labels_N.clamp(min=0)
+    got = top_k_targets(case.teacher_NG, case.teacher_VG[own], labels_N, k=k, chunk_tokens=10, shard=shard)
+    want = top_k(case, k)
+    assert_close(got.probs_NK, want.probs_NK.sort(-1, descending=True).values, rtol=1e-11, atol=0)
+    order = got.ids_NK.argsort(-1), want.ids_NK.argsort(-1)
+    assert got.ids_NK.gather(-1, order[0]).equal(want.ids_NK.gather(-1, order[1]))
+    assert_close([got.rest_N, got.ce_N], [want.rest_N, want.ce_N], rtol=1e-11, atol=1e-15)
+
+
+@pytest.mark.parametrize("k", [1, 40, VOCAB])
+def test_the_likeliest_tokens_are_found(k: int) -> None:
+    finds(make(TOKENS, VOCAB, ROWS), k, Shard(VOCAB, 0, None))
+
+
 def _tp_matches(rank: int, world: int) -> None:
     case = make(TOKENS, VOCAB, ROWS)
     targets, size = top_k(case, 5), ROWS // world
+    for k in (5, 40, VOCAB):  # 40 is more than one of four ranks holds
+        finds(case, k, Shard(VOCAB, rank * size, dist.group.WORLD))
     shard = slice(rank * size, (rank + 1) * size)
     leaf = case._replace(weight_VH=case.weight_VH[shard]).leaves()
     got = stored(leaf, targets, vocab_start=rank * size, tp_group=dist.group.WORLD)
