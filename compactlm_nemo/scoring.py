@@ -22,7 +22,7 @@ from compactlm_nemo.importance.collect import StateKey, collect
 from compactlm_nemo.importance.moments import MomentCollector, save_moments
 from compactlm_nemo.importance.running import STATE, Running
 from compactlm_nemo.importance.statistics import State
-from compactlm_nemo.importance.taylor import taylor_scores
+from compactlm_nemo.importance.taylor import Gradients, taylor_scores
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import barrier, broadcast_object
@@ -33,6 +33,8 @@ from compactlm_nemo.training.optimizer import wrap_data_parallel
 
 MOMENTS = "moments"
 """Subfolder of the score stage with the second moments."""
+TAYLOR = "taylor"
+"""What progress of the gradients is kept under."""
 
 
 @dataclass
@@ -74,14 +76,14 @@ class Scoring:
         done, total = broadcast_object(self.running.samples), len(self.windows_NS)
         moments = MomentCollector(self.teacher, self.run.mesh, self.dims) if cfg.second_moments else None
         if moments and done:
-            moments.load_state(load_file(self._moments_file(done)))
+            moments.load_state(load_file(self._rank_file(MOMENTS, done)))
         on_batch = moments.on_batch if moments else lambda counted: None
         with self.progress("score", total - done) as advance:
             while done < total:
                 part_NS = self.windows_NS[done : done + cfg.save_every]
                 states = collect(self.teacher, self.run.mesh, self.dims, part_NS, cfg, advance, on_batch)
                 if moments:
-                    self._save_moments(moments, done, done + len(part_NS))
+                    self._save_rank(MOMENTS, moments.state(), done, done + len(part_NS))
                 stop = self._take_in(states, len(part_NS))
                 done += len(part_NS)
                 if stop:
@@ -101,28 +103,38 @@ class Scoring:
                 running.save(self.state / STATE)
         return broadcast_object(stop)
 
-    def _moments_file(self, samples: int) -> Path:
-        return self.state / f"moments_{samples}_rank_{launch_rank()}.safetensors"
+    def _rank_file(self, kind: str, samples: int) -> Path:
+        return self.state / f"{kind}_{samples}_rank_{launch_rank()}.safetensors"
 
-    def _save_moments(self, moments: MomentCollector, before: int, after: int) -> None:
-        """Each rank keeps its own rows; the file that the saved statistics go with is there at every instant."""
-        temporary = self._moments_file(after).with_suffix(".tmp")
-        save_file({name: block.cpu() for name, block in moments.state().items()}, temporary)
-        temporary.replace(self._moments_file(after))
+    def _save_rank(self, kind: str, state: dict[str, Tensor], before: int, after: int) -> None:
+        """Each rank keeps what is its own; the file that the saved statistics go with is there at every instant."""
+        path = self._rank_file(kind, after)
+        save_file({name: block.cpu() for name, block in state.items()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
         barrier()
-        for old in self.state.glob(f"moments_*_rank_{launch_rank()}.safetensors"):
-            if old not in (self._moments_file(before), self._moments_file(after)):
+        for old in self.state.glob(f"{kind}_*_rank_{launch_rank()}.safetensors"):
+            if old not in (self._rank_file(kind, before), path):
                 old.unlink()
 
     def taylor(self) -> dict[str, Tensor]:
-        """First-order Taylor importance, on the main rank: one forward and backward pass, not kept when killed."""
+        """First-order Taylor importance, on the main rank: one forward and backward pass over all samples."""
 
         def loss_sum(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor) -> Tensor:
             return linear_ce_sum(hidden_NH, self.teacher.head_weight, labels_N, mask_N, **self.head())
 
         ddps = wrap_data_parallel(self.teacher, shard_gradients=False)
-        with self.progress("taylor", len(self.windows_NS)) as advance:
-            return taylor_scores(
-                ddps, self.dims, self.run.mesh, self.windows_NS, loss_sum,
-                micro_batch=self.cfg.micro_batch, progress=advance,
-            )  # fmt: skip
+        gradients = Gradients(ddps, self.run.mesh, loss_sum, self.cfg.micro_batch)
+        done, total = broadcast_object(self.running.summed.get(TAYLOR, 0)), len(self.windows_NS)
+        if done:
+            gradients.load_state(load_file(self._rank_file(TAYLOR, done)))
+        with self.progress(TAYLOR, total - done) as advance:
+            while done < total:
+                part_NS = self.windows_NS[done : done + self.cfg.save_every]
+                gradients.add(part_NS, advance)
+                self._save_rank(TAYLOR, gradients.state(), done, done + len(part_NS))
+                done += len(part_NS)
+                with main_rank_writes() as writes:
+                    if writes:
+                        self.running.summed[TAYLOR] = done
+                        self.running.save(self.state / STATE)
+        return taylor_scores(gradients, self.dims)

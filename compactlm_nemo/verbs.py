@@ -102,7 +102,9 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
         "neurons": cfg.neurons.name,
     }
     state = run.dir / "scoring"
-    claim(state, settings_of({"score": deciding(cfg), "evaluate": deciding(config.evaluate), "about": about}))
+    own = cfg.second_moments or WidthMetric.taylor in cfg.width  # then each rank keeps progress of its own
+    layout = {"parallel": config.parallel} if own else {}
+    claim(state, settings_of({"score": deciding(cfg), "evaluate": deciding(config.evaluate), "about": about} | layout))
     teacher = run.load("teacher").eval()
     scoring = Scoring(run, teacher, dims, windows_NS.to(device()), _start(run, state, windows_NS, about), state)
     scoring.measure_activations(folder)

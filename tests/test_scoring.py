@@ -106,6 +106,23 @@ def test_a_killed_run_goes_on_to_the_same_bits(inputs: Path, ready: Path, scored
     assert all(torch.equal(got.whole(name), want.whole(name)) for name in want.sizes)
 
 
+def test_killed_gradients_go_on_to_the_same_bits(inputs: Path, ready: Path, tmp_path: Path) -> None:
+    words = [*FEW[:2], "score.save_every=2", "score.width=[taylor]", "score.depth=[lm_loss]", "score.depth_samples=2"]
+    runs = [Path(shutil.copytree(ready, tmp_path / name)) for name in ("whole", "killed")]
+    assert _run(command(inputs, runs[0], *words, recipe="score"))[0] == 0
+    process = commands.start(command(inputs, runs[1], *words, recipe="score"), tmp_path / "out", tmp_path / "err")
+    while process.is_alive() and not (runs[1] / "scoring" / "taylor_4_rank_0.safetensors").exists():
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert 4 <= Running.load(runs[1] / "scoring" / "state.safetensors").summed["taylor"] + 2 < 24
+    status, errors = _run(command(inputs, runs[1], *words, "parallel.tp=2", recipe="score"), ranks=2)
+    assert status == 2 and "another parallel.tp" in errors
+    status, errors = _run(command(inputs, runs[1], *words, recipe="score"))
+    assert status == 0, errors
+    assert _stored(runs[0]) == _stored(runs[1])
+
+
 def test_two_ranks_give_the_same_scores(inputs: Path, ready: Path, scored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(ready, tmp_path / "run"))
     status, errors = _run(_words(inputs, run, "parallel.tp=2", "parallel.sequence_parallel=true"), ranks=2)

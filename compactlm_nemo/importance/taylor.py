@@ -41,29 +41,64 @@ LossSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 gradient; called on the last stage."""
 
 
-def taylor_scores(
-    ddps: list[Any],
-    dims: Dims,
-    mesh: Mesh,
-    windows_NS: Tensor,
-    loss_sum: LossSum,
-    *,
-    micro_batch: int,
-    progress: Callable[[int], None],
-) -> dict[str, Tensor]:
+class Gradients:
+    """The gradient of the summed loss over the samples so far, float32: this rank's share of it.
+
+    Args:
+        ddps: Megatron DDP around each chunk that leaves all gradients on every data-parallel rank.
+        loss_sum: See `LossSum`.
+        micro_batch: Samples of one forward and backward pass.
+    """
+
+    def __init__(self, ddps: list[Any], mesh: Mesh, loss_sum: LossSum, micro_batch: int) -> None:
+        self.ddps, self.mesh, self.loss_sum, self.micro_batch = ddps, mesh, loss_sum, micro_batch
+        self.tokens = 0
+        """Predicted tokens so far, over all ranks."""
+        self.sums = {name: torch.zeros_like(parameter.main_grad) for name, parameter in self._parameters()}
+
+    def _parameters(self) -> Iterator[tuple[str, Any]]:
+        for idx, ddp in enumerate(self.ddps):
+            yield from ((f"{idx}.{name}", parameter) for name, parameter in ddp.module.named_parameters())
+
+    def add(self, windows_NS: Tensor, progress: Callable[[int], None]) -> None:
+        """Take in further samples. Collective.
+
+        Args:
+            windows_NS: The same on every rank; data-parallel ranks take every dp-th. S - 1 tokens of each count.
+            progress: Told the samples, over all ranks, of each micro-batch that is through the model; last stage only.
+        """
+        batches = _batches(windows_NS, self.mesh, self.micro_batch)
+        _accumulate_gradients(self.ddps, self.mesh, batches, self.loss_sum, progress)
+        tokens = windows_NS.shape[0] * (windows_NS.shape[1] - 1)
+        for name, parameter in self._parameters():  # they are of the mean over these tokens
+            self.sums[name].add_(parameter.main_grad, alpha=tokens)
+        self.tokens += tokens
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it, for a file of this rank."""
+        return self.sums | {"tokens": torch.tensor(self.tokens)}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state` gave on the same layout."""
+        for name, total in self.sums.items():
+            total.copy_(state[name])
+        self.tokens = int(state["tokens"])
+
+    def finish(self) -> None:
+        """Leave the gradient of L in every `main_grad`."""
+        for name, parameter in self._parameters():
+            parameter.main_grad.copy_(self.sums[name] / self.tokens)
+
+
+def taylor_scores(gradients: Gradients, dims: Dims) -> dict[str, Tensor]:
     """Importance of every unit, float32 under the names of `scores`, on the main rank; empty on the others. Collective.
 
     Args:
-        ddps: Megatron DDP around each chunk that leaves all gradients on every data-parallel rank. They are zeroed
-            here and hold the gradient of L afterwards.
-        windows_NS: Calibration tokens, the same on every rank; data-parallel ranks take every dp-th sample. S - 1
-            tokens of each are predicted.
-        loss_sum: See `LossSum`.
-        micro_batch: Samples of one forward and backward pass.
-        progress: Told the samples, over all ranks, of each micro-batch that is through the model; last stage only.
+        gradients: Of all calibration samples.
     """
-    _accumulate_gradients(ddps, mesh, _batches(windows_NS, mesh, micro_batch), loss_sum, progress)
-    scores = _assembled(gather_objects((mesh.tp_rank, _unit_sums(ddps, dims, mesh))))
+    gradients.finish()
+    mesh = gradients.mesh
+    scores = _assembled(gather_objects((mesh.tp_rank, _unit_sums(gradients.ddps, dims, mesh))))
     bad = broadcast_object(next((name for name, x in scores.items() if not bool(x.isfinite().all())), None))
     if bad is not None:
         raise NumericsError(
@@ -97,7 +132,7 @@ def _batches(windows_NS: Tensor, mesh: Mesh, micro_batch: int) -> list[_Batch]:
 def _accumulate_gradients(
     ddps: list[Any], mesh: Mesh, batches: list[_Batch], loss_sum: LossSum, progress: Callable[[int], None]
 ) -> None:
-    """Leave the gradient of L in every `main_grad`, float32, by one run of Megatron's schedule. Collective."""
+    """Leave the gradient of these batches' mean loss in every `main_grad`, by one schedule of Megatron. Collective."""
     for ddp in ddps:
         ddp.zero_grad_buffer()
     size, length = batches[0].tokens_BS.shape

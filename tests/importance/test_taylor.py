@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compactlm_nemo.distill.linear_ce import linear_ce_sum
 from compactlm_nemo.errors import NumericsError
-from compactlm_nemo.importance.taylor import LossSum, taylor_scores
+from compactlm_nemo.importance.taylor import Gradients, LossSum, taylor_scores
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.groups import Mesh
@@ -58,7 +58,13 @@ def _matches(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ..
         loss_sum = loss_sum_of(chunks, dims, mesh)
         done: list[int] = []
         for micro_batch in (3, 2):  # twice: the second must not see anything of the first
-            got = taylor_scores(ddps, dims, mesh, windows(), loss_sum, micro_batch=micro_batch, progress=done.append)
+            gradients = Gradients(ddps, mesh, loss_sum, micro_batch)
+            for part_NS in windows().split([2, 3]):
+                gradients.add(part_NS, done.append)
+                again = Gradients(ddps, mesh, loss_sum, micro_batch)
+                again.load_state(gradients.state())
+                gradients = again  # as after a restart
+            got = taylor_scores(gradients, dims)
         assert sum(done) == (10 if mesh.is_last_stage else 0)
         if rank > 0:
             assert not got
@@ -88,9 +94,9 @@ def _is_refused(rank: int, world: int, root: Path) -> None:
     dims, chunks = filled(root / "llama", mesh)
     ddps = wrap_data_parallel(chunks, shard_gradients=False)
     with pytest.raises(NumericsError, match="taylor .* is NaN or infinite"):
-        taylor_scores(
-            ddps, dims, mesh, windows(), lambda hidden, *_: hidden.sum() * torch.nan, micro_batch=2, progress=print
-        )
+        gradients = Gradients(ddps, mesh, lambda hidden, *_: hidden.sum() * torch.nan, micro_batch=2)
+        gradients.add(windows(), lambda samples: None)
+        taylor_scores(gradients, dims)
 
 
 def test_a_gradient_that_is_not_finite_is_an_error_on_every_rank(root: Path, tmp_path: Path) -> None:
