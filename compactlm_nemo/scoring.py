@@ -74,7 +74,9 @@ class Scoring:
         if not (DepthMetric.bi in cfg.depth or any(metric.pair for metric in cfg.width) or cfg.second_moments):
             return
         done, total = broadcast_object(self.running.samples), len(self.windows_NS)
-        moments = MomentCollector(self.teacher, self.run.mesh, self.dims) if cfg.second_moments else None
+        moments = None
+        if cfg.second_moments:
+            moments = MomentCollector(self.teacher, self.run.mesh, self.dims, experts=cfg.expert_moments)
         if moments and done:
             moments.load_state(load_file(self._rank_file(MOMENTS, done)))
         on_batch = moments.on_batch if moments else lambda counted: None

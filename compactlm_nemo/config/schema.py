@@ -172,6 +172,8 @@ class ScoreConfig:
     """Layers in the blocks that `lm_loss_blocks` leaves out, one walk for each length."""
     second_moments: bool = False
     """Keep the input covariance of output projections and fc2 and of each norm's output, for reconstruction."""
+    expert_moments: bool = False
+    """With `score.second_moments` also those of every routed expert's fc2: experts x width^2 numbers a layer."""
     start_from: str | None = None
     """Folder of a finished score stage on the same texts and seed whose samples count as measured: with a larger
     `score.samples` only the further ones are run. Activation metrics only."""
@@ -197,6 +199,10 @@ class ScoreConfig:
         require(
             (DepthMetric.lm_loss_blocks in self.depth) == bool(self.block_lengths),
             f"score.depth=[lm_loss_blocks] and score.block_lengths={self.block_lengths} need each other; set both.",
+        )
+        require(
+            self.second_moments or not self.expert_moments,
+            "score.expert_moments=true needs score.second_moments=true; set both.",
         )
         for name in ("width", "depth"):
             given = getattr(self, name)

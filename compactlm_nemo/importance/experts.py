@@ -21,6 +21,7 @@ from torch import Tensor
 from compactlm_nemo.config.choices import Aggregator, Neurons
 from compactlm_nemo.importance.statistics import Parts
 from compactlm_nemo.parallel.collectives import all_reduce_sum
+from compactlm_nemo.parallel.groups import Mesh
 
 if TYPE_CHECKING:
     from compactlm_nemo.importance.collect import Collector
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 def hook_experts(collector: Collector, moe: Any, layer_idx: int) -> None:
     """Measure a Megatron MoE layer with the all-gather dispatcher, which keeps the place of every token."""
-    place = _Place(collector, moe)
+    place = TokenPlaces(collector.mesh, moe)
     collector.handles.append(moe.register_forward_pre_hook(lambda _, args: place.start(args[0])))
     collector.handles.append(moe.experts.register_forward_pre_hook(lambda _, args: place.dispatch(args[1])))
     for local, expert in enumerate(moe.experts.local_experts):
@@ -38,11 +39,11 @@ def hook_experts(collector: Collector, moe: Any, layer_idx: int) -> None:
         collector.on_neurons(moe.shared_experts, f"shared_expert.{layer_idx}")
 
 
-class _Place:
-    """Which sample each dispatched token belongs to."""
+class TokenPlaces:
+    """Which sample each dispatched token belongs to: number ``ep_rank * batch + b`` of the group's."""
 
-    def __init__(self, collector: Collector, moe: Any) -> None:
-        self.mesh, self.moe = collector.mesh, moe
+    def __init__(self, mesh: Mesh, moe: Any) -> None:
+        self.mesh, self.moe = mesh, moe
         self.shape: tuple[int, int] = (0, 0)
         self.samples: tuple[Tensor, ...] = ()
 
@@ -69,7 +70,7 @@ class _Place:
         return self.shape[0] * self.tp_ranks
 
 
-def _hook_expert(collector: Collector, place: _Place, expert: Any, local: int, name: str) -> None:
+def _hook_expert(collector: Collector, place: TokenPlaces, expert: Any, local: int, name: str) -> None:
     def put(element: str, x_NE: Tensor) -> None:
         parts = routed_parts(x_NE, place.samples[local], place.num_samples, place.length, collector.aggs)
         collector.experts.put(f"{element}.{name}", parts)

@@ -9,7 +9,10 @@ Names, layers 0-based and global::
     layers.{i}.mlp_norm         [H, H]                   output of the norm before the MLP
     final_norm                  [H, H]
 
-There are none of routed experts, whose inputs differ in their tokens.
+    layers.{i}.experts.{e}      [F, F]                   input of fc2 of a routed expert, its gate's weight included
+
+Those of routed experts are over the tokens that the router sent there, and kept on request only: there are E of them a
+layer.
 
 Each tensor-parallel rank keeps its rows and never gathers the others'. The product of a micro-batch is float32 and is
 added to a float32 total, so entry ij is off by at most about `3e-8 sqrt(C_ii C_jj)` a micro-batch (when all round the
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +33,12 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.importance.experts import TokenPlaces
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.checkpoint import read_box
 from compactlm_nemo.models.dims import Dims
@@ -56,6 +62,10 @@ def shared_expert_key(layer_idx: int) -> str:
     return f"layers.{layer_idx}.shared_expert"
 
 
+def expert_key(layer_idx: int, expert: int) -> str:
+    return f"layers.{layer_idx}.experts.{expert}"
+
+
 def attention_norm_key(layer_idx: int) -> str:
     return f"layers.{layer_idx}.attention_norm"
 
@@ -73,6 +83,11 @@ def own_rows(size: int, mesh: Mesh) -> slice:
     return slice(mesh.tp_rank * share, (mesh.tp_rank + 1) * share)
 
 
+def holders(name: str, mesh: Mesh) -> ProcessGroup:
+    """The ranks that add to the same rows of a moment."""
+    return mesh.expert_dp_group if ".experts." in name else mesh.dp_cp_group
+
+
 @torch.no_grad()
 def add_outer(total_RE: Tensor, own_NR: Tensor, whole_NE: Tensor) -> None:
     """``total += own^T whole`` over N tokens in float32; changes `total_RE`."""
@@ -86,9 +101,11 @@ class MomentCollector:
     Only the samples that `on_batch` announces count, none before its first call.
     """
 
-    def __init__(self, chunks: Chunks, mesh: Mesh, dims: Dims) -> None:
+    def __init__(self, chunks: Chunks, mesh: Mesh, dims: Dims, *, experts: bool = False) -> None:
         self.mesh = mesh
         self.counted_rows = 0
+        self.counted_of_group = torch.zeros(1)
+        """`counted_rows` of every rank of the expert-parallel group, where experts are measured."""
         self.blocks: dict[str, Tensor] = {}
         self.handles: list[Any] = []
         for layer in chunks.layers():
@@ -99,6 +116,8 @@ class MomentCollector:
             elif dims.shared_expert_ffn:
                 fc2 = layer.mlp.shared_experts.linear_fc2
                 self._on_input(fc2, shared_expert_key(idx), dims.shared_expert_ffn)
+            if dims.num_experts and experts:
+                self._on_experts(layer.mlp, idx, dims.ffn_hidden_size)
             self._on_norm(layer.input_layernorm, attention_norm_key(idx), dims.hidden_size)
             self._on_norm(layer.pre_mlp_layernorm, mlp_norm_key(idx), dims.hidden_size)
         if chunks[-1].post_process:
@@ -131,7 +150,7 @@ class MomentCollector:
         self.remove()
         reduced: dict[str, Tensor] = {}
         for name in list(self.blocks):
-            reduced[name] = all_reduce_sum(self.blocks.pop(name), self.mesh.dp_cp_group).cpu()
+            reduced[name] = all_reduce_sum(self.blocks.pop(name), holders(name, self.mesh)).cpu()
         return reduced
 
     def remove(self) -> None:
@@ -162,6 +181,30 @@ class MomentCollector:
         self._allocate(name, size)
         self.handles.append(module.register_forward_hook(lambda _, args, out: self._counted(out, add)))
 
+    def _on_experts(self, moe: Any, layer_idx: int, size: int) -> None:
+        """Of each expert of this rank: tokens of all ranks of its expert-parallel group, those that count."""
+        place = TokenPlaces(self.mesh, moe)
+        self.handles.append(moe.register_forward_pre_hook(lambda _, args: place.start(args[0])))
+        self.handles.append(moe.experts.register_forward_pre_hook(lambda _, args: self._dispatch(place, args[1])))
+        for local, expert in enumerate(moe.experts.local_experts):
+            name = expert_key(layer_idx, moe.local_expert_indices[local])
+            self._allocate(name, size)
+            hook = partial(self._add_routed, place, local, name)
+            self.handles.append(expert.linear_fc2.register_forward_pre_hook(hook))
+
+    def _dispatch(self, place: TokenPlaces, tokens_per_expert: Tensor) -> None:
+        """Each rank of the group has its own number of samples that count; experts run in step on all of them."""
+        place.dispatch(tokens_per_expert)
+        own = torch.tensor([self.counted_rows], device=device())
+        self.counted_of_group = all_gather(own, self.mesh.ep_group, dim=0)
+
+    def _add_routed(self, place: TokenPlaces, local: int, name: str, _: Any, args: tuple[Tensor, ...]) -> None:
+        sample_N = place.samples[local]
+        batch = place.shape[1]
+        x_NE = args[0].detach()[sample_N % batch < self.counted_of_group[sample_N // batch]]
+        whole_NE = all_gather(x_NE, self.mesh.tp_group, dim=-1) if self.mesh.tp_size > 1 else x_NE
+        add_outer(self.blocks[name], x_NE, whole_NE)
+
     def _allocate(self, name: str, size: int) -> None:
         rows = own_rows(size, self.mesh)
         self.blocks[name] = torch.zeros(rows.stop - rows.start, size, dtype=torch.float32, device=device())
@@ -181,12 +224,13 @@ def save_moments(folder: Path, blocks: dict[str, Tensor], mesh: Mesh, tokens: in
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     barrier()
-    copy = mesh.dp_cp_group.rank()
     state = {
-        name: ShardedTensor.from_rank_offsets(name, block, (0, mesh.tp_rank, mesh.tp_size), replica_id=copy)
+        name: ShardedTensor.from_rank_offsets(
+            name, block, (0, mesh.tp_rank, mesh.tp_size), replica_id=holders(name, mesh).rank()
+        )
         for name, block in blocks.items()
     }
-    rank = (mesh.pp_rank, mesh.tp_rank, copy)
+    rank = (mesh.pp_rank, mesh.tp_rank, mesh.dp_cp_group.rank())
     state[TOKENS] = ShardedTensor.from_rank_offsets(TOKENS, torch.tensor([tokens]), replica_id=rank)
     dist_checkpointing.save(state, str(folder))
 

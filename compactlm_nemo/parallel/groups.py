@@ -37,6 +37,9 @@ class Mesh:
     dp_group: ProcessGroup
     cp_group: ProcessGroup
     dp_cp_group: ProcessGroup
+    ep_group: ProcessGroup
+    expert_dp_group: ProcessGroup
+    """Ranks that hold the same experts."""
     last_stage_rank: int
     """Global rank of the last pipeline stage among the ranks that share this rank's pipeline."""
     megatron: dict[str, Any] = field(repr=False)
@@ -101,6 +104,8 @@ def current_mesh(layout: ParallelConfig) -> Mesh:
         dp_group=ps.get_data_parallel_group(),
         cp_group=ps.get_context_parallel_group(),
         dp_cp_group=ps.get_data_parallel_group(with_context_parallel=True),
+        ep_group=ps.get_expert_model_parallel_group(),
+        expert_dp_group=ps.get_expert_data_parallel_group(),
         last_stage_rank=ps.get_pipeline_model_parallel_last_rank(),
         megatron=_held(),
     )

@@ -65,7 +65,7 @@ def activations(model: Any, ids_NS: Tensor, neurons: str = "after") -> dict[str,
             )
             handles += [after, before]
         else:
-            handles.append(layer.mlp.register_forward_pre_hook(_experts(layer.mlp, i, config, neurons, at)))
+            handles.append(layer.mlp.register_forward_pre_hook(experts_hook(layer.mlp, i, config, neurons, at)))
     handles.append(model.model.norm.register_forward_hook(lambda _, args, out: at("hidden", out)))
     with torch.no_grad():
         model(ids_NS)
@@ -74,7 +74,7 @@ def activations(model: Any, ids_NS: Tensor, neurons: str = "after") -> dict[str,
     return seen
 
 
-def _experts(moe: Any, i: int, config: Any, neurons: str, at: Any) -> Any:
+def experts_hook(moe: Any, i: int, config: Any, neurons: str, at: Any) -> Any:
     """Every expert on every token by plain loops; tokens routed elsewhere give zeros."""
 
     def hook(module: Any, args: Any) -> None:

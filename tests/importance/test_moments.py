@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from compactlm_nemo.importance.moments import MomentCollector, MomentSource, add
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.forward import Share, forward_each
 from compactlm_nemo.parallel.groups import Mesh
+from tests.importance.reference import experts_hook
 from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
 from tests.models.tiny import VOCAB, save_tiny
 from tests.ranks import run_ranks
 
 DENSE = ("llama", "nemotron")
+EXPERTS = ("qwen2_moe", "mixtral")
 SAMPLES, LENGTH = 5, 12
 
 
@@ -38,13 +41,19 @@ def reference(model: Any) -> dict[str, Tensor]:
     def after(name: str) -> Callable[..., None]:
         return lambda module, args, out: seen.update({name: out})
 
+    def routed(name: str, x: Tensor) -> None:
+        if re.fullmatch(r"layers\.\d+\.experts\.\d+\.mlp", name):
+            seen[name.removesuffix(".mlp")] = x  # 0 for a token that was sent elsewhere
+
     for i, layer in enumerate(model.model.layers):
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.register_forward_pre_hook(experts_hook(layer.mlp, i, model.config, "after", routed))
         layer.self_attn.o_proj.register_forward_pre_hook(before(f"layers.{i}.proj"))
         layer.input_layernorm.register_forward_hook(after(f"layers.{i}.attention_norm"))
         layer.post_attention_layernorm.register_forward_hook(after(f"layers.{i}.mlp_norm"))
         if hasattr(layer.mlp, "shared_expert"):
             layer.mlp.shared_expert.down_proj.register_forward_pre_hook(before(f"layers.{i}.shared_expert"))
-        else:
+        elif hasattr(layer.mlp, "down_proj"):
             layer.mlp.down_proj.register_forward_pre_hook(before(f"layers.{i}.mlp"))
     model.model.norm.register_forward_hook(after("final_norm"))
     with torch.no_grad():
@@ -55,7 +64,7 @@ def reference(model: Any) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("moments")
-    for case in (*DENSE, "qwen2_moe"):
+    for case in (*DENSE, *EXPERTS):
         torch.save(reference(save_tiny(case, root / case).double()), root / case / "moments.pt")
     return root
 
@@ -74,7 +83,7 @@ def _collect_and_save(rank: int, world: int, layout: dict[str, Any], cases: tupl
     for case in cases:
         dims, model = filled(root / case, mesh)
         first, rest = windows().split([3, 2])
-        collector = MomentCollector(model.eval(), mesh, dims)
+        collector = MomentCollector(model.eval(), mesh, dims, experts=True)
         _run(collector, model, mesh, first)
         stored = out / f"{case}-{rank}.pt"
         torch.save(collector.state(), stored)
@@ -83,7 +92,7 @@ def _collect_and_save(rank: int, world: int, layout: dict[str, Any], cases: tupl
         for name, block in blocks.items():
             assert block.shape[0] * mesh.tp_size == block.shape[1], f"{name} is not sharded"
 
-        continued = MomentCollector(model, mesh, dims)
+        continued = MomentCollector(model, mesh, dims, experts=True)
         continued.load_state(torch.load(stored))
         _run(continued, model, mesh, rest)
         again = continued.reduce()
@@ -123,11 +132,12 @@ def test_moments_are_the_definition_in_every_layout(layout: str, root: Path, tmp
         _check(case, root, tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["ep2", "tp2_sp_ep2"])
+@pytest.mark.parametrize("layout", ["1", "cp2", *EXPERT_LAYOUTS])
 def test_moments_of_a_model_with_experts(layout: str, root: Path, tmp_path: Path) -> None:
-    ranks, fields = EXPERT_LAYOUTS[layout]
-    run_ranks(_collect_and_save, ranks, tmp_path, fields, ("qwen2_moe",), root, tmp_path)
-    _check("qwen2_moe", root, tmp_path)
+    ranks, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]
+    run_ranks(_collect_and_save, ranks, tmp_path, fields, EXPERTS, root, tmp_path)
+    for case in EXPERTS:
+        _check(case, root, tmp_path)
 
 
 @pytest.mark.parametrize(("spread", "bound"), [(1.0, 1e-6), (0.0, 3e-8 * 500)])
