@@ -314,8 +314,12 @@ def _expert_problems(config: Config, dims: Dims, models: list[Dims]) -> list[str
     """What layers with experts ask of the layout."""
     layout = config.parallel
     if not dims.num_experts:
-        problem = f"parallel.ep={layout.ep} needs a model with experts, which {dims.family} is not; set it to 1."
-        return [problem] if layout.ep > 1 else []
+        asked = {f"parallel.ep={layout.ep}": layout.ep > 1, "score.expert_moments=true": config.score.expert_moments}
+        return [
+            f"{setting} needs a model with experts, which {dims.family} is not; leave it out."
+            for setting, is_asked in asked.items()
+            if is_asked
+        ]
     problems = []
     problems += [
         f"parallel.ep={layout.ep} must divide the {count} experts; use a divisor."

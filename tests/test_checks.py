@@ -23,6 +23,11 @@ EXPERTS = [
     ("overrides", "words"),
     [
         ([*LLAMA, "parallel.ep=2"], ["parallel.ep=2 needs a model with experts, which llama is not"]),
+        (
+            [*LLAMA, "score.second_moments=true", "score.expert_moments=true"],
+            ["score.expert_moments=true needs a model with experts, which llama is not"],
+        ),
+        ([*LLAMA, "score.expert_moments=true"], ["score.expert_moments=true needs score.second_moments=true"]),
         ([*EXPERTS, "parallel.ep=4"], ["parallel.ep=4 must divide the 6 experts"]),
         ([*EXPERTS, "parallel.tp=2"], ["parallel.tp=2 needs parallel.sequence_parallel=true"]),
         (
