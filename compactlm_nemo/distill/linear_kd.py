@@ -187,7 +187,9 @@ class Gradients:
 
 def ce_gradient(student: LogProbs, labels_N: Tensor, temperature: float, shard: Shard) -> Tensor:
     """``[N, V]``: gradient of the cross entropy at T = 1 to the logits: ``softmax(z)_v - [v = label]``."""
-    plain_NV = (student.log_prob_NV * temperature).add_(student.plain_shift_N1).exp_()
+    plain_NV = student.prob_NV.clone()
+    if temperature != 1:
+        plain_NV = (student.log_prob_NV * temperature).add_(student.plain_shift_N1).exp_()
     ones_N1 = torch.ones_like(labels_N, dtype=plain_NV.dtype)[:, None]
     return shard.add_at(plain_NV, labels_N[:, None], -ones_N1)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -29,20 +28,16 @@ class Pair:
     """Student's log-probabilities at T."""
     log_p_NV: Tensor
     """Teacher's."""
+    q_NV: Tensor
+    """Student's probabilities at T."""
+    p_NV: Tensor
+    """Teacher's."""
     student_shift_N1: Tensor
     """What the student's logits, divided by T, are above `log_q_NV`."""
     teacher_shift_N1: Tensor
     """The same of the teacher's."""
     vocab_size: int
     """Entries over all ranks."""
-
-    @cached_property
-    def q_NV(self) -> Tensor:
-        return self.log_q_NV.exp()
-
-    @cached_property
-    def p_NV(self) -> Tensor:
-        return self.log_p_NV.exp()
 
     @property
     def x_NV(self) -> Tensor:

@@ -84,8 +84,9 @@ def _compare(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, settings:
     losses, temperature, shard, with_gradient = settings
     student, teacher = shard.log_probs([student_NV, teacher_NV], labels_N, temperature)
     pair = Pair(
-        student.log_prob_NV, teacher.log_prob_NV, student.shift_N1, teacher.shift_N1, vocab_size=shard.vocab_size
-    )
+        student.log_prob_NV, teacher.log_prob_NV, student.prob_NV, teacher.prob_NV,
+        student.shift_N1, teacher.shift_N1, vocab_size=shard.vocab_size,
+    )  # fmt: skip
     own = [loss.sums(pair) for _, loss in losses.values()]
     nothing_KN = student_NV.new_zeros(0, len(labels_N))
     totals_KN = all_reduce_sum(torch.cat([*own, nothing_KN]), shard.tp_group)
@@ -152,7 +153,7 @@ def _compare_top_k(student_NV: Tensor, targets: TopK, labels_N: Tensor, settings
     (student,) = shard.log_probs([student_NV], labels_N, 1.0)
     dtype = student_NV.dtype
     ids_NK, p_NK, p_rest_N = targets.ids_NK, targets.probs_NK.to(dtype), targets.rest_N.to(dtype)
-    q_NV, log_q_NK = student.log_prob_NV.exp(), shard.at(student.log_prob_NV, ids_NK)
+    q_NV, log_q_NK = student.prob_NV.clone(), shard.at(student.log_prob_NV, ids_NK)
     # The rest is summed without the K entries: 1 minus their sum would cancel where the student is sure.
     rest_NV = shard.add_at(q_NV, ids_NK, -shard.at(q_NV, ids_NK))
     sums = all_reduce_sum(torch.cat([log_q_NK, rest_NV.sum(dim=-1, keepdim=True)], dim=-1), shard.tp_group)

@@ -48,7 +48,7 @@ def _chunk(hidden_NG: Tensor, weight_VG: Tensor, labels_N: Tensor, k: int, shard
         ids_NK = all_gather(torch.nn.functional.pad(ids_NK, (0, missing)), shard.tp_group, dim=-1)
         best = values_NK.topk(k, dim=-1)
         values_NK, ids_NK = best.values, ids_NK.gather(-1, best.indices)
-    p_NV = log_p_NV.exp()
+    p_NV = teacher.prob_NV
     # Summed without the K entries: 1 minus their sum would cancel where the teacher is sure.
     rest_N = all_reduce_sum(shard.add_at(p_NV, ids_NK, -shard.at(p_NV, ids_NK)).sum(dim=-1), shard.tp_group)
     return TopK(ids_NK, values_NK.exp(), rest_N, teacher.ce_N)

@@ -25,6 +25,8 @@ class LogProbs(NamedTuple):
 
     log_prob_NV: Tensor
     """Log-probabilities at T."""
+    prob_NV: Tensor
+    """Probabilities at T."""
     shift_N1: Tensor
     """Logits divided by T, minus `log_prob_NV`."""
     plain_shift_N1: Tensor
@@ -45,6 +47,11 @@ class Shard(NamedTuple):
         """Whether other ranks hold rows too; Megatron has a group even where there is one rank."""
         return self.tp_group is not None and self.tp_group.size() > 1
 
+    @property
+    def split_group(self) -> ProcessGroup | None:
+        """The ranks that hold the other rows; None where this one holds all."""
+        return self.tp_group if self.is_split else None
+
     def num_valid(self, weight_VH: Tensor) -> int:
         """Leading rows of the shard that are no padding; 0 where the whole shard is padding."""
         return min(max(self.vocab_size - self.vocab_start, 0), weight_VH.shape[0])
@@ -55,30 +62,35 @@ class Shard(NamedTuple):
         return logits_NV.to(wide(logits_NV))
 
     def log_probs(self, logits: list[Tensor], labels_N: Tensor, temperature: float) -> list[LogProbs]:
-        """Of each model's `[N, V]`, which stay as they are. All models share one maximum and one sum over the ranks."""
-        tempered = logits if temperature == 1 else [logits_NV / temperature for logits_NV in logits]
-        local = [torch.log_softmax(x_NV, dim=-1) for x_NV in tempered]
-        norms = [*map(_log_norm, tempered, local)]
-        plain = norms if temperature == 1 else [torch.logsumexp(logits_NV, dim=-1) for logits_NV in logits]
-        label = [self.at(logits_NV, labels_N[:, None])[:, 0] for logits_NV in logits]
-        norms_MN, plain_MN, label_MN = torch.stack(norms), torch.stack(plain), torch.stack(label)
-        if self.is_split:
-            own_MN = norms_MN
-            norms_MN, plain_MN = self._over_ranks(torch.stack([norms_MN, plain_MN]))
-            local = [x_NV.add_(gap_N[:, None]) for x_NV, gap_N in zip(local, own_MN - norms_MN, strict=True)]
-            label_MN = all_reduce_sum(label_MN, self.tp_group)
-        is_label_N = (labels_N >= 0) & (labels_N < self.vocab_size)
-        ce_MN = torch.where(is_label_N, plain_MN - label_MN, torch.nan)
-        plain_shift_MN = temperature * norms_MN - plain_MN
-        return [
-            LogProbs(x_NV, norm_N[:, None], shift_N[:, None], ce_N)
-            for x_NV, norm_N, shift_N, ce_N in zip(local, norms_MN, plain_shift_MN, ce_MN, strict=True)
-        ]
+        """Of each model's `[N, V]`, which stay as they are. All models share one maximum and one sum over the ranks.
 
-    def _over_ranks(self, norms: Tensor) -> Tensor:
-        """The logarithm of the ranks' summed exponentials, from that of each; -inf where a rank holds padding only."""
-        top = all_reduce_max(norms, self.tp_group)
-        return top + all_reduce_sum((norms - top).exp(), self.tp_group).log()
+        Not by `log_softmax`, whose vectorised sum over the vocabulary is off by several roundings.
+        """
+        tops_MN = all_reduce_max(torch.stack([_row_max(logits_NV) for logits_NV in logits]), self.split_group)
+        shifted, sums = [], []
+        for logits_NV, top_N in zip(logits, tops_MN, strict=True):
+            x_NV = logits_NV - top_N[:, None]
+            label_N = self.at(x_NV, labels_N[:, None])[:, 0]
+            plain_N = None if temperature == 1 else x_NV.exp().sum(dim=-1)
+            e_NV = x_NV.exp() if temperature == 1 else x_NV.div_(temperature).exp()
+            own_N = e_NV.sum(dim=-1)
+            sums.append(torch.stack([own_N if plain_N is None else plain_N, label_N, own_N]))
+            shifted.append((x_NV, e_NV))
+        results = []
+        is_label_N = (labels_N >= 0) & (labels_N < self.vocab_size)
+        totals = all_reduce_sum(torch.stack(sums), self.split_group)
+        for (x_NV, e_NV), top_N, (plain_N, label_N, own_N) in zip(shifted, tops_MN, totals, strict=True):
+            log_own_N, log_plain_N = own_N.log(), plain_N.log()
+            results.append(
+                LogProbs(
+                    x_NV.sub_(log_own_N[:, None]),
+                    e_NV.div_(own_N[:, None]),
+                    (log_own_N + top_N / temperature)[:, None],
+                    (temperature * log_own_N - log_plain_N)[:, None],
+                    torch.where(is_label_N, log_plain_N - label_N, torch.nan),
+                )
+            )
+        return results
 
     def at(self, values_NV: Tensor, ids_NK: Tensor) -> Tensor:
         """``[N, K]``: entries of global ids where this shard holds them, else 0; their sum over ranks is the entry."""
@@ -122,8 +134,7 @@ def chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
     return (slice(start, start + chunk_tokens) for start in range(0, num_tokens, max(1, chunk_tokens)))
 
 
-def _log_norm(logits_NV: Tensor, log_prob_NV: Tensor) -> Tensor:
-    """``log sum exp`` of each row: what the largest logit is above its log-probability, so that nothing cancels."""
+def _row_max(logits_NV: Tensor) -> Tensor:
     if logits_NV.shape[-1] == 0:  # this rank holds padding only
         return logits_NV.new_full(logits_NV.shape[:1], -torch.inf)
-    return logits_NV.amax(dim=-1) - log_prob_NV.amax(dim=-1)
+    return logits_NV.amax(dim=-1)

@@ -21,7 +21,7 @@ from compactlm_nemo.importance.blocks import block_importance, state_cosines
 from compactlm_nemo.importance.collect import collect
 from compactlm_nemo.importance.depth import lm_loss_rise, logit_mse, logit_mse_iterative
 from compactlm_nemo.importance.running import Running
-from compactlm_nemo.importance.taylor import taylor_scores
+from compactlm_nemo.importance.taylor import Gradients, taylor_scores
 from compactlm_nemo.models import gguf
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 from tests.importance.reference import PAIRS as AGGREGATOR_PAIRS
@@ -107,15 +107,10 @@ def _score(rank: int, world: int, folder: Path) -> None:
         lambda removed: logit_mse(measure(model, dims, mesh, left_NS, removed, [], CHUNK) if removed else measured),
         iterations=2,
     )
-    scores["taylor"] = taylor_scores(
-        wrap_data_parallel(model.train(), shard_gradients=False),
-        dims,
-        mesh,
-        ids_NS,
-        loss_sum_of(model, dims, mesh, CHUNK),
-        micro_batch=2,
-        progress=lambda _: None,
-    )
+    ddps = wrap_data_parallel(model.train(), shard_gradients=False)
+    gradients = Gradients(ddps, mesh, loss_sum_of(model, dims, mesh, CHUNK), micro_batch=2)
+    gradients.add(ids_NS, lambda samples: None)
+    scores["taylor"] = taylor_scores(gradients, dims)
     torch.save(scores, folder / "scores.pt")
 
 
