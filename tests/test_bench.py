@@ -1,19 +1,32 @@
-"""The measurements tell how they are used; what they measure is up to the machine."""
+"""The measurements tell how they are used, and compare equal things; what they measure is up to the machine."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+from torch.testing import assert_close
 
-from compactlm_nemo.config.load import CONF
+from bench.head import WAYS, Subject
+from tests import commands
 
 
-@pytest.mark.parametrize("name", ["importance", "pairs"])
-def test_help(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", f"bench.{name}", "--help"], cwd=CONF.parent, capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("importance", "--samples"),
+        ("pairs", "--samples"),
+        ("pruning", "--seeds"),
+        ("linear_kd", "--tokens"),
+        ("distill_step", "--repeats"),
+    ],
+)
+def test_help(name: str, option: str) -> None:
+    done = commands.run(["-m", f"bench.{name}", "--help"])
     assert done.returncode == 0, done.stderr
-    assert f"python -m bench.{name}" in done.stdout and "--samples" in done.stdout
+    assert f"python -m bench.{name}" in done.stdout and option in done.stdout
+
+
+def test_our_head_and_the_plain_one_compute_the_same() -> None:
+    plain, ours = (Subject(WAYS[way](), hidden=16, vocab=50).once(tokens=10) for way in ("plain torch", "ours"))
+    assert plain.keys() == ours.keys()
+    for name, value in plain.items():
+        assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
