@@ -21,7 +21,7 @@ import torch
 
 from bench.interleave import summary
 from bench.teacher import PRECISIONS, add_run_arguments, calibration_tokens, our_model
-from compactlm_nemo.config.distill import LossConfig
+from compactlm_nemo.config.distill import CROSS_ENTROPY, DistillConfig, LossConfig
 from compactlm_nemo.config.schema import ParallelConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Batch, LiveTeacher, NoTeacher, Teacher
@@ -34,8 +34,6 @@ from compactlm_nemo.training.optimizer import wrap_data_parallel
 
 RESULTS = Path(__file__).parent / "results" / "distill_step.json"
 SHAPE = {"layers": 23, "ffn": 1296}
-LOSS_MEMORY_BYTES = 256 * 2**20
-PLAIN = LossConfig(forward_kl=0, cross_entropy=1)
 
 
 class Subject:
@@ -53,7 +51,7 @@ class Subject:
         tokens = calibration_tokens(args)
         tokens = torch.cat([tokens, tokens[:, :1]], dim=1)  # a label for the last input
         self.batches = [Batch(part, ()) for part in tokens.split(args.micro_batch)]
-        self.chunk = chunk_tokens(LOSS_MEMORY_BYTES, student.head_weight.shape[0])
+        self.chunk = chunk_tokens(DistillConfig().loss_memory_mib * 2**20, student.head_weight.shape[0])
 
     def step(self, teacher: Teacher, loss: LossConfig) -> None:
         """Forward and backward over all batches."""
@@ -81,7 +79,7 @@ def main() -> None:
     with launched(ParallelConfig(), seed=1) as mesh:
         subject = Subject(mesh, args)
         runs = {
-            "plain": partial(subject.step, NoTeacher(mesh), PLAIN),
+            "plain": partial(subject.step, NoTeacher(mesh), CROSS_ENTROPY),
             "distillation": partial(subject.step, subject.teacher, LossConfig()),
             "teacher": partial(subject.teacher.targets, subject.batches),
         }

@@ -19,8 +19,6 @@ from bench.worker import Pass, answers_only, serve
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """Hidden states, head, teacher's hidden states, teacher's head, labels -> mean loss with its graph."""
-LOSS_MEMORY_MIB = 256
-"""The default of `distill.loss_memory_mib`."""
 
 
 def plain() -> Way:
@@ -36,16 +34,18 @@ def plain() -> Way:
 
 
 def ours() -> Way:
-    """`linear_kd` with the chunk that the default memory gives."""
-    from compactlm_nemo.config.distill import LossConfig
+    """`linear_kd` with the chunk that the default of `distill.loss_memory_mib` gives."""
+    from compactlm_nemo.config.distill import DistillConfig, LossConfig
     from compactlm_nemo.distill.linear_kd import linear_kd
     from compactlm_nemo.distill.targets import TeacherHead
     from compactlm_nemo.distill.vocabulary import chunk_tokens
 
+    memory_bytes = DistillConfig().loss_memory_mib * 2**20
+
     def loss(hidden_NH: Tensor, weight_VH: Tensor, teacher_NG: Tensor, teacher_VG: Tensor, labels_N: Tensor) -> Tensor:
         got = linear_kd(
             hidden_NH, weight_VH, TeacherHead(teacher_NG, teacher_VG), labels_N, torch.ones(len(labels_N)),
-            loss=LossConfig(), chunk_tokens=chunk_tokens(LOSS_MEMORY_MIB * 2**20, len(weight_VH)),
+            loss=LossConfig(), chunk_tokens=chunk_tokens(memory_bytes, len(weight_VH)),
             vocab_size=len(weight_VH),
         )  # fmt: skip
         return got.loss_sum / len(labels_N)

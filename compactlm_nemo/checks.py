@@ -122,11 +122,10 @@ def _stored_problems(config: Config, dims: Dims | None) -> list[str]:
         ]
     if cfg.teacher is TeacherSource.live:
         return problems
-    needed = cfg.steps * cfg.global_batch
-    if config.cached_samples < needed:
+    if config.cached_samples < cfg.num_samples:
         problems.append(
-            f"cache.samples={cache.samples} is less than the {needed} samples of distill.steps x distill.global_batch; "
-            "raise it, or leave it out."
+            f"cache.samples={cache.samples} is less than the {cfg.num_samples} samples of distill.steps x "
+            "distill.global_batch; raise it, or leave it out."
         )
     if cache.kind is StoredKind.top_k:
         if cfg.temperature != 1:
@@ -154,16 +153,9 @@ def _teacher_layout_problems(config: Config, dims: Dims | None) -> list[str]:
         )
     if dims is None:
         return problems
-    sizes = {
-        "query groups": dims.num_query_groups,
-        "heads": dims.num_heads,
-        "MLP width": dims.ffn_hidden_size,
-        "shared expert's width": dims.shared_expert_ffn,
-    }
     problems += [
-        f"distill.teacher_tp={layout.tp} must divide the teacher's {name} {size}; use a divisor."
-        for name, size in sizes.items()
-        if size % layout.tp
+        f"distill.teacher_tp={layout.tp} must divide the teacher's {size}; use a divisor."
+        for size in _undivided([dims], layout.tp)
     ]
     try:
         split_layers(dims.num_layers, layout)
@@ -289,18 +281,7 @@ def _layout_problems(config: Config, dims: Dims) -> list[str]:
     except CompactLMError as error:
         problems.append(str(error))
         models = [dims]
-    sizes = {
-        "query groups": {model.num_query_groups for model in models},
-        "heads": {model.num_heads for model in models},
-        "MLP width": {model.ffn_hidden_size for model in models},
-        "shared expert's width": {model.shared_expert_ffn for model in models},
-    }
-    problems += [
-        f"parallel.tp={tp} must divide the {name} {size}; use a common divisor."
-        for name, values in sizes.items()
-        for size in sorted(values)
-        if size % tp
-    ]
+    problems += [f"parallel.tp={tp} must divide the {size}; use a common divisor." for size in _undivided(models, tp)]
     problems += sorted({problem for model in models if (problem := export_problem(model))})
     for layers in sorted({model.num_layers for model in models}):
         try:
@@ -308,6 +289,17 @@ def _layout_problems(config: Config, dims: Dims) -> list[str]:
         except CompactLMError as error:
             problems.append(str(error))
     return problems + _expert_problems(config, dims, models)
+
+
+def _undivided(models: list[Dims], tp: int) -> list[str]:
+    """What tensor parallelism splits and `tp` does not divide, each with its size."""
+    sizes = {
+        "query groups": {model.num_query_groups for model in models},
+        "heads": {model.num_heads for model in models},
+        "MLP width": {model.ffn_hidden_size for model in models},
+        "shared expert's width": {model.shared_expert_ffn for model in models},
+    }
+    return [f"{name} {size}" for name, values in sizes.items() for size in sorted(values) if size % tp]
 
 
 def _expert_problems(config: Config, dims: Dims, models: list[Dims]) -> list[str]:

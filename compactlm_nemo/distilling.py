@@ -97,7 +97,7 @@ def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Pa
         if writes:
             shutil.copyfile(state / METRICS, folder / METRICS)
     return {
-        "tokens": cfg.steps * cfg.global_batch * config.data.sequence_length,
+        "tokens": cfg.num_samples * config.data.sequence_length,
         "best_step": end.best_step,
         "loss": validation_loss(run, student, dims, source),
     }

@@ -66,6 +66,15 @@ def _how_to_cut(config: Config) -> dict[str, Any]:
     return {name: value for name, value in vars(config.prune).items() if name != "candidate"}
 
 
+def _training_text(config: Config) -> dict[str, Any]:
+    """What decides which tokens a sample of the training blend holds."""
+    return {
+        "data.sequence_length": config.data.sequence_length,
+        "data.train": asdict(config.data)["train"],
+        "run.seed": config.run.seed,
+    }
+
+
 def _split(config: Config) -> dict[str, Any]:
     """The layout, where the candidates depend on it."""
     cfg = config.search
@@ -81,12 +90,7 @@ STAGES: dict[str, Stage] = {
             "score",
             "score",
             ("import", "tokenize"),
-            lambda c: {
-                "score": deciding(c.score),
-                "data.sequence_length": c.data.sequence_length,
-                "data.train": asdict(c.data)["train"],
-                "run.seed": c.run.seed,
-            },
+            lambda c: {"score": deciding(c.score)} | _training_text(c),
         ),
         Stage("search", "search", ("score",), lambda c: {"search": c.search, "prune": _how_to_cut(c)} | _split(c)),
         Stage("prune", "student", ("search",), lambda c: {"prune": c.prune}, _ranking),
@@ -94,24 +98,13 @@ STAGES: dict[str, Stage] = {
             "correct_teacher",
             "corrected",
             ("import", "tokenize"),
-            lambda c: {
-                "correct": deciding(c.correction),
-                "data.sequence_length": c.data.sequence_length,
-                "data.train": asdict(c.data)["train"],
-                "run.seed": c.run.seed,
-            },
+            lambda c: {"correct": deciding(c.correction)} | _training_text(c),
         ),
         Stage(
             "cache_teacher",
             "targets",
             ("import", "tokenize"),
-            lambda c: {
-                "cache": deciding(c.cache),
-                "samples": c.cached_samples,
-                "data.sequence_length": c.data.sequence_length,
-                "data.train": asdict(c.data)["train"],
-                "run.seed": c.run.seed,
-            },
+            lambda c: {"cache": deciding(c.cache), "samples": c.cached_samples} | _training_text(c),
         ),
         Stage(
             "distill",

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -21,26 +21,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from compactlm_nemo.config.load import CONF
 from tests import commands
-from tests.tiny_run import command, make_inputs
+from tests.tiny_run import command, metrics
 from tests.training.test_tracker import finished_records
 
 ROOT = CONF.parent
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _extras(inputs: Path) -> list[str]:
     """What only the finished run has, because it takes long: tasks, W&B in a file, and timed layers."""
     tasks = ["evaluate.tasks=[own_choice]", f"evaluate.task_folder={inputs}/tasks"]
     return [*tasks, "wandb.mode=offline", "search.latency_ms=1e9", "search.context=32"]
-
-
-def _metrics(run: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -152,24 +142,21 @@ def test_two_by_two_ranks_give_the_run_of_one(inputs: Path, finished: Path, tmp_
     one, four = (load_file(run / "score" / "scores.safetensors") for run in (finished, tmp_path / "run"))
     for name, value in one.items():
         torch.testing.assert_close(four[name], value, rtol=1e-5, atol=1e-7)
-    for a, b in zip(_metrics(finished), _metrics(tmp_path / "run"), strict=True):
+    for a, b in zip(metrics(finished), metrics(tmp_path / "run"), strict=True):
         assert b == pytest.approx(a, rel=1e-4)
 
 
-STAGE_FOLDERS = ("teacher", "tokens", "score", "search", "student", "distill", "evaluate", "export", "report")
-IN_TRAINING = "training/checkpoints/latest.json"
+SIGNS = (
+    "teacher", "tokens", "score", "search", "student", "training/checkpoints/latest.json", "distill", "evaluate",
+    "export", "report",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("how", "signs"),
-    [(signal.SIGKILL, (*STAGE_FOLDERS[:5], IN_TRAINING, *STAGE_FOLDERS[5:])), (signal.SIGINT, [IN_TRAINING])],
-)
-def test_a_killed_run_goes_on_to_the_same_result(
-    inputs: Path, finished: Path, tmp_path: Path, how: int, signs: Sequence[str]
-) -> None:
-    """Killed as soon as each of the signs appears: once in every stage folder's lifetime, and in training."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on_to_the_same_result(inputs: Path, finished: Path, tmp_path: Path, how: int) -> None:
+    """Killed once in every stage folder's lifetime: as soon as each appears, and in the middle of training."""
     run = tmp_path / "run"
-    for sign in signs:
+    for sign in SIGNS:
         process = commands.start(command(inputs, run), tmp_path / "out", tmp_path / "err")
         while not (run / sign).exists() and process.is_alive():
             time.sleep(0.01)
@@ -177,7 +164,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
         process.join(120)
     result = commands.run(command(inputs, run))
     assert result.returncode == 0, result.stderr
-    assert _metrics(run) == _metrics(finished)
+    assert metrics(run) == metrics(finished)
     for name, value in load_file(finished / "export/hf/model.safetensors").items():
         assert torch.equal(load_file(run / "export/hf/model.safetensors")[name], value)
 
@@ -263,7 +250,7 @@ def test_memory_settings_may_change_when_training_goes_on(inputs: Path, finished
     run = _state_before(finished, tmp_path / "run", *LATE)
     result = commands.run(command(inputs, run, "distill.micro_batch=1", "distill.loss_memory_mib=1", recipe="distill"))
     assert result.returncode == 0, result.stderr
-    assert _metrics(run) == _metrics(finished)
+    assert metrics(run) == metrics(finished)
 
 
 @pytest.mark.parametrize(("part", "file"), [("train", "train.jsonl"), ("heldout", "test.jsonl")])

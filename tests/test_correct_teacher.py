@@ -12,14 +12,9 @@ from safetensors.torch import load_file
 from compactlm_nemo.config.distill import CorrectConfig
 from compactlm_nemo.errors import ConfigError
 from tests import commands
-from tests.tiny_run import command, make_inputs
+from tests.tiny_run import command
 
 CORRECT = ["correct.steps=4", "correct.lr=1e-2", "distill.checkpoint_every=2"]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def _run(words: list[str], ranks: int = 1) -> None:

@@ -19,18 +19,13 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import export_hf
 from compactlm_nemo.ranking import rounds
 from tests import commands
-from tests.tiny_run import command, make_inputs
+from tests.tiny_run import command
 
 SEARCH = [
     "search.ffn=[24,48]", "search.layers=[2,3]", "search.heads=[2]", "search.hidden=[24]", "search.top=2",
     "score.second_moments=true", "prune.reconstruct=least_squares", "prune.hidden=rotate", "prune.by_error=[mlp,heads]",
     "prune.samples=4", "rank.candidates=3", "rank.steps=4",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def run_recipe(inputs: Path, run: Path, recipe: str, *overrides: str) -> str:

@@ -22,7 +22,7 @@ from compactlm_nemo.importance.running import Running
 from compactlm_nemo.importance.scores import load_scores
 from tests import commands
 from tests.importance.reference import reference
-from tests.tiny_run import command, make_inputs
+from tests.tiny_run import command
 
 FEW = [
     "score.samples=24", "score.micro_batch=2", "score.save_every=2", "score.width=[mean_var,l2_mean]",
@@ -37,11 +37,6 @@ def _words(inputs: Path, run: Path, *overrides: str) -> list[str]:
 def _run(words: list[str], ranks: int = 1) -> tuple[int, str]:
     done = commands.run(words, ranks=ranks)
     return done.returncode, done.stderr
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

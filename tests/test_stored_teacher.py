@@ -16,18 +16,13 @@ from compactlm_nemo.config.load import compose
 from compactlm_nemo.distill.store import STEP_NATS, Store, decode_top_k
 from compactlm_nemo.errors import ConfigError
 from tests import commands
-from tests.tiny_run import WORDS, command, make_inputs
+from tests.tiny_run import WORDS, command, metrics
 
 VOCAB = len(WORDS) + 3
 LENGTH, SAMPLES = 16, 24
 STORED = "distill.teacher=stored"
 HIDDEN = [STORED, "cache.kind=hidden", "cache.shard_samples=7"]
 TOP_K = [STORED, "cache.k=10", "cache.shard_samples=5"]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +42,7 @@ def trained(
     for recipe in recipes:
         done = commands.run(command(inputs, run, *overrides, recipe=recipe), ranks=ranks)
         assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+    return metrics(run)
 
 
 @pytest.fixture(scope="module")
@@ -98,21 +92,21 @@ def test_every_layout_stores_the_same_and_trains_the_same(inputs, pruned, top_k,
     four = shutil.copytree(pruned, tmp_path / "four")
     # The vocabulary of 93 is padded so little that either rank holds words.
     layout = ["parallel.tp=2", "parallel.sequence_parallel=true", "model.vocab_multiple=8"]
-    metrics = trained(inputs, four, *TOP_K, *layout, recipes=("cache_teacher", "distill"), ranks=4)
+    found = trained(inputs, four, *TOP_K, *layout, recipes=("cache_teacher", "distill"), ranks=4)
     for one, other in zip(records(top_k / "targets"), records(four / "targets"), strict=True):
         assert one[0].equal(other[0])
         for a, b in zip(one[1:], other[1:], strict=True):
             torch.testing.assert_close(a, b, rtol=STEP_NATS, atol=1e-5)  # rounding may fall on either side of a step
-    wanted = [json.loads(line) for line in (top_k / "distill" / "metrics.jsonl").read_text().splitlines()]
-    for line, want in zip(metrics, wanted, strict=True):
-        assert line == pytest.approx({name: want[name] for name in line}, rel=2e-3)
+    wanted = metrics(top_k)
+    for line, want in zip(found, wanted, strict=True):
+        assert line == pytest.approx(want, rel=2e-3)
     other = shutil.copytree(top_k, tmp_path / "other")
     shutil.rmtree(other / "distill")
     shutil.rmtree(other / "training")
     layout = ["parallel.pp=2", "parallel.cp=2"]
-    metrics = trained(inputs, other, *TOP_K, *layout, recipes=("distill",), ranks=4)
-    for line, want in zip(metrics, wanted, strict=True):
-        assert line == pytest.approx({name: want[name] for name in line}, rel=1e-4)
+    found = trained(inputs, other, *TOP_K, *layout, recipes=("distill",), ranks=4)
+    for line, want in zip(found, wanted, strict=True):
+        assert line == pytest.approx(want, rel=1e-4)
 
 
 def test_a_teacher_with_a_layout_of_its_own_gives_the_same_training(inputs, pruned, tmp_path):
@@ -171,32 +165,35 @@ def test_a_missing_cache_is_named(inputs, pruned, tmp_path):
     assert "no finished cache_teacher stage" in done.stderr and "recipes.cache_teacher" in done.stderr
 
 
+def refused(words: list[str], *problems: str) -> None:
+    """A command line is refused with all of these problems at once."""
+    with pytest.raises(ConfigError) as caught:
+        check(compose(words[2:]))
+    for problem in problems:
+        assert problem in str(caught.value)
+
+
 def test_what_a_stored_teacher_cannot_do_is_said_before_the_start(inputs, tmp_path):
     with pytest.raises(ConfigError, match=r"distill.loss.forward_kl needs a teacher; set distill.teacher=live"):
         check(compose(command(inputs, tmp_path / "run", "distill.teacher=none")[2:]))
-    bad = ["distill.teacher_tp=3", "parallel.cp=2", "distill.teacher_pp=5", STORED]
-    with pytest.raises(ConfigError) as caught:
-        check(compose(command(inputs, tmp_path / "run", *bad)[2:]))
-    for words in (
+    refused(
+        command(inputs, tmp_path / "run", "distill.teacher_tp=3", "parallel.cp=2", "distill.teacher_pp=5", STORED),
         "distill.teacher_tp=3 and distill.teacher_pp=5 are of a live teacher",
         "distill.teacher_tp=3 and distill.teacher_pp=5 need parallel.cp=1 and parallel.ep=1, not 2 and 1",
         "distill.teacher_tp=3 must divide the teacher's heads 4",
         "distill.teacher_pp=5: ",
-    ):
-        assert words in str(caught.value)
+    )
     config = compose(command(inputs, tmp_path / "run", "distill.teacher_tp=2")[2:])
     assert "distill.teacher_tp x distill.teacher_pp = 2 ranks must divide the 3" in launch_problems(config, 3)
     bad = [
         STORED, "distill.temperature=2", "distill.loss.jsd=1", "distill.loss.mse=1", "cache.samples=23",
         f"cache.k={VOCAB + 1}",
     ]  # fmt: skip
-    with pytest.raises(ConfigError) as caught:
-        check(compose(command(inputs, tmp_path / "run", *bad)[2:]))
-    for words in (
+    refused(
+        command(inputs, tmp_path / "run", *bad),
         "distill.temperature=2.0 needs cache.kind=hidden",
         "distill.loss.jsd needs cache.kind=hidden",
         "distill.loss.mse needs cache.kind=hidden",
         "cache.samples=23 is less than the 24 samples",
         f"cache.k={VOCAB + 1} must be <= the vocabulary of {VOCAB}",
-    ):
-        assert words in str(caught.value)
+    )

@@ -51,3 +51,9 @@ def command(inputs: Path, run: Path, *overrides: str, recipe: str = "compress") 
         "search.hidden=[24]", "distill.steps=6", "distill.global_batch=4", "distill.micro_batch=2",
         "distill.checkpoint_every=2", "distill.lr=1e-3", "evaluate.tokens=64", *overrides,
     ]  # fmt: skip
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """What a run's training logged at each step, without what depends on the machine."""
+    lines = [json.loads(line) for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]

@@ -65,6 +65,10 @@ class LossConfig:
         require(0 <= self.skew < 1, f"distill.loss.skew={self.skew} must be in [0, 1); 0.1 is usual.")
 
 
+CROSS_ENTROPY = LossConfig(forward_kl=0.0, cross_entropy=1.0)
+"""Plain training."""
+
+
 @dataclass(kw_only=True)
 class CacheConfig:
     """What `recipes.cache_teacher` stores for a run with `distill.teacher=stored`."""
@@ -170,6 +174,11 @@ class DistillConfig:
     """Which weights become the student: last, or best by the held-out LM loss on the way (needs `eval_every`)."""
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s, for the model FLOPs utilisation; null looks its name up."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole training."""
+        return self.steps * self.global_batch
 
     def __post_init__(self) -> None:
         require(self.steps > 0, f"distill.steps={self.steps} must be > 0.")

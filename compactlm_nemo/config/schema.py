@@ -23,7 +23,7 @@ from compactlm_nemo.config.choices import (
     WandbMode,
     WidthMetric,
 )
-from compactlm_nemo.config.distill import CacheConfig, CorrectConfig, DistillConfig, LossConfig
+from compactlm_nemo.config.distill import CROSS_ENTROPY, CacheConfig, CorrectConfig, DistillConfig
 from compactlm_nemo.config.search import RankConfig, SearchConfig
 from compactlm_nemo.errors import require
 
@@ -332,7 +332,7 @@ class Config:
             min_lr=own.min_lr,
             warmup_steps=min(own.warmup_steps, own.steps // 2),
             teacher=TeacherSource.none,
-            loss=LossConfig(forward_kl=0.0, cross_entropy=1.0),
+            loss=CROSS_ENTROPY,
             stop_after=None,
             teacher_tp=None,
             teacher_pp=None,
@@ -341,7 +341,7 @@ class Config:
     @property
     def cached_samples(self) -> int:
         """Samples of the training order that the cache_teacher stage stores."""
-        return self.cache.samples or self.distill.steps * self.distill.global_batch
+        return self.cache.samples or self.distill.num_samples
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from compactlm_nemo.config.distill import LossConfig
 from compactlm_nemo.distill.losses import weighted_losses
-from compactlm_nemo.distill.targets import Compared, Losses, Settings, Targets
+from compactlm_nemo.distill.targets import Compared, Settings, Targets
 from compactlm_nemo.distill.vocabulary import LogProbs, Shard, blocks, chunks, wide
 from compactlm_nemo.errors import ConfigError, DataError
 from compactlm_nemo.parallel.collectives import all_reduce_sum
@@ -80,11 +80,12 @@ def linear_kd(
             f"student tokens={hidden_NH.shape[0]} must equal teacher tokens={targets.num_tokens}"
             "; give both models the same batch."
         )
-    losses = weighted_losses(loss)
-    walk = _Walk(
-        targets, losses, loss.cross_entropy, labels_N, mask_N, temperature, chunk_tokens,
-        Shard(vocab_size, vocab_start, tp_group), wanted_gradients(hidden_NH, weight_VH),
-    )  # fmt: skip
+    # Read here: inside of the function grad mode is always off.
+    enabled = torch.is_grad_enabled()
+    wanted = (enabled and hidden_NH.requires_grad, enabled and weight_VH.requires_grad)
+    losses, shard = weighted_losses(loss), Shard(vocab_size, vocab_start, tp_group)
+    settings = Settings(losses, temperature, shard, with_gradient=any(wanted))
+    walk = _Walk(targets, settings, loss.cross_entropy, labels_N, mask_N, chunk_tokens, wanted)
     check_tokens(hidden_NH, labels_N, mask_N, chunk_tokens)
     loss_sum, sums = _LinearKD.apply(hidden_NH, weight_VH, walk)
     *terms, ce_sum, teacher_ce_sum = sums.unbind()
@@ -96,29 +97,28 @@ class _Walk:
     """All that the walk over the tokens needs beside what gets a gradient."""
 
     targets: Targets
-    losses: Losses
+    settings: Settings
     ce_weight: float
     labels_N: Tensor
     mask_N: Tensor
-    temperature: float
     chunk_tokens: int
-    shard: Shard
     wanted: tuple[bool, bool]
+    """Whether hidden states and head want a gradient."""
 
-    def over(self, hidden_NH: Tensor, weight_VH: Tensor, gradients: Gradients) -> Tensor:
+    def over(self, hidden_NH: Tensor, weight_VH: Tensor, gradients: _Gradients) -> Tensor:
         """``[L + 2]``: sums of each loss and of both models' cross entropy."""
-        sums = torch.zeros(len(self.losses) + 2, dtype=wide(hidden_NH), device=hidden_NH.device)
-        settings = Settings(self.losses, self.temperature, self.shard, gradients.are_wanted)
+        losses, _, shard, with_gradient = self.settings
+        sums = torch.zeros(len(losses) + 2, dtype=wide(hidden_NH), device=hidden_NH.device)
         for rows in chunks(hidden_NH.shape[0], self.chunk_tokens):
-            logits_NV, labels_N = self.shard.logits(hidden_NH[rows], weight_VH), self.labels_N[rows]
-            mask_N, compare = self.mask_N[rows].to(sums.dtype), self.targets.chunk(rows, settings)
-            for block in blocks(logits_NV, self.shard):
+            logits_NV, labels_N = shard.logits(hidden_NH[rows], weight_VH), self.labels_N[rows]
+            mask_N, compare = self.mask_N[rows].to(sums.dtype), self.targets.chunk(rows, self.settings)
+            for block in blocks(logits_NV, shard):
                 compared = compare(logits_NV[block], labels_N[block], block)
                 each = [compared.values_LN, compared.student.ce_N[None], compared.teacher_ce_N[None]]
                 sums += masked(torch.cat(each), mask_N[block]).sum(dim=-1)
-                if gradients.are_wanted:  # it takes the place of the logits, which have served
+                if with_gradient:  # it takes the place of the logits, which have served
                     logits_NV[block] = self._gradient(compared, labels_N[block])
-            if gradients.are_wanted:
+            if with_gradient:
                 gradients.add(rows, logits_NV, mask_N)
         return sums
 
@@ -126,7 +126,7 @@ class _Walk:
         """Of the weighted losses of each token to its logits."""
         grad_NV = compared.gradient_NV
         if self.ce_weight:
-            own_NV = ce_gradient(compared.student, labels_N, self.temperature, self.shard).mul_(self.ce_weight)
+            own_NV = _ce_gradient(compared.student, labels_N, self.settings).mul_(self.ce_weight)
             grad_NV = own_NV if grad_NV is None else grad_NV.add_(own_NV)
         assert grad_NV is not None  # LossConfig demands a weight
         return grad_NV
@@ -135,10 +135,10 @@ class _Walk:
 class _LinearKD(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, walk: _Walk) -> tuple[Tensor, Tensor]:
-        gradients = Gradients(hidden_NH, weight_VH, walk.shard, walk.wanted)
+        gradients = _Gradients(hidden_NH, weight_VH, walk.settings.shard, walk.wanted)
         sums = walk.over(hidden_NH, weight_VH, gradients)
         gradients.keep(ctx)
-        weights = [weight for weight, _ in walk.losses.values()] + [walk.ce_weight]
+        weights = [weight for weight, _ in walk.settings.losses.values()] + [walk.ce_weight]
         loss_sum = sum(
             (weight * each for weight, each in zip(weights, sums, strict=False) if weight), sums.new_zeros(())
         )
@@ -148,14 +148,15 @@ class _LinearKD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
-        return (*Gradients.scaled(ctx, grad_loss), None)
+        scaled = [None if kept is None else kept * grad_loss.to(kept.dtype) for kept in ctx.saved_tensors]
+        return (*scaled, None)
 
 
-class Gradients:
+class _Gradients:
     """Gradients to hidden states and head, added chunk by chunk from those to the logits."""
 
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, shard: Shard, wanted: tuple[bool, bool]) -> None:
-        self.hidden_NH, self.weight_VH, self.shard, self.are_wanted = hidden_NH, weight_VH, shard, any(wanted)
+        self.hidden_NH, self.weight_VH, self.shard = hidden_NH, weight_VH, shard
         self.to_hidden_NH = torch.zeros_like(hidden_NH) if wanted[0] else None
         self.to_weight_VH = torch.zeros_like(weight_VH, dtype=wide(hidden_NH)) if wanted[1] else None
 
@@ -179,19 +180,15 @@ class Gradients:
         to_weight_VH = None if self.to_weight_VH is None else self.to_weight_VH.to(self.weight_VH.dtype)
         ctx.save_for_backward(self.to_hidden_NH, to_weight_VH)
 
-    @staticmethod
-    def scaled(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-        """What `keep` kept, times the gradient that arrives at the loss."""
-        return [None if kept is None else kept * grad.to(kept.dtype) for kept in ctx.saved_tensors]
 
-
-def ce_gradient(student: LogProbs, labels_N: Tensor, temperature: float, shard: Shard) -> Tensor:
+def _ce_gradient(student: LogProbs, labels_N: Tensor, settings: Settings) -> Tensor:
     """``[N, V]``: gradient of the cross entropy at T = 1 to the logits: ``softmax(z)_v - [v = label]``."""
-    plain_NV = student.prob_NV.clone()
-    if temperature != 1:
-        plain_NV = (student.log_prob_NV * temperature).add_(student.plain_shift_N1).exp_()
+    if settings.temperature == 1:
+        plain_NV = student.prob_NV.clone()
+    else:
+        plain_NV = (student.log_prob_NV * settings.temperature).add_(student.plain_shift_N1).exp_()
     ones_N1 = torch.ones_like(labels_N, dtype=plain_NV.dtype)[:, None]
-    return shard.add_at(plain_NV, labels_N[:, None], -ones_N1)
+    return settings.shard.add_at(plain_NV, labels_N[:, None], -ones_N1)
 
 
 def masked(values: Tensor, mask_N: Tensor) -> Tensor:
@@ -209,9 +206,3 @@ def check_tokens(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor, chunk_toke
             f"labels {tuple(labels_N.shape)} and mask {tuple(mask_N.shape)} must both be [{num}], one entry a token"
             "; flatten them as the hidden states."
         )
-
-
-def wanted_gradients(hidden_NH: Tensor, weight_VH: Tensor) -> tuple[bool, bool]:
-    """Whether either input wants a gradient; read before the function, inside of which grad mode is always off."""
-    enabled = torch.is_grad_enabled()
-    return enabled and hidden_NH.requires_grad, enabled and weight_VH.requires_grad

@@ -6,6 +6,7 @@ Shape suffixes: N tokens, V vocabulary rows of this rank, H hidden width, M mode
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,22 +36,18 @@ class LogProbs(NamedTuple):
     """Language-model loss at T = 1, in nats; NaN where the label is no entry of the vocabulary."""
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """The rows of the vocabulary that this rank holds; ids from `vocab_size` on are padding, and in no softmax."""
 
     vocab_size: int
     vocab_start: int
     tp_group: ProcessGroup | None
+    """Ranks that hold the other rows; None where this one holds all, which a group of one rank becomes."""
 
-    @property
-    def is_split(self) -> bool:
-        """Whether other ranks hold rows too; Megatron has a group even where there is one rank."""
-        return self.tp_group is not None and self.tp_group.size() > 1
-
-    @property
-    def split_group(self) -> ProcessGroup | None:
-        """The ranks that hold the other rows; None where this one holds all."""
-        return self.tp_group if self.is_split else None
+    def __post_init__(self) -> None:
+        if self.tp_group is not None and self.tp_group.size() == 1:
+            object.__setattr__(self, "tp_group", None)
 
     def num_valid(self, weight_VH: Tensor) -> int:
         """Leading rows of the shard that are no padding; 0 where the whole shard is padding."""
@@ -66,7 +63,7 @@ class Shard(NamedTuple):
 
         Not by `log_softmax`, whose vectorised sum over the vocabulary is off by several roundings.
         """
-        tops_MN = all_reduce_max(torch.stack([_row_max(logits_NV) for logits_NV in logits]), self.split_group)
+        tops_MN = all_reduce_max(torch.stack([_row_max(logits_NV) for logits_NV in logits]), self.tp_group)
         shifted, sums = [], []
         for logits_NV, top_N in zip(logits, tops_MN, strict=True):
             x_NV = logits_NV - top_N[:, None]
@@ -78,7 +75,7 @@ class Shard(NamedTuple):
             shifted.append((x_NV, e_NV))
         results = []
         is_label_N = (labels_N >= 0) & (labels_N < self.vocab_size)
-        totals = all_reduce_sum(torch.stack(sums), self.split_group)
+        totals = all_reduce_sum(torch.stack(sums), self.tp_group)
         for (x_NV, e_NV), top_N, (plain_N, label_N, own_N) in zip(shifted, tops_MN, totals, strict=True):
             log_own_N, log_plain_N = own_N.log(), plain_N.log()
             results.append(
@@ -125,7 +122,7 @@ def chunk_tokens(memory_bytes: int, rows: int) -> int:
 def blocks(logits_NV: Tensor, shard: Shard) -> Iterator[slice]:
     """Rows that are compared at a time: all, where every step is a kernel's start or a message to other ranks."""
     rows, row_bytes = logits_NV.shape[0], logits_NV.shape[1] * logits_NV.itemsize
-    whole = shard.is_split or logits_NV.is_cuda
+    whole = shard.tp_group is not None or logits_NV.is_cuda
     return chunks(rows, rows if whole else max(1, BLOCK_BYTES // max(1, row_bytes)))
 
 

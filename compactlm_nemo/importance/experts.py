@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 def hook_experts(collector: Collector, moe: Any, layer_idx: int) -> None:
     """Measure a Megatron MoE layer with the all-gather dispatcher, which keeps the place of every token."""
     place = TokenPlaces(collector.mesh, moe)
-    collector.handles.append(moe.register_forward_pre_hook(lambda _, args: place.start(args[0])))
-    collector.handles.append(moe.experts.register_forward_pre_hook(lambda _, args: place.dispatch(args[1])))
+    collector.handles += place.follow()
     for local, expert in enumerate(moe.experts.local_experts):
         number = moe.local_expert_indices[local]
         _hook_expert(collector, place, expert, local, f"{layer_idx}.{number}")
@@ -46,6 +45,13 @@ class TokenPlaces:
         self.mesh, self.moe = mesh, moe
         self.shape: tuple[int, int] = (0, 0)
         self.samples: tuple[Tensor, ...] = ()
+
+    def follow(self) -> list[Any]:
+        """Hooks by which it knows of every batch; the handles take them off again."""
+        return [
+            self.moe.register_forward_pre_hook(lambda _, args: self.start(args[0])),
+            self.moe.experts.register_forward_pre_hook(lambda _, args: self.dispatch(args[1])),
+        ]
 
     def start(self, hidden_SBH: Tensor) -> None:
         self.shape = (hidden_SBH.shape[0], hidden_SBH.shape[1])

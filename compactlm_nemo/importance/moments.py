@@ -184,17 +184,15 @@ class MomentCollector:
     def _on_experts(self, moe: Any, layer_idx: int, size: int) -> None:
         """Of each expert of this rank: tokens of all ranks of its expert-parallel group, those that count."""
         place = TokenPlaces(self.mesh, moe)
-        self.handles.append(moe.register_forward_pre_hook(lambda _, args: place.start(args[0])))
-        self.handles.append(moe.experts.register_forward_pre_hook(lambda _, args: self._dispatch(place, args[1])))
+        self.handles += [*place.follow(), moe.experts.register_forward_pre_hook(self._count_group)]
         for local, expert in enumerate(moe.experts.local_experts):
             name = expert_key(layer_idx, moe.local_expert_indices[local])
             self._allocate(name, size)
             hook = partial(self._add_routed, place, local, name)
             self.handles.append(expert.linear_fc2.register_forward_pre_hook(hook))
 
-    def _dispatch(self, place: TokenPlaces, tokens_per_expert: Tensor) -> None:
+    def _count_group(self, *_: Any) -> None:
         """Each rank of the group has its own number of samples that count; experts run in step on all of them."""
-        place.dispatch(tokens_per_expert)
         own = torch.tensor([self.counted_rows], device=device())
         self.counted_of_group = all_gather(own, self.mesh.ep_group, dim=0)
 

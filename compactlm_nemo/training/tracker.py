@@ -83,8 +83,7 @@ class Tracker:
     def __enter__(self) -> Tracker:
         if self._is_writer:
             self._folder.mkdir(parents=True, exist_ok=True)
-            truncate_metrics(self._folder / METRICS, self._start_step)
-            self._file = (self._folder / METRICS).open("a", encoding="utf-8")
+            self._open_metrics(self._start_step)
             self._run = self._start_wandb()
             self._console = _ConsoleView(self._total_steps, self._start_step)
         return self
@@ -106,8 +105,11 @@ class Tracker:
         """Forget the lines of 0-based `step` and later: training goes on from there. W&B keeps what it was sent."""
         if self._is_writer:
             self._file.close()
-            truncate_metrics(self._folder / METRICS, step)
-            self._file = (self._folder / METRICS).open("a", encoding="utf-8")
+            self._open_metrics(step)
+
+    def _open_metrics(self, step: int) -> None:
+        truncate_metrics(self._folder / METRICS, step)
+        self._file = (self._folder / METRICS).open("a", encoding="utf-8")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
