@@ -322,4 +322,11 @@ def _expert_problems(config: Config, dims: Dims, models: list[Dims]) -> list[str
         problems.append(
             f"parallel.tp={layout.tp} needs parallel.sequence_parallel=true for a model with experts; set it."
         )
+    narrow = min(model.ffn_hidden_size for model in models)
+    refits = config.prune.reconstruct is Reconstruct.least_squares and narrow < dims.ffn_hidden_size
+    if refits and not config.score.expert_moments:
+        problems.append(
+            f"prune.reconstruct=least_squares with search.ffn={narrow} refits every expert's fc2 and needs "
+            "score.expert_moments=true; set it."
+        )
     return problems

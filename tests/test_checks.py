@@ -28,6 +28,10 @@ EXPERTS = [
             ["score.expert_moments=true needs a model with experts, which llama is not"],
         ),
         ([*LLAMA, "score.expert_moments=true"], ["score.expert_moments=true needs score.second_moments=true"]),
+        (
+            [*EXPERTS, "score.second_moments=true", "prune.reconstruct=least_squares", "search.ffn=[32]"],
+            ["search.ffn=32 refits every expert's fc2 and needs score.expert_moments=true"],
+        ),
         ([*EXPERTS, "parallel.ep=4"], ["parallel.ep=4 must divide the 6 experts"]),
         ([*EXPERTS, "parallel.tp=2"], ["parallel.tp=2 needs parallel.sequence_parallel=true"]),
         (

@@ -18,7 +18,8 @@ from compactlm_nemo.pruning.hidden import HiddenCut
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.refit import columns_of
 
-_EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
+EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
+"""Parameter of a routed expert in its layer; the second group is the expert's number."""
 
 
 class CutSource:
@@ -37,7 +38,7 @@ class CutSource:
             return self.source(name)
         student_layer, rest = split_name(name)
         layer = self.plan.layers[student_layer]
-        if expert := _EXPERT.fullmatch(rest):
+        if expert := EXPERT.fullmatch(rest):
             teacher_expert = int(self.plan.experts[layer][int(expert[2])])
             full = self.source(f"decoder.layers.{layer}.{expert[1]}{teacher_expert}{expert[3]}")
             return _cut_mlp(rest, full, self.plan.expert_mlp[layer][teacher_expert], self.teacher.ffn_hidden_size)

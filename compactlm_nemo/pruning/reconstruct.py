@@ -12,11 +12,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from compactlm_nemo.importance.moments import FINAL_NORM, attention_norm_key, mlp_key, mlp_norm_key, proj_key
+from compactlm_nemo.importance.moments import (
+    FINAL_NORM,
+    attention_norm_key,
+    expert_key,
+    mlp_key,
+    mlp_norm_key,
+    proj_key,
+    shared_expert_key,
+)
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.pruning.bridge import Bridge, bridge_weight
-from compactlm_nemo.pruning.cut import split_name
+from compactlm_nemo.pruning.cut import EXPERT, split_name
 from compactlm_nemo.pruning.hidden import NormedStream
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.refit import columns_of, refit
@@ -55,15 +63,25 @@ class RefittedWriters:
         if not name.startswith("decoder.layers."):
             return full
         layer, rest = split_name(name)
-        if rest == "self_attention.linear_proj.weight":
-            return self._refitted(full, proj_key(layer), columns_of(self.plan.heads[layer], self.teacher.head_dim))
         if rest == "mlp.linear_fc2.weight" and layer in self.bridges:
             kept, full = self.plan.mlp[layer], full.clone()
             full[:, kept] = bridge_weight(full, self.bridges[layer], kept).to(full.dtype)
             return full
+        lost = self._inputs(layer, rest)
+        return self._refitted(full, *lost) if lost else full
+
+    def _inputs(self, layer: int, rest: str) -> tuple[str, Tensor] | None:
+        """Second moments of a map's input and the inputs that stay; None of a parameter that keeps all of them."""
+        if rest == "self_attention.linear_proj.weight":
+            return proj_key(layer), columns_of(self.plan.heads[layer], self.teacher.head_dim)
         if rest == "mlp.linear_fc2.weight":
-            return self._refitted(full, mlp_key(layer), self.plan.mlp[layer])
-        return full
+            return mlp_key(layer), self.plan.mlp[layer]
+        if rest == "mlp.shared_experts.linear_fc2.weight":
+            return shared_expert_key(layer), self.plan.shared_expert[layer]
+        if (routed := EXPERT.fullmatch(rest)) and routed[3] == ".linear_fc2.weight":
+            expert = int(routed[2])
+            return expert_key(layer, expert), self.plan.expert_mlp[layer][expert]
+        return None
 
     def _refitted(self, full_OE: Tensor, moment: str, kept: Tensor) -> Tensor:
         if len(kept) == full_OE.shape[1]:

@@ -10,7 +10,7 @@ The student, already cut and refitted, is walked from its first layer on. In lay
 
 by ridge regression from the weight there is, ``W' = W + ((G + D)^-1 (B - G W^T))^T`` with G = sum x x^T and
 B = sum x t^T; T takes the teacher's stream to the student's. Tokens of proj and fc2 have the weight 1 / mean(T(.)^2).
-What earlier layers got wrong is thus made up for where it can be. Experts are left as they are.
+What earlier layers got wrong is thus made up for where it can be. Experts keep the refit on their own tokens.
 
 Shape suffixes: S sequence, B batch, N tokens, E inputs, O outputs, H and K hidden size of teacher and student.
 """

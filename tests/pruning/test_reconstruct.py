@@ -25,7 +25,20 @@ from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.reconstruct import RefittedWriters, normed_stream, stream_rotation
 from tests.megatron import COMBINED, LAYOUTS, filled, mesh_of
 from tests.models.tiny import VOCAB, save_tiny, tiny_model, tokens
-from tests.pruning.test_cut import HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP, plan_of, student_of
+from tests.pruning.test_cut import (
+    EXPERTS,
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    MLP,
+    NEURONS,
+    SHARED,
+    expert_plan,
+    plan_of,
+    sliced_experts,
+    student_of,
+)
 from tests.pruning.test_refit import fitted
 from tests.ranks import run_ranks
 
@@ -135,6 +148,54 @@ def test_every_parameter_is_least_squares_on_the_tokens(case, tmp_path):
     for name, expected in want.items():
         atol = 1e-4 * numpy.abs(expected).max()
         numpy.testing.assert_allclose(got[name].double().numpy(), expected, rtol=1e-4, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])
+def test_each_expert_is_fitted_on_the_tokens_it_was_sent(case, tmp_path):
+    """fc2 of every kept expert and of the shared one, each on tokens of its own; all else is the cut of test_cut."""
+    save_tiny(case, tmp_path / "teacher")
+    dims, source = open_hf(tmp_path / "teacher")
+    plan = expert_plan(dims.shared_expert_ffn > 0)
+    rng = numpy.random.default_rng(0)
+    widths = {"proj": dims.num_heads * dims.head_dim, "shared_expert": dims.shared_expert_ffn}
+    seen: dict[str, numpy.ndarray] = {}
+
+    def moment(name: str) -> Tensor:
+        width = widths.get(name.split(".")[-1], dims.ffn_hidden_size)
+        seen[name] = rng.normal(size=(70, width)) @ rng.normal(size=(width, width))
+        return torch.from_numpy(seen[name].T @ seen[name])
+
+    wide = CutSource(dims, plan, RefittedWriters(dims, plan, source, moment, RIDGE, {}))
+    student = dims.with_shape(
+        layers=2, hidden=len(HIDDEN), ffn=4, heads=2, groups=1, experts=2,
+        shared_expert_ffn=len(SHARED) if dims.shared_expert_ffn else 0,
+    )  # fmt: skip
+    narrow = NarrowedSource(wide, plan.layers, Selection(plan.hidden))
+    export_hf(tmp_path / "teacher", tmp_path / "student", student, narrow, torch.float32)
+    full, got = (load_file(tmp_path / name / "model.safetensors") for name in ("teacher", "student"))
+    fitted_ones = 0
+    for name, cut in sliced_experts(full).items():
+        layer = LAYERS[int(name.split(".")[2])] if name.startswith("model.layers.") else -1
+        old = name.replace(f"layers.{LAYERS.index(layer)}.", f"layers.{layer}.") if layer >= 0 else name
+        if ".experts." in name and name.split(".")[-2] in ("w2", "down_proj"):
+            place = int(name.split(".experts.")[1].split(".")[0])
+            expert = sorted(EXPERTS[layer])[place]
+            x, w = (
+                seen[f"layers.{layer}.experts.{expert}"],
+                full[old.replace(f"experts.{place}.", f"experts.{expert}.")],
+            )
+            want = fitted(x, w.double().numpy(), NEURONS[expert], RIDGE)[HIDDEN]
+        elif ".shared_expert.down_proj" in name:
+            x = seen[f"layers.{layer}.shared_expert"]
+            want = fitted(x, full[old].double().numpy(), SHARED, RIDGE)[HIDDEN]
+        elif ".o_proj.weight" in name:
+            continue  # as of every family, above
+        else:
+            assert torch.equal(got[name], cut), name
+            continue
+        fitted_ones += 1
+        numpy.testing.assert_allclose(got[name].double().numpy(), want, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert fitted_ones == 4 + 2 * (dims.shared_expert_ffn > 0)
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2_tied", "nemotron"])
