@@ -133,3 +133,18 @@ class Result(Enum):
 
     last = "last"
     best = "best"
+
+
+class StateLoss(Enum):
+    """How hidden states of teacher and student are compared."""
+
+    mse = "mse"
+    cosine = "cosine"
+
+
+class Projection(Enum):
+    """Learned maps between the widths of two models whose hidden states are compared."""
+
+    shared = "shared"
+    per_pair = "per_pair"
+    none = "none"

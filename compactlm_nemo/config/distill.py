@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compactlm_nemo.config.choices import Result, StoredKind, TeacherSource
+from compactlm_nemo.config.hidden import HiddenConfig
 from compactlm_nemo.errors import require
 
 SPEED_ONLY = {
@@ -135,6 +136,7 @@ class DistillConfig:
     temperature: float = 1.0
     """Softmax temperature of teacher and student, > 0; the loss is scaled by its square."""
     loss: LossConfig = field(default_factory=LossConfig)
+    hidden: HiddenConfig = field(default_factory=HiddenConfig)
     loss_memory_mib: int = 256
     """Memory on each rank for the logits of a loss, of which so many tokens exist at once as fit; in MiB."""
     recompute: bool = False

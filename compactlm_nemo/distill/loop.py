@@ -15,6 +15,7 @@ from torch import Tensor
 from compactlm_nemo.config.choices import Result
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.distill.guards import NonFinite, Spikes
+from compactlm_nemo.distill.hidden import HiddenLoss
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Batch, Teacher
 from compactlm_nemo.models.build import Chunks, recompute_activations
@@ -79,6 +80,7 @@ def distill(
     is_main: bool,
     device: torch.device,
     until: int | None = None,
+    hidden_loss: HiddenLoss | None = None,
 ) -> Position:
     """Train the student from the newest checkpoint (or the start) to `cfg.steps`; returns where it ends.
 
@@ -92,13 +94,13 @@ def distill(
     schedule = build_schedule(optimizer, cfg)
 
     def load() -> Position:
-        return load_training(checkpoints, ddps, optimizer, schedule, mesh)
+        return load_training(checkpoints, ddps, optimizer, schedule, mesh, hidden_loss)
 
     def save() -> None:
         position.losses, position.skipped = list(spikes.losses), non_finite.skipped
         save_training(
             checkpoints, ddps, optimizer, schedule, mesh,
-            position=position, keep=cfg.keep_checkpoints, is_main=is_main,
+            position=position, keep=cfg.keep_checkpoints, is_main=is_main, hidden_loss=hidden_loss,
         )  # fmt: skip
 
     position = Position() if latest_step(checkpoints) is None else load()
@@ -112,8 +114,9 @@ def distill(
         schedule.step(1)
         batches = step_batches(sample, step + position.given_up, cfg, mesh, device)
         terms = forward_backward(
-            ddps, teacher, dims, mesh, batches, loss=cfg.loss, temperature=cfg.temperature, chunk_tokens=chunk_tokens
-        )
+            ddps, teacher, dims, mesh, batches,
+            loss=cfg.loss, temperature=cfg.temperature, chunk_tokens=chunk_tokens, hidden_loss=hidden_loss,
+        )  # fmt: skip
         if spikes.is_one(step, terms[LOSS], position.rewinds):
             rewinds, passed = position.rewinds + 1, position.given_up + step + 1
             position = load()
@@ -124,6 +127,8 @@ def distill(
         grad_norm = gradient_norm(optimizer)
         if not non_finite.skips(step, terms | {"train/grad_norm": grad_norm}):
             optimizer.step()
+            if hidden_loss is not None:
+                hidden_loss.step(optimizer.param_groups[0]["lr"])
         position.step = step + 1
         seconds = time.perf_counter() - start
         held_out = _held_out(ddps, outside, cfg, position)

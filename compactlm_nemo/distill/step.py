@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from compactlm_nemo.config.distill import LossConfig
+from compactlm_nemo.distill.hidden import ALPHA, HiddenLoss
 from compactlm_nemo.distill.linear_kd import linear_kd
 from compactlm_nemo.distill.losses import weighted_losses
 from compactlm_nemo.distill.targets import Targets
@@ -37,6 +39,7 @@ def forward_backward(
     loss: LossConfig,
     temperature: float,
     chunk_tokens: int,
+    hidden_loss: HiddenLoss | None = None,
 ) -> dict[str, float]:
     """Accumulate the gradient of the mean loss over the global batch and return the loss terms. Collective.
 
@@ -44,17 +47,23 @@ def forward_backward(
         students: Megatron DDP around each chunk of the student; their gradients are zeroed here.
         teacher: Says what the student should; asked once, before the student's schedule starts.
         batches: This data-parallel rank's micro-batches.
+        hidden_loss: Losses between hidden states, to be added.
     Returns:
-        What `term_names` names and `train/tokens`, reduced over data parallel, equal on every rank.
+        What `term_names` names and `train/tokens`, reduced over data parallel, equal on every rank; with hidden-state
+        losses each of them, and alpha.
     """
     for student in students:
         student.zero_grad_buffer()
+    if hidden_loss is not None:
+        hidden_loss.listen()
     targets_of: list[Targets | None] = [*teacher.targets(batches)] or [None] * len(batches)
     tokens = [batch.tokens_BT for batch in batches]
     size, length = tokens[0].shape[0], tokens[0].shape[1] - 1
 
-    def step(iterator: Iterator[tuple[Tensor, Targets | None]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        tokens_BT, targets = next(iterator)
+    def step(iterator: Iterator[tuple[int, Tensor, Targets | None]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        idx, tokens_BT, targets = next(iterator)
+        if hidden_loss is not None:
+            hidden_loss.on_student(idx)
         inputs_BS = context_share(tokens_BT[:, :-1], mesh)
         hidden = model(inputs_BS, positions_of(inputs_BS), None)
         return hidden, partial(loss_of, tokens_BT, targets)
@@ -76,23 +85,51 @@ def forward_backward(
             vocab_start=mesh.tp_rank * weight_VH.shape[0],
             tp_group=mesh.tp_group,
         )
-        count = torch.full((), labels_N.numel(), dtype=torch.int, device=labels_N.device)
-        sums = [terms.loss_sum.detach(), *terms.terms.values(), terms.ce_sum, terms.teacher_ce_sum, count]
-        return terms.loss_sum, count, torch.stack([term.double() for term in sums])
+        num_tokens = torch.full((), labels_N.numel(), dtype=torch.int, device=labels_N.device)
+        sums = [terms.loss_sum.detach(), *terms.terms.values(), terms.ce_sum, terms.teacher_ce_sum, num_tokens]
+        return terms.loss_sum, num_tokens, torch.stack([term.double() for term in sums])
 
-    sums = get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=[iter(zip(tokens, targets_of, strict=True)) for _ in students],
-        model=students,
-        num_microbatches=len(batches),
-        seq_length=length,
-        micro_batch_size=size,
-        forward_only=False,
-    )
-    terms = _reduced(sums, term_names(loss), mesh, tokens[0].device)
+    def run(*, forward_only: bool = False) -> dict[str, float]:
+        sums = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[zip(count(), tokens, targets_of, strict=False) for _ in students],
+            model=students,
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=size,
+            forward_only=forward_only,
+        )
+        return _reduced(sums, term_names(loss), mesh, tokens[0].device)
+
+    if hidden_loss is None:
+        terms = run()
+    else:
+        hidden_loss.deliver(tokens)
+        terms = _with_hidden(run, hidden_loss, loss)
     if isinstance(teacher, NoTeacher):
         del terms[TEACHER_LM_LOSS]
     return terms
+
+
+def _with_hidden(run: Callable[..., dict[str, float]], hidden_loss: HiddenLoss, loss: LossConfig) -> dict[str, float]:
+    """Terms of a step with hidden-state losses; the first also measures what alpha is to be."""
+
+    def measured(*, forward_only: bool) -> tuple[dict[str, float], dict[str, float]]:
+        hidden_loss.begin(is_measuring=forward_only)
+        terms = run(forward_only=forward_only)
+        return terms, hidden_loss.finish(terms["train/tokens"])
+
+    def balance(terms: dict[str, float], states: dict[str, float]) -> None:
+        logit_loss = sum(terms[f"train/kd_{name}"] * weight for name, (weight, _) in weighted_losses(loss).items())
+        hidden_loss.balance(logit_loss, sum(states.values()))
+
+    if hidden_loss.alpha is None:
+        balance(*measured(forward_only=True))
+    alpha = hidden_loss.alpha
+    assert alpha is not None
+    terms, states = measured(forward_only=False)
+    balance(terms, states)
+    return terms | {LOSS: terms[LOSS] + alpha * sum(states.values()), ALPHA: alpha} | states
 
 
 def _reduced(sums: list[Tensor], names: list[str], mesh: Mesh, device: torch.device) -> dict[str, float]:

@@ -5,7 +5,7 @@ Shape suffixes: B samples, S tokens, T a sample's tokens on this rank, K stored 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -37,15 +37,18 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """A model on the student's mesh: one forward-only pass of its own over the micro-batches of a step."""
+    """A model on the student's mesh: one forward-only pass of its own over the micro-batches of a step.
 
-    def __init__(self, chunks: Chunks, mesh: Mesh) -> None:
-        self.chunks, self.mesh = chunks.eval(), mesh
+    `on_input` is told which micro-batch a chunk starts, None for one that only fills the schedule.
+    """
+
+    def __init__(self, chunks: Chunks, mesh: Mesh, on_input: Callable[[int | None], None] | None = None) -> None:
+        self.chunks, self.mesh, self.on_input = chunks.eval(), mesh, on_input
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
         """Final normed hidden states and the output weights."""
         inputs = [batch.tokens_BT[:, :-1] for batch in batches]
-        hidden = forward_each(self.chunks, self.mesh, inputs, lambda idx, hidden_SBG: hidden_SBG)
+        hidden = forward_each(self.chunks, self.mesh, inputs, lambda idx, hidden_SBG: hidden_SBG, self.on_input)
         return [TeacherHead(hidden_SBG.flatten(0, 1), self.chunks.head_weight) for hidden_SBG in hidden]
 
 

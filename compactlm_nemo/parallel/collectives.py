@@ -29,6 +29,26 @@ def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
     return _all_reduce(tensor, dist.ReduceOp.MAX, group)
 
 
+def world_sum(tensor: Tensor) -> Tensor:
+    """Elementwise sum over all ranks."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM, dist.group.WORLD if dist.is_initialized() else None)
+
+
+def move(tensor: Tensor, source: int, target: int, group: ProcessGroup) -> Tensor:
+    """Take the tensor of rank `source` of `group` to its rank `target`, where another of its shape and dtype stands.
+
+    Only these two ranks call it; the source gets its own back.
+    """
+    ranks = [dist.get_global_rank(group, rank) for rank in (source, target)]
+    tensor = tensor.detach().contiguous()
+    if dist.get_rank() == ranks[0]:
+        dist.send(tensor, ranks[1], group=group)
+    else:
+        tensor = torch.empty_like(tensor)
+        dist.recv(tensor, ranks[0], group=group)
+    return tensor
+
+
 def broadcast_object(obj: T, group: ProcessGroup | None = None, src: int = 0) -> T:
     """The `obj` of global rank `src` on every rank of `group` (None: all ranks)."""
     if not dist.is_initialized():

@@ -10,7 +10,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
@@ -90,6 +90,16 @@ def _load_part(part: Any, state: dict[str, Any]) -> None:
         adam.state[parameter]["step"] = step
 
 
+class Stateful(Protocol):
+    """What else a training carries on, equal on every rank."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+
+
 def _state(
     ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh, position: Position, is_loading: bool
 ) -> dict[str, Any]:
@@ -115,6 +125,7 @@ def save_training(
     position: Position,
     keep: int,
     is_main: bool,
+    hidden_loss: Stateful | None = None,
 ) -> None:
     """Save at this position and drop all but the newest `keep` and the best. Collective."""
     target = _folder(root, position.step)
@@ -123,7 +134,10 @@ def save_training(
         target.mkdir(parents=True)
     barrier()
     _allocate_adam(optimizer)
-    dist_checkpointing.save(_state(ddps, optimizer, schedule, mesh, position, is_loading=False), str(target))
+    state = _state(ddps, optimizer, schedule, mesh, position, is_loading=False)
+    if hidden_loss is not None:
+        state["hidden_loss"] = hidden_loss.state()
+    dist_checkpointing.save(state, str(target))
     barrier()
     if is_main:
         atomic_write_text(root / LATEST, json.dumps({"step": position.step}) + "\n")
@@ -133,7 +147,9 @@ def save_training(
                 shutil.rmtree(old)
 
 
-def load_training(root: Path, ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh) -> Position:
+def load_training(
+    root: Path, ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh, hidden_loss: Stateful | None = None
+) -> Position:
     """Load the newest checkpoint into model, optimizer and schedule; returns where it stands. Collective."""
     step = latest_step(root)
     if step is None or not (_folder(root, step) / "metadata.json").is_file():
@@ -146,6 +162,8 @@ def load_training(root: Path, ddps: list[Any], optimizer: Any, schedule: Any, me
     schedule.num_steps = 0  # Megatron adds the loaded steps to those it has
     schedule.load_state_dict(state["schedule"])
     torch.set_rng_state(state["rng"])
+    if hidden_loss is not None:
+        hidden_loss.load_state(state["hidden_loss"])
     return Position(**state["position"])
 
 
