@@ -16,6 +16,7 @@ from compactlm_nemo.config.choices import (
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer
 from compactlm_nemo.data.windows import TokenStream
+from compactlm_nemo.distill.hidden import pairs_of
 from compactlm_nemo.distill.losses import weighted_losses
 from compactlm_nemo.errors import CompactLMError, ConfigError, listed
 from compactlm_nemo.evaluation.harness import harness_problem
@@ -65,6 +66,7 @@ def check(config: Config) -> Dims | None:
     problems += _prune_problems(config, dims)
     problems += _stored_problems(config, dims)
     problems += _teacher_layout_problems(config, dims)
+    problems += _hidden_loss_problems(config)
     if problem := harness_problem(config.evaluate):
         problems.append(problem)
     shared = {c.path for c in config.data.train.values()} & {c.path for c in config.data.heldout.values()}
@@ -162,6 +164,30 @@ def _teacher_layout_problems(config: Config, dims: Dims | None) -> list[str]:
     except CompactLMError as error:
         problems.append(f"distill.teacher_pp={layout.pp}: {error}")
     return problems
+
+
+def _hidden_loss_problems(config: Config) -> list[str]:
+    """What losses between hidden states ask of the teacher and of the other losses."""
+    cfg = config.distill
+    if not cfg.hidden.is_on:
+        return []
+    problems = []
+    if cfg.teacher is not TeacherSource.live or config.teacher_parallel != config.parallel:
+        problems.append(
+            f"distill.hidden needs a live teacher in the student's layout, not distill.teacher={cfg.teacher.name} with "
+            f"distill.teacher_tp={cfg.teacher_tp} and distill.teacher_pp={cfg.teacher_pp}; change either."
+        )
+    if cfg.hidden.weight is None and not weighted_losses(cfg.loss):
+        problems.append("distill.hidden.weight=null balances with a logit loss, and there is none; give a weight.")
+    return problems
+
+
+def _map_problem(config: Config, teacher: Dims, student: Dims) -> str:
+    try:
+        pairs_of(config.distill.hidden, teacher, student)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def launch_problems(config: Config, world_size: int) -> str:
@@ -283,6 +309,7 @@ def _layout_problems(config: Config, dims: Dims) -> list[str]:
         models = [dims]
     problems += [f"parallel.tp={tp} must divide the {size}; use a common divisor." for size in _undivided(models, tp)]
     problems += sorted({problem for model in models if (problem := export_problem(model))})
+    problems += sorted({problem for model in models[1:] if (problem := _map_problem(config, dims, model))})
     for layers in sorted({model.num_layers for model in models}):
         try:
             split_layers(layers, layout)

@@ -6,20 +6,24 @@ newest checkpoint.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compactlm_nemo.artifacts import read_manifest, settings_of
-from compactlm_nemo.config.choices import StoredKind, TeacherSource
+from compactlm_nemo.config.choices import Projection, StoredKind, TeacherSource
 from compactlm_nemo.config.distill import DistillConfig, deciding
 from compactlm_nemo.cutting import validation_loss
 from compactlm_nemo.data.windows import Windows, heldout_windows
+from compactlm_nemo.distill.hidden import HiddenLoss, pairs_of
 from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
+from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.store import Store
 from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, SeparateTeacher, StoredHidden, StoredTopK, Teacher
 from compactlm_nemo.evaluation.kd_loss import evaluate_kd_loss
@@ -29,6 +33,7 @@ from compactlm_nemo.models.build import Chunks, tp_share
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.launch import device, is_main_rank, launch_world_size, main_rank_writes, second_mesh
+from compactlm_nemo.pruning.plan import PLAN, Plan
 from compactlm_nemo.run import Run, claim
 from compactlm_nemo.search.cost import flops_per_token_forward
 from compactlm_nemo.training.checkpoint import latest_step
@@ -89,6 +94,7 @@ def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Pa
             is_main=is_main_rank(),
             device=device(),
             until=cfg.stop_after,
+            hidden_loss=_hidden_loss(run, cfg, student, teacher),
         )
     if end.step < cfg.steps:
         return None
@@ -119,6 +125,23 @@ def _teacher(run: Run, cfg: DistillConfig) -> Teacher:
     if run.config.cache.kind is StoredKind.top_k:
         return StoredTopK(store, run.mesh)
     return StoredHidden(store, run.mesh, _head(run) if run.mesh.is_last_stage else None)
+
+
+def _hidden_loss(run: Run, cfg: DistillConfig, student: Chunks, teacher: Teacher) -> HiddenLoss | None:
+    """Losses between hidden states, whose projections start as the way back from the cut: channel j of the student to
+    the channel of the teacher that it was."""
+    if not cfg.hidden.is_on:
+        return None
+    assert isinstance(teacher, LiveTeacher)  # settings are checked before the start
+    dims, student_dims = run.dims("teacher"), run.dims("student")
+    pairs, projections = pairs_of(cfg.hidden, dims, student_dims), None
+    if cfg.hidden.projection is not Projection.none:
+        kept = Plan.from_json(json.loads((run.dir / "student" / PLAN).read_text())).hidden
+        start_GH = torch.eye(dims.hidden_size, device=device())[:, kept.to(device())]
+        projections = Projections(len(pairs), cfg.hidden.projection is Projection.shared, start_GH, cfg)
+    loss = HiddenLoss(cfg.hidden, pairs, teacher.chunks, student, run.mesh, projections)
+    teacher.on_input = loss.on_teacher
+    return loss
 
 
 def _head(run: Run) -> Tensor:

@@ -39,6 +39,7 @@ from compactlm_nemo.models.hf import copy_companions, count_params, export_hf
 from compactlm_nemo.models.teacher import companions_folder, open_teacher
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.launch import device, is_main_rank, launch_world_size, main_rank_writes
+from compactlm_nemo.pruning.plan import PLAN
 from compactlm_nemo.pruning.spare import FILE as SPARE
 from compactlm_nemo.report.progress import progress_bar
 from compactlm_nemo.run import HF, Run, claim
@@ -235,7 +236,7 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
     run.save(folder, model, student)
     with main_rank_writes() as writes:
         if writes:
-            atomic_write_text(folder / "plan.json", json.dumps(plan.to_json()) + "\n")
+            atomic_write_text(folder / PLAN, json.dumps(plan.to_json()) + "\n")
     return {
         "params": num_params(student),
         "teacher_params": num_params(teacher),

@@ -49,6 +49,27 @@ EXPERTS = [
         ),
         ([*LLAMA, "search.latency_ms=0"], ["search.latency_ms=0.0 must be > 0; null sets no budget"]),
         ([*LLAMA, "search.multiples.heads=48"], ["no value between search.smallest=0.5 and 1"]),
+        (
+            [*LLAMA, "distill.hidden.layers=[[-3,-3],[31,40]]", "search.layers=[24]"],
+            ["distill.hidden.layers: layer 40 must be one of the student's 24 (0 to 23, or -1 to -24 from the end)"],
+        ),
+        ([*LLAMA, "distill.hidden.layers=[[3]]"], ["[3] must be [teacher layer, student layer]"]),
+        (
+            [*LLAMA, "distill.hidden.embedding=true", "distill.hidden.weight=0"],
+            ["distill.hidden.weight=0.0 must be > 0"],
+        ),
+        (
+            [*LLAMA, "distill.hidden.embedding=true", "distill.hidden.projection=none", "search.hidden=[2048]"],
+            ["distill.hidden.projection=none needs equal widths, not 4096 and 2048"],
+        ),
+        (
+            [*LLAMA, "distill.hidden.embedding=true", "distill.teacher=stored"],
+            ["distill.hidden needs a live teacher in the student's layout, not distill.teacher=stored"],
+        ),
+        (
+            [*LLAMA, "distill.hidden.embedding=true", "distill.loss.forward_kl=0", "distill.loss.cross_entropy=1"],
+            ["distill.hidden.weight=null balances with a logit loss, and there is none"],
+        ),
         ([*LLAMA, "prune.reconstruct=least_squares"], ["needs score.second_moments=true"]),
         ([*LLAMA, "prune.hidden=rotate"], ["prune.hidden=rotate needs prune.reconstruct=least_squares"]),
         (
@@ -67,7 +88,7 @@ EXPERTS = [
         ),
     ],
 )
-def test_a_broken_rule_about_experts_is_one_line(overrides: list[str], words: list[str]) -> None:
+def test_a_broken_rule_is_one_line(overrides: list[str], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         check(compose(overrides))
     assert "\n" not in str(caught.value)
@@ -79,6 +100,7 @@ def test_a_broken_rule_about_experts_is_one_line(overrides: list[str], words: li
     "overrides",
     [
         [*LLAMA, "parallel.tp=2", "search.layers=[8]"],
+        [*LLAMA, "distill.hidden.layers=[[-3,-3]]", "distill.hidden.embedding=true", "search.layers=[16]"],
         [*EXPERTS, "parallel.ep=3", "parallel.pp=2"],
         [*EXPERTS, "parallel.ep=2", "parallel.tp=2", "parallel.sequence_parallel=true"],
         [*EXPERTS, "search.layers=[24]", "search.hidden=[2048]", "search.experts=[5]", "search.ffn=[64]"],

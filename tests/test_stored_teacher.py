@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from compactlm_nemo.checks import check, launch_problems
 from compactlm_nemo.config.load import compose
@@ -117,6 +118,22 @@ def test_a_teacher_with_a_layout_of_its_own_gives_the_same_training(inputs, prun
     assert same[2]["eval/a_kl_nats"] > 0
     for a, b in zip(same, other, strict=True):
         assert b == pytest.approx(a, rel=1e-4)
+
+
+def test_hidden_states_of_a_live_teacher_train_the_same_on_every_stage(inputs, pruned, tmp_path):
+    settings = ["distill.hidden.layers=[[-3,-2]]", "distill.hidden.embedding=true", "distill.eval_every=3"]
+    one, two = (
+        trained(inputs, shutil.copytree(pruned, tmp_path / f"ranks{ranks}"), *settings, *layout, recipes=("distill",), ranks=ranks)
+        for ranks, layout in ((1, []), (2, ["parallel.pp=2"]))
+    )  # fmt: skip
+    for a, b in zip(one, two, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    for before, now in zip(one[:-1], one[1:], strict=True):
+        hidden = before["train/hidden_layers_1_0"] + before["train/hidden_embedding"]
+        assert now["train/hidden_alpha"] == pytest.approx(before["train/kd_forward_kl"] / hidden)
+    # The projection starts at the channels that were kept, so the embeddings differ only where channels were cut.
+    teacher = load_file(inputs / "teacher" / "model.safetensors")["model.embed_tokens.weight"]
+    assert one[0]["train/hidden_embedding"] < float(teacher.square().mean()) / 2
 
 
 def test_a_killed_cache_goes_on_to_the_same_bytes(inputs, pruned, top_k, tmp_path):

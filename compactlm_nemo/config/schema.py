@@ -24,6 +24,7 @@ from compactlm_nemo.config.choices import (
     WidthMetric,
 )
 from compactlm_nemo.config.distill import CROSS_ENTROPY, CacheConfig, CorrectConfig, DistillConfig
+from compactlm_nemo.config.hidden import HiddenConfig
 from compactlm_nemo.config.search import RankConfig, SearchConfig
 from compactlm_nemo.errors import require
 
@@ -333,6 +334,7 @@ class Config:
             warmup_steps=min(own.warmup_steps, own.steps // 2),
             teacher=TeacherSource.none,
             loss=CROSS_ENTROPY,
+            hidden=HiddenConfig(),
             stop_after=None,
             teacher_tp=None,
             teacher_pp=None,

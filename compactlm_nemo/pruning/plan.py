@@ -21,6 +21,9 @@ from compactlm_nemo.importance.scores import (
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.select import check_scores, keep_heads, keep_layers, top_units
 
+PLAN = "plan.json"
+"""File of a student's folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
