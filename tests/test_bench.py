@@ -17,6 +17,8 @@ from tests import commands
         ("pruning", "--seeds"),
         ("linear_kd", "--tokens"),
         ("distill_step", "--repeats"),
+        ("orderings", "--steps"),
+        ("recovery", "--rates"),
     ],
 )
 def test_help(name: str, option: str) -> None:
