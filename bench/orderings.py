@@ -70,8 +70,8 @@ def main() -> None:
     args = parser.parse_args()
     ways = {name: way for table in TABLES.values() for name, (way, _) in table.items()}
     base = {
-        "steps": args.steps, "warmup_steps": max(1, args.steps // 7), "checkpoint_every": args.steps,
-        "eval_every": max(1, args.steps // 4), "eval_tokens": args.tokens,
+        "steps": args.steps, "warmup_steps": args.steps // 7, "checkpoint_every": args.steps,
+        "eval_every": -(-args.steps // 4), "eval_tokens": args.tokens,
     }  # fmt: skip
     arguments = {"steps": args.steps, "tokens": args.tokens}
     found = curves(RESULTS, arguments, args.run_dir, args.seeds, ways, base)
