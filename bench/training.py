@@ -83,10 +83,12 @@ def _prepared(folder: str, seed: int, student: str) -> Config:
     """The configuration of a run up to its pruned student, all of it drawn by `seed`."""
     where = [f"run.dir={folder}/{student}_{seed}", f"run.seed={seed}"]
     overrides = ["experiment=smollm2_135m_cpu", *where, *STUDENTS[student]]
-    subprocess.run([sys.executable, "-m", "recipes.fetch", overrides[0]], check=True, stdout=sys.stderr)
-    for recipe in ("import_hf", "tokenize", "score", "search", "prune"):
-        subprocess.run([sys.executable, "-m", f"recipes.{recipe}", *overrides], check=True, stdout=sys.stderr)
-    return compose(overrides)
+    config = compose(overrides)
+    if not (Path(config.run.dir) / "student").exists():
+        subprocess.run([sys.executable, "-m", "recipes.fetch", overrides[0]], check=True, stdout=sys.stderr)
+        for recipe in ("import_hf", "tokenize", "score", "search", "prune"):
+            subprocess.run([sys.executable, "-m", f"recipes.{recipe}", *overrides], check=True, stdout=sys.stderr)
+    return config
 
 
 def _trained(config: Config, cfg: DistillConfig, way: Way) -> Curve:
