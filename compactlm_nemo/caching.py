@@ -49,6 +49,7 @@ def cache_teacher(run: Run, folder: Path) -> dict[str, Any]:
     about = {
         "kind": config.cache.kind.name, "k": config.cache.k, "width": dims.hidden_size, "samples": samples,
         "shard_samples": config.cache.shard_samples, "sequence_length": length,
+        "mask_documents": config.data.mask_documents,
         "model": read_manifest(run.dir / run.teacher)["fingerprint"],
     }  # fmt: skip
     state = run.dir / "caching"

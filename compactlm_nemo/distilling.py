@@ -65,6 +65,7 @@ def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Pa
             {
                 "distill": deciding(cfg),
                 "data.sequence_length": config.data.sequence_length,
+                "data.mask_documents": config.data.mask_documents,
                 "run.seed": config.run.seed,
                 source: read_manifest(run.dir / source)["fingerprint"],
             }

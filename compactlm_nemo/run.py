@@ -12,6 +12,7 @@ import torch
 from compactlm_nemo.artifacts import atomic_write_text, differences, read_manifest
 from compactlm_nemo.config.choices import Precision
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.data.tokens import end_of_text
 from compactlm_nemo.distill.vocabulary import chunk_tokens
 from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.importance.scores import load_scores
@@ -50,7 +51,13 @@ class Run:
         return Dims.load(self.dir / stage / MODEL)
 
     def build(self, dims: Dims) -> Chunks:
-        return build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=self.config.model.vocab_multiple)
+        """This rank's part of a model of this run, weights not yet meaningful."""
+        model = build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=self.config.model.vocab_multiple)
+        tokenizer = self.dir / "teacher" / HF
+        if self.config.data.mask_documents and tokenizer.is_dir():  # not yet while the teacher is imported
+            for chunk in model:
+                chunk.document_end = end_of_text(tokenizer)
+        return model
 
     def chunk_tokens(self, dims: Dims) -> int:
         """Tokens whose logits `distill.loss_memory_mib` has room for."""

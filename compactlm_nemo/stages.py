@@ -67,10 +67,17 @@ def _how_to_cut(config: Config) -> dict[str, Any]:
 
 
 def _training_text(config: Config) -> dict[str, Any]:
-    """What decides which tokens a sample of the training blend holds."""
+    """What decides which tokens a sample of the training blend holds, and what they see of each other."""
+    return _samples(config) | {
+        "data.train": asdict(config.data)["train"],
+    }
+
+
+def _samples(config: Config) -> dict[str, Any]:
+    """The same, where the texts are decided by an earlier stage."""
     return {
         "data.sequence_length": config.data.sequence_length,
-        "data.train": asdict(config.data)["train"],
+        "data.mask_documents": config.data.mask_documents,
         "run.seed": config.run.seed,
     }
 
@@ -110,11 +117,7 @@ STAGES: dict[str, Stage] = {
             "distill",
             "distill",
             ("prune",),
-            lambda c: {
-                "distill": deciding(c.distill),
-                "data.sequence_length": c.data.sequence_length,
-                "run.seed": c.run.seed,
-            },
+            lambda c: {"distill": deciding(c.distill)} | _samples(c),
         ),
         Stage("evaluate", "evaluate", ("distill",), lambda c: {"evaluate": deciding(c.evaluate)}),
         Stage("export", "export", ("distill",), lambda c: {}),

@@ -22,7 +22,13 @@ from compactlm_nemo.config.choices import WidthMetric
 from compactlm_nemo.config.distill import deciding
 from compactlm_nemo.config.schema import ScoreConfig
 from compactlm_nemo.cutting import Cutting, validation_loss
-from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer, refuse_shared_documents, tokenize_corpus
+from compactlm_nemo.data.tokens import (
+    check_vocabulary,
+    end_of_text,
+    load_tokenizer,
+    refuse_shared_documents,
+    tokenize_corpus,
+)
 from compactlm_nemo.data.windows import calibration_windows, heldout_windows
 from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.evaluation.harness import run_tasks
@@ -80,11 +86,7 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
         if writes:
             tokenizer = load_tokenizer(run.dir / "teacher" / HF)
             check_vocabulary(tokenizer, run.dims("teacher").vocab_size)  # a GGUF file's is known only now
-            end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-            if end is None or end == tokenizer.unk_token_id != tokenizer.eos_token_id:
-                end = tokenizer.eos_token_id
-            if end is None:
-                raise ConfigError("model.source: its tokenizer has no end-of-text token; set eos_token in its config.")
+            end = end_of_text(run.dir / "teacher" / HF)
             refuse_shared_documents(run.config.data)
             for name, corpus in run.config.data.corpora().items():
                 if run.token_prefix(name).parent == folder:
@@ -100,6 +102,7 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
         "model": read_manifest(run.dir / "teacher")["fingerprint"],
         "calibration": tokens_hash(windows_NS),
         "sequence_length": str(config.data.sequence_length),
+        "mask_documents": str(config.data.mask_documents),
         "neurons": cfg.neurons.name,
     }
     state = run.dir / "scoring"

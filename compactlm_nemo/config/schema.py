@@ -139,6 +139,8 @@ class DataConfig:
     """Evaluation texts, name to path; none of their documents may be in `train`."""
     sequence_length: int = 512
     """Tokens of one sample."""
+    mask_documents: bool = False
+    """Attention stays within the documents of a sample; each begins with the end-of-text token before it."""
 
     def __post_init__(self) -> None:
         for part in ("train", "heldout"):

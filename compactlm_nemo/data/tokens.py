@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ def load_tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{folder} holds no tokenizer that loads ({reason}); add tokenizer.json.") from error
+
+
+@cache
+def end_of_text(folder: Path) -> int:
+    """The token that ends a document, of the tokenizer in `folder`: `<|endoftext|>` or its `eos_token`."""
+    tokenizer = load_tokenizer(folder)
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    if end is None or end == tokenizer.unk_token_id != tokenizer.eos_token_id:
+        end = tokenizer.eos_token_id
+    if end is None:
+        raise ConfigError("model.source: its tokenizer has no end-of-text token; set eos_token in its config.")
+    return int(end)
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:

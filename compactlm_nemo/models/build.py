@@ -22,7 +22,8 @@ from torch import Tensor
 
 from compactlm_nemo.config.schema import ParallelConfig
 from compactlm_nemo.models.dims import Dims, split_layers
-from compactlm_nemo.models.spec import block_spec
+from compactlm_nemo.models.spec import block_spec, context_positions
+from compactlm_nemo.parallel.collectives import all_gather
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.parallel.launch import device
 
@@ -35,6 +36,22 @@ class HiddenStateModel(GPTModel):
 
     The output layer is applied by the chunked loss heads, so that the logits of a sequence never exist at once.
     """
+
+    document_end: int | None = None
+    """Token at which a document begins and attention with it, as it ends the one before; None: samples are whole."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None = None, **others: Any) -> Any:
+        """`input_ids` `[b, s]` of this context-parallel rank; the mask is made here."""
+        documents = None if self.document_end is None else self._documents(input_ids == self.document_end)
+        return super().forward(input_ids, position_ids, documents, **others)
+
+    def _documents(self, begins_bs: Tensor) -> Tensor:
+        """`[b, whole sequence]` the number of each token's document."""
+        size = self.config.context_parallel_size
+        if size > 1:
+            places = [context_positions(begins_bs.shape[1], rank, size) for rank in range(size)]
+            begins_bs = all_gather(begins_bs, self.cp_group, dim=1)[:, torch.cat(places).argsort()]
+        return begins_bs.cumsum(dim=1)
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         if self.post_process and self.config.sequence_parallel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from compactlm_nemo.config.distill import LossConfig
 from compactlm_nemo.config.schema import ParallelConfig
 from compactlm_nemo.distill.step import forward_backward
-from compactlm_nemo.distill.teacher import Batch, LiveTeacher, SeparateTeacher, Teacher
+from compactlm_nemo.distill.teacher import Batch, LiveTeacher, SeparateTeacher
 from compactlm_nemo.models.build import global_names, recompute_activations, tp_share
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import positions_of
@@ -32,15 +33,34 @@ TEMPERATURE = 2.0
 LENGTH = 12
 
 
+DOCUMENT_END = 7
+"""Of the cases in DOCUMENT_CASES."""
+DOCUMENT_CASES = ("mistral_window", "qwen2_tied")
+
+
 def samples() -> Tensor:
-    return torch.randint(0, VOCAB, (4, LENGTH + 1), generator=torch.Generator().manual_seed(3))
+    tokens = torch.randint(0, VOCAB, (4, LENGTH + 1), generator=torch.Generator().manual_seed(3))
+    for place in ((0, 3), (0, 4), (1, 0), (1, 9), (2, LENGTH), (3, 6), (3, 10)):
+        tokens[place] = DOCUMENT_END
+    return tokens
 
 
-def reference(student: Any, teacher: Any) -> dict[str, float]:
+def logits_of(model: Any, tokens_BS: Tensor, document_end: int | None) -> Tensor:
+    """`[B * S, V]`; with a token that ends documents, of every document by itself."""
+    if document_end is None:
+        return model(tokens_BS).logits.flatten(0, 1)
+    rows = []
+    for sample in tokens_BS:
+        starts = [0, *(i for i in range(1, len(sample)) if sample[i] == document_end), len(sample)]
+        rows += [model(sample[None, a:b]).logits[0] for a, b in pairwise(starts)]
+    return torch.cat(rows)
+
+
+def reference(student: Any, teacher: Any, document_end: int | None = None) -> dict[str, float]:
     """Means over the tokens of the definition; leaves the gradient of the first in the student."""
     tokens = samples()
     labels = tokens[:, 1:].flatten()
-    s, t = (model(tokens[:, :-1]).logits.flatten(0, 1) for model in (student, teacher))
+    s, t = (logits_of(model, tokens[:, :-1], document_end) for model in (student, teacher))
     t = t.detach()
     log_q, log_p = F.log_softmax(s / TEMPERATURE, -1), F.log_softmax(t / TEMPERATURE, -1)
     kd = TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
@@ -58,10 +78,11 @@ def reference(student: Any, teacher: Any) -> dict[str, float]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each case a teacher, a student, and the student's gradients written as if they were weights."""
     root = tmp_path_factory.mktemp("hf")
-    for case in CASES + EXPERT_CASES:
+    for case in CASES + EXPERT_CASES + DOCUMENT_CASES:
         teacher = save_tiny(case, root / case / "teacher").double()
         student = save_tiny(case, root / case / "student", **STUDENT).double()
-        torch.save(reference(student, teacher), root / case / "terms.pt")
+        end = DOCUMENT_END if case in DOCUMENT_CASES else None
+        torch.save(reference(student, teacher, end), root / case / "terms.pt")
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.copy_(parameter.grad)
@@ -103,12 +124,15 @@ def _step(
     if recompute:
         recompute_activations(learner)
     ddps = wrap_data_parallel(learner.train())
-    live: Teacher
+    live: LiveTeacher | SeparateTeacher
     if own_layout is None:
         dims, teacher = filled(root / "teacher", mesh)
         live = LiveTeacher(teacher, mesh)
     else:
         dims, live = separate(root / "teacher", mesh, own_layout)
+    if root.name in DOCUMENT_CASES:
+        for chunk in [*learner, *live.chunks]:
+            chunk.document_end = DOCUMENT_END
     batches = [Batch(part, ()) for part in samples()[mesh.dp_rank :: mesh.dp_size].split(micro_batch)]
     settings: dict[str, Any] = {"loss": LossConfig(), "temperature": TEMPERATURE, "chunk_tokens": 7}
     # Twice: the second must not see anything of the first.
@@ -185,6 +209,13 @@ def test_step_with_a_teacher_of_another_layout_is_the_definition(layouts, root, 
 
 def _recomputed(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:
     _matches(rank, world, layout, CASES[:1], root, recompute=True)
+
+
+@pytest.mark.parametrize("layout", ["1", "vpp2", "tp2_sp_cp2"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_documents_of_a_sample_do_not_see_each_other(layout, recompute, root, tmp_path):
+    ranks, fields = LAYOUTS[layout]
+    run_ranks(_matches, ranks, tmp_path, fields, DOCUMENT_CASES, root, None, recompute)
 
 
 def _kept_bytes(rank: int, world: int, root: Path) -> None:
