@@ -245,6 +245,15 @@ def _data_problems(config: Config) -> list[str]:
             f"evaluate.tokens={config.evaluate.tokens} is less than one window of "
             f"data.sequence_length={data.sequence_length}; raise it."
         )
+    budgets = [corpus.tokens for corpus in data.train.values() if corpus.tokens is not None]
+    trained = config.distill.num_samples * data.sequence_length
+    if budgets and len(budgets) < len(data.train):
+        problems.append("data.train has texts with `tokens` and texts without; give every one a budget, or weights.")
+    elif budgets and sum(budgets) < trained:
+        problems.append(
+            f"data.train has budgets of {sum(budgets):,} tokens, distill.steps x global_batch x sequence_length trains "
+            f"{trained:,}; lower distill.steps or raise them."
+        )
     return problems
 
 

@@ -83,7 +83,7 @@ class Run:
         return scores.ranking(self.config.search.width, self.config.search.depth)
 
     def train_prefixes(self) -> list[tuple[Path, float]]:
-        return [(self.token_prefix(f"train.{name}"), corpus.weight) for name, corpus in self.config.data.train.items()]
+        return [(self.token_prefix(f"train.{name}"), corpus.share) for name, corpus in self.config.data.train.items()]
 
     def token_prefix(self, corpus: str) -> Path:
         """Where the tokens of a corpus are: its own Megatron files, or those the tokenize stage made."""

@@ -7,6 +7,7 @@ import pytest
 from compactlm_nemo.checks import check, launch_problems
 from compactlm_nemo.config.load import compose
 from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.run import Run
 
 DRY = ["dry_run=true", "run.dir=absent", "model.source=absent"]
 LLAMA = [*DRY, "model.architecture.model_type=llama"]
@@ -53,6 +54,24 @@ EXPERTS = [
             [*LLAMA, "distill.hidden.layers=[[-3,-3],[31,40]]", "search.layers=[24]"],
             ["distill.hidden.layers: layer 40 must be one of the student's 24 (0 to 23, or -1 to -24 from the end)"],
         ),
+        (
+            [*LLAMA, "data.train.a={path: a, tokens: 1000}", "data.train.b=b"],
+            ["data.train has texts with `tokens` and texts without"],
+        ),
+        (
+            [
+                *LLAMA,
+                "data.train.a={path: a, tokens: 1_000}",
+                "data.train.b={path: b, tokens: 2000}",
+                "distill.steps=2",
+            ],
+            ["data.train has budgets of 3,000 tokens", "trains 8,192; lower distill.steps or raise them"],
+        ),
+        (
+            [*LLAMA, "data.train.a={path: a, tokens: 9, weight: 1}"],
+            ["data.train.a=", "must be a path, {path: PATH, weight: NUMBER} or {path: PATH, tokens: NUMBER}"],
+        ),
+        ([*LLAMA, "data.train.a={path: a, tokens: 0}"], ["data.*.tokens=0 must be > 0"]),
         ([*LLAMA, "distill.hidden.layers=[[3]]"], ["[3] must be [teacher layer, student layer]"]),
         (
             [*LLAMA, "distill.hidden.embedding=true", "distill.hidden.weight=0"],
@@ -114,3 +133,8 @@ def test_ranks_of_expert_parallelism() -> None:
     config = compose([*EXPERTS, "parallel.ep=2", "parallel.pp=2"])
     assert "parallel.ep=2 must divide the 1 data-parallel ranks of 2 processes" in launch_problems(config, 2)
     assert launch_problems(config, 4) == ""
+
+
+def test_token_budgets_are_the_shares_of_a_blend() -> None:
+    config = compose([*LLAMA, "data.train.a={path: a, tokens: 1_000_000}", "data.train.b={path: b, tokens: 5_000_000}"])
+    assert [share for _, share in Run(config, mesh=None).train_prefixes()] == [1e6, 5e6]  # type: ignore[arg-type]

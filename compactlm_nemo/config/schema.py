@@ -108,9 +108,20 @@ class CorpusConfig:
     """JSON-lines file with a `text` field, or a Megatron prefix (`PREFIX.bin` and `PREFIX.idx`)."""
     weight: float = 1.0
     """Share of this corpus in a training blend, relative to the others."""
+    tokens: int | None = None
+    """Instead of a weight: tokens of this corpus in the whole of training, of which every part has its share."""
 
     def __post_init__(self) -> None:
         require(self.weight > 0, f"data.*.weight={self.weight} must be > 0; remove the corpus instead.")
+        require(
+            self.tokens is None or self.tokens > 0,
+            f"data.*.tokens={self.tokens} must be > 0; remove the corpus instead.",
+        )
+
+    @property
+    def share(self) -> float:
+        """Its part of a blend, relative to the others."""
+        return self.weight if self.tokens is None else float(self.tokens)
 
     @property
     def is_tokenised(self) -> bool:
@@ -123,10 +134,11 @@ def _corpus(key: str, value: Any) -> CorpusConfig:
     if isinstance(value, CorpusConfig):
         return value
     given = {"path": value} if isinstance(value, str) else dict(value or {})
-    unknown = given.keys() - {"path", "weight"}
+    unknown = given.keys() - {"path", "weight", "tokens"}
     require(
-        not unknown and isinstance(given.get("path"), str),
-        f"{key}={value} must be a path or {{path: PATH, weight: NUMBER}}; for example {key}=text.jsonl.",
+        not unknown and isinstance(given.get("path"), str) and not {"weight", "tokens"} <= given.keys(),
+        f"{key}={value} must be a path, {{path: PATH, weight: NUMBER}} or {{path: PATH, tokens: NUMBER}}; for example "
+        f"{key}=text.jsonl.",
     )
     return CorpusConfig(**given)
 
@@ -134,7 +146,7 @@ def _corpus(key: str, value: Any) -> CorpusConfig:
 @dataclass(kw_only=True)
 class DataConfig:
     train: dict[str, Any] = field(default_factory=dict)
-    """Training blend, name to path or to {path, weight}; calibration windows are drawn from it as well."""
+    """Training blend, name to path, to {path, weight} or to {path, tokens}; calibration windows are drawn from it as well."""
     heldout: dict[str, Any] = field(default_factory=dict)
     """Evaluation texts, name to path; none of their documents may be in `train`."""
     sequence_length: int = 512
