@@ -146,7 +146,7 @@ def _corpus(key: str, value: Any) -> CorpusConfig:
 @dataclass(kw_only=True)
 class DataConfig:
     train: dict[str, Any] = field(default_factory=dict)
-    """Training blend, name to path, to {path, weight} or to {path, tokens}; calibration windows are drawn from it as well."""
+    """Training blend, name to path, {path, weight} or {path, tokens}; calibration draws from it as well."""
     heldout: dict[str, Any] = field(default_factory=dict)
     """Evaluation texts, name to path; none of their documents may be in `train`."""
     sequence_length: int = 512
