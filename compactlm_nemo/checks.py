@@ -67,6 +67,7 @@ def check(config: Config) -> Dims | None:
     problems += _stored_problems(config, dims)
     problems += _teacher_layout_problems(config, dims)
     problems += _hidden_loss_problems(config)
+    problems += _beside_problems(config)
     if problem := harness_problem(config.evaluate):
         problems.append(problem)
     shared = {c.path for c in config.data.train.values()} & {c.path for c in config.data.heldout.values()}
@@ -179,6 +180,24 @@ def _hidden_loss_problems(config: Config) -> list[str]:
         )
     if cfg.hidden.weight is None and not weighted_losses(cfg.loss):
         problems.append("distill.hidden.weight=null balances with a logit loss, and there is none; give a weight.")
+    return problems
+
+
+def _beside_problems(config: Config) -> list[str]:
+    """What a teacher that is trained while it teaches asks for."""
+    correct, cfg = config.correct, config.distill
+    if not correct.beside:
+        return []
+    problems = []
+    if not 0 < correct.steps <= cfg.steps:
+        problems.append(
+            f"correct.beside=true needs correct.steps={correct.steps} in [1, distill.steps={cfg.steps}]; change either."
+        )
+    if cfg.teacher is not TeacherSource.live or config.teacher_parallel != config.parallel:
+        problems.append(
+            f"correct.beside=true needs a live teacher in the student's layout, not distill.teacher={cfg.teacher.name} "
+            f"with distill.teacher_tp={cfg.teacher_tp} and distill.teacher_pp={cfg.teacher_pp}; change either."
+        )
     return problems
 
 

@@ -21,11 +21,13 @@ from compactlm_nemo.config.choices import Projection, StoredKind, TeacherSource
 from compactlm_nemo.config.distill import DistillConfig, deciding
 from compactlm_nemo.cutting import validation_loss
 from compactlm_nemo.data.windows import Windows, heldout_windows
+from compactlm_nemo.distill.corrector import Corrector
 from compactlm_nemo.distill.hidden import HiddenLoss, pairs_of
 from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.store import Store
 from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, SeparateTeacher, StoredHidden, StoredTopK, Teacher
+from compactlm_nemo.errors import require
 from compactlm_nemo.evaluation.kd_loss import evaluate_kd_loss
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.evaluation.speed import device_name, peak_tflops
@@ -53,6 +55,7 @@ def correct_teacher(run: Run, folder: Path) -> dict[str, Any] | None:
 
     Source: "LLM Pruning and Distillation in Practice" (arXiv 2408.11796), section 2.1.
     """
+    require(run.config.corrects_before, "correct.beside=true trains the teacher in recipes.distill; run that.")
     return _train(run, folder, run.config.correction, source="teacher", state=run.dir / "correcting")
 
 
@@ -69,6 +72,7 @@ def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Pa
                 "run.seed": config.run.seed,
                 source: read_manifest(run.dir / source)["fingerprint"],
             }
+            | ({"correct": deciding(config.correction)} if config.correct.beside else {})
         ),
     )
     dims = run.dims(source)
@@ -96,6 +100,7 @@ def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Pa
             device=device(),
             until=cfg.stop_after,
             hidden_loss=_hidden_loss(run, cfg, student, teacher),
+            corrector=_corrector(run, teacher, state),
         )
     if end.step < cfg.steps:
         return None
@@ -126,6 +131,17 @@ def _teacher(run: Run, cfg: DistillConfig) -> Teacher:
     if run.config.cache.kind is StoredKind.top_k:
         return StoredTopK(store, run.mesh)
     return StoredHidden(store, run.mesh, _head(run) if run.mesh.is_last_stage else None)
+
+
+def _corrector(run: Run, teacher: Teacher, state: Path) -> Corrector | None:
+    """What trains the teacher meanwhile, where that is asked for; not in the training of the teacher itself."""
+    if not run.config.correct.beside or not isinstance(teacher, LiveTeacher):
+        return None
+    dims = run.dims("teacher")
+    return Corrector(
+        teacher.chunks, dims, run.mesh, run.config.correction,
+        chunk_tokens=run.chunk_tokens(dims), checkpoints=state / "teacher", is_main=is_main_rank(),
+    )  # fmt: skip
 
 
 def _hidden_loss(run: Run, cfg: DistillConfig, student: Chunks, teacher: Teacher) -> HiddenLoss | None:

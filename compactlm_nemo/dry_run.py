@@ -49,7 +49,10 @@ def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) ->
     }
     for name, folder in folders.items():
         live = name != "distill" or config.distill.teacher is TeacherSource.live
-        held = sum(sizes[model] for model in HOLDS.get(name, ()) if live or model != "teacher")
+        models = HOLDS.get(name, ())
+        if name == "distill" and config.correct.beside:
+            models = ("correction", "training")
+        held = sum(sizes[model] for model in models if live or model != "teacher")
         memory = f"{held:,} bytes a rank for weights and optimizer; " if held else ""
         lines.append(f"{name}: {memory}writes {Path(config.run.dir) / folder}")
     return lines

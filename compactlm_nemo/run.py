@@ -45,7 +45,7 @@ class Run:
     @property
     def teacher(self) -> str:
         """The stage whose model teaches."""
-        return "corrected" if self.config.correct.steps else "teacher"
+        return "corrected" if self.config.corrects_before else "teacher"
 
     def dims(self, stage: str) -> Dims:
         return Dims.load(self.dir / stage / MODEL)

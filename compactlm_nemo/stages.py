@@ -82,6 +82,11 @@ def _samples(config: Config) -> dict[str, Any]:
     }
 
 
+def _correcting(config: Config) -> dict[str, Any]:
+    """How the teacher is trained while it teaches, where it is."""
+    return {"correct": deciding(config.correction)} if config.correct.beside else {}
+
+
 def _split(config: Config) -> dict[str, Any]:
     """The layout, where the candidates depend on it."""
     cfg = config.search
@@ -117,7 +122,7 @@ STAGES: dict[str, Stage] = {
             "distill",
             "distill",
             ("prune",),
-            lambda c: {"distill": deciding(c.distill)} | _samples(c),
+            lambda c: {"distill": deciding(c.distill)} | _samples(c) | _correcting(c),
         ),
         Stage("evaluate", "evaluate", ("distill",), lambda c: {"evaluate": deciding(c.evaluate)}),
         Stage("export", "export", ("distill",), lambda c: {}),
@@ -158,7 +163,7 @@ def _needs(stage: Stage, config: Config) -> tuple[str, ...]:
     needs = stage.needs
     if stage.name == "distill" and config.distill.teacher is TeacherSource.stored:
         needs = (*needs, "cache_teacher")
-    if stage.name in ("distill", "cache_teacher") and config.correct.steps:
+    if stage.name in ("distill", "cache_teacher") and config.corrects_before:
         needs = (*needs, "correct_teacher")
     return needs
 
@@ -167,7 +172,7 @@ def stages_of(config: Config) -> list[str]:
     """The stages of a whole run, in order."""
     wanted = {
         "cache_teacher": config.distill.teacher is TeacherSource.stored,
-        "correct_teacher": config.correct.steps > 0,
+        "correct_teacher": config.corrects_before,
     }
     return [name for name in STAGES if wanted.get(name, True)]
 

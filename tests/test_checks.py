@@ -72,6 +72,14 @@ EXPERTS = [
             ["data.train.a=", "must be a path, {path: PATH, weight: NUMBER} or {path: PATH, tokens: NUMBER}"],
         ),
         ([*LLAMA, "data.train.a={path: a, tokens: 0}"], ["data.*.tokens=0 must be > 0"]),
+        (
+            [*LLAMA, "correct.beside=true", "correct.steps=2000"],
+            ["correct.beside=true needs correct.steps=2000 in [1, distill.steps=1000]"],
+        ),
+        (
+            [*LLAMA, "correct.beside=true", "correct.steps=9", "distill.teacher=stored"],
+            ["correct.beside=true needs a live teacher in the student's layout, not distill.teacher=stored"],
+        ),
         ([*LLAMA, "distill.hidden.layers=[[3]]"], ["[3] must be [teacher layer, student layer]"]),
         (
             [*LLAMA, "distill.hidden.embedding=true", "distill.hidden.weight=0"],

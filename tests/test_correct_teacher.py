@@ -71,6 +71,46 @@ def test_two_ranks_correct_as_one(inputs: Path, plain: Path, tmp_path: Path) -> 
         assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-3)
 
 
+BESIDE = [*CORRECT, "correct.beside=true"]
+
+
+def _pruned(plain: Path, run: Path) -> Path:
+    for stage in ("teacher", "tokens", "score", "search", "student"):
+        shutil.copytree(plain / stage, run / stage)
+    return run
+
+
+def test_a_teacher_corrected_beside_the_student_learns_what_it_has_taught(
+    inputs: Path, plain: Path, tmp_path: Path
+) -> None:
+    """Each batch is taught by the weights that training on the batches before has made, as in a stage of its own."""
+    before = _pruned(plain, tmp_path / "before")
+    _run(command(inputs, before, *CORRECT, recipe="correct_teacher"))
+    alone = _metrics(before / "corrected")
+    run = _pruned(plain, tmp_path / "beside")
+    _run(command(inputs, run, *BESIDE, recipe="distill"))
+    got = _metrics(run / "distill")
+    assert len(got) == 6
+    for line, wanted in zip(got, alone, strict=False):
+        assert line["train/correct_loss"] == pytest.approx(wanted["train/loss"], rel=1e-6)
+        assert line["train/correct_lr"] == wanted["train/lr"]
+        assert line["train/teacher_lm_loss_nats"] == pytest.approx(line["train/correct_loss"], rel=1e-6)
+    assert "train/correct_loss" not in got[4]  # four steps of six
+
+    stopped = _pruned(plain, tmp_path / "stopped")
+    for more in (["distill.stop_after=3"], []):
+        _run(command(inputs, stopped, *BESIDE, *more, recipe="distill"))
+    speedless = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in got]
+    again = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in _metrics(stopped / "distill")]
+    assert again == speedless
+
+    staged = _pruned(plain, tmp_path / "staged")
+    _run(command(inputs, staged, *BESIDE, "parallel.pp=2", "distill.recompute=true", recipe="distill"), 2)
+    for one, two in zip(got, _metrics(staged / "distill"), strict=True):
+        assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
+        assert two["train/teacher_lm_loss_nats"] == pytest.approx(one["train/teacher_lm_loss_nats"], rel=1e-4)
+
+
 def test_what_is_missing_is_named(inputs: Path, plain: Path, tmp_path: Path) -> None:
     run = shutil.copytree(plain, tmp_path / "run")
     shutil.rmtree(run / "distill")
@@ -78,6 +118,8 @@ def test_what_is_missing_is_named(inputs: Path, plain: Path, tmp_path: Path) -> 
     assert done.returncode == 2 and "no finished correct_teacher stage" in done.stderr
     done = commands.run(command(inputs, run, recipe="correct_teacher"))
     assert done.returncode == 2 and "correct.steps=0 trains no teacher" in done.stderr
+    done = commands.run(command(inputs, run, *BESIDE, recipe="correct_teacher"))
+    assert done.returncode == 2 and "correct.beside=true trains the teacher in recipes.distill" in done.stderr
     settings = {"steps": -1, "lr": 0, "min_lr": 1, "warmup_steps": -1}
     for name, value in settings.items():
         with pytest.raises(ConfigError, match=rf"correct\.{name}={value}"):

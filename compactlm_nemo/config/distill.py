@@ -94,11 +94,13 @@ class CacheConfig:
 
 @dataclass(kw_only=True)
 class CorrectConfig:
-    """Training of the teacher on the distillation's data before it teaches (`recipes.correct_teacher`); what is not
-    here is as in `distill`. The paper: 120 steps of warm-up to a fifth of the teacher's own peak rate."""
+    """Training of the teacher on the distillation's data before it teaches (`recipes.correct_teacher`) or meanwhile;
+    what is not here is as in `distill`. The paper: 120 steps of warm-up to a fifth of the teacher's own peak rate."""
 
     steps: int = 0
     """Optimizer steps; 0 leaves the teacher as it is."""
+    beside: bool = False
+    """Train the teacher while it teaches, on each batch after it was taught, instead of before."""
     lr: float = 2e-5
     """Peak learning rate."""
     min_lr: float = 0.0

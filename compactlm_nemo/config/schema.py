@@ -336,6 +336,11 @@ class Config:
         )
 
     @property
+    def corrects_before(self) -> bool:
+        """Whether the correct_teacher stage makes the teacher that teaches."""
+        return self.correct.steps > 0 and not self.correct.beside
+
+    @property
     def correction(self) -> DistillConfig:
         """How the teacher itself is trained: `correct`, the rest as in `distill`, without a teacher of its own."""
         own = self.correct

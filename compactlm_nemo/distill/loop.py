@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compactlm_nemo.config.choices import Result
 from compactlm_nemo.config.distill import DistillConfig
+from compactlm_nemo.distill.corrector import Corrector
 from compactlm_nemo.distill.guards import NonFinite, Spikes
 from compactlm_nemo.distill.hidden import HiddenLoss
 from compactlm_nemo.distill.step import forward_backward
@@ -81,6 +82,7 @@ def distill(
     device: torch.device,
     until: int | None = None,
     hidden_loss: HiddenLoss | None = None,
+    corrector: Corrector | None = None,
 ) -> Position:
     """Train the student from the newest checkpoint (or the start) to `cfg.steps`; returns where it ends.
 
@@ -94,10 +96,15 @@ def distill(
     schedule = build_schedule(optimizer, cfg)
 
     def load() -> Position:
-        return load_training(checkpoints, ddps, optimizer, schedule, mesh, hidden_loss)
+        position = load_training(checkpoints, ddps, optimizer, schedule, mesh, hidden_loss)
+        if corrector is not None:
+            corrector.load(position.step)
+        return position
 
     def save() -> None:
         position.losses, position.skipped = list(spikes.losses), non_finite.skipped
+        if corrector is not None:
+            corrector.save(position.step)
         save_training(
             checkpoints, ddps, optimizer, schedule, mesh,
             position=position, keep=cfg.keep_checkpoints, is_main=is_main, hidden_loss=hidden_loss,
@@ -129,6 +136,8 @@ def distill(
             optimizer.step()
             if hidden_loss is not None:
                 hidden_loss.step(optimizer.param_groups[0]["lr"])
+        if corrector is not None:
+            terms |= corrector.learn(step, batches)
         position.step = step + 1
         seconds = time.perf_counter() - start
         held_out = _held_out(ddps, outside, cfg, position)

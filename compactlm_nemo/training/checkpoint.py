@@ -148,10 +148,16 @@ def save_training(
 
 
 def load_training(
-    root: Path, ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh, hidden_loss: Stateful | None = None
+    root: Path,
+    ddps: list[Any],
+    optimizer: Any,
+    schedule: Any,
+    mesh: Mesh,
+    hidden_loss: Stateful | None = None,
+    step: int | None = None,
 ) -> Position:
-    """Load the newest checkpoint into model, optimizer and schedule; returns where it stands. Collective."""
-    step = latest_step(root)
+    """Load the newest checkpoint, or the one of `step`, into what is given; returns where it stands. Collective."""
+    step = latest_step(root) if step is None else step
     if step is None or not (_folder(root, step) / "metadata.json").is_file():
         raise CheckpointError(f"{root} names no complete checkpoint; delete the folder to start again.")
     _allocate_adam(optimizer)
