@@ -23,7 +23,9 @@ from bench.interleave import summary
 from bench.teacher import PRECISIONS, add_run_arguments, calibration_tokens, our_model
 from compactlm_nemo.config.distill import CROSS_ENTROPY, DistillConfig, LossConfig
 from compactlm_nemo.config.schema import ParallelConfig
+from compactlm_nemo.distill.linear_kd import linear_kd
 from compactlm_nemo.distill.step import forward_backward
+from compactlm_nemo.distill.targets import TeacherHead
 from compactlm_nemo.distill.teacher import Batch, LiveTeacher, NoTeacher, Teacher
 from compactlm_nemo.distill.vocabulary import chunk_tokens
 from compactlm_nemo.models.build import build_model
@@ -58,6 +60,22 @@ class Subject:
         settings: dict[str, Any] = {"loss": loss, "temperature": 1.0, "chunk_tokens": self.chunk}
         forward_backward(self.ddps, teacher, self.dims, self.mesh, self.batches, **settings)
 
+    def head(self) -> None:
+        """The loss head of a step alone, forward and backward, on hidden states of the same sizes."""
+        weight_VH = self.ddps[-1].module.head_weight.detach().requires_grad_()
+        for batch in self.batches:
+            labels_N = batch.tokens_BT[:, 1:].T.flatten()
+            student_NH, teacher_NG = (
+                torch.zeros(len(labels_N), dims.hidden_size, dtype=weight_VH.dtype).normal_()
+                for dims in (self.dims, self.teacher_dims)
+            )
+            terms = linear_kd(
+                student_NH.requires_grad_(), weight_VH, TeacherHead(teacher_NG, self.teacher.chunks.head_weight),
+                labels_N, torch.ones(len(labels_N)), loss=LossConfig(), temperature=1.0, chunk_tokens=self.chunk,
+                vocab_size=self.dims.vocab_size, vocab_start=0, tp_group=self.mesh.tp_group,
+            )  # fmt: skip
+            terms.loss_sum.backward()
+
     def ideal(self) -> float:
         """FLOPs of the distillation step over those of the plain one: a backward pass is two forward ones."""
         student, teacher = (flops_per_token_forward(dims, self.length) for dims in (self.dims, self.teacher_dims))
@@ -82,6 +100,7 @@ def main() -> None:
             "plain": partial(subject.step, NoTeacher(mesh), CROSS_ENTROPY),
             "distillation": partial(subject.step, subject.teacher, LossConfig()),
             "teacher": partial(subject.teacher.targets, subject.batches),
+            "head": subject.head,
         }
         for run in runs.values():
             run()
@@ -91,7 +110,8 @@ def main() -> None:
             before, own, after = (seconds(runs[name]) for name in ("plain", "distillation", "plain"))
             times["plain"] += [before, after]
             times["distillation"].append(own)
-            times["teacher"].append(seconds(runs["teacher"]))
+            for name in ("teacher", "head"):
+                times[name].append(seconds(runs[name]))
             ratios.append(2 * own / (before + after))
         result = {
             "run": vars(args), "threads": torch.get_num_threads(), "ideal": subject.ideal(), "ratio": summary(ratios),
@@ -109,9 +129,11 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {row['median']:.2f} ({row['min']:.2f} to {row['max']:.2f}) |")
     ratio = "{median:.3f} ({min:.3f} to {max:.3f})".format(**result["ratio"])
     over = result["ratio"]["median"] / result["ideal"] - 1
-    share = result["seconds"]["teacher"]["median"] / result["seconds"]["distillation"]["median"]
+    whole = result["seconds"]["distillation"]["median"]
+    teacher, head = (result["seconds"][part]["median"] / whole for part in ("teacher", "head"))
     lines += ["", f"Distillation over plain: {ratio}; by FLOPs {result['ideal']:.3f}, so {over:+.1%}. "]
-    return "\n".join([*lines, f"Teacher's pass, without its head: {share:.0%} of the distillation step."])
+    shares = f"teacher's layers {teacher:.0%}, both heads and the loss {head:.0%}, student's layers the rest"
+    return "\n".join([*lines, f"Of the distillation step: {shares}."])
 
 
 if __name__ == "__main__":

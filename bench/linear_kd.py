@@ -1,10 +1,10 @@
 """Time and memory of the distillation head, forward and backward: this package, plain torch, and Liger.
 
     python -m bench.linear_kd --hidden 576 --vocab 49152 --tokens 1024 2048 4096 --repeats 5
-    python -m bench.linear_kd --hidden 4096 --vocab 128256 --tokens 256 512 --repeats 3
+    python -m bench.linear_kd --hidden 4096 --vocab 128256 --tokens 128 256 --repeats 2
 
-fp32 on a CPU. Every way lives in a process of its own and they take turns, so that a slow moment meets all; a ratio is
-to plain torch in the same turn. Memory is the peak of a fresh process beside the heads (bench/memory.py). Losses and
+fp32 on a CPU. Each way and plain torch, in processes of their own, take turns, so that a slow moment meets both; a
+ratio is to plain torch in the same turn. Memory is the peak of a fresh process beside the heads (bench/memory.py). Losses and
 gradients are compared before anything is timed. The first call builds Liger's environment in bench/.venv-liger.
 
 Prints Markdown and writes bench/results/linear_kd_HIDDENxVOCAB.json.
@@ -62,25 +62,25 @@ def command(way: str, args: argparse.Namespace) -> list[str]:
 
 
 def timed(rows: dict[str, dict[str, Any]], args: argparse.Namespace, tokens: str) -> None:
-    """Seconds of every way, in turns, and ratios to plain torch; after a check that all give the same."""
-    with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        workers = {way: stack.enter_context(Worker(command(way, args))) for way in WAYS}
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        for way, worker in workers.items():
-            worker.seconds(tokens)  # warms up, and compiles
-            worker.save_scores(tokens, Path(folder) / way)
-        wanted = load_file(Path(folder) / PLAIN)
-        for way in WAYS:
-            for name, got in load_file(Path(folder) / way).items():
+    """Seconds of every way next to plain torch, in turns, after a check that both give the same."""
+    for way in [way for way in WAYS if way != PLAIN]:
+        with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+            workers = {name: stack.enter_context(Worker(command(name, args))) for name in (PLAIN, way)}
+            for name, worker in workers.items():
+                worker.seconds(tokens)  # warms up, and compiles
+                worker.save_scores(tokens, Path(folder) / name)
+            wanted, found = (load_file(Path(folder) / name) for name in workers)
+            for name, got in found.items():
                 gap = float((got - wanted[name]).norm() / wanted[name].norm())
                 if gap > 1e-4:
                     raise SystemExit(f"{way}: {name} differs from plain torch by {gap:.1e}, relative.")
-        for repeat in range(args.repeats):
-            for way in list(WAYS) if repeat % 2 == 0 else list(WAYS)[::-1]:
-                seconds[way].append(workers[way].seconds(tokens))
-    for way in WAYS:
+            seconds: dict[str, list[float]] = {name: [] for name in workers}
+            for repeat in range(args.repeats):
+                for name in list(workers) if repeat % 2 == 0 else list(workers)[::-1]:
+                    seconds[name].append(workers[name].seconds(tokens))
         ratios = [own / plain for own, plain in zip(seconds[way], seconds[PLAIN], strict=True)]
         rows[way][tokens] |= {"seconds": summary(seconds[way]), "ratio": summary(ratios)}
+        rows[PLAIN][tokens] |= {"seconds": summary(seconds[PLAIN]), "ratio": summary([1.0])}
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
