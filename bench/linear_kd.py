@@ -4,8 +4,8 @@
     python -m bench.linear_kd --hidden 4096 --vocab 128256 --tokens 128 256 --repeats 2
 
 fp32 on a CPU. Each way and plain torch, in processes of their own, take turns, so that a slow moment meets both; a
-ratio is to plain torch in the same turn. Memory is the peak of a fresh process beside the heads (bench/memory.py). Losses and
-gradients are compared before anything is timed. The first call builds Liger's environment in bench/.venv-liger.
+ratio is to plain torch in the same turn. Memory is the peak of a fresh process beside the heads (bench/memory.py).
+Losses and gradients are compared before anything is timed. The first call builds Liger's environment.
 
 Prints Markdown and writes bench/results/linear_kd_HIDDENxVOCAB.json.
 """
