@@ -19,6 +19,7 @@ from compactlm_nemo.config.choices import TeacherSource
 from compactlm_nemo.config.distill import CROSS_ENTROPY, LossConfig
 from compactlm_nemo.config.hidden import HiddenConfig
 from compactlm_nemo.report.plots import save
+from compactlm_nemo.training.tracker import LM_LOSS
 
 RESULTS = Path(__file__).parent / "results" / "orderings.json"
 PLOT = Path(__file__).parent.parent / "docs" / "orderings.png"
@@ -71,7 +72,7 @@ def main() -> None:
     ways = {name: way for table in TABLES.values() for name, (way, _) in table.items()}
     base = {
         "steps": args.steps, "warmup_steps": args.steps // 7, "checkpoint_every": args.steps,
-        "eval_every": -(-args.steps // 4), "eval_tokens": args.tokens,
+        "eval_every": args.steps, "eval_tokens": args.tokens,
     }  # fmt: skip
     arguments = {"steps": args.steps, "tokens": args.tokens}
     found = curves(RESULTS, arguments, args.run_dir, args.seeds, ways, base)
@@ -97,15 +98,15 @@ def markdown(found: dict[str, dict[str, Curve]]) -> str:
 
 
 def plot(found: dict[str, dict[str, Curve]], path: Path) -> None:
-    """Held-out loss over tokens, the mean over the seeds, one panel a question."""
+    """Loss on the batches over tokens, the mean over the seeds, one panel a question."""
     figure = Figure(figsize=(5 * len(TABLES), 4.5), layout="constrained")
     for axes, (title, table) in zip(figure.subplots(1, len(TABLES)), TABLES.items(), strict=True):
         for name in table:
             runs = list(found[name].values())
             tokens = [point["tokens"] for point in runs[0]]
-            losses = [sum(run[i]["eval/wiki_lm_loss_nats"] for run in runs) / len(runs) for i in range(len(tokens))]
-            axes.plot(tokens, losses, marker="o", markersize=3, label=name)
-        axes.set(title=title, xlabel="tokens trained", ylabel="LM loss on Wikipedia leads, nats per token")
+            losses = [sum(run[i][LM_LOSS] for run in runs) / len(runs) for i in range(len(tokens))]
+            axes.plot(tokens, losses, label=name)
+        axes.set(title=title, xlabel="tokens trained", ylabel="LM loss on the step's batch, nats per token")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     save(figure, path)

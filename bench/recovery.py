@@ -43,7 +43,7 @@ def schedule(steps: int, rate: float) -> dict[str, float | int]:
     """Settings of a training of so many steps, which falls to a tenth of its peak rate."""
     return {
         "steps": steps, "warmup_steps": steps // 20, "lr": rate, "min_lr": rate / 10,
-        "checkpoint_every": steps, "eval_every": -(-steps // 10),
+        "checkpoint_every": steps, "eval_every": -(-steps // 4),
     }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from compactlm_nemo.distilling import train
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.run import Run
-from compactlm_nemo.training.tracker import METRICS
+from compactlm_nemo.training.tracker import LM_LOSS, METRICS
 
 STUDENTS: dict[str, list[str]] = {
     "width": [],
@@ -44,7 +44,7 @@ class Way:
 
 
 Curve = list[dict[str, float]]
-"""Lines with `tokens` trained and held-out losses."""
+"""A line a step: `tokens` trained, the loss on the step's batch, and held-out losses where they were measured."""
 
 
 def curves(
@@ -110,9 +110,9 @@ def _trained(config: Config, cfg: DistillConfig, way: Way) -> Curve:
     shutil.rmtree(own)
     per_step = cfg.global_batch * config.data.sequence_length
     return [
-        {"tokens": (line["step"] + 1) * per_step} | {k: v for k, v in line.items() if k.startswith("eval/")}
+        {"tokens": (line["step"] + 1) * per_step}
+        | {name: value for name, value in line.items() if name.startswith("eval/") or name == LM_LOSS}
         for line in lines
-        if "eval/lm_loss_nats" in line
     ]
 
 
