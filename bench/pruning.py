@@ -191,14 +191,12 @@ def markdown(done: dict[str, Any]) -> str:
             " / ".join(f"{v:.3f}" for v in first[target][way].values()) if way in first[target] else "" for way in ways
         ]
         lines.append(f"| {target} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| cut | " + " | ".join(EVERY_SEED) + f" | (mean ± spread over {len(done['losses'])} draws)",
-        "|---|---|---|",
-    ]
+    every = [PEER, *EVERY_SEED]
+    lines += ["", f"Mean and half the range over {len(done['losses'])} draws:", ""]
+    lines += ["| cut | " + " | ".join(every) + " |", "|---" * (len(every) + 1) + "|"]
     for target in TARGETS:
         cells = []
-        for way in EVERY_SEED:
+        for way in every:
             values = torch.tensor([[seed[target][way][text] for text in TEXTS] for seed in done["losses"].values()])
             spread = (values.amax(dim=0) - values.amin(dim=0)) / 2
             cells.append(" / ".join(f"{m:.3f} ± {s:.3f}" for m, s in zip(values.mean(dim=0), spread, strict=True)))
