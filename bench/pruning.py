@@ -69,9 +69,7 @@ WAYS = {
     "merge": Way(PruneConfig(heads=HeadCut.merge), targets=("heads 6",)),
     "refit": Way(_REFIT, DepthMetric.lm_loss_blocks),
     "best": Way(_BEST, DepthMetric.lm_loss_blocks),
-    "sequential": Way(
-        replace(_BEST, sequential=True), DepthMetric.lm_loss_blocks, ("heads 6", "layers 24", [*TARGETS][-1])
-    ),
+    "sequential": Way(replace(_BEST, sequential=True), DepthMetric.lm_loss_blocks),
 }
 """best: refit, the stream rotated, neurons chosen by the error that is left. Layers: one block, chosen by the loss."""
 EVERY_SEED = ("plain", "best")
