@@ -211,8 +211,7 @@ def _recomputed(rank: int, world: int, layout: dict[str, Any], root: Path) -> No
     _matches(rank, world, layout, CASES[:1], root, recompute=True)
 
 
-@pytest.mark.parametrize("layout", ["1", "vpp2", "tp2_sp_cp2"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("layout", "recompute"), [("1", False), ("vpp2", True), ("tp2_sp_cp2", False)])
 def test_documents_of_a_sample_do_not_see_each_other(layout, recompute, root, tmp_path):
     ranks, fields = LAYOUTS[layout]
     run_ranks(_matches, ranks, tmp_path, fields, DOCUMENT_CASES, root, None, recompute)
