@@ -22,15 +22,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--steps", type=int, default=100, help="steps of 1,024 tokens of the plainly cut student")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of the steps, for the refitted student")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of the steps, for shorter schedules of both")
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 2e-4], help="peak rates of the refitted one")
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens of each text")
     parser.add_argument("--run-dir", default="runs/bench_training", help="folder of the runs; it is kept")
     args = parser.parse_args()
     ways = {f"plain, {args.steps} steps": Way(student="width", settings=schedule(args.steps, 5e-4))}
-    for share in args.shares:
+    for steps in [round(args.steps * share) for share in args.shares]:
+        ways[f"plain, {steps} steps"] = Way(student="width", settings=schedule(steps, 5e-4))
         for rate in args.rates:
-            steps = round(args.steps * share)
             ways[f"refitted, {steps} steps, {rate:g}"] = Way(student="refitted", settings=schedule(steps, rate))
     found = curves(RESULTS, {"tokens": args.tokens}, args.run_dir, [args.seed], ways, {"eval_tokens": args.tokens})
     print("| student | tokens | Wikipedia leads | Django docs |", "|---|---|---|---|", sep="\n")
