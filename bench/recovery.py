@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--steps", type=int, default=100, help="steps of 1,024 tokens of the plainly cut student")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="of the steps, for shorter schedules of both")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5], help="shorter schedules of both")
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 2e-4], help="peak rates of the refitted one")
     parser.add_argument("--tokens", type=int, default=8192, help="held-out tokens of each text")
     parser.add_argument("--run-dir", default="runs/bench_training", help="folder of the runs; it is kept")
