@@ -76,7 +76,7 @@ def curves(
             results.parent.mkdir(exist_ok=True)
             results.write_text(json.dumps(done, indent=1) + "\n")
             print(seed, name, found[name][str(seed)][-1], file=sys.stderr, flush=True)
-    return found
+    return {name: {str(seed): found[name][str(seed)] for seed in seeds} for name in ways}
 
 
 def _prepared(folder: str, seed: int, student: str) -> Config:
@@ -84,7 +84,7 @@ def _prepared(folder: str, seed: int, student: str) -> Config:
     where = [f"run.dir={folder}/{student}_{seed}", f"run.seed={seed}"]
     overrides = ["experiment=smollm2_135m_cpu", *where, *STUDENTS[student]]
     config = compose(overrides)
-    if not (Path(config.run.dir) / "student").exists():
+    if not (Path(config.run.dir) / "student" / "manifest.json").exists():
         subprocess.run([sys.executable, "-m", "recipes.fetch", overrides[0]], check=True, stdout=sys.stderr)
         for recipe in ("import_hf", "tokenize", "score", "search", "prune"):
             subprocess.run([sys.executable, "-m", f"recipes.{recipe}", *overrides], check=True, stdout=sys.stderr)

@@ -53,7 +53,7 @@ def cache_teacher(run: Run, folder: Path) -> dict[str, Any]:
         "model": read_manifest(run.dir / run.teacher)["fingerprint"],
     }  # fmt: skip
     state = run.dir / "caching"
-    claim(state, settings_of({"cache": deciding(config.cache), "about": about, "run.seed": config.run.seed}))
+    claim(state, settings_of({"cache": deciding(config.cache), "about": about} | config.training_text))
     every = range(num_shards(samples, config.cache.shard_samples))
     missing = broadcast_object([shard for shard in every if not shard_path(state, shard).exists()])
     windows, teacher = Windows(run.train_prefixes(), length, config.run.seed), run.load(run.teacher).eval()

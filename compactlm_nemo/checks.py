@@ -14,7 +14,7 @@ from compactlm_nemo.config.choices import (
     WidthMetric,
 )
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer
+from compactlm_nemo.data.tokens import check_vocabulary, end_of_text, load_tokenizer
 from compactlm_nemo.data.windows import TokenStream
 from compactlm_nemo.distill.hidden import pairs_of
 from compactlm_nemo.distill.losses import weighted_losses
@@ -178,6 +178,11 @@ def _hidden_loss_problems(config: Config) -> list[str]:
             f"distill.hidden needs a live teacher in the student's layout, not distill.teacher={cfg.teacher.name} with "
             f"distill.teacher_tp={cfg.teacher_tp} and distill.teacher_pp={cfg.teacher_pp}; change either."
         )
+    if config.prune.hidden is Stream.rotate:
+        problems.append(
+            "distill.hidden with prune.hidden=rotate: the student's channels are not the teacher's any more; set "
+            "prune.hidden=select."
+        )
     if cfg.hidden.weight is None and not weighted_losses(cfg.loss):
         problems.append("distill.hidden.weight=null balances with a logit loss, and there is none; give a weight.")
     return problems
@@ -306,10 +311,23 @@ def _token_file_problems(config: Config, dims: Dims) -> list[str]:
     for corpus in config.data.corpora().values():
         if corpus.is_tokenised:
             try:
-                TokenStream(Path(corpus.path), dims.vocab_size)
+                stream = TokenStream(Path(corpus.path), dims.vocab_size)
+                if config.data.mask_documents:
+                    problems += _end_problem(config, stream)
             except CompactLMError as error:
                 problems.append(str(error))
     return problems
+
+
+def _end_problem(config: Config, stream: TokenStream) -> list[str]:
+    """Where documents are told apart by their end, a file of the user must end them with the same token."""
+    companions = companions_folder(config.model)
+    if not (companions / "tokenizer.json").is_file() or stream.last_token == (end := end_of_text(companions)):
+        return []
+    return [
+        f"data.mask_documents=true: documents of {stream.prefix} end with token {stream.last_token}, the tokenizer's "
+        f"is {end}; tokenise the text with it, or set mask_documents=false."
+    ]
 
 
 def _layout_problems(config: Config, dims: Dims) -> list[str]:

@@ -67,11 +67,10 @@ def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Pa
         settings_of(
             {
                 "distill": deciding(cfg),
-                "data.sequence_length": config.data.sequence_length,
-                "data.mask_documents": config.data.mask_documents,
-                "run.seed": config.run.seed,
                 source: read_manifest(run.dir / source)["fingerprint"],
             }
+            | config.training_text
+            | _teaches(run, cfg)
             | ({"correct": deciding(config.correction)} if config.correct.beside else {})
         ),
     )
@@ -113,6 +112,12 @@ def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Pa
         "best_step": end.best_step,
         "loss": validation_loss(run, student, dims, source),
     }
+
+
+def _teaches(run: Run, cfg: DistillConfig) -> dict[str, str]:
+    """Whose word the student is taught."""
+    stage = {TeacherSource.live: run.teacher, TeacherSource.stored: "targets"}.get(cfg.teacher)
+    return {"taught by": read_manifest(run.dir / stage)["fingerprint"]} if stage else {}
 
 
 def _teacher(run: Run, cfg: DistillConfig) -> Teacher:

@@ -37,6 +37,7 @@ def candidate_config(config: Config, index: int, stop_after: int | None = None) 
         rank=RankConfig(),
         wandb=replace(config.wandb, name=f"{config.wandb.name or Path(config.run.dir).name}-rank-{index}"),
         prune=replace(config.prune, candidate=index),
+        correct=config.correct.at_most(steps),
         distill=replace(
             config.distill,
             steps=steps,

@@ -56,6 +56,7 @@ def round_config(config: Config, number: int, shape: Dims, source: str) -> Confi
         run=replace(config.run, dir=str(Path(config.run.dir) / f"round_{number}")),
         model=replace(config.model, source=source, companions=None, architecture={}),
         search=replace(SearchConfig(**axes), width=config.search.width, depth=config.search.depth),
+        correct=config.correct.at_most(max(1, config.rounds.steps)),
         distill=replace(
             config.distill,
             steps=max(1, config.rounds.steps),

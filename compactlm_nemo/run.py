@@ -53,10 +53,9 @@ class Run:
     def build(self, dims: Dims) -> Chunks:
         """This rank's part of a model of this run, weights not yet meaningful."""
         model = build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=self.config.model.vocab_multiple)
-        tokenizer = self.dir / "teacher" / HF
-        if self.config.data.mask_documents and tokenizer.is_dir():  # not yet while the teacher is imported
+        if self.config.data.mask_documents:
             for chunk in model:
-                chunk.document_end = end_of_text(tokenizer)
+                chunk.document_end = end_of_text(self.dir / "teacher" / HF)
         return model
 
     def chunk_tokens(self, dims: Dims) -> int:

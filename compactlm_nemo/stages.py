@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,22 +66,6 @@ def _how_to_cut(config: Config) -> dict[str, Any]:
     return {name: value for name, value in vars(config.prune).items() if name != "candidate"}
 
 
-def _training_text(config: Config) -> dict[str, Any]:
-    """What decides which tokens a sample of the training blend holds, and what they see of each other."""
-    return _samples(config) | {
-        "data.train": asdict(config.data)["train"],
-    }
-
-
-def _samples(config: Config) -> dict[str, Any]:
-    """The same, where the texts are decided by an earlier stage."""
-    return {
-        "data.sequence_length": config.data.sequence_length,
-        "data.mask_documents": config.data.mask_documents,
-        "run.seed": config.run.seed,
-    }
-
-
 def _correcting(config: Config) -> dict[str, Any]:
     """How the teacher is trained while it teaches, where it is."""
     return {"correct": deciding(config.correction)} if config.correct.beside else {}
@@ -102,7 +86,7 @@ STAGES: dict[str, Stage] = {
             "score",
             "score",
             ("import", "tokenize"),
-            lambda c: {"score": deciding(c.score)} | _training_text(c),
+            lambda c: {"score": deciding(c.score)} | c.training_text,
         ),
         Stage("search", "search", ("score",), lambda c: {"search": c.search, "prune": _how_to_cut(c)} | _split(c)),
         Stage("prune", "student", ("search",), lambda c: {"prune": c.prune}, _ranking),
@@ -110,19 +94,19 @@ STAGES: dict[str, Stage] = {
             "correct_teacher",
             "corrected",
             ("import", "tokenize"),
-            lambda c: {"correct": deciding(c.correction)} | _training_text(c),
+            lambda c: {"correct": deciding(c.correction)} | c.training_text,
         ),
         Stage(
             "cache_teacher",
             "targets",
             ("import", "tokenize"),
-            lambda c: {"cache": deciding(c.cache), "samples": c.cached_samples} | _training_text(c),
+            lambda c: {"cache": deciding(c.cache), "samples": c.cached_samples} | c.training_text,
         ),
         Stage(
             "distill",
             "distill",
             ("prune",),
-            lambda c: {"distill": deciding(c.distill)} | _samples(c) | _correcting(c),
+            lambda c: {"distill": deciding(c.distill)} | c.samples_settings | _correcting(c),
         ),
         Stage("evaluate", "evaluate", ("distill",), lambda c: {"evaluate": deciding(c.evaluate)}),
         Stage("export", "export", ("distill",), lambda c: {}),

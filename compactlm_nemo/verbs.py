@@ -160,7 +160,7 @@ def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[st
     if differing or not running.samples:
         raise ConfigError(
             f"score.start_from={folder} was measured with another {differing[0] if differing else 'version'}; it can "
-            "be continued with the same model, texts, seed, data.sequence_length and score.neurons only."
+            "be continued with the same model, texts, seed, sequence_length, mask_documents and score.neurons only."
         )
     needed = {metric.pair[1] for metric in cfg.width if metric.pair}
     held = {agg for element, agg in running.states if not element.startswith("depth.")}

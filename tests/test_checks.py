@@ -72,6 +72,17 @@ EXPERTS = [
             ["data.train.a=", "must be a path, {path: PATH, weight: NUMBER} or {path: PATH, tokens: NUMBER}"],
         ),
         ([*LLAMA, "data.train.a={path: a, tokens: 0}"], ["data.*.tokens=0 must be > 0"]),
+        ([*LLAMA, "distill.hidden.layers=[[-1,-1],[31,31]]"], ["distill.hidden names layers_31_31 twice"]),
+        (
+            [
+                *LLAMA,
+                "distill.hidden.embedding=true",
+                "prune.hidden=rotate",
+                "prune.reconstruct=least_squares",
+                "score.second_moments=true",
+            ],
+            ["distill.hidden with prune.hidden=rotate"],
+        ),
         (
             [*LLAMA, "correct.beside=true", "correct.steps=2000"],
             ["correct.beside=true needs correct.steps=2000 in [1, distill.steps=1000]"],

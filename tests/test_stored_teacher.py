@@ -6,16 +6,20 @@ import json
 import math
 import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from compactlm_nemo.checks import check, launch_problems
 from compactlm_nemo.config.load import compose
+from compactlm_nemo.data.windows import Windows
 from compactlm_nemo.distill.store import STEP_NATS, Store, decode_top_k
 from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.run import Run
 from tests import commands
 from tests.tiny_run import WORDS, command, metrics
 
@@ -133,6 +137,27 @@ def test_hidden_states_of_a_live_teacher_train_the_same_on_every_stage(inputs, p
     # The projection starts at the channels that were kept, so the embeddings differ only where channels were cut.
     teacher = load_file(inputs / "teacher" / "model.safetensors")["model.embed_tokens.weight"]
     assert one[0]["train/hidden_embedding"] < float(teacher.square().mean()) / 2
+
+
+def test_documents_of_a_sample_are_masked_in_every_stage(inputs, pruned, tmp_path):
+    """The teacher's loss on the first batch is that of transformers on each document by itself."""
+    run, masked = tmp_path / "run", "data.mask_documents=true"
+    for recipe in ("import_hf", "tokenize", "score", "search", "prune", "distill"):
+        done = commands.run(command(inputs, run, masked, recipe=recipe))
+        assert done.returncode == 0, done.stderr
+    scores = [load_file(folder / "score" / "scores.safetensors")["l2_mean.hidden"] for folder in (run, pruned)]
+    assert not torch.allclose(*scores, rtol=1e-3)
+    config = compose(command(inputs, run, masked)[2:])
+    windows = Windows(Run(config, mesh=None).train_prefixes(), LENGTH, config.run.seed)
+    teacher = AutoModelForCausalLM.from_pretrained(inputs / "teacher", dtype=torch.float32).double()
+    losses = []
+    for sample in (windows.sample(i) for i in range(4)):
+        starts = [0, *(i for i in range(1, LENGTH) if sample[i] == 0), LENGTH]  # 0 ends a text
+        for a, b in pairwise(starts):
+            logits = teacher(sample[None, a:b]).logits[0]
+            losses.append(torch.nn.functional.cross_entropy(logits, sample[a + 1 : b + 1], reduction="none"))
+    assert len(losses) > 4  # some sample has two documents
+    assert metrics(run)[0]["train/teacher_lm_loss_nats"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
 def test_a_killed_cache_goes_on_to_the_same_bytes(inputs, pruned, top_k, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compactlm_nemo.config.choices import Result, StoredKind, TeacherSource
@@ -107,6 +107,10 @@ class CorrectConfig:
     """Learning rate at the end of the cosine."""
     warmup_steps: int = 120
     """Steps of linear warm-up from 0; at most half of `correct.steps` are taken."""
+
+    def at_most(self, steps: int) -> CorrectConfig:
+        """The same for a training of so many steps, where it runs beside it."""
+        return replace(self, steps=min(self.steps, steps)) if self.beside else self
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, f"correct.steps={self.steps} must be >= 0; 0 leaves the teacher as it is.")

@@ -336,6 +336,22 @@ class Config:
         )
 
     @property
+    def samples_settings(self) -> dict[str, Any]:
+        """What decides, of given texts, what a sample holds and sees."""
+        return {
+            "data.sequence_length": self.data.sequence_length,
+            "data.mask_documents": self.data.mask_documents,
+            "run.seed": self.run.seed,
+        }
+
+    @property
+    def training_text(self) -> dict[str, Any]:
+        """What decides which tokens a sample of the training blend holds, and what they see of each other."""
+        total = sum(corpus.share for corpus in self.data.train.values())
+        blend = {name: [corpus.path, corpus.share / total] for name, corpus in self.data.train.items()}
+        return self.samples_settings | {"data.train": blend}
+
+    @property
     def corrects_before(self) -> bool:
         """Whether the correct_teacher stage makes the teacher that teaches."""
         return self.correct.steps > 0 and not self.correct.beside

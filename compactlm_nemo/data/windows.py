@@ -59,6 +59,11 @@ class TokenStream:
         if vocab_size is not None:
             self._check_ids(vocab_size)
 
+    @property
+    def last_token(self) -> int:
+        """The token that ends the last document."""
+        return int(self._tokens[-1])
+
     def num_windows(self, sequence_length: int) -> int:
         """Whole windows of `sequence_length` inputs, each with its target."""
         return (self.num_tokens - 1) // sequence_length

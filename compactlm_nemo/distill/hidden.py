@@ -77,6 +77,8 @@ def pairs_of(cfg: HiddenConfig, teacher: Dims, student: Dims) -> list[Pair]:
                     )
                 layers.append(layer % dims.num_layers)
             pairs.append(Pair(Place(kind, layers[0]), Place(kind, layers[1])))
+    if twice := {pair.name for pair in pairs if pairs.count(pair) > 1}:
+        raise ConfigError(f"distill.hidden names {min(twice).removeprefix('train/hidden_')} twice; leave one out.")
     if pairs and cfg.projection is Projection.none and teacher.hidden_size != student.hidden_size:
         raise ConfigError(
             f"distill.hidden.projection=none needs equal widths, not {teacher.hidden_size} and {student.hidden_size}; "

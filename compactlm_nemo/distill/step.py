@@ -116,7 +116,8 @@ def _with_hidden(run: Callable[..., dict[str, float]], hidden_loss: HiddenLoss, 
 
     def measured(*, forward_only: bool) -> tuple[dict[str, float], dict[str, float]]:
         hidden_loss.begin(is_measuring=forward_only)
-        terms = run(forward_only=forward_only)
+        with torch.set_grad_enabled(not forward_only):  # Megatron's forward-only schedules keep the graph
+            terms = run(forward_only=forward_only)
         return terms, hidden_loss.finish(terms["train/tokens"])
 
     def balance(terms: dict[str, float], states: dict[str, float]) -> None:
