@@ -8,10 +8,10 @@ Source: "LLM Pruning and Distillation in Practice" (arXiv 2408.11796), section 2
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 from compactlm_nemo.config.distill import DistillConfig
+from compactlm_nemo.distill.guards import NonFinite
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Batch, NoTeacher
 from compactlm_nemo.models.build import Chunks, recompute_activations
@@ -51,11 +51,12 @@ class Corrector:
         self.chunks, self.ddps = chunks, wrap_data_parallel(chunks)
         self.optimizer = build_optimizer(self.ddps, cfg)
         self.schedule = build_schedule(self.optimizer, cfg)
+        self.non_finite = NonFinite(cfg.skip_limit)
 
     def learn(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """Train on what was taught in this 0-based step; its metrics, none when correction is over.
 
-        A gradient that is not finite is not followed.
+        A gradient that is not finite is not followed, and too many in a row end the run, as with the student's.
         """
         if step >= self.cfg.steps:
             return {}
@@ -66,10 +67,10 @@ class Corrector:
             loss=self.cfg.loss, temperature=1.0, chunk_tokens=self.chunk_tokens,
         )  # fmt: skip
         self.chunks.eval()
-        norm = gradient_norm(self.optimizer)
-        if math.isfinite(norm):
+        values = {LOSS_NAME: terms[LOSS], NORM_NAME: gradient_norm(self.optimizer)}
+        if not self.non_finite.skips(step, values):
             self.optimizer.step()
-        return {LOSS_NAME: terms[LOSS], NORM_NAME: norm, RATE_NAME: self.optimizer.param_groups[0]["lr"]}
+        return values | {RATE_NAME: self.optimizer.param_groups[0]["lr"]}
 
     def save(self, step: int) -> None:
         """Before the student's checkpoint of the same number of finished steps; one more is kept than of those."""

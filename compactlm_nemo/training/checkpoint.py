@@ -141,6 +141,9 @@ def save_training(
     barrier()
     if is_main:
         atomic_write_text(root / LATEST, json.dumps({"step": position.step}) + "\n")
+        for stale in root.glob("step_*"):  # of a run that got further and was killed before that counted
+            if stale > target:
+                shutil.rmtree(stale)
         best = None if position.best_step is None else _folder(root, position.best_step)
         for old in sorted(root.glob("step_*"))[:-keep]:
             if old != best:

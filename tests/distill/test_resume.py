@@ -81,6 +81,16 @@ def test_resuming_equals_not_stopping(root):
     assert kept == ["step_0000004", "step_0000005"]  # the newest keep_checkpoints
 
 
+def _stale(rank: int, world: int, root: Path, checkpoints: Path) -> None:
+    (checkpoints / "step_0000009").mkdir(parents=True)
+    train(root, mesh_of(), checkpoints, rank, STOP)
+
+
+def test_what_a_killed_run_left_of_a_later_step_takes_no_place(root, tmp_path):
+    run_ranks(_stale, 1, tmp_path, root, tmp_path / "checkpoints")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == ["step_0000002", "step_0000003"]
+
+
 def _other_layout(rank: int, world: int, layout: str, root: Path, copies: Path) -> None:
     mesh = mesh_of(**LAYOUTS[layout][1])
     _, after = train(root, mesh, copies, rank, None)
