@@ -9,7 +9,8 @@ from enum import Enum
 import pytest
 
 from compactlm_nemo import artifacts
-from compactlm_nemo.config.schema import CorpusConfig, DataConfig, ScoreConfig
+from compactlm_nemo.config.data import CorpusConfig, DataConfig
+from compactlm_nemo.config.schema import ScoreConfig
 from compactlm_nemo.errors import CheckpointError, ConfigError
 
 SETTINGS = {"score.samples": 1024, "score.lr": 0.1, "score.axes": [1, 2], "run.seed": 7}

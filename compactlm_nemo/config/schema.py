@@ -6,7 +6,6 @@ One schema serves all verbs, so that one experiment file describes a whole run a
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -23,6 +22,7 @@ from compactlm_nemo.config.choices import (
     WandbMode,
     WidthMetric,
 )
+from compactlm_nemo.config.data import DataConfig
 from compactlm_nemo.config.distill import CROSS_ENTROPY, CacheConfig, CorrectConfig, DistillConfig
 from compactlm_nemo.config.hidden import HiddenConfig
 from compactlm_nemo.config.search import RankConfig, SearchConfig
@@ -98,71 +98,6 @@ class ParallelConfig:
     def model_ranks(self) -> int:
         """Ranks that hold one copy of the model and work on one batch."""
         return self.tp * self.pp * self.cp
-
-
-@dataclass(kw_only=True)
-class CorpusConfig:
-    """One text corpus, tokenised once into Megatron's indexed format."""
-
-    path: str = MISSING
-    """JSON-lines file with a `text` field, or a Megatron prefix (`PREFIX.bin` and `PREFIX.idx`)."""
-    weight: float = 1.0
-    """Share of this corpus in a training blend, relative to the others."""
-    tokens: int | None = None
-    """Instead of a weight: tokens of this corpus in the whole of training, of which every part has its share."""
-
-    def __post_init__(self) -> None:
-        require(self.weight > 0, f"data.*.weight={self.weight} must be > 0; remove the corpus instead.")
-        require(
-            self.tokens is None or self.tokens > 0,
-            f"data.*.tokens={self.tokens} must be > 0; remove the corpus instead.",
-        )
-
-    @property
-    def share(self) -> float:
-        """Its part of a blend, relative to the others."""
-        return self.weight if self.tokens is None else float(self.tokens)
-
-    @property
-    def is_tokenised(self) -> bool:
-        """Whether `path` is the prefix of Megatron token files."""
-        return Path(self.path + ".idx").is_file()
-
-
-def _corpus(key: str, value: Any) -> CorpusConfig:
-    """A corpus from its short form (a path) or its long one. OmegaConf cannot type dict values that users add."""
-    if isinstance(value, CorpusConfig):
-        return value
-    given = {"path": value} if isinstance(value, str) else dict(value or {})
-    unknown = given.keys() - {"path", "weight", "tokens"}
-    require(
-        not unknown and isinstance(given.get("path"), str) and not {"weight", "tokens"} <= given.keys(),
-        f"{key}={value} must be a path, {{path: PATH, weight: NUMBER}} or {{path: PATH, tokens: NUMBER}}; for example "
-        f"{key}=text.jsonl.",
-    )
-    return CorpusConfig(**given)
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    train: dict[str, Any] = field(default_factory=dict)
-    """Training blend, name to path, {path, weight} or {path, tokens}; calibration draws from it as well."""
-    heldout: dict[str, Any] = field(default_factory=dict)
-    """Evaluation texts, name to path; none of their documents may be in `train`."""
-    sequence_length: int = 512
-    """Tokens of one sample."""
-    mask_documents: bool = False
-    """Attention stays within the documents of a sample; each begins with the end-of-text token before it."""
-
-    def __post_init__(self) -> None:
-        for part in ("train", "heldout"):
-            setattr(self, part, {name: _corpus(f"data.{part}.{name}", v) for name, v in getattr(self, part).items()})
-        require(self.sequence_length > 1, f"data.sequence_length={self.sequence_length} must be > 1; try 512.")
-
-    def corpora(self) -> dict[str, CorpusConfig]:
-        """Every corpus under a name of its own: `train.NAME` and `heldout.NAME`, which may share NAME."""
-        parts = {"train": self.train, "heldout": self.heldout}
-        return {f"{part}.{name}": corpus for part, held in parts.items() for name, corpus in held.items()}
 
 
 @dataclass(kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from compactlm_nemo.config.schema import DataConfig
+from compactlm_nemo.config.data import DataConfig
 from compactlm_nemo.errors import CheckpointError, ConfigError, DataError
 
 _BATCH_DOCUMENTS = 512
