@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING
-
 from compactlm_nemo.errors import require
 
 
@@ -15,7 +13,7 @@ from compactlm_nemo.errors import require
 class CorpusConfig:
     """One text corpus, tokenised once into Megatron's indexed format."""
 
-    path: str = MISSING
+    path: str
     """JSON-lines file with a `text` field, or a Megatron prefix (`PREFIX.bin` and `PREFIX.idx`)."""
     weight: float = 1.0
     """Share of this corpus in a training blend, relative to the others."""
