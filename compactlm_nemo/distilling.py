@@ -71,7 +71,7 @@ def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Pa
             }
             | config.training_text
             | _teaches(run, cfg)
-            | ({"correct": deciding(config.correction)} if config.correct.beside else {})
+            | config.correcting
         ),
     )
     dims = run.dims(source)

@@ -66,11 +66,6 @@ def _how_to_cut(config: Config) -> dict[str, Any]:
     return {name: value for name, value in vars(config.prune).items() if name != "candidate"}
 
 
-def _correcting(config: Config) -> dict[str, Any]:
-    """How the teacher is trained while it teaches, where it is."""
-    return {"correct": deciding(config.correction)} if config.correct.beside else {}
-
-
 def _split(config: Config) -> dict[str, Any]:
     """The layout, where the candidates depend on it."""
     cfg = config.search
@@ -106,7 +101,7 @@ STAGES: dict[str, Stage] = {
             "distill",
             "distill",
             ("prune",),
-            lambda c: {"distill": deciding(c.distill)} | c.samples_settings | _correcting(c),
+            lambda c: {"distill": deciding(c.distill)} | c.samples_settings | c.correcting,
         ),
         Stage("evaluate", "evaluate", ("distill",), lambda c: {"evaluate": deciding(c.evaluate)}),
         Stage("export", "export", ("distill",), lambda c: {}),

@@ -80,12 +80,7 @@ def _hidden_loss_problems(config: Config) -> list[str]:
     cfg = config.distill
     if not cfg.hidden.is_on:
         return []
-    problems = []
-    if cfg.teacher is not TeacherSource.live or config.teacher_parallel != config.parallel:
-        problems.append(
-            f"distill.hidden needs a live teacher in the student's layout, not distill.teacher={cfg.teacher.name} with "
-            f"distill.teacher_tp={cfg.teacher_tp} and distill.teacher_pp={cfg.teacher_pp}; change either."
-        )
+    problems = _live_beside_problems(config, "distill.hidden")
     if config.prune.hidden is Stream.rotate:
         problems.append(
             "distill.hidden with prune.hidden=rotate: the student's channels are not the teacher's any more; set "
@@ -101,17 +96,23 @@ def _beside_problems(config: Config) -> list[str]:
     correct, cfg = config.correct, config.distill
     if not correct.beside:
         return []
-    problems = []
+    problems = _live_beside_problems(config, "correct.beside=true")
     if not 0 < correct.steps <= cfg.steps:
         problems.append(
             f"correct.beside=true needs correct.steps={correct.steps} in [1, distill.steps={cfg.steps}]; change either."
         )
-    if cfg.teacher is not TeacherSource.live or config.teacher_parallel != config.parallel:
-        problems.append(
-            f"correct.beside=true needs a live teacher in the student's layout, not distill.teacher={cfg.teacher.name} "
-            f"with distill.teacher_tp={cfg.teacher_tp} and distill.teacher_pp={cfg.teacher_pp}; change either."
-        )
     return problems
+
+
+def _live_beside_problems(config: Config, setting: str) -> list[str]:
+    """What a setting asks for that hooks into the teacher or trains it."""
+    cfg = config.distill
+    if cfg.teacher is TeacherSource.live and config.teacher_parallel == config.parallel:
+        return []
+    return [
+        f"{setting} needs a live teacher in the student's layout, not distill.teacher={cfg.teacher.name} with "
+        f"distill.teacher_tp={cfg.teacher_tp} and distill.teacher_pp={cfg.teacher_pp}; change either."
+    ]
 
 
 def map_problem(config: Config, teacher: Dims, student: Dims) -> str:

@@ -23,7 +23,7 @@ from compactlm_nemo.config.choices import (
     WidthMetric,
 )
 from compactlm_nemo.config.data import DataConfig
-from compactlm_nemo.config.distill import CROSS_ENTROPY, CacheConfig, CorrectConfig, DistillConfig
+from compactlm_nemo.config.distill import CROSS_ENTROPY, CacheConfig, CorrectConfig, DistillConfig, deciding
 from compactlm_nemo.config.hidden import HiddenConfig
 from compactlm_nemo.config.search import RankConfig, SearchConfig
 from compactlm_nemo.errors import require
@@ -290,6 +290,11 @@ class Config:
     def corrects_before(self) -> bool:
         """Whether the correct_teacher stage makes the teacher that teaches."""
         return self.correct.steps > 0 and not self.correct.beside
+
+    @property
+    def correcting(self) -> dict[str, Any]:
+        """What decides how the teacher is trained while it teaches, where it is."""
+        return {"correct": deciding(self.correction)} if self.correct.beside else {}
 
     @property
     def correction(self) -> DistillConfig:

@@ -26,8 +26,9 @@ from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 from tests.distill.test_parallel import STUDENT, gradients, samples
+from tests.distill.test_resume import sample
 from tests.megatron import COMBINED, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of
-from tests.models.tiny import VOCAB, save_tiny
+from tests.models.tiny import save_tiny
 from tests.ranks import run_ranks
 
 CASES = ("llama_biases", "nemotron")
@@ -179,10 +180,6 @@ def test_alpha_balances_the_losses_of_the_same_weights(layout, root, tmp_path):
     """The weights do not move between the steps, so the ratio of the step before is that of this one."""
     ranks, fields = LAYOUTS[layout]
     run_ranks(_matches, ranks, tmp_path, fields, root, ["balanced"], False)
-
-
-def sample(idx: int) -> Tensor:
-    return torch.randint(0, VOCAB, (13,), generator=torch.Generator().manual_seed(idx))
 
 
 def train(root: Path, mesh: Mesh, checkpoints: Path, until: int | None) -> dict[int, dict[str, float]]:
