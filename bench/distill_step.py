@@ -53,7 +53,7 @@ class Subject:
         tokens = calibration_tokens(args)
         tokens = torch.cat([tokens, tokens[:, :1]], dim=1)  # a label for the last input
         self.batches = [Batch(part, ()) for part in tokens.split(args.micro_batch)]
-        self.chunk = chunk_tokens(DistillConfig().loss_memory_mib * 2**20, student.head_weight.shape[0])
+        self.chunk = chunk_tokens(DistillConfig().loss_memory_mib, *student.head_weight.shape)
 
     def step(self, teacher: Teacher, loss: LossConfig) -> None:
         """Forward and backward over all batches."""

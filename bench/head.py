@@ -40,13 +40,13 @@ def ours() -> Way:
     from compactlm_nemo.distill.targets import TeacherHead
     from compactlm_nemo.distill.vocabulary import chunk_tokens
 
-    memory_bytes = DistillConfig().loss_memory_mib * 2**20
+    memory_mib = DistillConfig().loss_memory_mib
 
     def loss(hidden_NH: Tensor, weight_VH: Tensor, teacher_NG: Tensor, teacher_VG: Tensor, labels_N: Tensor) -> Tensor:
         got = linear_kd(
             hidden_NH, weight_VH, TeacherHead(teacher_NG, teacher_VG), labels_N, torch.ones(len(labels_N)),
-            loss=LossConfig(), chunk_tokens=chunk_tokens(memory_bytes, len(weight_VH)),
-            vocab_size=len(weight_VH),
+            loss=LossConfig(), chunk_tokens=chunk_tokens(memory_mib, *weight_VH.shape),
+            vocab_size=len(weight_VH), backward_once=True,
         )  # fmt: skip
         return got.loss_sum / len(labels_N)
 

@@ -61,7 +61,7 @@ class Run:
     def chunk_tokens(self, dims: Dims) -> int:
         """Tokens whose logits `distill.loss_memory_mib` has room for."""
         rows = dims.padded_vocab(self.mesh.tp_size, self.config.model.vocab_multiple) // self.mesh.tp_size
-        return chunk_tokens(self.config.distill.loss_memory_mib * 2**20, rows)
+        return chunk_tokens(self.config.distill.loss_memory_mib, rows, dims.hidden_size)
 
     def load(self, stage: str) -> Chunks:
         """The model that a stage made, on this run's mesh."""

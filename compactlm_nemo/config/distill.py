@@ -22,6 +22,7 @@ SPEED_ONLY = {
     "eval_tokens",
     "shard_samples",
     "recompute",
+    "overlap",
     "teacher_tp",
     "teacher_pp",
 }
@@ -143,10 +144,13 @@ class DistillConfig:
     """Softmax temperature of teacher and student, > 0; the loss is scaled by its square."""
     loss: LossConfig = field(default_factory=LossConfig)
     hidden: HiddenConfig = field(default_factory=HiddenConfig)
-    loss_memory_mib: int = 256
-    """Memory on each rank for the logits of a loss, of which so many tokens exist at once as fit; in MiB."""
+    loss_memory_mib: int | None = None
+    """Memory on each rank for the logits of a loss, of which so many tokens exist at once as fit; in MiB. null takes
+    256, or half of the output layer's gradient where that is more."""
     recompute: bool = False
     """Keep each layer's input only and run its forward pass again in backward: a third more time, less memory."""
+    overlap: bool = False
+    """Sum gradients over data-parallel ranks during backward, and gather the new weights while the teacher runs."""
     lr: float = 2e-4
     """Peak learning rate."""
     min_lr: float = 4.5e-7
@@ -198,7 +202,6 @@ class DistillConfig:
         for name in (
             "global_batch",
             "micro_batch",
-            "loss_memory_mib",
             "checkpoint_every",
             "keep_checkpoints",
             "log_every",
@@ -206,7 +209,7 @@ class DistillConfig:
             require(getattr(self, name) > 0, f"distill.{name}={getattr(self, name)} must be > 0.")
         for name in ("skip_limit", "spike_limit"):
             require(getattr(self, name) >= 0, f"distill.{name}={getattr(self, name)} must be >= 0; 5 is usual.")
-        for name in ("eval_every", "eval_tokens", "peak_tflops", "teacher_tp", "teacher_pp"):
+        for name in ("loss_memory_mib", "eval_every", "eval_tokens", "peak_tflops", "teacher_tp", "teacher_pp"):
             value = getattr(self, name)
             require(value is None or value > 0, f"distill.{name}={value} must be > 0; or leave it out.")
         require(

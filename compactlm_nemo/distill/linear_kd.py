@@ -47,6 +47,7 @@ def linear_kd(
     vocab_size: int,
     vocab_start: int = 0,
     tp_group: ProcessGroup | None = None,
+    backward_once: bool = False,
 ) -> LinearKD:
     """Summed distillation loss, computed chunk by chunk together with its gradient.
 
@@ -69,6 +70,8 @@ def linear_kd(
         vocab_start: Global id of row 0 of the shard. Rows whose id is >= ``vocab_size`` are in no softmax and get
             zero gradient.
         tp_group: Ranks sharing the vocabulary; None when V is all of it.
+        backward_once: Backward scales the kept gradient in place instead of a copy, so it may run once only; saves
+            memory as large as both inputs.
     Returns:
         ``LinearKD``. Logits are multiplied in the input dtype, all else is float32, or float64 for float64 inputs.
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
@@ -85,7 +88,7 @@ def linear_kd(
     wanted = (enabled and hidden_NH.requires_grad, enabled and weight_VH.requires_grad)
     losses, shard = weighted_losses(loss), Shard(vocab_size, vocab_start, tp_group)
     settings = Settings(losses, temperature, shard, with_gradient=any(wanted))
-    walk = _Walk(targets, settings, loss.cross_entropy, labels_N, mask_N, chunk_tokens, wanted)
+    walk = _Walk(targets, settings, loss.cross_entropy, labels_N, mask_N, chunk_tokens, wanted, backward_once)
     check_tokens(hidden_NH, labels_N, mask_N, chunk_tokens)
     loss_sum, sums = _LinearKD.apply(hidden_NH, weight_VH, walk)
     *terms, ce_sum, teacher_ce_sum = sums.unbind()
@@ -104,6 +107,7 @@ class _Walk:
     chunk_tokens: int
     wanted: tuple[bool, bool]
     """Whether hidden states and head want a gradient."""
+    backward_once: bool
 
     def over(self, hidden_NH: Tensor, weight_VH: Tensor, gradients: _Gradients) -> Tensor:
         """``[L + 2]``: sums of each loss and of both models' cross entropy."""
@@ -137,7 +141,12 @@ class _LinearKD(torch.autograd.Function):
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, walk: _Walk) -> tuple[Tensor, Tensor]:
         gradients = _Gradients(hidden_NH, weight_VH, walk.settings.shard, walk.wanted)
         sums = walk.over(hidden_NH, weight_VH, gradients)
-        gradients.keep(ctx)
+        kept = gradients.made()
+        if walk.backward_once:  # held by nothing else, so that autograd takes it over as it is
+            ctx.own = kept
+        else:
+            ctx.save_for_backward(*kept)
+        ctx.backward_once = walk.backward_once
         weights = [weight for weight, _ in walk.settings.losses.values()] + [walk.ce_weight]
         loss_sum = sum(
             (weight * each for weight, each in zip(weights, sums, strict=False) if weight), sums.new_zeros(())
@@ -148,8 +157,13 @@ class _LinearKD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Any, ...]:
-        scaled = [None if kept is None else kept * grad_loss.to(kept.dtype) for kept in ctx.saved_tensors]
-        return (*scaled, None)
+        if not ctx.backward_once:
+            scaled = [None if kept is None else kept * grad_loss.to(kept.dtype) for kept in ctx.saved_tensors]
+            return (*scaled, None)
+        if ctx.own is None:
+            raise RuntimeError("this backward has run; call linear_kd again, or with backward_once=False.")
+        own, ctx.own = ctx.own, None
+        return (*[None if kept is None else kept.mul_(grad_loss.to(kept.dtype)) for kept in own], None)
 
 
 class _Gradients:
@@ -158,7 +172,8 @@ class _Gradients:
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, shard: Shard, wanted: tuple[bool, bool]) -> None:
         self.hidden_NH, self.weight_VH, self.shard = hidden_NH, weight_VH, shard
         self.to_hidden_NH = torch.zeros_like(hidden_NH) if wanted[0] else None
-        self.to_weight_VH = torch.zeros_like(weight_VH, dtype=wide(hidden_NH)) if wanted[1] else None
+        self.to_weight_VH = torch.empty_like(weight_VH, dtype=wide(hidden_NH)) if wanted[1] else None
+        self.is_first = True
 
     def add(self, rows: slice, wide_NV: Tensor, mask_N: Tensor) -> None:
         """Takes the gradient to the logits of some tokens, and the weight of each token."""
@@ -171,14 +186,22 @@ class _Gradients:
             self.to_hidden_NH[rows] = all_reduce_sum(share_NH, self.shard.tp_group).to(self.to_hidden_NH.dtype)
         if self.to_weight_VH is not None:
             hidden_NH = self.hidden_NH[rows] * mask_N[:, None].to(self.hidden_NH.dtype)
-            if grad_NV.dtype == self.to_weight_VH.dtype:
-                self.to_weight_VH[:num_valid].addmm_(grad_NV.T, hidden_NH)
+            sum_VH = self.to_weight_VH[:num_valid]
+            if grad_NV.dtype == sum_VH.dtype:
+                sum_VH.addmm_(grad_NV.T, hidden_NH, beta=0 if self.is_first else 1)
+            elif self.is_first:
+                sum_VH.copy_(grad_NV.T @ hidden_NH)
             else:
-                self.to_weight_VH[:num_valid] += grad_NV.T @ hidden_NH
+                sum_VH += grad_NV.T @ hidden_NH
+        self.is_first = False
 
-    def keep(self, ctx: Any) -> None:
-        to_weight_VH = None if self.to_weight_VH is None else self.to_weight_VH.to(self.weight_VH.dtype)
-        ctx.save_for_backward(self.to_hidden_NH, to_weight_VH)
+    def made(self) -> tuple[Tensor | None, Tensor | None]:
+        """Both, in the dtype of their inputs; None where it is not wanted."""
+        if self.to_weight_VH is None:
+            return self.to_hidden_NH, None
+        num_valid = 0 if self.is_first else self.shard.num_valid(self.weight_VH)  # no token, no gradient
+        self.to_weight_VH[num_valid:].zero_()
+        return self.to_hidden_NH, self.to_weight_VH.to(self.weight_VH.dtype)
 
 
 def _ce_gradient(student: LogProbs, labels_N: Tensor, settings: Settings) -> Tensor:

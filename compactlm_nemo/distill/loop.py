@@ -24,7 +24,14 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import micro_batches
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.training.checkpoint import Position, latest_step, load_training, load_weights, save_training
-from compactlm_nemo.training.optimizer import build_optimizer, build_schedule, gradient_norm, wrap_data_parallel
+from compactlm_nemo.training.optimizer import (
+    build_optimizer,
+    build_schedule,
+    finish_gathering,
+    gradient_norm,
+    start_gathering,
+    wrap_data_parallel,
+)
 from compactlm_nemo.training.tracker import LOSS
 
 EVAL_LOSS = "eval/lm_loss_nats"
@@ -91,7 +98,7 @@ def distill(
     student.train()
     if cfg.recompute:
         recompute_activations(student)
-    ddps = wrap_data_parallel(student)
+    ddps = wrap_data_parallel(student, overlap=cfg.overlap)
     optimizer = build_optimizer(ddps, cfg)
     schedule = build_schedule(optimizer, cfg)
 
@@ -102,6 +109,7 @@ def distill(
         return position
 
     def save() -> None:
+        finish_gathering(ddps)
         position.losses, position.skipped = list(spikes.losses), non_finite.skipped
         if corrector is not None:
             corrector.save(position.step)
@@ -134,6 +142,7 @@ def distill(
         grad_norm = gradient_norm(optimizer)
         if not non_finite.skips(step, terms | {"train/grad_norm": grad_norm}):
             optimizer.step()
+            start_gathering(ddps)
             if hidden_loss is not None:
                 hidden_loss.step(optimizer.param_groups[0]["lr"])
         if corrector is not None:
@@ -159,6 +168,7 @@ def _held_out(ddps: list[Any], outside: Outside, cfg: DistillConfig, position: P
     due = cfg.eval_every is not None and (position.step % cfg.eval_every == 0 or position.step == cfg.steps)
     if outside.evaluate is None or not due:
         return {}
+    finish_gathering(ddps)
     values = outside.evaluate()
     for ddp in ddps:
         ddp.train()

@@ -11,7 +11,7 @@ Shape suffixes: N tokens, V vocabulary entries of this rank, K sums of a loss.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -38,6 +38,17 @@ class Pair:
     """The same of the teacher's."""
     vocab_size: int
     """Entries over all ranks."""
+    mixtures: dict[float, Tensor] = field(default_factory=dict)
+    """What `log_mixture_NV` has made."""
+
+    def log_mixture_NV(self, teacher_share: float) -> Tensor:
+        """``log(share p + (1 - share) q)`` for a share in [0, 1), made once; not to be overwritten."""
+        if not teacher_share:
+            return self.log_q_NV
+        if teacher_share not in self.mixtures:
+            student_NV = self.log_q_NV + math.log1p(-teacher_share)
+            self.mixtures[teacher_share] = torch.logaddexp(self.log_p_NV + math.log(teacher_share), student_NV)
+        return self.mixtures[teacher_share]
 
     @property
     def x_NV(self) -> Tensor:
@@ -104,7 +115,7 @@ class JensenShannon:
         self.beta = beta
 
     def sums(self, pair: Pair) -> Tensor:
-        log_m_NV = _log_mixture(pair, self.beta)
+        log_m_NV = pair.log_mixture_NV(self.beta)
         teacher_N = (pair.log_p_NV - log_m_NV).mul_(pair.p_NV).sum(dim=-1)
         student_N = (pair.log_q_NV - log_m_NV).mul_(pair.q_NV).sum(dim=-1)
         return torch.stack([self.beta * teacher_N, (1 - self.beta) * student_N])
@@ -113,7 +124,7 @@ class JensenShannon:
         return sums_KN.sum(dim=0)
 
     def gradient(self, pair: Pair, sums_KN: Tensor) -> Tensor:
-        gap_NV = pair.log_q_NV - _log_mixture(pair, self.beta)
+        gap_NV = pair.log_q_NV - pair.log_mixture_NV(self.beta)
         return gap_NV.mul_(1 - self.beta).sub_(sums_KN[1, :, None]).mul_(pair.q_NV)
 
 
@@ -128,7 +139,7 @@ class SkewedKL:
         self.alpha = alpha
 
     def sums(self, pair: Pair) -> Tensor:
-        log_m_NV = _log_mixture(pair, self.alpha)
+        log_m_NV = pair.log_mixture_NV(self.alpha)
         value_N = (pair.log_p_NV - log_m_NV).mul_(pair.p_NV).sum(dim=-1)
         return torch.stack([value_N, self._pull(pair, log_m_NV).sum(dim=-1)])
 
@@ -136,7 +147,7 @@ class SkewedKL:
         return sums_KN[0]
 
     def gradient(self, pair: Pair, sums_KN: Tensor) -> Tensor:
-        return pair.q_NV * sums_KN[1, :, None] - self._pull(pair, _log_mixture(pair, self.alpha))
+        return pair.q_NV * sums_KN[1, :, None] - self._pull(pair, pair.log_mixture_NV(self.alpha))
 
     def _pull(self, pair: Pair, log_m_NV: Tensor) -> Tensor:
         # In logarithms: the quotient of two probabilities that both underflow is still right.
@@ -188,9 +199,3 @@ def weighted_losses(cfg: LossConfig) -> dict[str, tuple[float, LogitLoss]]:
         "cosine": LogitCosine(),
     }
     return {name: (getattr(cfg, name), loss) for name, loss in every.items() if getattr(cfg, name)}
-
-
-def _log_mixture(pair: Pair, teacher_share: float) -> Tensor:
-    """``log(share p + (1 - share) q)`` for a share in [0, 1)."""
-    student_NV = pair.log_q_NV + math.log1p(-teacher_share)
-    return torch.logaddexp(pair.log_p_NV + math.log(teacher_share), student_NV) if teacher_share else student_NV

@@ -21,6 +21,7 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import context_share, positions_of
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.training.optimizer import finish_gathering
 from compactlm_nemo.training.tracker import LM_LOSS, LOSS, TEACHER_LM_LOSS
 
 
@@ -57,6 +58,7 @@ def forward_backward(
     if hidden_loss is not None:
         hidden_loss.listen()
     targets_of: list[Targets | None] = [*teacher.targets(batches)] or [None] * len(batches)
+    finish_gathering(students)
     tokens = [batch.tokens_BT for batch in batches]
     size, length = tokens[0].shape[0], tokens[0].shape[1] - 1
 
@@ -84,6 +86,7 @@ def forward_backward(
             vocab_size=dims.vocab_size,
             vocab_start=mesh.tp_rank * weight_VH.shape[0],
             tp_group=mesh.tp_group,
+            backward_once=True,
         )
         num_tokens = torch.full((), labels_N.numel(), dtype=torch.int, device=labels_N.device)
         sums = [terms.loss_sum.detach(), *terms.terms.values(), terms.ce_sum, terms.teacher_ce_sum, num_tokens]

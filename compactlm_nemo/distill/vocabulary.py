@@ -17,6 +17,8 @@ from compactlm_nemo.parallel.collectives import all_reduce_max, all_reduce_sum
 
 NUM_BUFFERS = 3
 """Tensors `[N, V]` in wide dtype that a chunk holds at once: logits of both models, a product not yet widened."""
+LEAST_MIB = 256
+"""Memory for a chunk of any head, where nothing else is asked for."""
 BLOCK_BYTES = 2**22
 """Logits that are compared at a time on a CPU: few enough that all that is made of them stays in its cache."""
 
@@ -114,9 +116,15 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def chunk_tokens(memory_bytes: int, rows: int) -> int:
-    """Tokens whose logits of both models fit in so many bytes beside a head of `rows` rows of this rank; at least 1."""
-    return max(1, memory_bytes // (NUM_BUFFERS * torch.float32.itemsize * rows))
+def chunk_tokens(memory_mib: int | None, rows: int, width: int) -> int:
+    """Tokens whose logits of both models fit in so much memory beside a head `[rows, width]` of this rank; at least 1.
+
+    None takes half of the head's float32 gradient, and `LEAST_MIB` at least: every chunk is added to all of that
+    gradient, which costs more than the chunk's own products where it has few tokens for its width.
+    """
+    row_bytes = rows * torch.float32.itemsize
+    memory_bytes = max(LEAST_MIB * 2**20, row_bytes * width // 2) if memory_mib is None else memory_mib * 2**20
+    return max(1, memory_bytes // (NUM_BUFFERS * row_bytes))
 
 
 def blocks(logits_NV: Tensor, shard: Shard) -> Iterator[slice]:

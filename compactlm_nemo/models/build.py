@@ -41,17 +41,28 @@ class HiddenStateModel(GPTModel):
     """Token at which a document begins and attention with it, as it ends the one before; None: samples are whole."""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None = None, **others: Any) -> Any:
-        """`input_ids` `[b, s]` of this context-parallel rank; the mask is made here."""
-        documents = None if self.document_end is None else self._documents(input_ids == self.document_end)
-        return super().forward(input_ids, position_ids, documents, **others)
+        """`input_ids` `[b, s]` of this context-parallel rank; the mask is made here, once for all layers."""
+        return super().forward(input_ids, position_ids, self._attention_mask(input_ids), **others)
 
-    def _documents(self, begins_bs: Tensor) -> Tensor:
-        """`[b, whole sequence]` the number of each token's document."""
-        size = self.config.context_parallel_size
+    def _attention_mask(self, tokens_bs: Tensor) -> Tensor | None:
+        """`[b or 1, 1, s, whole sequence]` what each token attends to; None: all before it."""
+        length, size = tokens_bs.shape[1], self.config.context_parallel_size
+        window = self.config.window_size[0] + 1 if self.config.window_size else length * size
+        if size == 1 and window >= length and self.document_end is None:
+            return None
+        queries = keys = torch.arange(length, device=tokens_bs.device)
         if size > 1:
-            places = [context_positions(begins_bs.shape[1], rank, size) for rank in range(size)]
-            begins_bs = all_gather(begins_bs, self.cp_group, dim=1)[:, torch.cat(places).argsort()]
-        return begins_bs.cumsum(dim=1)
+            places = [context_positions(length, rank, size).to(queries.device) for rank in range(size)]
+            queries, keys = places[self.cp_group.rank()], torch.cat(places)
+        distance = queries[:, None] - keys
+        mask = ((distance >= 0) & (distance < window))[None, None]
+        if self.document_end is None:
+            return mask
+        begins_bs = tokens_bs == self.document_end
+        if size > 1:
+            begins_bs = all_gather(begins_bs, self.cp_group, dim=1)[:, keys.argsort()]
+        document_bs = begins_bs.cumsum(dim=1)
+        return mask & (document_bs[:, None, queries, None] == document_bs[:, None, None, keys])
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         if self.post_process and self.config.sequence_parallel:

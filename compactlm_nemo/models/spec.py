@@ -53,38 +53,27 @@ class Norm(torch.nn.Module):
 
 
 class SdpaCoreAttention(MegatronModule):
-    """Causal, optionally sliding-window attention by `scaled_dot_product_attention`, within documents where asked.
+    """Attention by `scaled_dot_product_attention`, causal unless the model brings a mask.
 
     query `[s, b, heads, d]`, key and value `[s, b, groups, d]` of this TP rank; returns `[s, b, heads * d]`. Under
-    context parallelism s is this rank's part of the sequence (`models.forward.context_share`); keys and values are
-    gathered, and their gradients summed back to the ranks they came from. The mask of Megatron's interface is the
-    number of each token's document, ``[b, whole sequence]``, or None for one document.
+    context parallelism s is this rank's part of the sequence (`context_positions`); keys and values are gathered in the
+    order of the ranks, and their gradients summed back to the ranks they came from. The mask, `[b or 1, 1, s, whole
+    sequence]`, is true where a token attends.
     """
 
     def __init__(self, config: TransformerConfig, *_: object, pg_collection: Any = None, **__: object) -> None:
         super().__init__(config=config)
-        self.window = config.window_size[0] + 1 if config.window_size else None
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, document_bs: Tensor | None, *_: object, **__: object
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *_: object, **__: object
     ) -> Tensor:
-        length = query.shape[0]
-        queries = keys = torch.arange(length, device=query.device)
         if self.cp_group is not None:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
-            places = [context_positions(length, rank, self.cp_group.size()) for rank in range(self.cp_group.size())]
-            queries, keys = places[self.cp_group.rank()].to(query.device), torch.cat(places).to(query.device)
-        mask = None
-        is_windowed = self.window is not None and length > self.window
-        if self.cp_group is not None or is_windowed or document_bs is not None:
-            distance = queries[:, None] - keys
-            mask = (distance >= 0) & (distance < (self.window or distance.numel()))
-            if document_bs is not None:
-                mask = mask & (document_bs[:, None, queries, None] == document_bs[:, None, None, keys])
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        is_causal, is_grouped = attention_mask is None, q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=is_grouped
         )
         return out.permute(2, 0, 1, 3).flatten(2)
 

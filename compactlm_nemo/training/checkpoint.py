@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,6 +67,27 @@ def _allocate_adam(optimizer: Any) -> None:
                 adam.state[parameter] = {"step": torch.tensor(0.0)} | zeros
 
 
+@contextmanager
+def _padding_counted(ddps: list[Any]) -> Iterator[None]:
+    """Bucket sizes as they are in memory, for as long as Megatron gathers the optimizer's state.
+
+    It leaves out the padding between buckets and then looks parameters up as if it were there. Where there are several
+    buckets, as with overlap and on a pipeline's stages of a tied embedding, it would save moments of other parameters.
+    Source: Megatron-LM pull request 5077, which mends it after version 0.16.
+    """
+    buffers = [buffer for ddp in ddps for buffer in ddp.buffers + ddp.expert_parallel_buffers]
+    sizes = [(part, part.numel_unpadded) for buffer in buffers for part in (buffer, *buffer.buckets)]
+    for buffer in buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    try:
+        yield
+    finally:
+        for part, size in sizes:
+            part.numel_unpadded = size
+
+
 def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
     """Load Megatron's optimizer, which is one for most parameters and one for those of spread experts, if any."""
     parts = optimizer.chained_optimizers
@@ -107,8 +130,10 @@ def _state(
     # Megatron looks up the shards by parameter and takes the first chunk's entry as `model`.
     by_chunk = weights if len(ddps) > 1 else weights["model0"]
     metadata = sharding_metadata(mesh)
+    with _padding_counted(ddps):
+        moments = optimizer.sharded_state_dict(by_chunk, is_loading=is_loading, metadata=metadata)
     return weights | {
-        "optimizer": optimizer.sharded_state_dict(by_chunk, is_loading=is_loading, metadata=metadata),
+        "optimizer": moments,
         "schedule": schedule.state_dict(),
         "position": asdict(position),
         "rng": torch.get_rng_state(),

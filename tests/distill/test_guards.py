@@ -7,18 +7,25 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from compactlm_nemo.config.choices import Result
-from compactlm_nemo.config.distill import DistillConfig
+from compactlm_nemo.config.distill import CROSS_ENTROPY, DistillConfig
+from compactlm_nemo.config.hidden import HiddenConfig
+from compactlm_nemo.distill import loop
+from compactlm_nemo.distill.corrector import Corrector
 from compactlm_nemo.distill.guards import FEWEST, NonFinite, Spikes
+from compactlm_nemo.distill.hidden import HiddenLoss, pairs_of
 from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
+from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.teacher import LiveTeacher
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.models.build import Chunks, global_names
+from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.training.checkpoint import Position
 from tests.megatron import filled, mesh_of
@@ -44,16 +51,40 @@ class Training:
         self.dims, self.teacher = filled(root / "teacher", self.mesh)
         self.metrics: dict[int, dict[str, float]] = {}
         self.rewound: list[int] = []
+        self.on_input: Callable[[int | None], None] | None = None
+        self.beside: dict[str, Any] = {}
+        """What trains beside the student, as `distill` takes it."""
+
+    def add_hidden_loss_and_corrector(self, name: str) -> None:
+        hidden = HiddenConfig(layers=[[1, 1]])
+        dims, teacher_dims = (open_hf(self.root / name)[0] for name in ("student", "teacher"))
+        start_GH = torch.eye(teacher_dims.hidden_size)[:, : dims.hidden_size]
+        projections = Projections(1, True, start_GH, self.cfg)
+        pairs = pairs_of(hidden, teacher_dims, dims)
+        loss = HiddenLoss(hidden, pairs, self.teacher, self.student, self.mesh, projections)
+        corrector = Corrector(
+            self.teacher, teacher_dims, self.mesh, replace(self.cfg, loss=CROSS_ENTROPY),
+            chunk_tokens=64, checkpoints=self.root / f"{name}_teacher", is_main=True,
+        )  # fmt: skip
+        self.on_input, self.beside = loss.on_teacher, {"hidden_loss": loss, "corrector": corrector}
+
+    def trained(self) -> dict[str, Tensor]:
+        """All that training has moved."""
+        loss = self.beside["hidden_loss"]
+        teacher = {f"teacher {name}": value.detach() for name, value in global_names(self.teacher)}
+        extra = {"projection": loss.projections.weights[0].detach(), "alpha": torch.tensor(loss.alpha or 0.0)}
+        return self.weights() | teacher | extra
 
     def weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in global_names(self.student)}
 
     def run(self, name: str, draw: Callable[[int, Chunks], Tensor]) -> Position:
         return distill(
-            self.student, LiveTeacher(self.teacher, self.mesh), self.dims, self.mesh,
+            self.student, LiveTeacher(self.teacher, self.mesh, self.on_input), self.dims, self.mesh,
             lambda idx: draw(idx, self.teacher), self.cfg,
             Outside(log=self.log, rewind=self.rewound.append, evaluate=self.evaluate),
             chunk_tokens=64, checkpoints=self.root / name, is_main=True, device=torch.device("cpu"),
+            **self.beside,
         )  # fmt: skip
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -128,6 +159,31 @@ def _spike_goes_back(rank: int, world: int, root: Path) -> None:
         hopeless.run("hopeless", disturbing(10, lambda head: head * 20))
 
 
+class _ToldAtStep5(Spikes):
+    def is_one(self, step: int, loss: float, rewinds: int) -> bool:
+        return step == 5 and rewinds == 0
+
+
+def _spike_takes_back_all_that_trains(rank: int, world: int, root: Path) -> None:
+    mesh, cfg = mesh_of(), replace(CONFIG, steps=8, spike_factor=3.0)
+
+    def passed_over(idx: int, teacher: Chunks) -> Tensor:
+        return sample(idx + 3 * CONFIG.global_batch * (idx >= 3 * CONFIG.global_batch))
+
+    found = []
+    for name, spikes, draw in (("told", _ToldAtStep5, undisturbed), ("untold", Spikes, passed_over)):
+        loop.Spikes = spikes  # type: ignore[misc]
+        training = Training(root, mesh, cfg)
+        training.add_hidden_loss_and_corrector(name)
+        before = {key: value.clone() for key, value in training.trained().items()}
+        training.run(name, draw)
+        found.append(training.trained())
+        assert training.rewound == ([3] if name == "told" else [])
+        assert not any(value.equal(found[-1][key]) for key, value in before.items())
+    told, untold = found
+    assert all(value.equal(told[key]) for key, value in untold.items())
+
+
 def _best_is_the_result(rank: int, world: int, root: Path) -> None:
     mesh = mesh_of()
     losses = iter([3.0, 2.0, 2.5, 4.0, 3.0, 2.2])
@@ -148,7 +204,9 @@ def _best_is_the_result(rank: int, world: int, root: Path) -> None:
     assert json.loads((root / "best" / "latest.json").read_text()) == {"step": 6}
 
 
-@pytest.mark.parametrize("scenario", [_nan_is_skipped, _spike_goes_back, _best_is_the_result])
+@pytest.mark.parametrize(
+    "scenario", [_nan_is_skipped, _spike_goes_back, _spike_takes_back_all_that_trains, _best_is_the_result]
+)
 def test_the_loop_survives(scenario: Callable[..., None], root: Path, tmp_path: Path) -> None:
     run_ranks(scenario, 1, tmp_path, root)
 

@@ -89,6 +89,18 @@ def test_weighted_sum_of_losses(temperature: float) -> None:
     assert_close(leaf.weight_VH.grad, grad_weight, rtol=1e-9, atol=1e-11)
 
 
+def test_a_backward_that_runs_once_copies_nothing() -> None:
+    often, once = (make(47, 123, 128).leaves() for _ in range(2))
+    (3 * kd(often, chunk_tokens=10, vocab_size=123).loss_sum).backward()
+    got = 3 * kd(once, chunk_tokens=10, vocab_size=123, backward_once=True).loss_sum
+    kept = [each.data_ptr() for each in got.grad_fn.next_functions[0][0].own]
+    got.backward(retain_graph=True)
+    assert [once.hidden_NH.grad.data_ptr(), once.weight_VH.grad.data_ptr()] == kept
+    assert once.hidden_NH.grad.equal(often.hidden_NH.grad) and once.weight_VH.grad.equal(often.weight_VH.grad)
+    with pytest.raises(RuntimeError, match=r"this backward has run; .* with backward_once=False"):
+        got.backward()
+
+
 def test_cross_entropy_alone_needs_no_comparison() -> None:
     leaf = make(47, 123, 128).leaves()
     got = kd(leaf, 2.0, only("cross_entropy"), chunk_tokens=10, vocab_size=123)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 
 from compactlm_nemo.config.distill import LossConfig
@@ -22,6 +24,7 @@ from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.collectives import all_gather
 from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.parallel.launch import second_mesh
+from compactlm_nemo.training import optimizer
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of
 from tests.models.tiny import EXPERT_CASES, VOCAB, save_tiny
@@ -119,11 +122,13 @@ def _step(
     micro_batch: int,
     own_layout: ParallelConfig | None = None,
     recompute: bool = False,
+    overlap: bool = False,
 ) -> tuple[Any, Any, dict[str, float]]:
     _, learner = filled(root / student, mesh)
     if recompute:
         recompute_activations(learner)
-    ddps = wrap_data_parallel(learner.train())
+    ddps = wrap_data_parallel(learner.train(), overlap=overlap)
+    assert not overlap or len(ddps[0].bucket_groups) > 1
     live: LiveTeacher | SeparateTeacher
     if own_layout is None:
         dims, teacher = filled(root / "teacher", mesh)
@@ -149,11 +154,12 @@ def _matches(
     root: Path,
     own_layout: ParallelConfig | None = None,
     recompute: bool = False,
+    overlap: bool = False,
 ) -> None:
     mesh = mesh_of(**layout)
     for case in cases:
         micro_batch = 1 if case == "llama" or mesh.layout.virtual_stages > 1 else 2
-        ddps, dims, terms = _step(root / case, mesh, "student", micro_batch, own_layout, recompute)
+        ddps, dims, terms = _step(root / case, mesh, "student", micro_batch, own_layout, recompute, overlap)
         assert terms == pytest.approx(torch.load(root / case / "terms.pt"), rel=1e-5), case
         _, wanted = open_hf(root / case / "gradients")
         padded = dims.padded_vocab(mesh.tp_size, VOCAB_MULTIPLE)
@@ -170,7 +176,7 @@ def _matches(
             compared += 1
         assert compared == sum(len(list(ddp.module.parameters())) for ddp in ddps)
 
-        ddps, _, terms = _step(root / case, mesh, "teacher", micro_batch, own_layout)
+        ddps, _, terms = _step(root / case, mesh, "teacher", micro_batch, own_layout, overlap=overlap)
         assert abs(terms["train/loss"]) < 1e-6
         # On two layouts the same model sums in another order.
         same, least = (1e-9, 1e-6) if own_layout is None else (1e-6, 1e-5)
@@ -205,6 +211,24 @@ TWO_LAYOUTS = {
 def test_step_with_a_teacher_of_another_layout_is_the_definition(layouts, root, tmp_path):
     ranks, student, teacher = TWO_LAYOUTS[layouts]
     run_ranks(_matches, ranks, tmp_path, student, CASES, root, teacher)
+
+
+def _overlapped(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ...], root: Path) -> None:
+    # Buckets of a few parameters, so that the first are summed while backward goes on.
+    optimizer.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1000)  # type: ignore[misc,assignment]
+    _matches(rank, world, layout, cases, root, overlap=True)
+
+
+@pytest.mark.parametrize("layout", ["dp2", "cp2", "vpp2", "tp2_pp2"])
+def test_summing_gradients_during_backward_changes_nothing(layout, root, tmp_path):
+    ranks, fields = LAYOUTS[layout]
+    run_ranks(_overlapped, ranks, tmp_path, fields, CASES, root)
+
+
+@pytest.mark.parametrize("layout", ["ep2", "ep2_dp4"])
+def test_summing_gradients_of_experts_during_backward_changes_nothing(layout, root, tmp_path):
+    ranks, fields = EXPERT_LAYOUTS[layout]
+    run_ranks(_overlapped, ranks, tmp_path, fields, EXPERT_CASES, root)
 
 
 def _recomputed(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import gc
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from torch import Tensor
 
 from compactlm_nemo.config.distill import DistillConfig
-from compactlm_nemo.distill.loop import Outside, distill
+from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
 from compactlm_nemo.distill.teacher import LiveTeacher
 from compactlm_nemo.models.build import global_names
 from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.training import optimizer
 from tests.megatron import LAYOUTS, filled, mesh_of
 from tests.models.tiny import VOCAB, save_tiny
 from tests.ranks import run_ranks
 
 CASE = "llama_tied_llama3_rope"
+STUDENT = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}
 CONFIG = DistillConfig(steps=5, global_batch=4, micro_batch=1, lr=1e-2, min_lr=1e-3, warmup_steps=2, checkpoint_every=2)
 STOP = 3
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,15 +38,25 @@ def sample(idx: int) -> Tensor:
 
 
 def train(
-    root: Path, mesh: Mesh, checkpoints: Path, rank: int, until: int | None, dtype: torch.dtype = torch.float32
+    root: Path,
+    mesh: Mesh,
+    checkpoints: Path,
+    rank: int,
+    until: int | None,
+    dtype: torch.dtype = torch.float32,
+    cfg: DistillConfig = CONFIG,
 ) -> tuple[dict[str, Tensor], Metrics]:
     """Weights after training a fresh model from the newest checkpoint, and the metrics of the steps done here."""
     _, student = filled(root / "student", mesh, dtype=dtype)
     dims, teacher = filled(root / "teacher", mesh, dtype=dtype)
     seen: Metrics = {}
+
+    def evaluate() -> dict[str, float]:
+        return {EVAL_LOSS: float(sum(x.detach().double().square().sum() for x in student.parameters()))}
+
     finished = distill(
-        student, LiveTeacher(teacher, mesh), dims, mesh, sample, CONFIG,
-        Outside(log=lambda step, values: seen.update({step: values})),
+        student, LiveTeacher(teacher, mesh), dims, mesh, sample, cfg,
+        Outside(log=lambda step, values: seen.update({step: values}), evaluate=evaluate),
         chunk_tokens=7, checkpoints=checkpoints, is_main=rank == 0, device=torch.device("cpu"), until=until,
     )  # fmt: skip
     assert finished.step == (until or CONFIG.steps)
@@ -71,7 +87,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models, and the results of one rank, with a checkpoint of `STOP` steps in `at_stop`."""
     root = tmp_path_factory.mktemp("resume")
     save_tiny(CASE, root / "teacher")
-    save_tiny(CASE, root / "student", num_hidden_layers=4, hidden_size=32, intermediate_size=48)
+    save_tiny(CASE, root / "student", **STUDENT)
     run_ranks(_one_rank, 1, root, root)
     return root
 
@@ -93,7 +109,9 @@ def test_what_a_killed_run_left_of_a_later_step_takes_no_place(root, tmp_path):
 
 def _other_layout(rank: int, world: int, layout: str, root: Path, copies: Path) -> None:
     mesh = mesh_of(**LAYOUTS[layout][1])
+    _, before = train(root, mesh, copies, rank, STOP + 1)
     _, after = train(root, mesh, copies, rank, None)
+    after |= before
     want = torch.load(root / "fp32" / "metrics.pt")
     assert sorted(after) == list(range(STOP, CONFIG.steps))
     for step, values in after.items():
@@ -102,8 +120,56 @@ def _other_layout(rank: int, world: int, layout: str, root: Path, copies: Path) 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2", "vpp2", "cp2"])
 def test_checkpoint_continues_in_another_layout(layout, root, tmp_path):
+    """And one that is written there is read there: stages of a tied embedding have several buckets."""
     copies = shutil.copytree(root / "fp32" / "at_stop", tmp_path / "checkpoints")
     run_ranks(_other_layout, 2, tmp_path, layout, root, Path(copies))
+
+
+class _Late:
+    """Weights that arrive when they are waited for, and not before."""
+
+    def __init__(self, group: _ParamAndGradBucketGroup) -> None:
+        self.group = group
+
+    def wait(self) -> None:
+        self.group.param_gather_handle = None
+        _start(self.group, force_sync=True)
+
+
+_start = _ParamAndGradBucketGroup.start_param_sync
+
+
+def _start_late(group: _ParamAndGradBucketGroup, force_sync: bool = False) -> None:
+    assert not force_sync
+    group.param_gather_handle, group.param_gather_dispatched = _Late(group), True
+
+
+def _overlapped(rank: int, world: int, root: Path, checkpoints: Path) -> None:
+    mesh = mesh_of()
+    # Buckets of a few parameters, and the slowest of networks.
+    optimizer.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1000)  # type: ignore[misc,assignment]
+    found = []
+    for overlap in (False, True):
+        folder, cfg = checkpoints / str(overlap), replace(CONFIG, eval_every=1, overlap=overlap)
+        _ParamAndGradBucketGroup.start_param_sync = _start_late if overlap else _start
+        _, before = train(root, mesh, folder, rank, STOP, cfg=cfg)
+        weights, after = train(root, mesh, folder, rank, None, cfg=cfg)
+        found.append((weights, before | after))
+    (want, metrics), (got, seen) = found
+    assert sorted(seen) == list(range(CONFIG.steps))
+    for step, values in seen.items():
+        assert values == pytest.approx(metrics[step], rel=1e-6), (step, values, metrics[step])
+    # The norm by which gradients are clipped is summed in another order; a step moves a weight by about 1e-2.
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", ["llama", CASE])
+def test_overlap_changes_nothing(case, tmp_path):
+    """In steps, held-out losses and checkpoints, with a head that is the embedding and one that is not."""
+    for name, shape in (("teacher", {}), ("student", STUDENT)):
+        save_tiny(case, tmp_path / name, **shape)
+    run_ranks(_overlapped, 2, tmp_path, tmp_path, tmp_path / "checkpoints")
 
 
 def _grows(rank: int, world: int, root: Path) -> None:
