@@ -150,7 +150,7 @@ def _overlapped(rank: int, world: int, root: Path, checkpoints: Path) -> None:
     optimizer.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1000)  # type: ignore[misc,assignment]
     found = []
     for overlap in (False, True):
-        folder, cfg = checkpoints / str(overlap), replace(CONFIG, eval_every=1, overlap=overlap)
+        folder, cfg = checkpoints / str(overlap), replace(CONFIG, eval_every=2, overlap=overlap)
         _ParamAndGradBucketGroup.start_param_sync = _start_late if overlap else _start
         _, before = train(root, mesh, folder, rank, STOP, cfg=cfg)
         weights, after = train(root, mesh, folder, rank, None, cfg=cfg)
