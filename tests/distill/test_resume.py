@@ -152,9 +152,9 @@ def _overlapped(rank: int, world: int, root: Path, checkpoints: Path) -> None:
     for overlap in (False, True):
         folder, cfg = checkpoints / str(overlap), replace(CONFIG, eval_every=2, overlap=overlap)
         _ParamAndGradBucketGroup.start_param_sync = _start_late if overlap else _start
-        _, before = train(root, mesh, folder, rank, STOP, cfg=cfg)
+        saved, before = train(root, mesh, folder, rank, STOP, cfg=cfg)
         weights, after = train(root, mesh, folder, rank, None, cfg=cfg)
-        found.append((weights, before | after))
+        found.append((weights | {f"saved {name}": value for name, value in saved.items()}, before | after))
     (want, metrics), (got, seen) = found
     assert sorted(seen) == list(range(CONFIG.steps))
     for step, values in seen.items():
