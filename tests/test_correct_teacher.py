@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from compactlm_nemo.config.distill import CorrectConfig
 from compactlm_nemo.errors import ConfigError
 from tests import commands
-from tests.tiny_run import command
+from tests.tiny_run import command, metrics
 
 CORRECT = ["correct.steps=4", "correct.lr=1e-2", "distill.checkpoint_every=2"]
 
@@ -20,10 +20,6 @@ CORRECT = ["correct.steps=4", "correct.lr=1e-2", "distill.checkpoint_every=2"]
 def _run(words: list[str], ranks: int = 1) -> None:
     done = commands.run(words, ranks=ranks)
     assert done.returncode == 0, done.stderr
-
-
-def _metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +32,7 @@ def plain(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_corrected_teacher_teaches(inputs: Path, plain: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     _run(command(inputs, run, *CORRECT))  # the whole run, with the stage in its place
-    correction, before, after = _metrics(run / "corrected"), _metrics(plain / "distill"), _metrics(run / "distill")
+    correction, before, after = metrics(run, "corrected"), metrics(plain), metrics(run)
     # Both begin with the same batch, which the teacher has not been trained on.
     assert correction[0]["train/loss"] == pytest.approx(before[0]["train/teacher_lm_loss_nats"], rel=1e-5)
     assert "train/teacher_lm_loss_nats" not in correction[0]
@@ -52,7 +48,7 @@ def test_the_corrected_teacher_teaches(inputs: Path, plain: Path, tmp_path: Path
     words = [*CORRECT, "distill.teacher=stored", "cache.kind=hidden"]
     for recipe in ("cache_teacher", "distill"):
         _run(command(inputs, stored, *words, recipe=recipe))
-    for a, b in zip(after, _metrics(stored / "distill"), strict=True):
+    for a, b in zip(after, metrics(stored), strict=True):
         assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-4)
     about = json.loads((stored / "targets" / "about.json").read_text())
     assert about["model"] == json.loads((run / "corrected" / "manifest.json").read_text())["fingerprint"]
@@ -65,7 +61,7 @@ def test_two_ranks_correct_as_one(inputs: Path, plain: Path, tmp_path: Path) -> 
         for stage in ("teacher", "tokens"):
             shutil.copytree(plain / stage, run / stage)
         _run(command(inputs, run, *CORRECT, *layout, recipe="correct_teacher"), ranks)
-        runs.append(_metrics(run / "corrected"))
+        runs.append(metrics(run, "corrected"))
     for one, two in zip(*runs, strict=True):
         assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-4)
         assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-3)
@@ -86,10 +82,10 @@ def test_a_teacher_corrected_beside_the_student_learns_what_it_has_taught(
     """Each batch is taught by the weights that training on the batches before has made, as in a stage of its own."""
     before = _pruned(plain, tmp_path / "before")
     _run(command(inputs, before, *CORRECT, recipe="correct_teacher"))
-    alone = _metrics(before / "corrected")
+    alone = metrics(before, "corrected")
     run = _pruned(plain, tmp_path / "beside")
     _run(command(inputs, run, *BESIDE, recipe="distill"))
-    got = _metrics(run / "distill")
+    got = metrics(run)
     assert len(got) == 6
     for line, wanted in zip(got, alone, strict=False):
         assert line["train/correct_loss"] == pytest.approx(wanted["train/loss"], rel=1e-6)
@@ -100,13 +96,11 @@ def test_a_teacher_corrected_beside_the_student_learns_what_it_has_taught(
     stopped = _pruned(plain, tmp_path / "stopped")
     for more in (["distill.stop_after=3"], []):
         _run(command(inputs, stopped, *BESIDE, *more, recipe="distill"))
-    speedless = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in got]
-    again = [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in _metrics(stopped / "distill")]
-    assert again == speedless
+    assert metrics(stopped) == got
 
     staged = _pruned(plain, tmp_path / "staged")
     _run(command(inputs, staged, *BESIDE, "parallel.pp=2", "distill.recompute=true", recipe="distill"), 2)
-    for one, two in zip(got, _metrics(staged / "distill"), strict=True):
+    for one, two in zip(got, metrics(staged), strict=True):
         assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
         assert two["train/teacher_lm_loss_nats"] == pytest.approx(one["train/teacher_lm_loss_nats"], rel=1e-4)
 

@@ -53,7 +53,7 @@ def command(inputs: Path, run: Path, *overrides: str, recipe: str = "compress") 
     ]  # fmt: skip
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
+def metrics(run: Path, stage: str = "distill") -> list[dict[str, float]]:
     """What a run's training logged at each step, without what depends on the machine."""
-    lines = [json.loads(line) for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]

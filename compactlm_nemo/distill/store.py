@@ -23,10 +23,6 @@ from torch import Tensor
 
 from compactlm_nemo.errors import DataError
 
-STEP_NATS = 0.125
-"""Resolution of stored log-probabilities. Rounding to it costs about ``STEP_NATS**2 / 24`` = 0.0007 nats of KL."""
-TINY = 1e-38
-"""Smaller probabilities are stored as this one."""
 ABOUT = "about.json"
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]
 
@@ -35,7 +31,7 @@ class TopKRecord(NamedTuple):
     """A teacher's likeliest tokens for one sample."""
 
     ids_TK: Tensor
-    """``[T, K]`` int64, likeliest first."""
+    """``[T, K]`` int64, in any order."""
     probs_TK: Tensor
     """``[T, K]`` float32, of the softmax over the vocabulary at temperature 1."""
     rest_T: Tensor
@@ -44,37 +40,67 @@ class TopKRecord(NamedTuple):
     """``[T]`` float32, the teacher's language-model loss in nats."""
 
 
+def _levels() -> numpy.ndarray:
+    """Log-probabilities that can be stored, from 0 down, in steps of ``min(max(0.05 / sqrt(p), 1/8), 2)`` nats.
+
+    Rounding p by a step s costs ``p s**2 / 24`` nats of KL in the mean: at this width every token below p = 0.16 costs
+    the same, 1e-4, where equal steps would spend most bytes on the least likely ones.
+    """
+    levels = [0.0]
+    while levels[-1] > -90:
+        levels.append(levels[-1] - min(max(0.05 * math.exp(-levels[-1] / 2), 0.125), 2.0))
+    return numpy.array(levels)
+
+
+LEVELS = _levels()
+STEPS_PER_NAT = 32
+"""Of the rest's logarithm and of the loss."""
+NO_REST = 2**16 - 1
+
+
 def encode_top_k(record: TopKRecord) -> bytes:
-    """Token ids exact; log-probabilities to `STEP_NATS`, as steps down from the entry before; the rest and the losses
-    to half precision of their logarithm and value."""
-    ids = record.ids_TK.numpy()
-    levels = numpy.rint(-record.probs_TK.double().clamp(min=TINY).log().numpy() / STEP_NATS).astype(numpy.int64)
-    steps = numpy.diff(levels, axis=1, prepend=0)
-    # Entries of one level may stand in any order: by id they compress better.
-    order = numpy.lexsort((ids, levels), axis=1)
-    ids = numpy.take_along_axis(ids, order, axis=1)
-    halves = [x.double().numpy().astype("<f2") for x in (record.rest_T.double().log(), record.ce_T)]
-    parts = [ids.T.astype("<u4").tobytes(), steps.T.astype("<u2").tobytes(), *(half.tobytes() for half in halves)]
-    sizes = [4, 2, 2, 2]
-    return _pack(b"".join(_by_byte(part, size) for part, size in zip(parts, sizes, strict=True)))
+    """Token ids exact, as gaps between them in ascending order; log-probabilities to the nearest of `LEVELS`, as levels
+    above the least likely one; the rest's logarithm and the losses to 1/32 nat."""
+    ids, order = (x.numpy() for x in record.ids_TK.sort(dim=1))
+    log_p = record.probs_TK.double().clamp(min=1e-38).log().numpy()
+    middles = (LEVELS[1:] + LEVELS[:-1]) / 2
+    levels = numpy.searchsorted(-middles, -numpy.take_along_axis(log_p, order, axis=1))
+    lowest = levels.max(axis=1)
+    rest_T = record.rest_T.double().numpy()
+    with numpy.errstate(divide="ignore"):
+        rest = numpy.where(rest_T > 0, numpy.minimum(numpy.rint(-numpy.log(rest_T) * STEPS_PER_NAT), NO_REST), NO_REST)
+    losses = numpy.rint(record.ce_T.double().numpy() * STEPS_PER_NAT).clip(0, NO_REST)
+    columns = (numpy.diff(ids, axis=1, prepend=-1).T, (lowest[:, None] - levels).T, lowest, rest, losses)
+    return _pack(
+        b"".join(
+            _by_byte(numpy.ascontiguousarray(values).astype(kind).tobytes(), numpy.dtype(kind).itemsize)
+            for values, kind in zip(columns, _KINDS, strict=True)
+        )
+    )
+
+
+_KINDS = ("<u4", "u1", "u1", "<u2", "<u2")
+"""Number formats of the columns of a record."""
 
 
 def decode_top_k(data: bytes, tokens: int, k: int) -> TopKRecord:
-    """The record; its probabilities are scaled so that with the rest they sum to 1."""
+    """The record, by ascending ids; its probabilities are scaled so that with the rest they sum to 1."""
     raw = _unpack(data)
-    lengths = [4 * tokens * k, 2 * tokens * k, 2 * tokens, 2 * tokens]
+    counts = (tokens * k, tokens * k, tokens, tokens, tokens)
+    lengths = [count * numpy.dtype(kind).itemsize for count, kind in zip(counts, _KINDS, strict=True)]
     if len(raw) != sum(lengths):
         raise DataError(f"a stored target has {len(raw)} bytes where {sum(lengths)} were due; cache the teacher again.")
-    parts, start = [], 0
-    for length, kind in zip(lengths, ("<u4", "<u2", "<f2", "<f2"), strict=True):
-        parts.append(_by_value(raw[start : start + length], kind))
+    columns, start = [], 0
+    for length, kind in zip(lengths, _KINDS, strict=True):
+        columns.append(_by_value(raw[start : start + length], kind).astype(numpy.int64))
         start += length
-    ids = torch.from_numpy(parts[0].astype(numpy.int64)).view(k, tokens).T.contiguous()
-    levels = torch.from_numpy(parts[1].astype(numpy.int64)).view(k, tokens).T.cumsum(dim=-1)
-    rest_T = torch.from_numpy(parts[2].astype(numpy.float32)).exp()
-    probs_TK = (-levels.float() * STEP_NATS).exp()
+    gaps, above, lowest, rest, losses = columns
+    ids = gaps.reshape(k, tokens).cumsum(axis=0).T - 1
+    probs_TK = torch.from_numpy(numpy.exp(LEVELS[lowest[:, None] - above.reshape(k, tokens).T])).float()
+    rest_T = torch.from_numpy(numpy.where(rest == NO_REST, 0, numpy.exp(-rest / STEPS_PER_NAT))).float()
     probs_TK *= ((1 - rest_T) / probs_TK.sum(dim=-1))[:, None]
-    return TopKRecord(ids, probs_TK, rest_T, torch.from_numpy(parts[3].astype(numpy.float32)))
+    ce_T = torch.from_numpy(losses / STEPS_PER_NAT).float()
+    return TopKRecord(torch.from_numpy(numpy.ascontiguousarray(ids)), probs_TK, rest_T, ce_T)
 
 
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}

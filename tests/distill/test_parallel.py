@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from compactlm_nemo.parallel.launch import second_mesh
 from compactlm_nemo.training import optimizer
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of
-from tests.models.tiny import EXPERT_CASES, VOCAB, save_tiny
+from tests.models.tiny import EXPERT_CASES, VOCAB, document_bounds, save_tiny
 from tests.ranks import run_ranks
 
 CASES = ("llama", "llama_tied_llama3_rope", "nemotron")
@@ -54,8 +53,7 @@ def logits_of(model: Any, tokens_BS: Tensor, document_end: int | None) -> Tensor
         return model(tokens_BS).logits.flatten(0, 1)
     rows = []
     for sample in tokens_BS:
-        starts = [0, *(i for i in range(1, len(sample)) if sample[i] == document_end), len(sample)]
-        rows += [model(sample[None, a:b]).logits[0] for a, b in pairwise(starts)]
+        rows += [model(sample[None, a:b]).logits[0] for a, b in document_bounds(sample, document_end)]
     return torch.cat(rows)
 
 

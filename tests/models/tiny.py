@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,11 @@ def save_tiny(case: str, folder: Path, **changes: Any) -> Any:
     model = tiny_model(case, **changes)
     model.save_pretrained(folder)
     return model
+
+
+def document_bounds(tokens_S: torch.Tensor, end: int) -> list[tuple[int, int]]:
+    """Start and end of each document of a sample; one begins with the token that ends the one before."""
+    return list(pairwise([0, *(i for i in range(1, len(tokens_S)) if tokens_S[i] == end), len(tokens_S)]))
 
 
 def tokens() -> torch.Tensor:
