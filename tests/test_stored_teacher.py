@@ -75,8 +75,8 @@ def test_stored_hidden_states_give_the_training_of_a_live_teacher(inputs, pruned
 def test_all_of_the_vocabulary_stored_gives_the_loss_of_a_live_teacher(inputs, pruned, live, tmp_path):
     run = shutil.copytree(pruned, tmp_path / "run")
     stored = trained(inputs, run, STORED, f"cache.k={VOCAB}", recipes=("cache_teacher", "distill"))
-    # A probability below 0.16 is off by its square root times a number in [-0.025, 0.025]. Such roundings add up to
-    # 0.05 / sqrt(12) * sqrt(E_p log^2 p/q), about sqrt(2 KL), of which six times is allowed, and cost 0.05**2 / 24 each.
+    # A probability below 0.16 is off by its root times a number in [-0.025, 0.025]. Such roundings add up to
+    # 0.05 / sqrt(12) * sqrt(E_p log^2 p/q), the root about sqrt(2 KL); six times that, and 0.05**2 / 24 for each.
     kl = live[0]["train/loss"]
     allowed = 6 * 0.05 / math.sqrt(12) * math.sqrt(2 * kl) + VOCAB * 0.05**2 / 24
     assert abs(stored[0]["train/loss"] - kl) < allowed
