@@ -158,7 +158,7 @@ def _overlapped(rank: int, world: int, root: Path, checkpoints: Path) -> None:
     (want, metrics), (got, seen) = found
     assert sorted(seen) == list(range(CONFIG.steps))
     for step, values in seen.items():
-        assert values == pytest.approx(metrics[step], rel=1e-6), (step, values, metrics[step])
+        assert values == pytest.approx(metrics[step], rel=1e-5), (step, values, metrics[step])
     # The norm by which gradients are clipped is summed in another order; a step moves a weight by about 1e-2.
     for name, value in got.items():
         torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
