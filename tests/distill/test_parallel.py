@@ -126,7 +126,8 @@ def _step(
     if recompute:
         recompute_activations(learner)
     ddps = wrap_data_parallel(learner.train(), overlap=overlap)
-    assert not overlap or len(ddps[0].bucket_groups) > 1
+    if overlap and mesh.is_first_stage:  # the only one whose parameters Megatron divides
+        assert len(ddps[0].bucket_groups) > 1
     live: LiveTeacher | SeparateTeacher
     if own_layout is None:
         dims, teacher = filled(root / "teacher", mesh)
