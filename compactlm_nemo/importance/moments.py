@@ -41,6 +41,7 @@ from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.importance.experts import TokenPlaces
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.checkpoint import read_box
+from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum, barrier
 from compactlm_nemo.parallel.groups import Mesh
@@ -241,7 +242,7 @@ class MomentSource:
         if not (folder / "metadata.json").is_file():
             raise CheckpointError(f"{folder} holds no second moments; score with score.second_moments=true.")
         self.reader = FileSystemReader(folder)
-        self.metadata = self.reader.read_metadata()
+        self.metadata = read_metadata(folder)
         self.sizes = {
             name: stored.size[0]
             for name, stored in self.metadata.state_dict_metadata.items()

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.parallel.groups import Mesh
@@ -52,11 +53,18 @@ def save_model(folder: Path, chunks: Sequence[Any], mesh: Mesh) -> None:
     dist_checkpointing.save(model_state(chunks, mesh), str(target))
 
 
+def load_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Load what `state` describes from a distributed checkpoint, whose index is checked first. Collective."""
+    read_metadata(folder)  # Megatron's own reader would run whatever the index says
+    loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+    return loaded
+
+
 def load_model(folder: Path, chunks: Sequence[Any], mesh: Mesh) -> None:
     """Load weights saved in any layout; collective over all ranks."""
     if not (folder / WEIGHTS / ".metadata").is_file():
         raise CheckpointError(f"{folder} holds no model; run the stage that makes it.")
-    load_state(chunks, dist_checkpointing.load(model_state(chunks, mesh), str(folder / WEIGHTS)))
+    load_state(chunks, load_shards(model_state(chunks, mesh), folder / WEIGHTS))
 
 
 class _Slice(LoadPlanner):
@@ -145,7 +153,7 @@ class CheckpointSource:
         if weights is None:
             raise CheckpointError(f"{folder} holds no model; run the stage that makes it.")
         self.reader = FileSystemReader(weights)
-        self.metadata = self.reader.read_metadata()
+        self.metadata = read_metadata(weights)
         self.shapes = parameter_shapes(dims)
         self.counts = {"layers": dims.num_layers, "experts": dims.num_experts}
         self.places = {name: self._place(name) for name in self.shapes}

@@ -19,7 +19,7 @@ from megatron.core import dist_checkpointing
 
 from compactlm_nemo.artifacts import atomic_write_text
 from compactlm_nemo.errors import CheckpointError
-from compactlm_nemo.models.checkpoint import load_state, model_state, sharding_metadata
+from compactlm_nemo.models.checkpoint import load_shards, load_state, model_state, sharding_metadata
 from compactlm_nemo.parallel.collectives import barrier
 from compactlm_nemo.parallel.groups import Mesh
 
@@ -190,7 +190,7 @@ def load_training(
         raise CheckpointError(f"{root} names no complete checkpoint; delete the folder to start again.")
     _allocate_adam(optimizer)
     state = _state(ddps, optimizer, schedule, mesh, Position(), is_loading=True)
-    state = dist_checkpointing.load(state, str(_folder(root, step)))
+    state = load_shards(state, _folder(root, step))
     load_state([ddp.module for ddp in ddps], state)
     _load_optimizer(optimizer, state["optimizer"])
     schedule.num_steps = 0  # Megatron adds the loaded steps to those it has
@@ -204,4 +204,4 @@ def load_training(
 def load_weights(root: Path, ddps: list[Any], mesh: Mesh, step: int) -> None:
     """Load the model, and nothing else, of the checkpoint after `step` finished steps. Collective."""
     chunks = [ddp.module for ddp in ddps]
-    load_state(chunks, dist_checkpointing.load(model_state(chunks, mesh), str(_folder(root, step))))
+    load_state(chunks, load_shards(model_state(chunks, mesh), _folder(root, step)))

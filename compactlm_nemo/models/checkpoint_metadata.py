@@ -1,0 +1,63 @@
+"""Reads the index of a `torch_dist` checkpoint, which is a pickle, without running what it says.
+
+torch reads `.metadata` with a bare `pickle.load`, so whoever wrote the folder decides what runs. Here only the classes
+that checkpoints hold are looked up; any other name ends in an error before anything is called.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from compactlm_nemo.errors import CheckpointError
+
+_DCP = "torch.distributed.checkpoint"
+ALLOWED = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    f"{_DCP}.filesystem": {"_StorageInfo"},
+    f"{_DCP}.metadata": {
+        "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
+        "BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    f"{_DCP}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+}  # fmt: skip
+"""Module -> names that a checkpoint's index may refer to, beside the dtypes of torch."""
+
+
+class _RefusedName(Exception):
+    """A name that no checkpoint needs."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if name in ALLOWED.get(module, ()) or is_dtype:
+            return super().find_class(module, name)
+        raise _RefusedName(f"{module}.{name}")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Return the index of a `torch_dist` folder, `folder/.metadata`.
+
+    Raises:
+        CheckpointError: the file is damaged, is no index, or refers to something that could run code.
+    """
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+    except _RefusedName as refused:
+        raise CheckpointError(
+            f"{path} refers to {refused}, which no checkpoint needs and which could run code; nothing of it was run. "
+            "Do not use this folder."
+        ) from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); fetch the folder again.") from None
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{path} holds a {type(metadata).__name__} and no index; fetch the folder again.")
+    return metadata
