@@ -22,12 +22,21 @@ from typing import Any
 from compactlm_nemo.errors import CheckpointError, ConfigError
 
 MANIFEST = "manifest.json"
+
+
 SCHEMA_VERSION = 1
+
+
 HASHED_BYTES = 64 * 2**20
 """Larger outputs are listed with their size only."""
 
+
 _MARKER = ".in_progress"
+
+
 _PACKAGES = ("torch", "megatron-core", "transformers", "tokenizers", "numpy", "safetensors")
+
+
 _SHOWN_DIFFERENCES = 5
 
 
@@ -221,3 +230,18 @@ def _git_commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+EDGE_BYTES = 2**20
+"""Bytes hashed at either end of an input file: enough to tell files apart without reading terabytes at each start."""
+
+
+def file_identity(path: Path) -> str:
+    """SHA-256 over a file's size and its first and last MiB."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(EDGE_BYTES))
+        file.seek(max(0, size - EDGE_BYTES))
+        digest.update(file.read())
+    return digest.hexdigest()

@@ -2,8 +2,8 @@
 
 from rich.console import Console
 
+from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.load import COMPARE, recipe_root, to_yaml
-from compactlm_nemo.config.schema import CompareConfig
 from compactlm_nemo.report.compare import compare
 
 

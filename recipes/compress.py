@@ -4,7 +4,7 @@ With rank.candidates > 0 the best candidates are trained a little after the sear
 """
 
 from compactlm_nemo.config.load import recipe
-from compactlm_nemo.ranking import compress
+from compactlm_nemo.workflow.compress import compress
 
 main = recipe(compress, __doc__)
 

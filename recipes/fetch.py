@@ -4,7 +4,7 @@ from pathlib import Path
 
 from compactlm_nemo.config.load import recipe
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.data.sources import fetch_bundled
+from compactlm_nemo.data.bundled import fetch_bundled
 
 ASSETS = Path("runs/assets")
 

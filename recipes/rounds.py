@@ -1,7 +1,7 @@
 """Iterative pruning: score and prune in rounds.count rounds, with rounds.steps of distillation between them."""
 
 from compactlm_nemo.config.load import recipe
-from compactlm_nemo.rounds import run_rounds
+from compactlm_nemo.workflow.rounds import run_rounds
 
 main = recipe(run_rounds, __doc__)
 

@@ -1,7 +1,7 @@
 """Scores + budget -> ranked candidates."""
 
 from compactlm_nemo.config.load import recipe
-from compactlm_nemo.stages import run_stages
+from compactlm_nemo.workflow.runner import run_stages
 
 main = recipe(lambda config: run_stages(config, only="search"), __doc__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import make_inputs
+from tests.support.tiny_run import make_inputs
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from compactlm_nemo import artifacts
 from compactlm_nemo.config.data import CorpusConfig, DataConfig
-from compactlm_nemo.config.schema import ScoreConfig
+from compactlm_nemo.config.score import ScoreConfig
 from compactlm_nemo.errors import CheckpointError, ConfigError
 
 SETTINGS = {"score.samples": 1024, "score.lr": 0.1, "score.axes": [1, 2], "run.seed": 7}

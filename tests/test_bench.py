@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 from torch.testing import assert_close
 
-from bench.head import WAYS, Subject
-from tests import commands
+from bench.distill.head import WAYS, Subject
+from tests.support import commands
 
 
 @pytest.mark.parametrize(
     ("name", "option"),
     [
         ("importance", "--samples"),
-        ("pairs", "--samples"),
+        ("pruning.pairs", "--samples"),
         ("pruning", "--seeds"),
-        ("linear_kd", "--tokens"),
-        ("distill_step", "--repeats"),
-        ("orderings", "--steps"),
-        ("recovery", "--rates"),
+        ("distill.linear_kd", "--tokens"),
+        ("distill.distill_step", "--repeats"),
+        ("distill.orderings", "--steps"),
+        ("distill.recovery", "--rates"),
     ],
 )
 def test_help(name: str, option: str) -> None:

@@ -11,8 +11,9 @@ import pytest
 
 from compactlm_nemo.config.load import COMPARE, CONF, compose, compose_root, reference_markdown, schema_reference
 from compactlm_nemo.errors import CompactLMError
-from compactlm_nemo.stages import STAGES, run_stages, stages_of, verb
-from tests import commands
+from compactlm_nemo.workflow.runner import run_stages, verb
+from compactlm_nemo.workflow.stage_table import STAGES, stages_of
+from tests.support import commands
 
 ROOT = CONF.parent
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))

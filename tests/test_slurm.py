@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import commands
-from tests.tiny_run import command, make_inputs
+from tests.support import commands
+from tests.support.tiny_run import command, make_inputs
 
 ROOT = Path(__file__).parents[1]
 VERBS = ("compress", "distill", "rank")

@@ -1,125 +1,20 @@
-"""Settings of distillation: the loss, the optimizer, and what guards a long run."""
+"""Settings of distillation: teacher, optimizer, and what guards a long run."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from enum import Enum
 
-from compactlm_nemo.config.choices import Result, StoredKind, TeacherSource
-from compactlm_nemo.config.hidden import HiddenConfig
+from compactlm_nemo.config.loss import HiddenConfig, LossConfig
+from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.errors import require
 
-SPEED_ONLY = {
-    "micro_batch",
-    "loss_memory_mib",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "stop_after",
-    "peak_tflops",
-    "eval_every",
-    "eval_tokens",
-    "shard_samples",
-    "recompute",
-    "overlap",
-    "teacher_tp",
-    "teacher_pp",
-}
-"""Settings that change memory, speed or output, not the result; they may differ when a run goes on."""
 
+class Result(Enum):
+    """Which of a training's weights are its result."""
 
-def deciding(section: Any) -> dict[str, Any]:
-    """The settings of a section that decide its result."""
-    return {name: value for name, value in vars(section).items() if name not in SPEED_ONLY}
-
-
-@dataclass(kw_only=True)
-class LossConfig:
-    """Weights of the losses in their sum; 0 leaves one out. The paper's final recipe is the forward KL alone."""
-
-    forward_kl: float = 1.0
-    """KL(teacher || student)."""
-    reverse_kl: float = 0.0
-    """KL(student || teacher)."""
-    jsd: float = 0.0
-    """b KL(teacher || m) + (1 - b) KL(student || m), m = b teacher + (1 - b) student, b = `distill.loss.jsd_beta`."""
-    jsd_beta: float = 0.5
-    """Share of the teacher in the mixture of `distill.loss.jsd`."""
-    skewed_kl: float = 0.0
-    """KL(teacher || a teacher + (1 - a) student), a = `distill.loss.skew`."""
-    skew: float = 0.1
-    """Share of the teacher in the mixture of `distill.loss.skewed_kl`."""
-    mse: float = 0.0
-    """Mean over the vocabulary of the squared difference of the logits."""
-    cosine: float = 0.0
-    """1 - the cosine of the logits."""
-    cross_entropy: float = 0.0
-    """Language-model loss of the student, without a teacher, at temperature 1."""
-
-    def __post_init__(self) -> None:
-        names = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "mse", "cosine", "cross_entropy")
-        for name in names:
-            weight = getattr(self, name)
-            require(0 <= weight < math.inf, f"distill.loss.{name}={weight} must be >= 0; 0 leaves it out.")
-        require(any(getattr(self, name) for name in names), "distill.loss has no weight > 0; forward_kl=1 is usual.")
-        require(0 < self.jsd_beta < 1, f"distill.loss.jsd_beta={self.jsd_beta} must be in (0, 1); 0.5 is symmetric.")
-        require(0 <= self.skew < 1, f"distill.loss.skew={self.skew} must be in [0, 1); 0.1 is usual.")
-
-
-CROSS_ENTROPY = LossConfig(forward_kl=0.0, cross_entropy=1.0)
-"""Plain training."""
-
-
-@dataclass(kw_only=True)
-class CacheConfig:
-    """What `recipes.cache_teacher` stores for a run with `distill.teacher=stored`."""
-
-    kind: StoredKind = StoredKind.top_k
-    """top_k: probabilities of the likeliest tokens and of the rest. hidden: final hidden states as they are, from which
-    every loss is computed as with a live teacher."""
-    k: int = 64
-    """Tokens of `cache.kind=top_k`; one more outcome stands for the rest of the vocabulary."""
-    samples: int | None = None
-    """Samples of the training order to store; null stores `distill.steps` x `distill.global_batch`."""
-    shard_samples: int = 256
-    """Samples in a file."""
-    micro_batch: int = 4
-    """Samples per forward pass on one rank."""
-
-    def __post_init__(self) -> None:
-        for name in ("k", "shard_samples", "micro_batch", "samples"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"cache.{name}={value} must be > 0.")
-
-
-@dataclass(kw_only=True)
-class CorrectConfig:
-    """Training of the teacher on the distillation's data before it teaches (`recipes.correct_teacher`) or meanwhile;
-    what is not here is as in `distill`. The paper: 120 steps of warm-up to a fifth of the teacher's own peak rate."""
-
-    steps: int = 0
-    """Optimizer steps; 0 leaves the teacher as it is."""
-    beside: bool = False
-    """Train the teacher while it teaches, on each batch after it was taught, instead of before."""
-    lr: float = 2e-5
-    """Peak learning rate."""
-    min_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
-    warmup_steps: int = 120
-    """Steps of linear warm-up from 0; at most half of `correct.steps` are taken."""
-
-    def at_most(self, steps: int) -> CorrectConfig:
-        """The same for a training of so many steps, where it runs beside it."""
-        return replace(self, steps=min(self.steps, steps)) if self.beside else self
-
-    def __post_init__(self) -> None:
-        require(self.steps >= 0, f"correct.steps={self.steps} must be >= 0; 0 leaves the teacher as it is.")
-        require(self.lr > 0, f"correct.lr={self.lr} must be > 0; try a fifth of the teacher's own.")
-        require(
-            0 <= self.min_lr <= self.lr, f"correct.min_lr={self.min_lr} must be in [0, correct.lr={self.lr}]; lower it."
-        )
-        require(self.warmup_steps >= 0, f"correct.warmup_steps={self.warmup_steps} must be >= 0; 0 is none.")
+    last = "last"
+    best = "best"
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from compactlm_nemo.config.schema import CompareConfig, Config
+from compactlm_nemo.config.evaluate import CompareConfig
+from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import CompactLMError, ConfigError
 
 OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture|search\.multiples)\.[^.=]+=")

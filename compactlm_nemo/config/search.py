@@ -1,10 +1,10 @@
-"""Settings of the search: sizes to try, budgets that a candidate must meet, and short distillations that decide."""
+"""Settings of the search: sizes to try, and budgets that a candidate must meet."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from compactlm_nemo.config.choices import DepthMetric, WidthMetric
+from compactlm_nemo.config.score import DepthMetric, WidthMetric
 from compactlm_nemo.errors import require
 
 
@@ -86,29 +86,3 @@ class SearchConfig:
             )
         for axis, step in self.multiples.items():
             require(step > 0, f"search.multiples.{axis}={step} must be > 0.")
-
-
-@dataclass(kw_only=True)
-class RankConfig:
-    """Short distillation of the best candidates, which decides between them (`recipes.rank`)."""
-
-    candidates: int = 0
-    """Candidates to train, best first; 0 takes the first of candidates.json without."""
-    steps: int = 400
-    """Optimizer steps of each; the learning rate falls over these. The paper trains 400, and ranks settle near 300."""
-    halving: int = 0
-    """Times that the worse half is dropped on the way, at 1/2, 1/4, ... of the steps from the end; 0 trains all."""
-    only: int | None = None
-    """Train this candidate alone and rank nothing: one task of a Slurm array. Needs `rank.halving=0`."""
-
-    def __post_init__(self) -> None:
-        require(self.candidates >= 0, f"rank.candidates={self.candidates} must be >= 0; 0 trains none.")
-        require(self.steps > 0, f"rank.steps={self.steps} must be > 0.")
-        require(
-            0 <= self.halving and 2**self.halving <= self.steps,
-            f"rank.halving={self.halving} must be >= 0 and leave a step of rank.steps={self.steps} to each round.",
-        )
-        require(
-            self.only is None or (0 <= self.only < self.candidates and not self.halving),
-            f"rank.only={self.only} must be in [0, rank.candidates={self.candidates}), with rank.halving=0.",
-        )

@@ -12,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactlm_nemo.config.choices import Result
-from compactlm_nemo.config.distill import DistillConfig
-from compactlm_nemo.distill.corrector import Corrector
-from compactlm_nemo.distill.guards import NonFinite, Spikes
-from compactlm_nemo.distill.hidden import HiddenLoss
+from compactlm_nemo.config.distill import DistillConfig, Result
+from compactlm_nemo.distill.hidden_states import HiddenLoss
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Batch, Teacher
+from compactlm_nemo.distill.teacher_correction import Corrector
 from compactlm_nemo.models.build import Chunks, recompute_activations
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import micro_batches
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.checkpoint import Position, latest_step, load_training, load_weights, save_training
 from compactlm_nemo.training.optimizer import (
     build_optimizer,
@@ -32,6 +30,7 @@ from compactlm_nemo.training.optimizer import (
     start_gathering,
     wrap_data_parallel,
 )
+from compactlm_nemo.training.stability import NonFinite, Spikes
 from compactlm_nemo.training.tracker import LOSS
 
 EVAL_LOSS = "eval/lm_loss_nats"

@@ -11,16 +11,16 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from compactlm_nemo.config.distill import LossConfig
-from compactlm_nemo.distill.hidden import ALPHA, HiddenLoss
-from compactlm_nemo.distill.linear_kd import linear_kd
-from compactlm_nemo.distill.losses import weighted_losses
-from compactlm_nemo.distill.targets import Targets
+from compactlm_nemo.config.loss import LossConfig
+from compactlm_nemo.distill.hidden_states import ALPHA, HiddenLoss
 from compactlm_nemo.distill.teacher import Batch, NoTeacher, Teacher
+from compactlm_nemo.losses.linear_kd import linear_kd
+from compactlm_nemo.losses.logit_losses import weighted_losses
+from compactlm_nemo.losses.targets import Targets
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import context_share, positions_of
 from compactlm_nemo.parallel.collectives import last_stage_total
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.optimizer import finish_gathering
 from compactlm_nemo.training.tracker import LM_LOSS, LOSS, TEACHER_LM_LOSS
 

@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from compactlm_nemo.distill.store import Store, decode_hidden, decode_top_k
-from compactlm_nemo.distill.targets import NoTargets, Targets, TeacherHead, TopK
+from compactlm_nemo.distill.stored_targets import Store, decode_hidden, decode_top_k
+from compactlm_nemo.losses.targets import NoTargets, Targets, TeacherHead, TopK
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.forward import context_share, forward_each
 from compactlm_nemo.parallel.collectives import all_gather, all_gather_objects, broadcast
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 
 
 class Batch(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compactlm_nemo.config.schema import EvaluateConfig
+from compactlm_nemo.config.evaluate import EvaluateConfig
 from compactlm_nemo.errors import CompactLMError
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_")

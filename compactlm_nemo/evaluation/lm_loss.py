@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactlm_nemo.distill.linear_ce import linear_ce
+from compactlm_nemo.losses.linear_ce import linear_ce
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import Share, context_share, forward_each
 from compactlm_nemo.parallel.collectives import last_stage_total
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.errors import ConfigError, NumericsError
-from compactlm_nemo.importance.leave_out import leave_one_out
+from compactlm_nemo.importance.leave_one_out import leave_one_out
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import Share, context_share
 from compactlm_nemo.parallel.collectives import all_reduce_sum
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
 """(hidden `[N, H]`, labels `[N]`) -> losses in nats `[N]`, equal on all tensor-parallel ranks. Last stage only."""

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from compactlm_nemo.config.choices import Aggregator, Neurons
-from compactlm_nemo.importance.statistics import Parts
+from compactlm_nemo.config.score import Aggregator, Neurons
+from compactlm_nemo.importance.aggregators import Parts
 from compactlm_nemo.parallel.collectives import all_reduce_sum
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
-    from compactlm_nemo.importance.collect import Collector
+    from compactlm_nemo.importance.activations import Collector
 
 
 def hook_experts(collector: Collector, moe: Any, layer_idx: int) -> None:

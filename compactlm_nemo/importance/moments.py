@@ -44,8 +44,9 @@ from compactlm_nemo.models.checkpoint import read_box
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum, barrier
-from compactlm_nemo.parallel.groups import Mesh
-from compactlm_nemo.parallel.launch import device, is_main_rank
+from compactlm_nemo.parallel.devices import device
+from compactlm_nemo.parallel.launch import is_main_rank
+from compactlm_nemo.parallel.mesh import Mesh
 
 TOKENS = "tokens"
 FINAL_NORM = "final_norm"

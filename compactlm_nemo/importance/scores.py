@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compactlm_nemo.config.choices import DepthMetric, WidthMetric
+from compactlm_nemo.config.score import DepthMetric, WidthMetric
 from compactlm_nemo.errors import CheckpointError, ConfigError
 
 FILE = "scores.safetensors"

@@ -34,7 +34,7 @@ from compactlm_nemo.models.build import global_names
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import Share, context_share, fill_schedule, positions_of
 from compactlm_nemo.parallel.collectives import broadcast_object, gather_objects
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 
 LossSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(final normed hidden states `[N, H]`, labels `[N]`, mask `[N]`) -> sum of the tokens' losses times the mask, with

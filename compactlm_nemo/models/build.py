@@ -20,12 +20,13 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from compactlm_nemo.config.schema import ParallelConfig
-from compactlm_nemo.models.dims import Dims, split_layers
-from compactlm_nemo.models.spec import block_spec, context_positions
+from compactlm_nemo.config.parallel import ParallelConfig
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.layout import context_positions, split_layers
+from compactlm_nemo.models.spec import block_spec
 from compactlm_nemo.parallel.collectives import all_gather
-from compactlm_nemo.parallel.groups import Mesh
-from compactlm_nemo.parallel.launch import device
+from compactlm_nemo.parallel.devices import device
+from compactlm_nemo.parallel.mesh import Mesh
 
 ParameterSource = Callable[[str], Tensor]
 """Megatron name with global layer and expert numbers -> the whole unpadded parameter on the CPU."""

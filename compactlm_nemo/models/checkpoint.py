@@ -19,7 +19,7 @@ from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 
 WEIGHTS = "weights"
 """Subfolder of a model folder with the distributed checkpoint; `model.json` and `hf/` stand beside it."""

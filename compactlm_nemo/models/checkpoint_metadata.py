@@ -17,6 +17,7 @@ from compactlm_nemo.errors import CheckpointError
 
 _DCP = "torch.distributed.checkpoint"
 ALLOWED = {
+    "pathlib": {"PosixPath"},
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     f"{_DCP}.filesystem": {"_StorageInfo"},

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from compactlm_nemo.config.schema import ParallelConfig
-from compactlm_nemo.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,25 +85,3 @@ class Dims:
     @staticmethod
     def load(path: Path) -> Dims:
         return Dims(**json.loads(path.read_text()))
-
-
-def split_layers(num_layers: int, layout: ParallelConfig) -> list[int]:
-    """Layers of each chunk in pipeline order: in proportion to `parallel.pp_split`, at least one each.
-
-    The largest remainders get the layers that whole shares leave over, the earlier chunk among equals.
-    """
-    parts = layout.pp_split or [1] * layout.num_chunks
-    if num_layers < len(parts):
-        raise ConfigError(
-            f"parallel.pp={layout.pp} x parallel.virtual_stages={layout.virtual_stages} cannot split {num_layers} "
-            "layers; lower either."
-        )
-    exact = [num_layers * part / sum(parts) for part in parts]
-    counts = [max(1, math.floor(share)) for share in exact]
-    by_need = sorted(range(len(parts)), key=lambda i: (counts[i] - exact[i], i))
-    for step in range(abs(num_layers - sum(counts))):
-        if sum(counts) < num_layers:
-            counts[by_need[step % len(parts)]] += 1
-        else:  # several chunks were raised to one layer
-            counts[counts.index(max(counts))] -= 1
-    return counts

@@ -11,8 +11,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from compactlm_nemo.models.build import Chunks
-from compactlm_nemo.models.spec import context_positions
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.models.layout import context_positions
+from compactlm_nemo.parallel.mesh import Mesh
 
 Numbered = tuple[int | None, Tensor]
 """A batch and its number; None marks a repetition that only fills an interleaved schedule."""

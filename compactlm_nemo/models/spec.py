@@ -78,17 +78,6 @@ class SdpaCoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def context_positions(length: int, rank: int, size: int) -> Tensor:
-    """`[length]` places in the sequence of a context-parallel rank's tokens.
-
-    The sequence is cut into `2 size` parts and rank r holds parts r and `2 size - 1 - r`, which gives every rank the
-    same work under a causal mask. Megatron's rotary embedding and Transformer Engine's attention expect the same cut.
-    """
-    half = length // 2
-    parts = torch.arange(2 * size * half).view(2 * size, half)
-    return torch.cat([parts[rank], parts[2 * size - 1 - rank]])
-
-
 class BiasedColumnParallelLinear(ColumnParallelLinear):
     """With a bias, whatever the config says: Megatron has one switch for attention and MLP, families have two."""
 

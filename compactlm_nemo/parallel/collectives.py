@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 if TYPE_CHECKING:
-    from compactlm_nemo.parallel.groups import Mesh
+    from compactlm_nemo.parallel.mesh import Mesh
 
 T = TypeVar("T")
 

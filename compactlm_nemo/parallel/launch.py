@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from compactlm_nemo.config.schema import ParallelConfig
+from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.host import use_cpu
 
 if TYPE_CHECKING:
-    from compactlm_nemo.parallel.groups import Mesh
+    from compactlm_nemo.parallel.mesh import Mesh
+
 
 MAIN_RANK_WORK = timedelta(hours=12)
 """How long ranks wait for work of the main rank alone (tokenising, tasks). Training has Megatron's own groups, whose
@@ -54,16 +55,11 @@ def main_rank_writes() -> Iterator[bool]:
             raise CompactLMError(told)
 
 
-def device() -> torch.device:
-    """The device of this process's model."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def start_mesh(layout: ParallelConfig, seed: int) -> Mesh:
     """Make Megatron's groups in an initialised process group, seed every parallel RNG, and return this rank's place."""
     from megatron.core import parallel_state, tensor_parallel
 
-    from compactlm_nemo.parallel.groups import current_mesh
+    from compactlm_nemo.parallel.mesh import current_mesh
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -79,7 +75,7 @@ def start_mesh(layout: ParallelConfig, seed: int) -> Mesh:
 
 def second_mesh(layout: ParallelConfig, seed: int) -> Mesh:
     """Another mesh over the same processes, beside the one that Megatron goes on to see; see `Mesh.active`."""
-    from compactlm_nemo.parallel.groups import no_mesh
+    from compactlm_nemo.parallel.mesh import no_mesh
 
     rng = torch.get_rng_state()
     with no_mesh():

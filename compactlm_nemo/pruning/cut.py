@@ -14,9 +14,9 @@ from torch import Tensor
 from compactlm_nemo.importance.moments import FINAL_NORM, attention_norm_key, mlp_norm_key
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.pruning.hidden import HiddenCut
+from compactlm_nemo.pruning.least_squares import columns_of
 from compactlm_nemo.pruning.plan import Plan
-from compactlm_nemo.pruning.refit import columns_of
+from compactlm_nemo.pruning.residual_stream import HiddenCut
 
 EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
 """Parameter of a routed expert in its layer; the second group is the expert's number."""

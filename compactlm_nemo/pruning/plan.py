@@ -18,8 +18,9 @@ from compactlm_nemo.importance.scores import (
     mlp_key,
     shared_expert_key,
 )
+from compactlm_nemo.importance.selection import check_scores, keep_heads, keep_layers, top_units
+from compactlm_nemo.models.axes import SIZES
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.search.select import check_scores, keep_heads, keep_layers, top_units
 
 PLAN = "plan.json"
 """File of a student's folder."""
@@ -136,18 +137,6 @@ def _merged(score_E: Tensor, kept: Tensor, teacher: Dims, student: Dims) -> list
         first = 2 * num_kept - per_group + 1
         pairs += [(best_first[i - 1], best_first[2 * num_kept - i]) for i in range(first, num_kept + 1)]
     return pairs
-
-
-SIZES = {
-    "num_layers": "layers",
-    "hidden_size": "hidden",
-    "ffn_hidden_size": "ffn",
-    "num_heads": "heads",
-    "num_query_groups": "groups",
-    "num_experts": "experts",
-    "shared_expert_ffn": "shared_expert_ffn",
-}
-"""Sizes that a cut may change -> the setting of `search` and the argument of `Dims.with_shape`."""
 
 
 def _check_student(teacher: Dims, student: Dims) -> None:

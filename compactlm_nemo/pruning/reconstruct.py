@@ -7,40 +7,16 @@ a time, so the result is the same in every layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-from compactlm_nemo.importance.moments import (
-    FINAL_NORM,
-    attention_norm_key,
-    expert_key,
-    mlp_key,
-    mlp_norm_key,
-    proj_key,
-    shared_expert_key,
-)
+from compactlm_nemo.importance.moments import expert_key, mlp_key, proj_key, shared_expert_key
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.pruning.bridge import Bridge, bridge_weight
+from compactlm_nemo.pruning.block_replacement import Bridge, bridge_weight
 from compactlm_nemo.pruning.cut import EXPERT, split_name
-from compactlm_nemo.pruning.hidden import NormedStream
+from compactlm_nemo.pruning.least_squares import columns_of, refit
 from compactlm_nemo.pruning.plan import Plan
-from compactlm_nemo.pruning.refit import columns_of, refit
-from compactlm_nemo.pruning.rotate import Rotation, principal_rotation
-
-FINAL_NORM_WEIGHT = "decoder.final_layernorm.weight"
-Moment = Callable[[str], Tensor]
-"""Name of second moments -> the whole matrix."""
-
-
-def norm_weight_name(moment: str) -> str:
-    """Parameter of the norm that has these second moments."""
-    if moment == FINAL_NORM:
-        return FINAL_NORM_WEIGHT
-    _, layer, place = moment.split(".")
-    return f"decoder.layers.{layer}.{'input' if place == 'attention_norm' else 'pre_mlp'}_layernorm.weight"
+from compactlm_nemo.pruning.residual_stream import Moment
 
 
 class RefittedWriters:
@@ -89,22 +65,3 @@ class RefittedWriters:
         full_OE = full_OE.clone()
         full_OE[:, kept] = refit(full_OE, self.moment(moment), kept, self.ridge).to(full_OE.dtype)
         return full_OE
-
-
-def normed_stream(source: ParameterSource, moment: Moment, tokens: int) -> NormedStream:
-    """Second moments behind the norms of the teacher whose parameters `source` gives."""
-    return NormedStream(moment, tokens, lambda name: source(norm_weight_name(name)))
-
-
-def stream_energy(teacher: Dims, layers: list[int], stream: NormedStream) -> Tensor:
-    """Sum of ``E[x^ x^^T]`` over the norms of these layers and the final one, `[H, H]` float64."""
-    total_HH = torch.zeros(teacher.hidden_size, teacher.hidden_size, dtype=torch.float64)
-    for name in [key(layer) for layer in layers for key in (attention_norm_key, mlp_norm_key)] + [FINAL_NORM]:
-        total_HH += stream.normed(name)
-    return total_HH
-
-
-def stream_rotation(teacher: Dims, layers: list[int], num: int, stream: NormedStream) -> Rotation:
-    """The `num` directions that hold most of what the norms of these layers see."""
-    final_norm_H = stream.norm_weight(FINAL_NORM) if teacher.tied_embeddings else None
-    return principal_rotation(stream_energy(teacher, layers, stream), final_norm_H, num)

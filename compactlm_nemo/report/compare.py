@@ -11,8 +11,8 @@ from rich.console import Console
 from torch import Tensor
 
 from compactlm_nemo.artifacts import differences
-from compactlm_nemo.config.choices import WidthMetric
-from compactlm_nemo.config.schema import CompareConfig
+from compactlm_nemo.config.evaluate import CompareConfig
+from compactlm_nemo.config.score import WidthMetric
 from compactlm_nemo.errors import ConfigError, DataError
 from compactlm_nemo.importance.agreement import axis_of, per_vector, spearman
 from compactlm_nemo.importance.scores import DEPTH, Scores, load_scores

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from compactlm_nemo.config.choices import DepthMetric
+from compactlm_nemo.config.score import DepthMetric
 from compactlm_nemo.errors import DataError
 from compactlm_nemo.importance.agreement import NAME_PATTERNS, agreement, axis_of
 from compactlm_nemo.importance.scores import HIDDEN, Scores, experts_key, groups_key, heads_key, mlp_key

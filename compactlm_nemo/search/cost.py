@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from compactlm_nemo.config.schema import ParallelConfig
+from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
@@ -83,7 +83,7 @@ def _params_with(dims: Dims, experts: int) -> int:
 def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[int], vocab_multiple: int) -> list[int]:
     """Parameters a rank of each pipeline stage holds; the vocabulary is padded to `tp * vocab_multiple`.
 
-    `chunk_layers` are the layers of each model chunk in pipeline order (`models.build.split_layers`). With tied
+    `chunk_layers` are the layers of each model chunk in pipeline order (`models.layout.split_layers`). With tied
     embeddings and ``pp > 1`` the first and the last stage each hold a copy of the table.
     """
     tp, pp = layout.tp, layout.pp

@@ -3,9 +3,9 @@
     damage = sum over kept layers s_i (e_heads,i + e_mlp,i) + sum_i s_i e_hidden + (cost of the removed layers)
 
 e are the shares of a layer's attention output, of its MLP output and of the normed residual stream that are lost by
-the cut after refitting (`pruning.spare`), s_i what the whole layer is worth: its score by `search.depth`. By `lm_loss`
-the damage is in nats; by another metric it only orders. Query groups and experts, of which no second moments exist,
-lose the share of their score mass. Damages of axes are added, as if they were small.
+the cut after refitting (`pruning.elimination`), s_i what the whole layer is worth: its score by `search.depth`. By
+`lm_loss` the damage is in nats; by another metric it only orders. Query groups and experts, of which no second moments
+exist, lose the share of their score mass. Damages of axes are added, as if they were small.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from compactlm_nemo.importance.scores import (
     mlp_key,
     shared_expert_key,
 )
+from compactlm_nemo.importance.selection import keep_layers, kept_share, top_units
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.search.select import keep_layers, kept_share, top_units
 
 HIDDEN_ERROR = "hidden.error"
 

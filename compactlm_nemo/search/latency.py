@@ -1,4 +1,4 @@
-"""How long a candidate's forward pass takes, interpolated between layers that were timed (`evaluation.speed`)."""
+"""How long a candidate's forward pass takes, interpolated between layers that were timed (`search.timing`)."""
 
 from __future__ import annotations
 

@@ -9,21 +9,9 @@ from itertools import product
 
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError, listed
+from compactlm_nemo.models.axes import AXES, SPLIT_BY_TP
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import counts
-
-AXES = {
-    "layers": "num_layers",
-    "hidden": "hidden_size",
-    "ffn": "ffn_hidden_size",
-    "heads": "num_heads",
-    "groups": "num_query_groups",
-    "experts": "num_experts",
-    "shared_expert_ffn": "shared_expert_ffn",
-}
-"""Setting of `search` and argument of `Dims.with_shape` -> the size of an architecture."""
-SPLIT_BY_TP = ("ffn", "heads", "groups", "shared_expert_ffn")
-"""Axes that tensor parallelism splits: values by rule are multiples of `parallel.tp`."""
 
 
 @dataclass(frozen=True)

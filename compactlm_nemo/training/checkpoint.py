@@ -21,7 +21,7 @@ from compactlm_nemo.artifacts import atomic_write_text
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.checkpoint import load_shards, load_state, model_state, sharding_metadata
 from compactlm_nemo.parallel.collectives import barrier
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 
 LATEST = "latest.json"
 

@@ -17,8 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from compactlm_nemo.artifacts import atomic_write_text
-from compactlm_nemo.config.choices import WandbMode
-from compactlm_nemo.config.schema import WandbConfig
+from compactlm_nemo.config.run import WandbConfig, WandbMode
 
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id"

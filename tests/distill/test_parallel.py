@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 
-from compactlm_nemo.config.distill import LossConfig
-from compactlm_nemo.config.schema import ParallelConfig
+from compactlm_nemo.config.loss import LossConfig
+from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Batch, LiveTeacher, SeparateTeacher
 from compactlm_nemo.models.build import global_names, recompute_activations, tp_share
@@ -21,13 +21,13 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import positions_of
 from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.collectives import all_gather
-from compactlm_nemo.parallel.groups import Mesh
 from compactlm_nemo.parallel.launch import second_mesh
+from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training import optimizer
 from compactlm_nemo.training.optimizer import wrap_data_parallel
-from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of
-from tests.models.tiny import EXPERT_CASES, VOCAB, document_bounds, save_tiny
-from tests.ranks import run_ranks
+from tests.support.meshes import COMBINED, EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import EXPERT_CASES, VOCAB, document_bounds, save_tiny
 
 CASES = ("llama", "llama_tied_llama3_rope", "nemotron")
 STUDENT = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}

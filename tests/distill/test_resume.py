@@ -19,11 +19,11 @@ from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
 from compactlm_nemo.distill.teacher import LiveTeacher
 from compactlm_nemo.models.build import global_names
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training import optimizer
-from tests.megatron import LAYOUTS, filled, mesh_of
-from tests.models.tiny import VOCAB, save_tiny
-from tests.ranks import run_ranks
+from tests.support.meshes import LAYOUTS, filled, mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import VOCAB, save_tiny
 
 CASE = "llama_tied_llama3_rope"
 STUDENT = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}

@@ -10,26 +10,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from compactlm_nemo.config.evaluate import EvaluateConfig
 from compactlm_nemo.config.load import compose
-from compactlm_nemo.config.schema import EvaluateConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.evaluation.harness import run_tasks
-from compactlm_nemo.stages import run_stages
-
-TASK = """\
-task: own_choice
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{answer}}}}"
-metric_list:
-  - metric: acc
-"""
+from compactlm_nemo.workflow.runner import run_stages
+from tests.support.tiny_run import TASK
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
-from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
-from tests.models.tiny import VOCAB, save_tiny
-from tests.ranks import run_ranks
+from tests.support.meshes import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import VOCAB, save_tiny
 
 CASES = ("llama", "qwen2_tied")
 EXPERTS = ("qwen2_moe",)

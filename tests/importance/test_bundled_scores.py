@@ -13,32 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compactlm_nemo.config.choices import Neurons
 from compactlm_nemo.config.load import CONF
-from compactlm_nemo.config.schema import ScoreConfig
-from compactlm_nemo.data.sources import WIKI_HELDOUT, fetch_bundled
-from compactlm_nemo.importance.blocks import block_importance, state_cosines
-from compactlm_nemo.importance.collect import collect
+from compactlm_nemo.config.score import Neurons, ScoreConfig
+from compactlm_nemo.data.bundled import WIKI_HELDOUT, fetch_bundled
+from compactlm_nemo.importance.activations import collect
+from compactlm_nemo.importance.block_importance import block_importance, state_cosines
 from compactlm_nemo.importance.depth import lm_loss_rise, logit_mse, logit_mse_iterative
-from compactlm_nemo.importance.running import Running
+from compactlm_nemo.importance.score_state import Running
 from compactlm_nemo.importance.taylor import Gradients, taylor_scores
 from compactlm_nemo.models import gguf
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 from tests.importance.reference import PAIRS as AGGREGATOR_PAIRS
-from tests.importance.reference import (
-    activations,
-    logits_without,
-    normed_in_float64,
-    scores_of,
-    taylor_reference,
-)
+from tests.importance.reference import activations, logits_without, normed_in_float64, scores_of, taylor_reference
 from tests.importance.reference import block_importance as block_importance_of
-from tests.importance.test_blocks import block_reference
-from tests.importance.test_collect import PAIRS, assert_scores
+from tests.importance.test_activations import PAIRS, assert_scores
+from tests.importance.test_block_importance import block_reference
 from tests.importance.test_depth import measure
 from tests.importance.test_taylor import loss_sum_of
-from tests.megatron import filled, mesh_of
-from tests.ranks import run_ranks
+from tests.support.meshes import filled, mesh_of
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 SAMPLES, LENGTH = 3, 32

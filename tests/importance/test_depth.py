@@ -13,17 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from compactlm_nemo.distill.linear_ce import linear_ce
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.importance.depth import LayerSums, layer_sums, lm_loss_rise, logit_mse, logit_mse_iterative
+from compactlm_nemo.losses.linear_ce import linear_ce
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 from tests.importance.reference import logits_without
-from tests.importance.test_blocks import block_reference, check_blocks, windows
-from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of, whole_logits
-from tests.models.tiny import VOCAB, save_tiny
-from tests.ranks import run_ranks
+from tests.importance.test_block_importance import block_reference, check_blocks, windows
+from tests.support.meshes import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of, whole_logits
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import VOCAB, save_tiny
 
 LAYERS = 4
 ROUNDS = 3

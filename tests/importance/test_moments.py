@@ -15,11 +15,11 @@ from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.importance.moments import MomentCollector, MomentSource, add_outer, save_moments
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.forward import Share, forward_each
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 from tests.importance.reference import experts_hook
-from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
-from tests.models.tiny import VOCAB, save_tiny
-from tests.ranks import run_ranks
+from tests.support.meshes import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import VOCAB, save_tiny
 
 DENSE = ("llama", "nemotron")
 EXPERTS = ("qwen2_moe", "mixtral")

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from compactlm_nemo.distill.linear_ce import linear_ce_sum
 from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.importance.taylor import Gradients, LossSum, taylor_scores
+from compactlm_nemo.losses.linear_ce import linear_ce_sum
 from compactlm_nemo.models.build import Chunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.parallel.groups import Mesh
+from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 from tests.importance.reference import taylor_reference
-from tests.megatron import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
-from tests.models.tiny import VOCAB, save_tiny
-from tests.ranks import run_ranks
+from tests.support.meshes import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import VOCAB, save_tiny
 
 DENSE = ("llama", "llama_tied_llama3_rope", "nemotron", "nemotron_tied_biases", "llama_biases")
 MIXED = ("mixtral", "qwen2_moe", "qwen3_moe")

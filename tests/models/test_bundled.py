@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compactlm_nemo.config.load import CONF
-from compactlm_nemo.data.sources import fetch_bundled
+from compactlm_nemo.data.bundled import fetch_bundled
 from compactlm_nemo.models import gguf
 from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
 from compactlm_nemo.models.hf import export_hf, open_hf
-from tests.megatron import filled, mesh_of, whole_logits
-from tests.ranks import run_ranks
+from tests.support.meshes import filled, mesh_of, whole_logits
+from tests.support.ranks import run_ranks
 
 TEXT = "The capital of France is Paris. Water is made of hydrogen and oxygen, and the sun is a star."
 

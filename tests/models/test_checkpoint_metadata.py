@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
-from tests import commands
+from tests.support import commands
 
 
 class Bomb:

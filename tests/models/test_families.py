@@ -13,9 +13,9 @@ from compactlm_nemo.models.build import build_model, global_names, inverse_frequ
 from compactlm_nemo.models.checkpoint import CheckpointSource, load_model, save_model
 from compactlm_nemo.models.families import dims_of, resized
 from compactlm_nemo.models.hf import count_params, export_hf, open_hf
-from tests.megatron import LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of, whole_logits
-from tests.models.tiny import CASES, EAGER, LENGTH, save_tiny, tiny_config, tiny_model, tokens
-from tests.ranks import run_ranks
+from tests.support.meshes import LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of, whole_logits
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import CASES, EAGER, LENGTH, save_tiny, tiny_config, tiny_model, tokens
 
 
 @pytest.fixture(scope="module")

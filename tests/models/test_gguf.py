@@ -15,7 +15,7 @@ from torch import Tensor
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.gguf import convert, undo_rope_interleaving
 from compactlm_nemo.models.hf import open_hf
-from tests.models.tiny import tiny_model
+from tests.support.tiny_models import tiny_model
 
 HEADS, HEAD_DIM = 3, 8
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.hf import HFSource, open_hf
-from tests.models.tiny import save_tiny
+from tests.support.tiny_models import save_tiny
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from compactlm_nemo.models.build import build_model, global_names
 from compactlm_nemo.models.checkpoint import CheckpointSource, load_model, save_model
 from compactlm_nemo.models.families import dims_of, resized
 from compactlm_nemo.models.hf import export_hf, open_hf
-from tests.megatron import EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of, whole_logits
-from tests.models.tiny import EXPERT_CASES, save_tiny, tiny_config, tiny_model, tokens
-from tests.ranks import run_ranks
+from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of, whole_logits
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import EXPERT_CASES, save_tiny, tiny_config, tiny_model, tokens
 
 
 @pytest.fixture(scope="module")

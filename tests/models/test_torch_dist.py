@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.checkpoint import CheckpointSource, sharding_metadata
 from compactlm_nemo.models.hf import export_hf, open_hf
-from tests.megatron import filled, mesh_of
-from tests.models.tiny import save_tiny
-from tests.ranks import run_ranks
+from tests.support.meshes import filled, mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import save_tiny
 
 FUSED = {
     ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",

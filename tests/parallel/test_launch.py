@@ -8,7 +8,7 @@ import pytest
 
 from compactlm_nemo.errors import CompactLMError, DataError
 from compactlm_nemo.parallel.launch import main_rank_writes
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def _write(rank: int, world: int, folder: Path) -> None:

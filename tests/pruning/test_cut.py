@@ -19,12 +19,12 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.hf import count_params, export_hf, open_hf
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
-from compactlm_nemo.pruning.hidden import Selection
 from compactlm_nemo.pruning.plan import Plan
+from compactlm_nemo.pruning.residual_stream import Selection
 from compactlm_nemo.search.cost import num_params
-from tests.megatron import LAYOUTS, filled, mesh_of
-from tests.models.tiny import CASES, EXPERT_CASES, save_tiny, tokens
-from tests.ranks import run_ranks
+from tests.support.meshes import LAYOUTS, filled, mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import CASES, EXPERT_CASES, save_tiny, tokens
 
 HEAD_DIM = 16
 LAYERS = [0, 3]

@@ -18,11 +18,11 @@ from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import export_hf, open_hf
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
-from compactlm_nemo.pruning.hidden import Selection
 from compactlm_nemo.pruning.plan import Plan
-from tests.megatron import EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of, whole_logits
-from tests.models.tiny import EAGER, EXPERT_CASES, save_tiny, tokens
-from tests.ranks import run_ranks
+from compactlm_nemo.pruning.residual_stream import Selection
+from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of, whole_logits
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import EAGER, EXPERT_CASES, save_tiny, tokens
 
 DENSE = ("llama_biases", "qwen3", "nemotron_tied_biases")
 CASES = (*DENSE, *EXPERT_CASES)

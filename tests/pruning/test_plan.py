@@ -11,7 +11,7 @@ from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.pruning.plan import Plan, make_plan
-from compactlm_nemo.search.select import kept_importance, rank_candidates
+from compactlm_nemo.search.candidates import kept_importance, rank_candidates
 
 TEACHER = Dims(
     family="llama", num_layers=5, hidden_size=16, ffn_hidden_size=24, num_heads=6, num_query_groups=2, head_dim=4,

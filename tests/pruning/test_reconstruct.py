@@ -18,13 +18,18 @@ from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.hf import export_hf, open_hf
-from compactlm_nemo.pruning.bridge import Bridge, bridge_weight, gaps_of, measure_bridges
+from compactlm_nemo.pruning.block_replacement import Bridge, bridge_weight, gaps_of, measure_bridges
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
-from compactlm_nemo.pruning.hidden import HiddenCut, RefittedSelection, RotatedStream, Selection
 from compactlm_nemo.pruning.plan import Plan
-from compactlm_nemo.pruning.reconstruct import RefittedWriters, normed_stream, stream_rotation
-from tests.megatron import COMBINED, LAYOUTS, filled, mesh_of
-from tests.models.tiny import VOCAB, save_tiny, tiny_model, tokens
+from compactlm_nemo.pruning.reconstruct import RefittedWriters
+from compactlm_nemo.pruning.residual_stream import (
+    HiddenCut,
+    RefittedSelection,
+    RotatedStream,
+    Selection,
+    normed_stream,
+    stream_rotation,
+)
 from tests.pruning.test_cut import (
     EXPERTS,
     HEAD_DIM,
@@ -39,8 +44,10 @@ from tests.pruning.test_cut import (
     sliced_experts,
     student_of,
 )
-from tests.pruning.test_refit import fitted
-from tests.ranks import run_ranks
+from tests.pruning.test_least_squares import fitted
+from tests.support.meshes import COMBINED, LAYOUTS, filled, mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import VOCAB, save_tiny, tiny_model, tokens
 
 RIDGE = 1e-3
 

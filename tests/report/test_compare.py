@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from compactlm_nemo.config.choices import WidthMetric
+from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.load import COMPARE, compose_root, schema_reference
-from compactlm_nemo.config.schema import CompareConfig
+from compactlm_nemo.config.score import WidthMetric
 from compactlm_nemo.errors import ConfigError, DataError, NumericsError
 from compactlm_nemo.importance.scores import FILE, Scores, save_scores
 from compactlm_nemo.report.compare import comparison_rows, header_lines, metric_pairs
 from recipes import compare_scores
-from tests import commands
+from tests.support import commands
 
 MODEL, OTHER_MODEL = "ab" * 32, "cd" * 32
 

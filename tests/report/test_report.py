@@ -15,10 +15,11 @@ from rich.console import Console
 from compactlm_nemo.artifacts import write_manifest
 from compactlm_nemo.errors import CheckpointError, DataError
 from compactlm_nemo.importance.scores import FILE, Scores, save_scores
-from compactlm_nemo.report.build import SHORT_TABLE_LAYERS, depth_rows, report
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
+from compactlm_nemo.report.markdown import SHORT_TABLE_LAYERS, depth_rows
 from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
+from compactlm_nemo.stages.report import report
 
 ROWS = [
     {"model": "teacher | base", "params": 134515008, "loss": 2.851234, "tied": True},

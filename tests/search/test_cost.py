@@ -26,16 +26,16 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from compactlm_nemo.config.schema import ParallelConfig
+from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.build import build_model, tp_share
-from compactlm_nemo.models.dims import split_layers
 from compactlm_nemo.models.families import dims_of, parameter_shapes, resized
+from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.search import cost
-from tests.megatron import mesh_of
-from tests.models.tiny import CASES, EAGER, tiny_config
-from tests.ranks import run_ranks
-from tests.search.shapes import NEMOTRON_15B, TINY
+from tests.support.meshes import mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.shapes import NEMOTRON_15B, TINY
+from tests.support.tiny_models import CASES, EAGER, tiny_config
 
 SIZES = dict(
     vocab_size=70, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6,

@@ -10,8 +10,8 @@ import torch
 
 from compactlm_nemo.importance.moments import mlp_key as mlp_moment
 from compactlm_nemo.importance.moments import proj_key
-from compactlm_nemo.pruning.refit import output_error, refit
-from compactlm_nemo.pruning.spare import ranking, spare_layer
+from compactlm_nemo.pruning.elimination import ranking, spare_layer
+from compactlm_nemo.pruning.least_squares import output_error, refit
 from compactlm_nemo.search.damage import predicted_damage
 from tests.search.test_search import TINY
 

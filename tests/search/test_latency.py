@@ -11,7 +11,7 @@ from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.search.latency import PARTS, LatencyTable, grid, interpolate, sizes_of
 from compactlm_nemo.search.space import Budget, enumerate_space, within
-from tests.search.shapes import TINY
+from tests.support.shapes import TINY
 
 TEACHER = replace(TINY, num_layers=6, hidden_size=64, ffn_hidden_size=96, num_heads=12, num_query_groups=4)
 SPACE = SearchConfig(

@@ -9,17 +9,11 @@ import torch
 
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError, NumericsError
+from compactlm_nemo.importance.selection import keep_heads, keep_layers, top_units
 from compactlm_nemo.search import cost
-from compactlm_nemo.search.select import (
-    candidates_json,
-    depth_share,
-    keep_heads,
-    keep_layers,
-    rank_candidates,
-    top_units,
-)
+from compactlm_nemo.search.candidates import candidates_json, depth_share, rank_candidates
 from compactlm_nemo.search.space import enumerate_space
-from tests.search.shapes import NEMOTRON_15B, TINY
+from tests.support.shapes import NEMOTRON_15B, TINY
 
 
 def _space(hidden, heads, **budget):

@@ -8,8 +8,7 @@ import time
 
 import pytest
 
-from compactlm_nemo.config.choices import WandbMode
-from compactlm_nemo.config.schema import WandbConfig
+from compactlm_nemo.config.run import WandbConfig, WandbMode
 from compactlm_nemo.training.tracker import LOSS, SPEED, Tracker, truncate_metrics, wandb_mode
 
 OFF = WandbConfig(mode=WandbMode.disabled)

@@ -1,0 +1,150 @@
+"""Short trainings of students of the bundled teacher, measured on held-out text on the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compactlm_nemo.config.distill import DistillConfig
+from compactlm_nemo.config.load import compose
+from compactlm_nemo.config.run import WandbConfig, WandbMode
+from compactlm_nemo.config.schema import Config
+from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.parallel.launch import launched
+from compactlm_nemo.stages.context import Run
+from compactlm_nemo.stages.distill import train
+from compactlm_nemo.training.tracker import LM_LOSS, METRICS
+
+STUDENTS: dict[str, list[str]] = {
+    "width": [],
+    "depth": ["search.layers=[15]", "search.ffn=[1536]"],
+    "refitted": ["score.second_moments=true", "prune.reconstruct=least_squares"],
+}
+"""The default experiment's student (23 layers, MLP 1296), half the layers alone, and the default one refitted."""
+
+
+INITIAL_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A student and how it is trained."""
+
+    student: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Fields of `DistillConfig` that differ from the experiment's."""
+    random_start: bool = False
+    """Forget the weights that were cut."""
+
+
+Curve = list[dict[str, float]]
+"""A line a step: `tokens` trained, the loss on the step's batch, and held-out losses where they were measured."""
+
+
+def curves(
+    results: Path,
+    arguments: dict[str, Any],
+    folder: str,
+    seeds: Sequence[int],
+    ways: dict[str, Way],
+    base: dict[str, Any],
+) -> dict[str, dict[str, Curve]]:
+    """Way -> seed -> curve. What an earlier call with the same arguments has in `results` is not trained again.
+
+    Args:
+        folder: Where runs are kept, one a seed and student.
+        base: Fields of `DistillConfig` for every way.
+    """
+    done: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"arguments": arguments}
+    if done["arguments"] != arguments:
+        raise SystemExit(f"{results} is of other arguments; move it away.")
+    found: dict[str, dict[str, Curve]] = done.setdefault("curves", {})
+    for seed in seeds:
+        for name, way in ways.items():
+            if str(seed) in found.get(name, {}):
+                continue
+            config = _prepared(folder, seed, way.student)
+            found.setdefault(name, {})[str(seed)] = _trained(
+                config, replace(config.distill, **(base | way.settings)), way
+            )
+            results.parent.mkdir(exist_ok=True)
+            results.write_text(json.dumps(done, indent=1) + "\n")
+            print(seed, name, found[name][str(seed)][-1], file=sys.stderr, flush=True)
+    return {name: {str(seed): found[name][str(seed)] for seed in seeds} for name in ways}
+
+
+def _prepared(folder: str, seed: int, student: str) -> Config:
+    """The configuration of a run up to its pruned student, all of it drawn by `seed`."""
+    where = [f"run.dir={folder}/{student}_{seed}", f"run.seed={seed}"]
+    overrides = ["experiment=smollm2_135m_cpu", *where, *STUDENTS[student]]
+    config = compose(overrides)
+    if not (Path(config.run.dir) / "student" / "manifest.json").exists():
+        subprocess.run([sys.executable, "-m", "recipes.fetch", overrides[0]], check=True, stdout=sys.stderr)
+        for recipe in ("import_hf", "tokenize", "score", "search", "prune"):
+            subprocess.run([sys.executable, "-m", f"recipes.{recipe}", *overrides], check=True, stdout=sys.stderr)
+    return config
+
+
+def _trained(config: Config, cfg: DistillConfig, way: Way) -> Curve:
+    """A training in a folder of its own beside the run's stages, which it shares."""
+    whole, own = Path(config.run.dir), Path(config.run.dir) / "once"
+    shutil.rmtree(own, ignore_errors=True)
+    (own / "distill").mkdir(parents=True)
+    for stage in ("teacher", "tokens", "student"):
+        (own / stage).symlink_to((whole / stage).absolute())
+    config = replace(
+        config, run=replace(config.run, dir=str(own)), distill=cfg, wandb=WandbConfig(mode=WandbMode.disabled)
+    )
+    with launched(config.parallel, config.run.seed) as mesh:
+        run = Run(config, mesh)
+        if way.random_start:
+            _forget(run, whole / "student")
+        train(run, own / "distill")
+    lines = [json.loads(line) for line in (own / "distill" / METRICS).read_text().splitlines()]
+    shutil.rmtree(own)
+    per_step = cfg.global_batch * config.data.sequence_length
+    return [
+        {"tokens": (line["step"] + 1) * per_step}
+        | {name: value for name, value in line.items() if name.startswith("eval/") or name == LM_LOSS}
+        for line in lines
+    ]
+
+
+def _forget(run: Run, student: Path) -> None:
+    """Put a student of random weights in the place of the link to the one that was cut."""
+    model, dims = run.load("student"), run.dims("student")
+    _initialise(model, run.config.run.seed)
+    own = run.dir / "student"
+    own.unlink()
+    own.mkdir()
+    for path in student.glob("*.json"):
+        shutil.copy(path, own)
+    run.save(own, model, dims)
+
+
+@torch.no_grad()
+def _initialise(student: Chunks, seed: int) -> None:
+    """Normal weights of deviation 0.02, those that write to the stream divided by the root of twice the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    for chunk in student:
+        writers = INITIAL_STD / (2 * chunk.config.num_layers) ** 0.5
+        for name, weight in chunk.named_parameters():
+            if weight.dim() == 1:
+                weight.fill_(1.0)
+            else:
+                std = writers if "linear_proj" in name or "linear_fc2" in name else INITIAL_STD
+                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+
+def spread(curves: dict[str, Curve], value: Callable[[Curve], float]) -> str:
+    """Mean over the seeds and half of their range."""
+    values = [value(curve) for curve in curves.values()]
+    return f"{sum(values) / len(values):.3f} ± {(max(values) - min(values)) / 2:.3f}"

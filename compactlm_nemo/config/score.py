@@ -1,0 +1,132 @@
+"""Settings of importance: what is measured, and on how much text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from compactlm_nemo.errors import require
+
+
+class Aggregator(Enum):
+    """How values over a dimension become one number: mean(|x|), sqrt(sum x^2) or variance."""
+
+    mean = "mean"
+    l2 = "l2"
+    var = "var"
+
+
+class WidthMetric(Enum):
+    """What ranks heads, query groups, neurons, hidden channels and experts.
+
+    ``BATCH_SEQUENCE``: activations by a pair of aggregators, the sequence one applied first. ``taylor``: |w * dL/dw|.
+    """
+
+    mean_mean = "mean_mean"
+    mean_l2 = "mean_l2"
+    mean_var = "mean_var"
+    l2_mean = "l2_mean"
+    l2_l2 = "l2_l2"
+    l2_var = "l2_var"
+    var_mean = "var_mean"
+    var_l2 = "var_l2"
+    var_var = "var_var"
+    taylor = "taylor"
+
+    @property
+    def pair(self) -> tuple[Aggregator, Aggregator] | None:
+        """(batch, sequence) aggregators; None where activations are not what counts."""
+        if self is WidthMetric.taylor:
+            return None
+        batch, sequence = self.value.split("_")
+        return Aggregator[batch], Aggregator[sequence]
+
+
+class DepthMetric(Enum):
+    """What ranks layers."""
+
+    bi = "bi"
+    """Block importance, 1 - E[cos(input, output)]."""
+    bi_blocks = "bi_blocks"
+    """Block importance of every contiguous block of layers."""
+    lm_loss = "lm_loss"
+    """Rise of the language-model loss when one layer is left out."""
+    lm_loss_blocks = "lm_loss_blocks"
+    """The same, when a contiguous block of `score.block_lengths` layers is left out."""
+    logit_mse = "logit_mse"
+    """Normalised squared error of the logits when one layer is left out."""
+    logit_mse_iterative = "logit_mse_iterative"
+    """The same, where the least important layer is removed for good and the others are measured again."""
+    tasks = "tasks"
+    """Fall of the accuracy on `evaluate.tasks` when one block of layers is left out."""
+
+
+BLOCK_METRICS = (DepthMetric.bi_blocks, DepthMetric.lm_loss_blocks)
+"""Depth metrics of contiguous blocks: a cut by one of them takes out one block."""
+
+
+class Neurons(Enum):
+    """Where neurons are measured: the input of fc2, or the first linear layer's output before the activation."""
+
+    after = "after"
+    before = "before"
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    samples: int = 1024
+    """Calibration samples of `data.sequence_length` tokens (the paper: 1024)."""
+    micro_batch: int = 4
+    """Samples per forward pass on one rank."""
+    width: list[WidthMetric] = field(default_factory=lambda: [WidthMetric.l2_mean])
+    """Metrics of heads, groups, neurons, channels and experts, all from one pass; the paper's best is l2_mean."""
+    depth: list[DepthMetric] = field(default_factory=lambda: [DepthMetric.bi])
+    """Metrics of layers."""
+    neurons: Neurons = Neurons.after
+    """Neurons before or after the activation; the paper's formula is before, its peers measure after."""
+    depth_samples: int | None = None
+    """Samples of the metrics that leave layers out (they cost about layers / 2 passes); null takes all."""
+    iterations: int = 1
+    """Layers that logit_mse_iterative removes one after another."""
+    task_block: int = 1
+    """Layers in a block that `tasks` leaves out; the second paper removes one contiguous block."""
+    block_lengths: list[int] = field(default_factory=list)
+    """Layers in the blocks that `lm_loss_blocks` leaves out, one walk for each length."""
+    second_moments: bool = False
+    """Keep the input covariance of output projections and fc2 and of each norm's output, for reconstruction."""
+    expert_moments: bool = False
+    """With `score.second_moments` also those of every routed expert's fc2: experts x width^2 numbers a layer."""
+    start_from: str | None = None
+    """Folder of a finished score stage on the same texts and seed whose samples count as measured: with a larger
+    `score.samples` only the further ones are run. Activation metrics only."""
+    save_every: int = 256
+    """Samples after which progress is kept; a killed run goes on from there."""
+    stop_tolerance: float | None = None
+    """Stop early when no axis has moved by more than this (1 - Kendall's tau) between two saves; null never stops."""
+    stop_checks: int = 3
+    """Saves in a row that must be within `score.stop_tolerance`."""
+
+    def __post_init__(self) -> None:
+        require(self.samples > 0, f"score.samples={self.samples} must be > 0; the paper uses 1024.")
+        for name in ("micro_batch", "iterations", "task_block", "save_every", "stop_checks"):
+            require(getattr(self, name) > 0, f"score.{name}={getattr(self, name)} must be > 0.")
+        require(
+            self.depth_samples is None or 0 < self.depth_samples <= self.samples,
+            f"score.depth_samples={self.depth_samples} must be in [1, score.samples={self.samples}]; null takes all.",
+        )
+        require(
+            self.stop_tolerance is None or 0 <= self.stop_tolerance < 1,
+            f"score.stop_tolerance={self.stop_tolerance} must be in [0, 1); try 0.01.",
+        )
+        require(
+            (DepthMetric.lm_loss_blocks in self.depth) == bool(self.block_lengths),
+            f"score.depth=[lm_loss_blocks] and score.block_lengths={self.block_lengths} need each other; set both.",
+        )
+        require(
+            self.second_moments or not self.expert_moments,
+            "score.expert_moments=true needs score.second_moments=true; set both.",
+        )
+        for name in ("width", "depth"):
+            given = getattr(self, name)
+            require(len(given) > 0, f"score.{name} is empty; name at least one metric.")
+            require(len(set(given)) == len(given), f"score.{name} names a metric twice; name each once.")

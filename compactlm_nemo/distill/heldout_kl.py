@@ -1,0 +1,68 @@
+"""How far a student is from its teacher on held-out windows, under any layout."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compactlm_nemo.config.loss import LossConfig
+from compactlm_nemo.distill.teacher import Batch, Teacher
+from compactlm_nemo.losses.linear_kd import linear_kd
+from compactlm_nemo.losses.targets import Targets
+from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.forward import Share, context_share, forward_each
+from compactlm_nemo.parallel.collectives import last_stage_total
+from compactlm_nemo.parallel.mesh import Mesh
+
+GROUP = 8
+"""Micro-batches whose teacher states are held at once."""
+
+
+class KDLoss(NamedTuple):
+    """Means over the predicted tokens, in nats."""
+
+    lm_loss: float
+    """Student's language-model loss."""
+    kl: float
+    """KL(teacher || student) at temperature 1."""
+
+
+@torch.no_grad()
+def evaluate_kd_loss(
+    student: Chunks,
+    teacher: Teacher,
+    dims: Dims,
+    mesh: Mesh,
+    windows_NT: Tensor,
+    *,
+    micro_batch: int,
+    chunk_tokens: int,
+) -> KDLoss:
+    """Mean over all predicted tokens of `windows_NT` `[N, S + 1]`; equal on every rank. Collective.
+
+    Data-parallel ranks take every dp-th window and run in step; repetitions do not count, so any number is exact.
+    """
+    share = Share(windows_NT, mesh, micro_batch)
+    student.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=windows_NT.device)
+    for first in range(0, len(share.batches), GROUP):
+        batches = share.batches[first : first + GROUP]
+        targets = teacher.targets([Batch(batch, ()) for batch in batches])
+
+        def visit(idx: int, hidden_SBH: Tensor, first: int = first, targets: list[Targets] = targets) -> Tensor:
+            labels_SB = context_share(share.batches[first + idx][:, 1:], mesh).T
+            counts_B = share.counted(first + idx, mesh.dp_rank).to(labels_SB.device)
+            weight_VH, mask_N = student.head_weight, counts_B.float().expand_as(labels_SB).flatten()
+            got = linear_kd(
+                hidden_SBH.flatten(0, 1), weight_VH, targets[idx], labels_SB.flatten(), mask_N, loss=LossConfig(),
+                chunk_tokens=chunk_tokens, vocab_size=dims.vocab_size,
+                vocab_start=mesh.tp_rank * weight_VH.shape[0], tp_group=mesh.tp_group,
+            )  # fmt: skip
+            return torch.stack([got.ce_sum, got.terms["forward_kl"], mask_N.sum()]).double()
+
+        sums += sum(forward_each(student, mesh, [batch[:, :-1] for batch in batches], visit), torch.zeros_like(sums))
+    lm_loss, kl, tokens = last_stage_total(sums, mesh).tolist()
+    return KDLoss(lm_loss / tokens, kl / tokens)

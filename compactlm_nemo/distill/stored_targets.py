@@ -1,0 +1,196 @@
+"""Stored targets on disk: what a teacher says of every sample, compressed, in shards that any rank can read in part.
+
+A shard is a safetensors file of consecutive samples: `data`, their records one after another, and `offsets`. A record
+is self-contained, so a rank reads its samples and no others. Numbers of a record stand byte by byte: all low bytes,
+then all high ones, which is what makes them compress.
+
+Shape suffixes: T tokens of a sample, K stored entries, G teacher width.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compactlm_nemo.errors import DataError
+
+ABOUT = "about.json"
+
+
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]
+
+
+class TopKRecord(NamedTuple):
+    """A teacher's likeliest tokens for one sample."""
+
+    ids_TK: Tensor
+    """``[T, K]`` int64, in any order."""
+    probs_TK: Tensor
+    """``[T, K]`` float32, of the softmax over the vocabulary at temperature 1."""
+    rest_T: Tensor
+    """``[T]`` float32, ``1 - probs_TK.sum(-1)``."""
+    ce_T: Tensor
+    """``[T]`` float32, the teacher's language-model loss in nats."""
+
+
+def _levels() -> numpy.ndarray:
+    """Log-probabilities that can be stored, from 0 down, in steps of ``min(max(0.05 / sqrt(p), 1/8), 2)`` nats.
+
+    Rounding p by a step s costs ``p s**2 / 24`` nats of KL in the mean: at this width every token below p = 0.16 costs
+    the same, 1e-4, where equal steps would spend most bytes on the least likely ones.
+    """
+    levels = [0.0]
+    while levels[-1] > -90:
+        levels.append(levels[-1] - min(max(0.05 * math.exp(-levels[-1] / 2), 0.125), 2.0))
+    return numpy.array(levels)
+
+
+LEVELS = _levels()
+
+
+STEPS_PER_NAT = 32
+"""Of the rest's logarithm and of the loss."""
+
+
+NO_REST = 2**16 - 1
+
+
+def encode_top_k(record: TopKRecord) -> bytes:
+    """Token ids exact, as gaps between them in ascending order; log-probabilities to the nearest of `LEVELS`, as levels
+    above the least likely one; the rest's logarithm and the losses to 1/32 nat."""
+    ids, order = (x.numpy() for x in record.ids_TK.sort(dim=1))
+    log_p = record.probs_TK.double().clamp(min=1e-38).log().numpy()
+    middles = (LEVELS[1:] + LEVELS[:-1]) / 2
+    levels = numpy.searchsorted(-middles, -numpy.take_along_axis(log_p, order, axis=1))
+    lowest = levels.max(axis=1)
+    rest_T = record.rest_T.double().numpy()
+    with numpy.errstate(divide="ignore"):
+        rest = numpy.where(rest_T > 0, numpy.minimum(numpy.rint(-numpy.log(rest_T) * STEPS_PER_NAT), NO_REST), NO_REST)
+    losses = numpy.rint(record.ce_T.double().numpy() * STEPS_PER_NAT).clip(0, NO_REST)
+    columns = (numpy.diff(ids, axis=1, prepend=-1).T, (lowest[:, None] - levels).T, lowest, rest, losses)
+    return _pack(
+        b"".join(
+            _by_byte(numpy.ascontiguousarray(values).astype(kind).tobytes(), numpy.dtype(kind).itemsize)
+            for values, kind in zip(columns, _KINDS, strict=True)
+        )
+    )
+
+
+_KINDS = ("<u4", "u1", "u1", "<u2", "<u2")
+"""Number formats of the columns of a record."""
+
+
+def decode_top_k(data: bytes, tokens: int, k: int) -> TopKRecord:
+    """The record, by ascending ids; its probabilities are scaled so that with the rest they sum to 1."""
+    raw = _unpack(data)
+    counts = (tokens * k, tokens * k, tokens, tokens, tokens)
+    lengths = [count * numpy.dtype(kind).itemsize for count, kind in zip(counts, _KINDS, strict=True)]
+    if len(raw) != sum(lengths):
+        raise DataError(f"a stored target has {len(raw)} bytes where {sum(lengths)} were due; cache the teacher again.")
+    columns, start = [], 0
+    for length, kind in zip(lengths, _KINDS, strict=True):
+        columns.append(_by_value(raw[start : start + length], kind).astype(numpy.int64))
+        start += length
+    gaps, above, lowest, rest, losses = columns
+    ids = gaps.reshape(k, tokens).cumsum(axis=0).T - 1
+    probs_TK = torch.from_numpy(numpy.exp(LEVELS[lowest[:, None] - above.reshape(k, tokens).T])).float()
+    rest_T = torch.from_numpy(numpy.where(rest == NO_REST, 0, numpy.exp(-rest / STEPS_PER_NAT))).float()
+    probs_TK *= ((1 - rest_T) / probs_TK.sum(dim=-1))[:, None]
+    ce_T = torch.from_numpy(losses / STEPS_PER_NAT).float()
+    return TopKRecord(torch.from_numpy(numpy.ascontiguousarray(ids)), probs_TK, rest_T, ce_T)
+
+
+_BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
+"""Number format of hidden states -> integers of its size."""
+
+
+def encode_hidden(hidden_TG: Tensor) -> bytes:
+    """Final hidden states, bit for bit."""
+    bits = hidden_TG.contiguous().view(_BITS[hidden_TG.dtype]).numpy()
+    return _pack(_by_byte(bits.tobytes(), bits.itemsize))
+
+
+def decode_hidden(data: bytes, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """``[T, G]`` of the dtype that was encoded."""
+    values = _by_value(_unpack(data), f"<i{dtype.itemsize}")
+    if values.size != tokens * width:
+        raise DataError(
+            f"a stored target has {values.size} values where {tokens * width} were due; cache the teacher again."
+        )
+    return torch.from_numpy(values.copy()).view(tokens, width).view(dtype)
+
+
+def _by_byte(values: bytes, size: int) -> bytes:
+    return numpy.frombuffer(values, numpy.uint8).reshape(-1, size).T.tobytes()
+
+
+def _by_value(planes: bytes, kind: str) -> numpy.ndarray:
+    size = numpy.dtype(kind).itemsize
+    return numpy.frombuffer(numpy.frombuffer(planes, numpy.uint8).reshape(size, -1).T.tobytes(), kind)
+
+
+def _pack(raw: bytes) -> bytes:
+    return lzma.compress(raw, format=lzma.FORMAT_RAW, filters=_FILTERS)
+
+
+def _unpack(data: bytes) -> bytes:
+    return lzma.decompress(data, format=lzma.FORMAT_RAW, filters=_FILTERS)
+
+
+class Store:
+    """A folder of shards.
+
+    Args:
+        folder: Holds `about.json` and `shard_00000.safetensors`, ...
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / ABOUT).is_file():
+            raise DataError(f"{folder} holds no stored targets; run recipes.cache_teacher.")
+        self.about: dict[str, int | str] = json.loads((folder / ABOUT).read_text())
+        self.num_samples, self.shard_samples = int(self.about["samples"]), int(self.about["shard_samples"])
+
+    def record(self, sample: int) -> bytes:
+        """The stored bytes of a sample of the training order."""
+        if not 0 <= sample < self.num_samples:
+            raise DataError(
+                f"{self.folder} holds targets of {self.num_samples} samples, training asks for sample {sample}; "
+                "raise cache.samples and cache the teacher again."
+            )
+        shard, place = divmod(sample, self.shard_samples)
+        with safe_open(shard_path(self.folder, shard), "pt") as file:
+            first, last = file.get_slice("offsets")[place : place + 2].tolist()
+            return file.get_slice("data")[first:last].numpy().tobytes()
+
+    def num_bytes(self) -> int:
+        """Bytes of all shards on disk."""
+        return sum(path.stat().st_size for path in self.folder.glob("shard_*.safetensors"))
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    """Where a shard is."""
+    return folder / f"shard_{shard:05d}.safetensors"
+
+
+def num_shards(samples: int, shard_samples: int) -> int:
+    """Shards that so many samples fill."""
+    return math.ceil(samples / shard_samples)
+
+
+def write_shard(folder: Path, shard: int, records: list[bytes]) -> None:
+    """Write a shard so that it is there whole or not at all."""
+    lengths = torch.tensor([0, *map(len, records)], dtype=torch.int64)
+    data = torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8)
+    path = shard_path(folder, shard)
+    save_file({"data": data, "offsets": lengths.cumsum(0)}, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)

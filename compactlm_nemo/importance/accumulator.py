@@ -1,0 +1,63 @@
+"""Running statistics of one chunk's elements, from micro-batches to samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from compactlm_nemo.config.score import Aggregator
+from compactlm_nemo.importance.aggregators import Parts, State, join_parts, over_sequence, state_of
+
+StateKey = tuple[str, Aggregator]
+"""(element, sequence aggregator). Elements are named `heads.{i}`, `groups.{i}`, `mlp.{i}`, `norm.{k}` (two a layer, the
+final one last), `depth.{i}`, `experts.{i}.{e}`, `expert_mlp.{i}.{e}`, `shared_expert.{i}`."""
+
+
+SHARDED = ("heads", "groups", "mlp", "expert_mlp", "shared_expert")
+"""Elements of which each tensor-parallel rank has a part; of the others all ranks have the same."""
+
+
+class Track:
+    """Elements of one chunk whose values cover the same samples and the same part of a sequence."""
+
+    def __init__(self, groups: list[ProcessGroup]) -> None:
+        self.groups = groups
+        self.pending: dict[str, Parts] = {}
+        self.widths: dict[str, int] = {}
+        self.states: dict[Aggregator, State] = {}
+
+    def put(self, element: str, parts: Parts) -> None:
+        self.pending[element] = parts
+
+    def flush(self, length: int, counted_B: Tensor | None) -> None:
+        """Finish the samples of a micro-batch of `length` tokens a rank; `counted_B` leaves out padding, None all."""
+        pending, self.pending = self.pending, {}
+        if not pending or counted_B is None:
+            return
+        self.widths = {element: next(iter(parts.values())).shape[1] for element, parts in pending.items()}
+        names = next(iter(pending.values()))
+        joined = {name: torch.cat([parts[name] for parts in pending.values()], dim=1) for name in names}
+        for group in self.groups:
+            joined = join_parts(joined, length, group)
+            length *= group.size()
+        for agg, values_BE in over_sequence(joined, length).items():
+            state = state_of(values_BE[counted_B])
+            self.states[agg] = self.states[agg].merged(state) if agg in self.states else state
+
+    def take(self) -> dict[StateKey, State]:
+        """What was gathered since the last call, an element each, on the CPU."""
+        states, self.states = self.states, {}
+        return {
+            (element, agg): State(state.num.cpu(), mean, m2)
+            for agg, state in states.items()
+            for element, mean, m2 in zip(self.widths, self._split(state.mean), self._split(state.m2), strict=True)
+        }
+
+    def _split(self, values_E: Tensor) -> list[Tensor]:
+        """An element each, in memory of its own: a view would be sent to the main rank with all it is a view of."""
+        return [part.clone() for part in values_E.cpu().split(list(self.widths.values()))]
+
+
+def _is_sharded(element: str) -> bool:
+    return element.split(".")[0] in SHARDED

@@ -1,0 +1,197 @@
+"""One forward pass over calibration samples -> running statistics of heads, groups, neurons, channels and layers.
+
+Source: Minitron (arXiv 2407.14679), section 2.2. Activations only:
+
+- heads: L2 norm over the head dimension of the input of the output projection; groups: over all heads of the group;
+- neurons: the input of fc2 (after the activation), or the output of fc1 (before; of a gated MLP the gate's half);
+- hidden channels: the output of every norm, scores summed over the norms;
+- layers: block importance `BI_i = 1 - E[cos(x_i, x_{i+1})]`, x_i the input of layer i, E over all tokens;
+- experts: `experts.py`.
+
+The sequence aggregator is applied within a sample, the batch aggregator over samples. Ranks that hold parts of the
+same sequences (sequence and context parallel) add up small sums once a micro-batch; all else is merged at the end, so
+every layout gives the same numbers. Nothing waits for the device before that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactlm_nemo.config.score import DepthMetric, Neurons, ScoreConfig
+from compactlm_nemo.importance.accumulator import StateKey, Track, _is_sharded
+from compactlm_nemo.importance.aggregators import State, blocks_of, sequence_parts
+from compactlm_nemo.importance.experts import hook_experts
+from compactlm_nemo.models.build import Chunks, HiddenStateModel
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.forward import Share, forward_each
+from compactlm_nemo.parallel.collectives import gather_objects
+from compactlm_nemo.parallel.mesh import Mesh
+
+
+class Collector:
+    """Hooks on the layers of one model chunk."""
+
+    def __init__(self, chunk: HiddenStateModel, mesh: Mesh, dims: Dims, cfg: ScoreConfig) -> None:
+        self.mesh, self.dims, self.cfg = mesh, dims, cfg
+        self.aggs = {metric.pair[1] for metric in cfg.width if metric.pair}
+        split = [mesh.cp_group] if mesh.cp_size > 1 else []
+        along = split + ([mesh.tp_group] if mesh.is_sequence_parallel else [])
+        self.whole, self.norms, self.depth, self.experts = Track(split), Track(along), Track(along), Track(split)
+        self.handles: list[Any] = []
+        self.length = 0
+        for layer in chunk.decoder.layers:
+            self._hook_layer(layer)
+        if self.aggs and chunk.post_process:
+            self._on_output(chunk.decoder.final_layernorm, self._norm(2 * dims.num_layers))
+
+    def _hook_layer(self, layer: Any) -> None:
+        idx = layer.layer_number - 1
+        if DepthMetric.bi in self.cfg.depth:
+            self.handles.append(layer.register_forward_hook(self._layer_hook(idx), with_kwargs=True))
+        if not self.aggs:
+            return
+        self._on_input(layer.self_attention.linear_proj, self._heads(idx))
+        self._on_output(layer.input_layernorm, self._norm(2 * idx))
+        self._on_output(layer.pre_mlp_layernorm, self._norm(2 * idx + 1))
+        if self.dims.num_experts:
+            hook_experts(self, layer.mlp, idx)
+        else:
+            self.on_neurons(layer.mlp, f"mlp.{idx}")
+
+    def on_neurons(self, mlp: Any, element: str) -> None:
+        """Measure an MLP that sees whole sequences `[S, B, H]`."""
+        put = lambda x_SBF: self.whole.put(element, sequence_parts(x_SBF, self.aggs))  # noqa: E731
+        if self.cfg.neurons is Neurons.after:
+            self._on_input(mlp.linear_fc2, put)
+        else:
+            self._on_output(mlp.linear_fc1, lambda x_SBF: put(self.before_activation(x_SBF)))
+
+    def before_activation(self, x: Tensor) -> Tensor:
+        """What the activation is applied to: all of fc1's output, or the gate's half of this rank's shard."""
+        return x.chunk(2, dim=-1)[0] if self.dims.gated_mlp else x
+
+    def _heads(self, idx: int) -> Callable[[Tensor], None]:
+        def put(x_SBE: Tensor) -> None:
+            heads = (block.unflatten(-1, (-1, self.dims.head_dim)) for block in blocks_of(x_SBE))
+            norm_SBE = torch.cat([torch.linalg.vector_norm(head, dim=-1) for head in heads])
+            per_group = self.dims.num_heads // self.dims.num_query_groups
+            self.whole.put(f"heads.{idx}", sequence_parts(norm_SBE, self.aggs))
+            groups_SBE = torch.linalg.vector_norm(norm_SBE.unflatten(-1, (-1, per_group)), dim=-1)
+            self.whole.put(f"groups.{idx}", sequence_parts(groups_SBE, self.aggs))
+
+        return put
+
+    def _norm(self, number: int) -> Callable[[Tensor], None]:
+        def put(x_SBH: Tensor) -> None:
+            self.length = x_SBH.shape[0]
+            self.norms.put(f"norm.{number}", sequence_parts(x_SBH, self.aggs))
+
+        return put
+
+    def _layer_hook(self, idx: int) -> Callable[..., None]:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = output[0] if isinstance(output, tuple) else output
+            self.length = before.shape[0]
+            pairs = zip(blocks_of(before), blocks_of(after), strict=True)
+            change_SB = torch.cat([1 - _cosine(x, y) for x, y in pairs])
+            self.depth.put(f"depth.{idx}", {"abs": change_SB.abs().sum(dim=0)[:, None]})
+
+        return hook
+
+    def _on_input(self, module: Any, put: Callable[[Tensor], None]) -> None:
+        self.handles.append(module.register_forward_pre_hook(lambda _, args: put(args[0])))
+
+    def _on_output(self, module: Any, put: Callable[[Tensor], None]) -> None:
+        hook = lambda _, args, out: put(out[0] if isinstance(out, tuple) else out)  # noqa: E731
+        self.handles.append(module.register_forward_hook(hook))
+
+    def finish(self, counted_B: Tensor | None, counted_by_experts: Tensor | None) -> None:
+        """Close a micro-batch: which of its samples count; None for one that only fills the schedule."""
+        whole = self.length * (self.mesh.tp_size if self.mesh.is_sequence_parallel else 1)
+        self.whole.flush(whole, counted_B)
+        self.norms.flush(self.length, counted_B)
+        self.depth.flush(self.length, counted_B)
+        self.experts.flush(whole, counted_by_experts)
+
+    def take(self) -> dict[StateKey, State]:
+        """The states since the last call that this rank has to report: replicated elements come from one rank."""
+        states = self.whole.take() | self.norms.take() | self.depth.take() | self.experts.take()
+        if self.mesh.cp_rank > 0:
+            return {}
+        return {key: state for key, state in states.items() if self.mesh.tp_rank == 0 or _is_sharded(key[0])}
+
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def _cosine(x_SBH: Tensor, y_SBH: Tensor) -> Tensor:
+    """`[S, B]`; a third of the time of torch's own, which divides both vectors first."""
+    norms = torch.linalg.vector_norm(x_SBH, dim=-1) * torch.linalg.vector_norm(y_SBH, dim=-1)
+    return (x_SBH * y_SBH).sum(dim=-1) / norms
+
+
+def collect(
+    chunks: Chunks,
+    mesh: Mesh,
+    dims: Dims,
+    windows_NS: Tensor,
+    cfg: ScoreConfig,
+    progress: Callable[[int], None],
+    on_batch: Callable[[int], None] = lambda counted: None,
+) -> dict[StateKey, State]:
+    """Statistics of these samples, whole vectors, on the main rank; empty on the others. Collective.
+
+    `windows_NS` are the same tokens on every rank; data-parallel ranks take every dp-th sample. `on_batch` is told
+    before a chunk runs a micro-batch how many of its samples, the leading ones, count: for other hooks in the pass.
+    """
+    share = Share(windows_NS, mesh, cfg.micro_batch)
+    collectors = [Collector(chunk, mesh, dims, cfg) for chunk in chunks]
+    current: list[int | None] = [None]
+    for chunk, collector in zip(chunks, collectors, strict=True):
+        collector.handles.append(
+            chunk.register_forward_hook(
+                lambda *_, collector=collector: collector.finish(*_counted(share, current[0], mesh))
+            )
+        )
+
+    def start(idx: int | None) -> None:
+        current[0] = idx
+        on_batch(0 if idx is None else int(share.counted(idx, mesh.dp_rank).sum()))
+
+    try:
+        forward_each(chunks, mesh, share.batches, lambda idx, hidden: progress(share.num_counted(idx)), start)
+        states: dict[StateKey, State] = {}
+        for collector in collectors:
+            states |= collector.take()
+    finally:
+        for collector in collectors:
+            collector.remove()
+    return merge_ranks(gather_objects((mesh.dp_rank, mesh.tp_rank, states)))
+
+
+def _counted(share: Share, idx: int | None, mesh: Mesh) -> tuple[Tensor | None, Tensor | None]:
+    """Masks over this rank's samples of a batch, and over those of all ranks that share its experts."""
+    if idx is None:
+        return None, None
+    first = mesh.dp_rank - mesh.ep_rank
+    return share.counted(idx, mesh.dp_rank), torch.cat([share.counted(idx, first + r) for r in range(mesh.ep_size)])
+
+
+def merge_ranks(gathered: list[tuple[int, int, dict[StateKey, State]]]) -> dict[StateKey, State]:
+    """Whole vectors over all samples: tensor-parallel parts one after another, data-parallel ranks merged in order."""
+    by_rank: dict[tuple[StateKey, int], list[State]] = {}
+    for dp_rank, _, states in sorted(gathered, key=lambda item: item[:2]):
+        for key, state in states.items():
+            by_rank.setdefault((key, dp_rank), []).append(state)
+    merged: dict[StateKey, State] = {}
+    for (key, _), parts in by_rank.items():
+        whole = State(parts[0].num, torch.cat([p.mean for p in parts]), torch.cat([p.m2 for p in parts]))
+        merged[key] = merged[key].merged(whole) if key in merged else whole
+    return merged

@@ -1,0 +1,139 @@
+"""Pure aggregates: the tokens of a sample first, then the samples.
+
+Shape suffixes: B samples, S tokens, E scored elements (heads, neurons or channels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from compactlm_nemo.config.score import Aggregator
+from compactlm_nemo.errors import DataError
+from compactlm_nemo.parallel.collectives import all_reduce_sum
+
+Parts = dict[str, Tensor]
+"""What a part of a sequence contributes, `[B, E]` each, float32 or wider: `abs` = sum|x|, `sq` = sum x^2, and
+`mean` with `m2` = sum (x - mean)^2."""
+
+
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+"""Activations widened to float32 at the same time: what fits a core's cache, or a small part of a GPU's memory."""
+
+
+def blocks_of(x_SBE: Tensor) -> Iterator[Tensor]:
+    """Consecutive tokens of `[S, B, E]`, float32 or wider, a few at a time, so that no whole copy exists."""
+    rows = max(1, BLOCK_ELEMENTS[x_SBE.device.type] // max(1, x_SBE[0].numel()))
+    dtype = torch.promote_types(x_SBE.dtype, torch.float32)
+    return (block_SBE.to(dtype) for block_SBE in x_SBE.detach().split(rows))
+
+
+def sequence_parts(x_SBE: Tensor, aggs: Collection[Aggregator]) -> Parts:
+    """Sums over dim 0 of `[S, B, E]` that the aggregators need; E may be a shard, S a part of the sequence."""
+    parts: Parts = {}
+    seen = 0
+    for block_SBE in blocks_of(x_SBE):
+        block = _block_parts(block_SBE, aggs)
+        parts = _appended(parts, seen, block, len(block_SBE)) if parts else block
+        seen += len(block_SBE)
+    return parts
+
+
+def _block_parts(x_SBE: Tensor, aggs: Collection[Aggregator]) -> Parts:
+    parts: Parts = {}
+    if Aggregator.mean in aggs:
+        parts["abs"] = x_SBE.abs().sum(dim=0)
+    if Aggregator.var in aggs:
+        parts["mean"] = x_SBE.mean(dim=0)
+        parts["m2"] = (x_SBE - parts["mean"]).square_().sum(dim=0)
+    if Aggregator.l2 in aggs:
+        # From the other two where they are there: a sum of terms >= 0, so nothing cancels.
+        is_known = "m2" in parts
+        parts["sq"] = parts["m2"] + len(x_SBE) * parts["mean"].square() if is_known else x_SBE.square().sum(dim=0)
+    return parts
+
+
+def _appended(parts: Parts, seen: int, more: Parts, length: int) -> Parts:
+    """The parts of `seen` tokens and of the `length` tokens after them together (as `State.merged`)."""
+    joined: Parts = {name: parts[name] + more[name] for name in ("abs", "sq") if name in parts}
+    if "m2" in parts:
+        gap, share = more["mean"] - parts["mean"], length / (seen + length)
+        joined["mean"] = parts["mean"] + gap * share
+        joined["m2"] = parts["m2"] + more["m2"] + gap.square() * (seen * share)
+    return joined
+
+
+def join_parts(parts: Parts, length: int, group: ProcessGroup) -> Parts:
+    """The parts of whole sequences from those of the ranks of `group`, each of which saw `length` tokens of every one.
+
+    ``M2 = sum_r M2_r + length * (mean_r - mean)^2``, ``mean = (1/R) sum_r mean_r``; the others add up.
+    """
+    joined: Parts = {name: all_reduce_sum(parts[name], group) for name in ("abs", "sq") if name in parts}
+    if "m2" in parts:
+        mean = all_reduce_sum(parts["mean"], group) / group.size()
+        spread = parts["m2"] + length * (parts["mean"] - mean).square()
+        joined |= {"mean": mean, "m2": all_reduce_sum(spread, group)}
+    return joined
+
+
+def over_sequence(parts: Parts, length: int) -> dict[Aggregator, Tensor]:
+    """`[B, E]` for each aggregator that the parts allow, of sequences of `length` tokens.
+
+    ``mean = (1/S) sum|x|``, ``l2 = sqrt(sum x^2)``, ``var = (1/S) sum (x - x_mean)^2``, sums over S.
+    Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.2.
+    """
+    values: dict[Aggregator, Tensor] = {}
+    if "abs" in parts:
+        values[Aggregator.mean] = parts["abs"] / length
+    if "sq" in parts:
+        values[Aggregator.l2] = parts["sq"].sqrt()
+    if "m2" in parts:
+        values[Aggregator.var] = parts["m2"] / length
+    return values
+
+
+class State(NamedTuple):
+    """Samples seen so far: their number [], mean [E] and `m2` = ``sum (v - mean)^2`` [E]; float64."""
+
+    num: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    def merged(self, other: State) -> State:
+        """The state of both sets of samples.
+
+        ``M2 = M2_a + M2_b + d^2 n_a n_b / n``, ``mean = mean_a + d n_b / n``, ``d = mean_b - mean_a``.
+        Source: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance".
+        """
+        count = self.num + other.num
+        gap_E = other.mean - self.mean
+        weight = other.num / count.clamp(min=1)  # two empty states stay empty
+        return State(
+            count,
+            self.mean + gap_E * weight,
+            self.m2 + other.m2 + gap_E.square() * self.num * weight,
+        )
+
+    def result(self, agg: Aggregator) -> Tensor:
+        """`[E]` float64: ``(1/n) sum v``, ``sqrt(sum v^2)`` or ``(1/n) sum (v - mean)^2``; v >= 0, so |v| = v."""
+        if float(self.num) == 0:
+            raise DataError("score.samples: no calibration sample reached an aggregate; give more text or samples.")
+        if agg is Aggregator.mean:
+            return self.mean
+        if agg is Aggregator.l2:
+            return (self.m2 + self.num * self.mean.square()).sqrt()
+        return self.m2 / self.num
+
+
+def state_of(values_BE: Tensor) -> State:
+    """The state of `[B, E]` finished sample values, one row a sample; B may be 0."""
+    if values_BE.ndim != 2:
+        raise ValueError(f"values_BE has shape {list(values_BE.shape)}, must be [samples, elements].")
+    x_BE = values_BE.detach().to(torch.float64)
+    count = torch.tensor(float(x_BE.shape[0]), dtype=torch.float64, device=x_BE.device)
+    mean_E = x_BE.mean(dim=0) if x_BE.shape[0] else x_BE.new_zeros(x_BE.shape[1])
+    return State(count, mean_E, (x_BE - mean_E).square().sum(dim=0))

@@ -1,0 +1,30 @@
+"""The device of this process: which one it is, what it is called, and its peak speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+"""Part of a device's name -> peak; the first that fits counts."""
+
+
+def device_name() -> str:
+    """The kind of this process's device; of a CPU with the threads it may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def peak_tflops(name: str) -> float | None:
+    """Peak dense bf16 TFLOP/s of a device by its name, None where it is not known; from NVIDIA's data sheets."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def device() -> torch.device:
+    """The device of this process's model."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

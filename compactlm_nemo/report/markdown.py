@@ -1,0 +1,181 @@
+"""The report of a run: one table, the plots, and how the numbers came about."""
+
+from __future__ import annotations
+
+import json
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from compactlm_nemo.artifacts import atomic_write_text, read_manifest
+from compactlm_nemo.config.score import BLOCK_METRICS, DepthMetric, WidthMetric
+from compactlm_nemo.importance.scores import Scores, load_scores
+from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
+from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes
+from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
+from compactlm_nemo.report.tables import comparison_markdown, rich_table
+from compactlm_nemo.training.tracker import LOSS, METRICS
+
+SHORT_TABLE_LAYERS = 16
+"""Layers up to which the scores of layers are given as numbers too; beyond, the plot alone is easier to read."""
+
+
+def _results(run_dir: Path) -> list[dict[str, Any]]:
+    """What the evaluate stage found, a row a model."""
+    rows: list[dict[str, Any]] = json.loads((run_dir / "evaluate" / "results.json").read_text())
+    return rows
+
+
+def table_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """One row a model with rounded figures."""
+    table = []
+    for row in _results(run_dir):
+        losses = {key: value for key, value in row.items() if key.startswith("loss_")}
+        tasks = {key: value for key, value in row.items() if key.startswith("task_")}
+        table.append(
+            {
+                "model": row["model"],
+                "parameters": row["params"],
+                **{f"LM loss {key.removeprefix('loss_')}": f"{value:.4f}" for key, value in losses.items()},
+                **{key.removeprefix("task_"): f"{value:.4f}" for key, value in tasks.items()},
+                "tokens trained": row["tokens_trained"],
+                "forward tokens/s": round(row["forward_tokens_per_second"]),
+            }
+        )
+    return table
+
+
+def _write(run_dir: Path, folder: Path) -> None:
+    metrics = [json.loads(line) for line in (run_dir / "distill" / METRICS).read_text().splitlines()]
+    plot_loss_curve(metrics, folder / "loss.png")
+    points = [
+        {"model": row["model"], "params": row["params"], "lm_loss_nats": value, "text": key.removeprefix("loss_")}
+        for row in _results(run_dir)
+        for key, value in row.items()
+        if key.startswith("loss_")
+    ]
+    plot_sizes(points, folder / "sizes.png")
+    recovered = [f"- {name}: {_percent(share)}" for name, share in _recovered(run_dir).items()]
+    shape = read_manifest(run_dir / "student")["results"]["shape"]
+    text = [
+        f"# {run_dir.name}",
+        "",
+        comparison_markdown(table_rows(run_dir)),
+        "",
+        "Share of the loss gap between teacher and pruned model that distillation closed:",
+        "",
+        *recovered,
+        "",
+        "Student: {layers} layers, hidden {hidden}, MLP {ffn}, heads {heads}.".format(**shape),
+        "",
+        "![Loss over steps](loss.png)",
+        "![Loss against size](sizes.png)",
+        "",
+        *_search(run_dir, folder),
+        *_importance(run_dir, folder),
+    ]
+    atomic_write_text(folder / "report.md", "\n".join(text) + "\n")
+
+
+def _search(run_dir: Path, folder: Path) -> list[str]:
+    """The plots of candidates that were built or trained, and what the report says about them."""
+    candidates = json.loads((run_dir / "search" / "candidates.json").read_text())
+    ranking = run_dir / "rank" / "ranking.json"
+    ranked = json.loads(ranking.read_text()) if ranking.is_file() else []
+    text: list[str] = []
+    if ranked or any("zero_shot" in candidate for candidate in candidates):
+        plot_pareto(ranked or candidates, folder / "pareto.png")
+        text += ["What candidates lose for their size:", "", "![Loss against cost of candidates](pareto.png)", ""]
+    if sum("zero_shot" in candidate and "damage" in candidate for candidate in candidates) > 1:
+        plot_prediction(candidates, folder / "prediction.png")
+        text += ["Predicted damage and measured loss:", "", "![Prediction](prediction.png)", ""]
+    if ranked:
+        curves = {int(path.parts[-3]): _losses(path) for path in sorted(ranking.parent.glob(f"*/distill/{METRICS}"))}
+        curves |= {
+            int(path.parts[-3]): _losses(path)
+            for path in sorted(ranking.parent.glob(f"*/training/{METRICS}"))
+            if int(path.parts[-3]) not in curves
+        }
+        labels = {index: shape_label(candidates[index]) for index in curves}
+        plot_rank_curves(curves, labels, folder / "ranks.png")
+        text += ["How the candidates fared while they were trained:", "", "![Ranks over steps](ranks.png)", ""]
+    return ["## Candidates", "", *text] if text else []
+
+
+def _losses(path: Path) -> list[float]:
+    return [json.loads(line)[LOSS] for line in path.read_text().splitlines()]
+
+
+def _importance(run_dir: Path, folder: Path) -> list[str]:
+    """The plots of the scores, written, and what the report says about them."""
+    scores = load_scores(run_dir / "score")
+    width, depth = _chosen_metrics(run_dir, scores)
+    plot_importance(scores.ranking(width, depth), folder / "importance.png")
+    plot_depth(scores, folder / "depth.png")
+    text = [
+        "## Importance",
+        "",
+        f"The cut ranks units by `{width.name}` and layers by `{depth.name}`.",
+        "",
+        f"What `{width.name}` gives the units of each layer:",
+        "",
+        "![Importance of units](importance.png)",
+        "",
+    ]
+    if len(scores.width_metrics) > 1:
+        plot_agreement(scores, folder / "agreement.png")
+        text += [
+            "How far the width metrics rank the same units alike (Kendall's tau, mean over layers; 1 is the same "
+            "order, 0 is none in common):",
+            "",
+            "![Agreement of the width metrics](agreement.png)",
+            "",
+        ]
+    text += ["What each depth metric gives the layers:", "", "![Importance of layers](depth.png)"]
+    if table := comparison_markdown(depth_rows(scores)):
+        text += ["", table.rstrip()]
+    return text
+
+
+def _chosen_metrics(run_dir: Path, scores: Scores) -> tuple[WidthMetric, DepthMetric]:
+    """What the search stage ranked by: the metrics it was told, else the first; it ran, so they are there."""
+    settings = read_manifest(run_dir / "search")["settings"]
+    width, depth = settings.get("search.width"), settings.get("search.depth")
+    return WidthMetric[width or scores.width_metrics[0]], DepthMetric[depth or scores.depth_metrics[0]]
+
+
+def _layer_metrics(scores: Scores) -> list[str]:
+    """The depth metrics that give each layer a number."""
+    return [name for name in scores.depth_metrics if DepthMetric[name] not in BLOCK_METRICS]
+
+
+def depth_rows(scores: Scores) -> list[dict[str, Any]]:
+    """One row a layer with its score by each metric of layers; none when the model has too many for a table."""
+    columns = {metric: scores.depth(metric).tolist() for metric in _layer_metrics(scores)}
+    num_layers = max(map(len, columns.values()), default=0)
+    if num_layers > SHORT_TABLE_LAYERS:
+        return []
+    return [
+        {"layer": i} | {metric: values[i] if isfinite(values[i]) else None for metric, values in columns.items()}
+        for i in range(num_layers)
+    ]
+
+
+def _recovered(run_dir: Path) -> dict[str, float | None]:
+    recovered: dict[str, float | None] = read_manifest(run_dir / "evaluate")["results"]["recovered"]
+    return recovered
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def show(run_dir: Path, console: Console) -> None:
+    """The closing table and where the results are."""
+    console.print(rich_table(run_dir.name, table_rows(run_dir)))
+    for name, share in _recovered(run_dir).items():
+        console.print(f"loss gap closed on {name}: {_percent(share)}")
+    console.print(f"Hugging Face folder: {read_manifest(run_dir / 'export')['results']['folder']}", soft_wrap=True)
+    console.print(f"report: {run_dir / 'report' / 'report.md'}", soft_wrap=True)

@@ -1,0 +1,144 @@
+"""The score stage: calibration windows through the teacher, part by part, into one scores file.
+
+Progress lives in `run.dir/scoring` until the stage is complete. Every `score.save_every` samples the statistics of all
+ranks are merged and saved; a killed run goes on from the last save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compactlm_nemo.config.score import DepthMetric, ScoreConfig
+from compactlm_nemo.importance.accumulator import StateKey
+from compactlm_nemo.importance.activations import collect
+from compactlm_nemo.importance.aggregators import State
+from compactlm_nemo.importance.moments import MomentCollector, save_moments
+from compactlm_nemo.importance.score_state import STATE, Running
+from compactlm_nemo.importance.taylor import Gradients, taylor_scores
+from compactlm_nemo.losses.linear_ce import linear_ce_sum
+from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.parallel.collectives import barrier, broadcast_object
+from compactlm_nemo.parallel.launch import launch_rank, main_rank_writes
+from compactlm_nemo.progress import progress_bar
+from compactlm_nemo.stages.context import Run
+from compactlm_nemo.training.optimizer import wrap_data_parallel
+
+MOMENTS = "moments"
+"""Subfolder of the score stage with the second moments."""
+
+
+TAYLOR = "taylor"
+"""What progress of the gradients is kept under."""
+
+
+@dataclass
+class Scoring:
+    """A scoring run under way."""
+
+    run: Run
+    teacher: Chunks
+    dims: Dims
+    windows_NS: Tensor
+    """The same on every rank."""
+    running: Running
+    """What has been measured; of use on the main rank only."""
+    state: Path
+    """Folder of the progress."""
+
+    @property
+    def cfg(self) -> ScoreConfig:
+        return self.run.config.score
+
+    def progress(self, label: str, samples: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar over so many samples."""
+        return progress_bar(label, samples, self.windows_NS.shape[1])
+
+    def head(self) -> dict[str, Any]:
+        """What the chunked losses need to know about this rank's part of the vocabulary. Last stage only."""
+        return {
+            "chunk_tokens": self.run.chunk_tokens(self.dims),
+            "vocab_size": self.dims.vocab_size,
+            "vocab_start": self.run.mesh.tp_rank * self.teacher.head_weight.shape[0],
+            "tp_group": self.run.mesh.tp_group,
+        }
+
+    def measure_activations(self, folder: Path) -> None:
+        """One forward pass over the samples not yet measured: every width metric, block importance, second moments."""
+        cfg = self.cfg
+        if not (DepthMetric.bi in cfg.depth or any(metric.pair for metric in cfg.width) or cfg.second_moments):
+            return
+        done, total = broadcast_object(self.running.samples), len(self.windows_NS)
+        moments = None
+        if cfg.second_moments:
+            moments = MomentCollector(self.teacher, self.run.mesh, self.dims, experts=cfg.expert_moments)
+        if moments and done:
+            moments.load_state(load_file(self._rank_file(MOMENTS, done)))
+        on_batch = moments.on_batch if moments else lambda counted: None
+        with self.progress("score", total - done) as advance:
+            while done < total:
+                part_NS = self.windows_NS[done : done + cfg.save_every]
+                states = collect(self.teacher, self.run.mesh, self.dims, part_NS, cfg, advance, on_batch)
+                if moments:
+                    self._save_rank(MOMENTS, moments.state(), done, done + len(part_NS))
+                stop = self._take_in(states, len(part_NS))
+                done += len(part_NS)
+                if stop:
+                    break
+        if moments:
+            save_moments(folder / MOMENTS, moments.reduce(), self.run.mesh, done * self.windows_NS.shape[1])
+
+    def _take_in(self, states: dict[StateKey, State], samples: int) -> bool:
+        """Merge and save; whether the rankings have settled, on every rank."""
+        stop, running = False, self.running
+        with main_rank_writes() as writes:
+            if writes:
+                before = running.rankings(self.dims, self.cfg) if running.samples else {}
+                running.add(states, samples)
+                running.check_finite(self.dims)
+                stop = running.has_settled(before, running.rankings(self.dims, self.cfg), self.cfg)
+                running.save(self.state / STATE)
+        return broadcast_object(stop)
+
+    def _rank_file(self, kind: str, samples: int) -> Path:
+        return self.state / f"{kind}_{samples}_rank_{launch_rank()}.safetensors"
+
+    def _save_rank(self, kind: str, state: dict[str, Tensor], before: int, after: int) -> None:
+        """Each rank keeps what is its own; the file that the saved statistics go with is there at every instant."""
+        path = self._rank_file(kind, after)
+        save_file({name: block.cpu() for name, block in state.items()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+        barrier()
+        for old in self.state.glob(f"{kind}_*_rank_{launch_rank()}.safetensors"):
+            if old not in (self._rank_file(kind, before), path):
+                old.unlink()
+
+    def taylor(self) -> dict[str, Tensor]:
+        """First-order Taylor importance, on the main rank: one forward and backward pass over all samples."""
+
+        def loss_sum(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor) -> Tensor:
+            return linear_ce_sum(hidden_NH, self.teacher.head_weight, labels_N, mask_N, **self.head())
+
+        ddps = wrap_data_parallel(self.teacher, shard_gradients=False)
+        gradients = Gradients(ddps, self.run.mesh, loss_sum, self.cfg.micro_batch)
+        done, total = broadcast_object(self.running.summed.get(TAYLOR, 0)), len(self.windows_NS)
+        if done:
+            gradients.load_state(load_file(self._rank_file(TAYLOR, done)))
+        with self.progress(TAYLOR, total - done) as advance:
+            while done < total:
+                part_NS = self.windows_NS[done : done + self.cfg.save_every]
+                gradients.add(part_NS, advance)
+                self._save_rank(TAYLOR, gradients.state(), done, done + len(part_NS))
+                done += len(part_NS)
+                with main_rank_writes() as writes:
+                    if writes:
+                        self.running.summed[TAYLOR] = done
+                        self.running.save(self.state / STATE)
+        return taylor_scores(gradients, self.dims)

@@ -1,0 +1,16 @@
+"""The whole road: every stage in order, with a ranking of candidates where it is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from compactlm_nemo.config.schema import Config
+from compactlm_nemo.workflow.rank import rank
+from compactlm_nemo.workflow.runner import run_stages
+
+
+def compress(config: Config) -> None:
+    """Every stage, with a ranking between search and prune where candidates are to be trained."""
+    if config.rank.candidates and not config.dry_run:
+        rank(replace(config, rank=replace(config.rank, only=None)))
+    run_stages(config)

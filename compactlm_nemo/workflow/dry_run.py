@@ -1,0 +1,87 @@
+"""What a run would need and make, worked out from integers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compactlm_nemo.config.model import Precision
+from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.teacher import TeacherSource
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.layout import split_layers
+from compactlm_nemo.search.cost import counts, num_params, params_per_rank
+from compactlm_nemo.search.space import enumerate_space, shape_of
+
+TRAINING_BYTES = {Precision.fp32: 4 + 4 + 8, Precision.bf16: 2 + 4 + 4 + 8}
+"""Bytes a parameter while training: weight, float32 gradient, main weight, two moments; one data-parallel rank."""
+
+
+HOLDS = {
+    "import": ("teacher",),
+    "score": ("teacher",),
+    "prune": ("student",),
+    "correct_teacher": ("correction",),
+    "cache_teacher": ("teacher",),
+    "distill": ("teacher", "training"),
+    "evaluate": ("teacher",),
+}
+"""What each stage has in a rank's memory at its fullest; the others hold no model. Activations come on top."""
+
+
+def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) -> list[str]:
+    """Ranks, per-rank parameters and bytes, and output folder of each stage, given as name -> folder."""
+    parallel = config.parallel
+    context = f" x cp {parallel.cp}" if parallel.cp > 1 else ""
+    ranks = f"tp {parallel.tp} x pp {parallel.pp}{context} = {parallel.model_ranks}"
+    lines = [f"ranks needed: a multiple of {ranks}" + f", times ep {parallel.ep}" * (parallel.ep > 1)]
+    if teacher is None:
+        lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
+        return lines + [f"{name}: writes {Path(config.run.dir) / folder}" for name, folder in folders.items()]
+    found = enumerate_space(teacher, config.search, config.parallel.tp)
+    student = max(found, key=num_params)
+    lines += _sizes(config, "teacher", teacher)
+    lines.append(f"candidates: {len(found)}")
+    lines += _sizes(config, "student (largest candidate)", student) + _costs(config, student)
+    weight = 2 if config.model.precision is Precision.bf16 else 4
+    sizes = {
+        "teacher": max(_rank_params(config, teacher)) * weight,
+        "student": max(_rank_params(config, student)) * weight,
+        "correction": max(_rank_params(config, teacher)) * TRAINING_BYTES[config.model.precision],
+        "training": max(_rank_params(config, student)) * TRAINING_BYTES[config.model.precision],
+    }
+    for name, folder in folders.items():
+        live = name != "distill" or config.distill.teacher is TeacherSource.live
+        models = HOLDS.get(name, ())
+        if name == "distill" and config.correct.beside:
+            models = ("correction", "training")
+        held = sum(sizes[model] for model in models if live or model != "teacher")
+        memory = f"{held:,} bytes a rank for weights and optimizer; " if held else ""
+        lines.append(f"{name}: {memory}writes {Path(config.run.dir) / folder}")
+    return lines
+
+
+def _rank_params(config: Config, dims: Dims) -> list[int]:
+    """Parameters of one rank of each pipeline stage."""
+    layout = config.parallel
+    chunks = split_layers(dims.num_layers, layout)
+    return params_per_rank(dims, layout=layout, chunk_layers=chunks, vocab_multiple=config.model.vocab_multiple)
+
+
+def _sizes(config: Config, label: str, dims: Dims) -> list[str]:
+    lines = [f"{label}: {num_params(dims):,} parameters, {shape_of(dims)}"]
+    stages = enumerate(_rank_params(config, dims))
+    return lines + [f"  pipeline stage {stage}: {params:,} parameters a rank" for stage, params in stages]
+
+
+def _costs(config: Config, dims: Dims) -> list[str]:
+    """What the budgets of a search count."""
+    cfg = config.search
+    count = {name: of(dims) for name, of in counts(cfg).items()}
+    lines = [
+        f"  {count['non_embedding_params']:,} parameters outside the embeddings, {count['active_params']:,} active",
+        f"  {count['memory_bytes']:,} bytes for weights and {cfg.batch} x {cfg.context} tokens of keys and values, "
+        f"{count['flops']:,} FLOPs a token at {cfg.context} tokens",
+    ]
+    if cfg.latency_ms is not None:
+        lines.append(f"  search.latency_ms={cfg.latency_ms:g} is checked by the search stage, which times layers")
+    return lines

@@ -1,0 +1,125 @@
+"""Candidates told apart by training each a little: prune and short distillation of the best, then a ranking.
+
+Every candidate is a run of its own in `run.dir/rank/{index}`, whose first stages are links to those of the whole run.
+So its stages are skipped when done, a killed one goes on, and the tasks of a Slurm array share nothing but the inputs.
+All see the same batches in the same order. Result: `rank/ranking.json`, best validation loss first.
+
+Source: Minitron (arXiv 2407.14679), section 2.3; halving: Jamieson and Talwalkar 2016, arXiv:1502.07943.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compactlm_nemo.artifacts import atomic_write_text, read_manifest
+from compactlm_nemo.config.schema import Config, RankConfig
+from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, launched
+from compactlm_nemo.training.tracker import LOSS, METRICS
+from compactlm_nemo.workflow.runner import run_stages
+
+SHARED = ("teacher", "tokens", "score", "search")
+"""Stages that all candidates have in common."""
+
+
+FOLDER = "rank"
+
+
+RANKING = "ranking.json"
+
+
+def candidate_config(config: Config, index: int, stop_after: int | None = None) -> Config:
+    """The run of one candidate; it trains `stop_after` of its steps."""
+    steps = config.rank.steps
+    return replace(
+        config,
+        run=replace(config.run, dir=str(Path(config.run.dir) / FOLDER / str(index))),
+        rank=RankConfig(),
+        wandb=replace(config.wandb, name=f"{config.wandb.name or Path(config.run.dir).name}-rank-{index}"),
+        prune=replace(config.prune, candidate=index),
+        correct=config.correct.at_most(steps),
+        distill=replace(
+            config.distill,
+            steps=steps,
+            warmup_steps=min(config.distill.warmup_steps, steps - 1),
+            stop_after=None if stop_after == steps else stop_after,
+        ),
+    )
+
+
+def rounds(cfg: RankConfig) -> list[int]:
+    """Steps at which the worse half is dropped, and the last step: 100, 200, 400 with two halvings of 400."""
+    return [cfg.steps // 2**left for left in range(cfg.halving, 0, -1)] + [cfg.steps]
+
+
+def rank(config: Config) -> None:
+    """Train the candidates that are asked for and, when all are trained, write the ranking."""
+    if config.rank.candidates == 0:
+        raise ConfigError("rank.candidates=0 trains no candidate; set it, for example rank.candidates=4.")
+    if config.dry_run:
+        return run_stages(config, only="prune")
+    if config.rank.only is None:  # the tasks of an array would get in each other's way
+        for stage in ("import", "tokenize", "score", "search"):
+            run_stages(config, only=stage)
+    found = json.loads((Path(config.run.dir) / "search" / "candidates.json").read_text())
+    alive = list(range(min(config.rank.candidates, len(found))))
+    if config.rank.only is not None:
+        if config.rank.only in alive:
+            _train(config, config.rank.only, config.rank.steps)
+        return None
+    for steps in rounds(config.rank):
+        for index in alive:
+            _train(config, index, steps)
+        if steps < config.rank.steps:
+            alive = sorted(alive, key=lambda i: _round_loss(config, i, steps))[: -(-len(alive) // 2)]
+    _write_ranking(config, found, alive)
+    return None
+
+
+def _train(config: Config, index: int, steps: int) -> None:
+    """Prune a candidate and train it so far."""
+    own = candidate_config(config, index, steps)
+    folder = Path(own.run.dir)
+    if is_main_rank():
+        folder.mkdir(parents=True, exist_ok=True)
+        for stage in SHARED:
+            if not (folder / stage).exists():
+                (folder / stage).symlink_to(os.path.relpath(Path(config.run.dir) / stage, folder))
+    _meet(config)
+    run_stages(own, only="prune")
+    run_stages(own, only="distill")
+
+
+def _meet(config: Config) -> None:
+    """Wait until the main rank has made the links."""
+    if launch_world_size() > 1:
+        with launched(config.parallel, config.run.seed):
+            pass
+
+
+def _metrics(config: Config, index: int) -> list[dict[str, Any]]:
+    """The lines of a candidate's training so far."""
+    folder = Path(candidate_config(config, index).run.dir)
+    path = next(part / METRICS for part in (folder / "distill", folder / "training") if (part / METRICS).is_file())
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _round_loss(config: Config, index: int, steps: int) -> float:
+    """Mean distillation loss over the last tenth of the steps before `steps`: of the same batches for all."""
+    first = steps - max(1, steps // 10)
+    losses = [line[LOSS] for line in _metrics(config, index) if first <= line["step"] < steps]
+    return sum(losses) / len(losses)
+
+
+def _write_ranking(config: Config, found: list[dict[str, Any]], trained: list[int]) -> None:
+    """`ranking.json`: the candidates that were trained to the end with the loss they reached, best first."""
+    if not is_main_rank():
+        return
+    folder = Path(config.run.dir) / FOLDER
+    losses = {i: read_manifest(folder / str(i) / "distill")["results"]["loss"] for i in trained}
+    ranked = [found[i] | {"candidate": i, "loss": losses[i]} for i in sorted(trained, key=lambda i: losses[i])]
+    atomic_write_text(folder / RANKING, json.dumps(ranked, indent=2) + "\n")

@@ -1,0 +1,102 @@
+"""Iterative pruning: T rounds of score and prune, each a part of the way, with or without distillation between.
+
+Round t of T is a run of its own in `run.dir/round_{t}` whose teacher is the student of round t - 1 (the original in
+the first) and whose student has, on every axis, the size ``d_s - t (d_s - d_t) / T`` between teacher d_s and target
+d_t. The last round is the run itself, with all its stages. Done stages are skipped, so a killed recipe goes on.
+
+Source: Minitron (arXiv 2407.14679), section 2.2, which found one round as good for importance alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.search import SearchConfig
+from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.models.axes import AXES
+from compactlm_nemo.models.checkpoint import CheckpointSource
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.hf import export_hf
+from compactlm_nemo.parallel.launch import launched, main_rank_writes
+from compactlm_nemo.search.space import enumerate_space
+from compactlm_nemo.stages.context import HF, MODEL, Run
+from compactlm_nemo.workflow.preflight import check
+from compactlm_nemo.workflow.runner import run_stages
+
+
+def size_between(teacher: Dims, target: Dims, share: float, tp: int = 1) -> Dims:
+    """The architecture `share` of the way from teacher to target; what tensor parallelism splits stays divisible."""
+
+    def between(name: str, unit: int = 1) -> int:
+        start, end = getattr(teacher, name), getattr(target, name)
+        if start == end:
+            return int(start)
+        return int(round((start + (end - start) * share) / unit) * unit)
+
+    groups = between("num_query_groups", tp)
+    per_group = [dims.num_heads // dims.num_query_groups for dims in (teacher, target)]
+    return teacher.with_shape(
+        layers=between("num_layers"),
+        hidden=between("hidden_size"),
+        ffn=between("ffn_hidden_size", tp),
+        groups=groups,
+        heads=groups * round(per_group[0] + (per_group[1] - per_group[0]) * share),
+        experts=between("num_experts"),
+        shared_expert_ffn=between("shared_expert_ffn", tp),
+    )
+
+
+def round_config(config: Config, number: int, shape: Dims, source: str) -> Config:
+    """The run of one round: one candidate, from the model in `source`."""
+    axes: dict[str, Any] = {axis: [getattr(shape, size)] for axis, size in AXES.items()}
+    return replace(
+        config,
+        run=replace(config.run, dir=str(Path(config.run.dir) / f"round_{number}")),
+        model=replace(config.model, source=source, companions=None, architecture={}),
+        search=replace(SearchConfig(**axes), width=config.search.width, depth=config.search.depth),
+        correct=config.correct.at_most(max(1, config.rounds.steps)),
+        distill=replace(
+            config.distill,
+            steps=max(1, config.rounds.steps),
+            warmup_steps=min(config.distill.warmup_steps, max(0, config.rounds.steps - 1)),
+        ),
+    )
+
+
+def run_rounds(config: Config) -> None:
+    """All rounds, the last with every stage."""
+    teacher = check(config)
+    if config.dry_run:
+        return run_stages(config)
+    assert teacher is not None  # outside a dry run check() has opened it
+    found = enumerate_space(teacher, config.search, config.parallel.tp)
+    if len(found) > 1:
+        raise ConfigError(f"recipes.rounds needs one target, search allows {len(found)}; give one value an axis.")
+    source = config.model.source
+    for number in range(1, config.rounds.count):
+        shape = size_between(teacher, found[0], number / config.rounds.count, config.parallel.tp)
+        own = round_config(config, number, shape, source)
+        for stage in ("import", "tokenize", "score", "search", "prune"):
+            run_stages(own, only=stage)
+        if config.rounds.steps:
+            run_stages(own, only="distill")
+            run_stages(own, only="export")
+        else:
+            _export_untrained(own)
+        source = str(Path(own.run.dir) / "export" / HF)
+    run_stages(replace(config, model=replace(config.model, source=source, companions=None)))
+    return None
+
+
+def _export_untrained(config: Config) -> None:
+    """The pruned student as a Hugging Face folder, once: config.json of the folder is written last."""
+    with launched(config.parallel, config.run.seed) as mesh, main_rank_writes() as writes:
+        run = Run(config, mesh)
+        target = run.dir / "export" / HF
+        if writes and not (target / "complete").exists():
+            dims = Dims.load(run.dir / "student" / MODEL)
+            export_hf(run.dir / "teacher" / HF, target, dims, CheckpointSource(run.dir / "student", dims), run.dtype)
+            (target / "complete").touch()

@@ -1,0 +1,51 @@
+"""Held-out LM loss and KL against transformers' models in float64, on several layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compactlm_nemo.distill.heldout_kl import GROUP, evaluate_kd_loss
+from compactlm_nemo.distill.teacher import LiveTeacher
+from tests.support.meshes import LAYOUTS, filled, mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import VOCAB, save_tiny
+
+NUM = 2 * GROUP + 1  # more than a group of micro-batches, and no multiple of 2
+
+
+def windows() -> Tensor:
+    return torch.randint(0, VOCAB, (NUM, 13), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("kd_loss")
+    teacher = save_tiny("llama", root / "teacher").double()
+    student = save_tiny("llama", root / "student", hidden_size=32, intermediate_size=48).double()
+    tokens = windows()
+    with torch.no_grad():
+        s, t = (model(tokens[:, :-1]).logits.flatten(0, 1) for model in (student, teacher))
+    log_q, log_p = F.log_softmax(s, -1), F.log_softmax(t, -1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    torch.save((F.cross_entropy(s, tokens[:, 1:].flatten()).item(), kl), root / "wanted.pt")
+    return root
+
+
+def _matches(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:
+    mesh = mesh_of(**layout)
+    _, student = filled(root / "student", mesh)
+    dims, teacher = filled(root / "teacher", mesh)
+    got = evaluate_kd_loss(student, LiveTeacher(teacher, mesh), dims, mesh, windows(), micro_batch=1, chunk_tokens=5)
+    assert tuple(got) == pytest.approx(torch.load(root / "wanted.pt"), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["1", "dp2", "tp2_pp2", "vpp2", "cp2"])
+def test_held_out_losses_are_the_definition(layout: str, root: Path, tmp_path: Path) -> None:
+    ranks, fields = LAYOUTS[layout]
+    run_ranks(_matches, ranks, tmp_path, fields, root)

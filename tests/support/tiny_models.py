@@ -1,0 +1,130 @@
+"""Tiny random Hugging Face models, one case for each thing that sets families apart."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    NemotronConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+VOCAB = 131
+"""Odd, so that every layout pads it."""
+
+
+LENGTH = 24
+"""Tokens in a test sequence, longer than the window of the Mistral cases."""
+
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # not hidden_size / num_attention_heads
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+# Of the 8 wavelengths of a 16-wide head one is kept, two are blended and five are stretched.
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+_PARTIAL = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.25}
+
+
+CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"rms_norm_eps": 1e-3}),
+    "llama_tied_llama3_rope": (LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
+    "llama_biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama_attention_bias": (LlamaConfig, {"attention_bias": True}),
+    "llama_mlp_bias": (LlamaConfig, {"mlp_bias": True}),
+    "qwen3_attention_bias": (Qwen3Config, {"attention_bias": True}),
+    "mistral_window": (MistralConfig, {"sliding_window": 7}),
+    "mistral_tied_no_window": (MistralConfig, {"sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, {"sliding_window": 7, "use_sliding_window": False}),
+    "qwen2_tied": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {"sliding_window": 7, "use_sliding_window": False}),
+    "qwen3_tied": (Qwen3Config, {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}),
+    "nemotron": (NemotronConfig, {"rope_parameters": _PARTIAL, "norm_eps": 1e-3}),
+    "nemotron_tied_biases": (
+        NemotronConfig,
+        {"rope_parameters": _PARTIAL, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "mixtral": (MixtralConfig, {"intermediate_size": 24, "num_local_experts": 4, "sliding_window": 7}),
+    "qwen2_moe": (Qwen2MoeConfig, _EXPERTS | {"shared_expert_intermediate_size": 40}),
+    "qwen3_moe": (Qwen3MoeConfig, _EXPERTS | {"norm_topk_prob": True, "attention_bias": True}),
+    "qwen3_moe_tied_top1": (Qwen3MoeConfig, _EXPERTS | {"num_experts_per_tok": 1, "tie_word_embeddings": True}),
+}
+
+
+EXPERT_CASES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_tied_top1")
+
+
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+"""transformers' plain implementations, which also take float64."""
+
+
+def tiny_config(case: str, **changes: Any) -> Any:
+    """The transformers config of a case."""
+    kind, settings = CASES[case]
+    return kind(**(_SIZES | settings | changes))
+
+
+def tiny_model(case: str, **changes: Any) -> Any:
+    """A float32 model in evaluation mode whose every parameter is random, norms and biases too."""
+    config = tiny_config(case, **changes)
+    model = AutoModelForCausalLM.from_config(config, **EAGER, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(sum(map(ord, case)))
+    centre = 0.0 if config.model_type == "nemotron" else 1.0
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm = "norm" in name and name.endswith("weight")
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(centre + 0.3 * noise if is_norm else 0.2 * noise)
+    return model
+
+
+def save_tiny(case: str, folder: Path, **changes: Any) -> Any:
+    """Write a case as a Hugging Face folder and return the model."""
+    model = tiny_model(case, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+def document_bounds(tokens_S: torch.Tensor, end: int) -> list[tuple[int, int]]:
+    """Start and end of each document of a sample; one begins with the token that ends the one before."""
+    return list(pairwise([0, *(i for i in range(1, len(tokens_S)) if tokens_S[i] == end), len(tokens_S)]))
+
+
+def tokens() -> torch.Tensor:
+    """`[2, LENGTH]` token ids that include the first and the last of the vocabulary."""
+    ids_BS = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(5))
+    ids_BS[0, 0], ids_BS[0, 1] = 0, VOCAB - 1
+    return ids_BS

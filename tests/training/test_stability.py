@@ -1,0 +1,254 @@
+"""A step that is not finite is skipped, a loss that jumps sends the run back, the best weights are found again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from compactlm_nemo.config.distill import DistillConfig, Result
+from compactlm_nemo.config.loss import CROSS_ENTROPY, HiddenConfig
+from compactlm_nemo.distill import loop
+from compactlm_nemo.distill.hidden_states import HiddenLoss, pairs_of
+from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
+from compactlm_nemo.distill.projections import Projections
+from compactlm_nemo.distill.teacher import LiveTeacher
+from compactlm_nemo.distill.teacher_correction import Corrector
+from compactlm_nemo.errors import ConfigError, NumericsError
+from compactlm_nemo.models.build import Chunks, global_names
+from compactlm_nemo.models.hf import open_hf
+from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.training.checkpoint import Position
+from compactlm_nemo.training.stability import FEWEST, NonFinite, Spikes
+from tests.support.meshes import filled, mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import VOCAB, save_tiny
+
+CASE = "llama"
+
+
+CONFIG = DistillConfig(steps=6, global_batch=2, micro_batch=2, lr=1e-2, min_lr=1e-3, checkpoint_every=3)
+
+
+def sample(idx: int) -> Tensor:
+    return torch.randint(0, VOCAB, (13,), generator=torch.Generator().manual_seed(idx))
+
+
+class Training:
+    """One run of the real loop on a tiny model; `disturb` may change the teacher's head before a batch is drawn."""
+
+    def __init__(
+        self, root: Path, mesh: Mesh, cfg: DistillConfig, evaluate: Callable[[], dict[str, float]] | None = None
+    ) -> None:
+        self.root, self.mesh, self.cfg, self.evaluate = root, mesh, cfg, evaluate
+        _, self.student = filled(root / "student", self.mesh)
+        self.dims, self.teacher = filled(root / "teacher", self.mesh)
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.rewound: list[int] = []
+        self.on_input: Callable[[int | None], None] | None = None
+        self.beside: dict[str, Any] = {}
+        """What trains beside the student, as `distill` takes it."""
+
+    def add_hidden_loss_and_corrector(self, name: str) -> None:
+        hidden = HiddenConfig(layers=[[1, 1]])
+        dims, teacher_dims = (open_hf(self.root / name)[0] for name in ("student", "teacher"))
+        start_GH = torch.eye(teacher_dims.hidden_size)[:, : dims.hidden_size]
+        projections = Projections(1, True, start_GH, self.cfg)
+        pairs = pairs_of(hidden, teacher_dims, dims)
+        loss = HiddenLoss(hidden, pairs, self.teacher, self.student, self.mesh, projections)
+        corrector = Corrector(
+            self.teacher, teacher_dims, self.mesh, replace(self.cfg, loss=CROSS_ENTROPY),
+            chunk_tokens=64, checkpoints=self.root / f"{name}_teacher", is_main=True,
+        )  # fmt: skip
+        self.on_input, self.beside = loss.on_teacher, {"hidden_loss": loss, "corrector": corrector}
+
+    def trained(self) -> dict[str, Tensor]:
+        """All that training has moved."""
+        loss = self.beside["hidden_loss"]
+        teacher = {f"teacher {name}": value.detach() for name, value in global_names(self.teacher)}
+        extra = {"projection": loss.projections.weights[0].detach(), "alpha": torch.tensor(loss.alpha or 0.0)}
+        return self.weights() | teacher | extra
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in global_names(self.student)}
+
+    def run(self, name: str, draw: Callable[[int, Chunks], Tensor]) -> Position:
+        return distill(
+            self.student, LiveTeacher(self.teacher, self.mesh, self.on_input), self.dims, self.mesh,
+            lambda idx: draw(idx, self.teacher), self.cfg,
+            Outside(log=self.log, rewind=self.rewound.append, evaluate=self.evaluate),
+            chunk_tokens=64, checkpoints=self.root / name, is_main=True, device=torch.device("cpu"),
+            **self.beside,
+        )  # fmt: skip
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.metrics[step] = values
+
+
+def undisturbed(idx: int, teacher: Chunks) -> Tensor:
+    return sample(idx)
+
+
+def disturbing(batch: int, change: Callable[[Tensor], Tensor]) -> Callable[[int, Chunks], Tensor]:
+    """Draws as usual; while this global batch is drawn, and only then, the teacher's head is changed."""
+    kept: list[Tensor] = []
+
+    def draw(idx: int, teacher: Chunks) -> Tensor:
+        if not kept:
+            kept.append(teacher.head_weight.detach().clone())
+        with torch.no_grad():
+            teacher.head_weight.copy_(change(kept[0]) if idx // CONFIG.global_batch == batch else kept[0])
+        return sample(idx)
+
+    return draw
+
+
+def _nan_is_skipped(rank: int, world: int, root: Path) -> None:
+    mesh = mesh_of()
+    reached: list[dict[str, Tensor]] = []
+
+    def note() -> dict[str, float]:
+        reached.append(training.weights())
+        return {EVAL_LOSS: 1.0}
+
+    training = Training(root, mesh, replace(CONFIG, eval_every=1), note)
+    end = training.run("nan", disturbing(3, lambda head: head * math.nan))
+    assert end.step == CONFIG.steps
+    assert [training.metrics[step]["train/skipped_steps"] for step in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert math.isnan(training.metrics[3]["train/loss"]) and math.isfinite(training.metrics[4]["train/loss"])
+    moved = [any(not a[key].equal(b[key]) for key in a) for a, b in zip(reached, reached[1:], strict=False)]
+    assert moved == [True, True, False, True, True]
+    assert all(value.isfinite().all() for value in reached[-1].values())
+
+    assert end.skipped == 1
+    assert Training(root, mesh, CONFIG).run("nan", undisturbed) == end  # it is counted on after a restart
+
+    stubborn = Training(root, mesh, replace(CONFIG, skip_limit=1))
+    with pytest.raises(NumericsError, match=r"step 1: train/loss is nan for the 2th step in a row; lower distill.lr"):
+        stubborn.run("stubborn", lambda idx, teacher: disturbing(idx // 2, lambda head: head * math.nan)(idx, teacher))
+
+
+def _spike_goes_back(rank: int, world: int, root: Path) -> None:
+    mesh = mesh_of()
+    cfg = replace(CONFIG, steps=FEWEST + 5, spike_factor=3.0)
+    training = Training(root, mesh, cfg)
+    end = training.run("spike", disturbing(FEWEST + 2, lambda head: head * 20))  # batch 10, of step 10
+    assert (end.step, end.given_up, end.rewinds) == (13, 2, 1)
+    assert training.rewound == [9]
+    assert training.metrics[12]["train/rewinds"] == 1
+
+    def passed_over(idx: int, teacher: Chunks) -> Tensor:
+        batch, place = divmod(idx, CONFIG.global_batch)
+        return sample((batch + 2 * (batch >= 9)) * CONFIG.global_batch + place)
+
+    straight = Training(root, mesh, cfg)
+    straight.run("straight", passed_over)
+    assert all(value.equal(training.weights()[key]) for key, value in straight.weights().items())
+
+    again = Training(root, mesh, cfg)  # what was passed over is remembered
+    assert again.run("spike", undisturbed) == end
+
+    hopeless = Training(root, mesh, replace(cfg, spike_limit=0))
+    with pytest.raises(NumericsError, match=r"step 10: train/loss=.* exceeds 3 x the median .* for the 1th time"):
+        hopeless.run("hopeless", disturbing(10, lambda head: head * 20))
+
+
+class _ToldAtStep5(Spikes):
+    def is_one(self, step: int, loss: float, rewinds: int) -> bool:
+        return step == 5 and rewinds == 0
+
+
+def _spike_takes_back_all_that_trains(rank: int, world: int, root: Path) -> None:
+    mesh, cfg = mesh_of(), replace(CONFIG, steps=8, spike_factor=3.0)
+
+    def passed_over(idx: int, teacher: Chunks) -> Tensor:
+        return sample(idx + 3 * CONFIG.global_batch * (idx >= 3 * CONFIG.global_batch))
+
+    found = []
+    for name, spikes, draw in (("told", _ToldAtStep5, undisturbed), ("untold", Spikes, passed_over)):
+        loop.Spikes = spikes  # type: ignore[misc]
+        training = Training(root, mesh, cfg)
+        training.add_hidden_loss_and_corrector(name)
+        before = {key: value.clone() for key, value in training.trained().items()}
+        training.run(name, draw)
+        found.append(training.trained())
+        assert training.rewound == ([3] if name == "told" else [])
+        assert not any(value.equal(found[-1][key]) for key, value in before.items())
+    told, untold = found
+    assert all(value.equal(told[key]) for key, value in untold.items())
+
+
+def _best_is_the_result(rank: int, world: int, root: Path) -> None:
+    mesh = mesh_of()
+    losses = iter([3.0, 2.0, 2.5, 4.0, 3.0, 2.2])
+    reached: list[dict[str, Tensor]] = []
+
+    def measure() -> dict[str, float]:
+        reached.append(training.weights())
+        return {EVAL_LOSS: next(losses)}
+
+    cfg = replace(CONFIG, eval_every=1, keep_checkpoints=1, result=Result.best, log_every=4)
+    training = Training(root, mesh, cfg, measure)
+    end = training.run("best", undisturbed)
+    assert (end.step, end.best_step, end.best_loss) == (6, 2, 2.0)
+    assert sorted(path.name for path in (root / "best").glob("step_*")) == ["step_0000002", "step_0000006"]
+    assert all(value.equal(reached[1][key]) for key, value in training.weights().items())
+    assert not all(value.equal(reached[5][key]) for key, value in training.weights().items())
+    assert [training.metrics[step][EVAL_LOSS] for step in range(6)] == [3.0, 2.0, 2.5, 4.0, 3.0, 2.2]
+    assert json.loads((root / "best" / "latest.json").read_text()) == {"step": 6}
+
+
+@pytest.mark.parametrize(
+    "scenario", [_nan_is_skipped, _spike_goes_back, _spike_takes_back_all_that_trains, _best_is_the_result]
+)
+def test_the_loop_survives(scenario: Callable[..., None], root: Path, tmp_path: Path) -> None:
+    run_ranks(scenario, 1, tmp_path, root)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("guards")
+    save_tiny(CASE, root / "teacher")
+    save_tiny(CASE, root / "student", num_hidden_layers=2, hidden_size=32, intermediate_size=48)
+    return root
+
+
+def test_steps_in_a_row_are_counted() -> None:
+    guard = NonFinite(limit=2)
+    bad, good = {"train/loss": 1.0, "train/grad_norm": math.inf}, {"train/loss": 1.0, "train/grad_norm": 1.0}
+    assert [guard.skips(step, values) for step, values in enumerate([bad, bad, good, bad, bad])] == [
+        True, True, False, True, True,
+    ]  # fmt: skip
+    with pytest.raises(NumericsError, match=r"step 5: train/grad_norm is inf for the 3th step in a row.*skip_limit=2"):
+        guard.skips(5, bad)
+    assert guard.skipped == 5
+
+
+def test_a_spike_is_told_by_the_median() -> None:
+    spikes = Spikes(2.0, 5, [])
+    assert not any(spikes.is_one(step, loss, 0) for step, loss in enumerate([9, 1, 1, 1, 1, 1, 1]))
+    assert not spikes.is_one(7, 100.0, 0)  # fewer than FEWEST came before
+    assert not spikes.is_one(8, 2.0, 0) and spikes.is_one(9, 2.01, 0)
+    assert not spikes.is_one(9, math.nan, 0)
+    assert list(spikes.losses) == [9, 1, 1, 1, 1, 1, 1, 100.0, 2.0]
+    assert not Spikes(None, 5, list(spikes.losses)).is_one(9, 1e9, 0)
+
+
+def test_bad_settings_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"distill.result=best needs distill.eval_every"):
+        DistillConfig(result=Result.best)
+    with pytest.raises(ConfigError, match=r"distill.spike_factor=1 must be > 1"):
+        DistillConfig(spike_factor=1)
+    for name in ("eval_every", "eval_tokens", "peak_tflops", "loss_memory_mib"):
+        with pytest.raises(ConfigError, match=rf"distill.{name}=0 must be > 0"):
+            DistillConfig(**{name: 0})
+    for name in ("skip_limit", "spike_limit"):
+        with pytest.raises(ConfigError, match=rf"distill.{name}=-1 must be >= 0"):
+            DistillConfig(**{name: -1})

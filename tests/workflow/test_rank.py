@@ -1,0 +1,134 @@
+"""Candidates trained a little and ranked, on the tiny model; what the search promises is what the cut does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compactlm_nemo.artifacts import read_manifest
+from compactlm_nemo.config.load import compose
+from compactlm_nemo.config.schema import RankConfig
+from compactlm_nemo.data.windows import validation_windows
+from compactlm_nemo.models.checkpoint import CheckpointSource
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.hf import export_hf
+from compactlm_nemo.workflow.rank import rounds
+from tests.support import commands
+from tests.support.tiny_run import command
+
+SEARCH = [
+    "search.ffn=[24,48]", "search.layers=[2,3]", "search.heads=[2]", "search.hidden=[24]", "search.top=2",
+    "score.second_moments=true", "prune.reconstruct=least_squares", "prune.hidden=rotate", "prune.by_error=[mlp,heads]",
+    "prune.samples=4", "rank.candidates=3", "rank.steps=4",
+]  # fmt: skip
+
+
+def run_recipe(inputs: Path, run: Path, recipe: str, *overrides: str) -> str:
+    result = commands.run(command(inputs, run, *SEARCH, *overrides, recipe=recipe))
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def ranked(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "ranked"
+    run_recipe(inputs, run, "compress")
+    return run
+
+
+def ranking_of(run: Path) -> list[dict[str, Any]]:
+    return json.loads((run / "rank" / "ranking.json").read_text())
+
+
+def loss_of(inputs: Path, run: Path, stage: Path, tmp_path: Path) -> float:
+    """Loss of a stage's model on the validation windows, by transformers on its exported weights."""
+    dims = Dims.load(stage / "model.json")
+    export_hf(run / "teacher" / "hf", tmp_path / "hf", dims, CheckpointSource(stage, dims), torch.float32)
+    windows = validation_windows([(run / "tokens" / "train.a", 1.0)], 8, 4, 16, 1234)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        logits = model(windows[:, :-1]).logits
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()))
+
+
+def test_the_best_of_the_ranking_is_what_is_pruned(inputs: Path, ranked: Path, tmp_path: Path) -> None:
+    ranking, found = ranking_of(ranked), json.loads((ranked / "search" / "candidates.json").read_text())
+    assert len(found) == 4 and sorted(entry["candidate"] for entry in ranking) == [0, 1, 2]
+    assert [entry["loss"] for entry in ranking] == sorted(entry["loss"] for entry in ranking)
+    best = ranking[0]
+    trained = ranked / "rank" / str(best["candidate"]) / "distill"
+    assert best["loss"] == pytest.approx(loss_of(inputs, ranked, trained, tmp_path), abs=1e-5)
+    assert len((trained / "metrics.jsonl").read_text().splitlines()) == 4
+    assert read_manifest(ranked / "student")["results"]["shape"] == best
+    assert Dims.load(ranked / "student" / "model.json").ffn_hidden_size == best["ffn"]
+
+
+def test_zero_shot_losses_of_the_search_are_those_of_the_cut(inputs: Path, ranked: Path, tmp_path: Path) -> None:
+    found = json.loads((ranked / "search" / "candidates.json").read_text())
+    measured = [entry.get("zero_shot") for entry in found]
+    assert measured[0] <= measured[1] and measured[2:] == [None, None]
+    damages = [entry["damage"] for entry in found]
+    assert sorted(damages[:2]) + damages[2:] == sorted(damages)
+    for index, entry in enumerate(found[:2]):
+        stage = ranked / "rank" / str(index) / "student"
+        assert entry["zero_shot"] == pytest.approx(loss_of(inputs, ranked, stage, tmp_path), abs=1e-5)
+        assert read_manifest(stage)["results"]["loss_after"] == pytest.approx(entry["zero_shot"], abs=1e-6)
+
+
+def test_one_task_a_candidate_gives_the_same_ranking(inputs: Path, ranked: Path, tmp_path: Path) -> None:
+    run = tmp_path / "array"
+    run_recipe(inputs, run, "rank", "rank.candidates=1")  # only for what all candidates share
+    for index in (2, 1):
+        run_recipe(inputs, run, "rank", f"rank.only={index}")
+        assert (run / "rank" / str(index) / "distill" / "manifest.json").exists()
+    assert len(ranking_of(run)) == 1, "a single candidate ranks nothing"
+    out = run_recipe(inputs, run, "rank")
+    assert out.count("distill: done before, skipped") == 3
+    assert (run / "rank" / "ranking.json").read_bytes() == (ranked / "rank" / "ranking.json").read_bytes()
+
+
+def test_halving_drops_the_worse_half_on_the_way(inputs: Path, ranked: Path, tmp_path: Path) -> None:
+    run = tmp_path / "halved"
+    run_recipe(inputs, run, "rank", "rank.halving=1", "rank.candidates=4")
+    ranking = ranking_of(run)
+    assert len(ranking) == 2
+
+    def losses(index: int) -> list[float]:
+        folder = run / "rank" / str(index)
+        paths = [folder / part / "metrics.jsonl" for part in ("distill", "training")]  # trained to the end, or stopped
+        path = next(path for path in paths if path.is_file())
+        return [json.loads(line)["train/loss"] for line in path.read_text().splitlines()]
+
+    steps = {index: len(losses(index)) for index in range(4)}
+    assert sorted(steps.values()) == [2, 2, 4, 4]
+    survivors = {index for index, count in steps.items() if count == 4}
+    assert survivors == {entry["candidate"] for entry in ranking}
+    assert survivors == set(sorted(range(4), key=lambda index: losses(index)[1])[:2])
+    # A survivor that was stopped on the way is the one that never stopped.
+    whole = {entry["candidate"]: entry["loss"] for entry in ranking_of(ranked)}
+    for entry in ranking:
+        if entry["candidate"] in whole:
+            assert entry["loss"] == whole[entry["candidate"]]
+
+
+def test_rounds_of_halving() -> None:
+    assert rounds(RankConfig(steps=400)) == [400]
+    assert rounds(RankConfig(steps=400, halving=2)) == [100, 200, 400]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rank.only=3", "rank.candidates=3"], r"rank.only=3 must be in \[0, rank.candidates=3\)"),
+        (["rank.halving=3", "rank.steps=4"], "rank.halving=3 must be >= 0 and leave a step"),
+        (["distill.stop_after=11", "distill.steps=10"], "distill.stop_after=11 must be in"),
+    ],
+)
+def test_settings_that_make_no_sense(overrides: list[str], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        compose(["run.dir=a", "model.source=b", *overrides])

@@ -1,0 +1,52 @@
+"""Pruning in rounds on the tiny model: sizes on the way, and what each round starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from compactlm_nemo.artifacts import read_manifest
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.hf import count_params
+from compactlm_nemo.workflow.rounds import size_between
+from tests.search.test_search import NEMOTRON_15B
+from tests.support import commands
+from tests.support.tiny_run import command, make_inputs
+
+
+def test_sizes_on_the_way_by_hand():
+    target = NEMOTRON_15B.with_shape(layers=29, hidden=4096, ffn=16384, heads=32, groups=8)
+    half = size_between(NEMOTRON_15B, target, 0.5)
+    assert half == NEMOTRON_15B.with_shape(layers=30, hidden=5120, ffn=20480, heads=40)
+    third = size_between(NEMOTRON_15B, NEMOTRON_15B.with_shape(ffn=9216, heads=16, groups=4), 1 / 3, tp=4)
+    assert (third.ffn_hidden_size % 4, third.num_query_groups, third.num_heads) == (0, 8, 40)
+    assert abs(third.ffn_hidden_size - (24576 - (24576 - 9216) / 3)) <= 2
+    assert size_between(NEMOTRON_15B, target, 1.0) == target
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_each_round_goes_on_from_the_one_before(tmp_path: Path, steps: int) -> None:
+    inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
+    words = command(inputs, run, "rounds.count=2", f"rounds.steps={steps}", recipe="rounds")
+    result = commands.run(words)
+    assert result.returncode == 0, result.stderr
+    first, last = (Dims.load(folder / "student" / "model.json") for folder in (run / "round_1", run))
+    assert (first.num_layers, first.hidden_size, first.ffn_hidden_size, first.num_heads) == (3, 28, 48, 4)
+    assert (last.num_layers, last.hidden_size, last.ffn_hidden_size, last.num_heads) == (2, 24, 32, 2)
+    assert Dims.load(run / "teacher" / "model.json").hidden_size == 28
+    middle = run / "round_1" / "export" / "hf"
+    assert count_params(middle) == read_manifest(run / "round_1" / "student")["results"]["params"]
+    assert (run / "round_1" / "distill").exists() == bool(steps)
+    model = AutoModelForCausalLM.from_pretrained(run / "export" / "hf")
+    assert bool(torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all())
+    again = commands.run(words)
+    assert again.returncode == 0 and " ...\n" not in again.stdout, again.stdout
+
+
+def test_one_target_is_needed(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path / "inputs")
+    result = commands.run(command(inputs, tmp_path / "run", "search.layers=[2,3]", recipe="rounds"))
+    assert result.returncode == 2 and "recipes.rounds needs one target, search allows 2" in result.stderr
