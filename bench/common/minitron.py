@@ -34,16 +34,16 @@ from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
-    from compactlm_nemo.models.build import Chunks
+    from compactlm_nemo.models.build import ModelChunks
 
 
-def shipped_model(mesh: Mesh, dtype: torch.dtype) -> Chunks:
+def shipped_model(mesh: Mesh, dtype: torch.dtype) -> ModelChunks:
     """One GPTModel of Megatron-Core's local layers with the teacher's weights, in evaluation mode."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from safetensors.torch import load_file
 
-    from compactlm_nemo.models.build import Chunks, fill, transformer_config
+    from compactlm_nemo.models.build import ModelChunks, fill, transformer_config
 
     dims = Dims.load(CACHE / "dims.json")
     model = GPTModel(
@@ -55,7 +55,7 @@ def shipped_model(mesh: Mesh, dtype: torch.dtype) -> Chunks:
         position_embedding_type="rope",
         rotary_base=int(dims.rope_theta),
     )
-    chunks = Chunks([model.to(dtype)])  # torch's norms are float32 whatever the config says
+    chunks = ModelChunks([model.to(dtype)])  # torch's norms are float32 whatever the config says
     fill(chunks, dims, mesh, load_file(CACHE / "teacher.safetensors").__getitem__, VOCAB_MULTIPLE)
     return chunks.eval()
 
@@ -82,7 +82,7 @@ def register_norms() -> None:
             self._register_dynamic_attribute("weight", self._cut_to_active_features)
 
 
-def convert(chunks: Chunks) -> Chunks:
+def convert(chunks: ModelChunks) -> ModelChunks:
     """The model, which is one chunk, as Model-Optimizer's search space, in place, with the default divisors.
 
     It insists on converting Megatron's own core attention, which has no weights; any other is put aside meanwhile.
@@ -178,7 +178,7 @@ def scalars_gathered_as_vectors() -> Iterator[None]:
 
 
 @torch.no_grad()
-def lm_loss(chunks: Chunks, mesh: Mesh, batches: list[Tensor], vocab_size: int) -> float:
+def lm_loss(chunks: ModelChunks, mesh: Mesh, batches: list[Tensor], vocab_size: int) -> float:
     """Mean next-token loss in nats of a model that returns logits, over `[B, S]` batches, each sequence on its own."""
     total, count = 0.0, 0
     for tokens in batches:
@@ -193,7 +193,7 @@ def lm_loss(chunks: Chunks, mesh: Mesh, batches: list[Tensor], vocab_size: int) 
 class Subject:
     """One kind of model, as it is and converted, and the passes over it."""
 
-    def __init__(self, build: Callable[[], Chunks], mesh: Mesh, batches: list[Tensor]) -> None:
+    def __init__(self, build: Callable[[], ModelChunks], mesh: Mesh, batches: list[Tensor]) -> None:
         self.mesh, self.batches = mesh, batches
         self.plain, self.converted = build(), convert(build())
 
@@ -210,7 +210,7 @@ class Subject:
         self._forward(self.plain, self.batches[:1])
         self._forward(self.converted, self.batches[:1])
 
-    def _forward(self, chunks: Chunks, batches: list[Tensor]) -> None:
+    def _forward(self, chunks: ModelChunks, batches: list[Tensor]) -> None:
         forward_each(chunks, self.mesh, batches, lambda *_: None)
 
 

@@ -20,7 +20,7 @@ from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
-    from compactlm_nemo.models.build import Chunks
+    from compactlm_nemo.models.build import ModelChunks
 
 
 CACHE = Path(__file__).parent / ".cache"
@@ -94,7 +94,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of weights and activations")
 
 
-def our_model(mesh: Mesh, dtype: torch.dtype) -> tuple[Dims, Chunks]:
+def our_model(mesh: Mesh, dtype: torch.dtype) -> tuple[Dims, ModelChunks]:
     """The teacher as this package builds it, in evaluation mode."""
     from compactlm_nemo.models.build import build_model, fill
 

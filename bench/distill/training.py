@@ -17,7 +17,7 @@ from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.load import compose
 from compactlm_nemo.config.run import WandbConfig, WandbMode
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.stages.context import Run
 from compactlm_nemo.stages.distill import train
@@ -131,7 +131,7 @@ def _forget(run: Run, student: Path) -> None:
 
 
 @torch.no_grad()
-def _initialise(student: Chunks, seed: int) -> None:
+def _initialise(student: ModelChunks, seed: int) -> None:
     """Normal weights of deviation 0.02, those that write to the stream divided by the root of twice the layers."""
     generator = torch.Generator().manual_seed(seed)
     for chunk in student:

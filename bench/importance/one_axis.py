@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from compactlm_nemo.importance.activations import Collector
+from compactlm_nemo.importance.activations import ActivationHooks
 
 AXES = {
     "heads": ("linear_proj",),
@@ -14,7 +14,7 @@ AXES = {
 """Axis -> last part of the names of the modules it is measured at; heads are measured together with query groups."""
 
 
-class OneAxis(Collector):
+class OneAxis(ActivationHooks):
     """The package's hooks, less those that sit on modules of other axes."""
 
     def __init__(self, axis: str, sequence_length: int, chunk: Any, *args: Any) -> None:

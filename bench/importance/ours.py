@@ -22,7 +22,7 @@ from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.score import Aggregator, DepthMetric, ScoreConfig, WidthMetric
 from compactlm_nemo.importance import activations as collecting
 from compactlm_nemo.importance.moments import MomentCollector
-from compactlm_nemo.importance.score_state import Running
+from compactlm_nemo.importance.score_state import ScoreState
 from compactlm_nemo.models.forward import forward_each
 from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.parallel.mesh import Mesh
@@ -71,7 +71,7 @@ class Subject:
     def scored(self, width: list[WidthMetric], depth: list[DepthMetric], tokens: Tensor) -> dict[str, Tensor]:
         """Vectors named as a tool with one metric has them: those of the default pair, and `depth`."""
         cfg = self._config(width, depth)
-        running = Running()
+        running = ScoreState()
         running.add(self._collect(cfg, tokens), len(tokens))
         prefix = f"{DEFAULT.name}."
         scores = running.rankings(self.dims, cfg)

@@ -33,7 +33,7 @@ from compactlm_nemo.data.windows import calibration_windows, heldout_windows
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.stages.context import Run
-from compactlm_nemo.stages.prune import Cutting
+from compactlm_nemo.stages.prune import Pruner
 
 RESULTS = Path(__file__).parent / "results" / "pruning.json"
 
@@ -134,16 +134,16 @@ def measure(config: Config, done: dict[str, Any], seed: str, ways: dict[str, Way
         search = Path(config.run.dir) / "search"
         if not (search / "spare.safetensors").exists():
             search.mkdir(exist_ok=True)
-            Cutting(Run(replace(config, prune=_BEST), mesh)).find_spare(search)
+            Pruner(Run(replace(config, prune=_BEST), mesh)).eliminate_units(search)
         run = Run(config, mesh)
         _keep(done, seed, "teacher", "teacher", lambda: losses(run, run.load("teacher"), run.dims("teacher")))
         for way, settings in ways.items():
             chosen = replace(config.search, depth=settings.depth)
-            cutting = Cutting(Run(replace(config, prune=settings.prune, search=chosen), mesh))
+            cutting = Pruner(Run(replace(config, prune=settings.prune, search=chosen), mesh))
             for target in settings.targets:
                 student = cutting.teacher.with_shape(**TARGETS[target])
 
-                def cut(cutting: Cutting = cutting, student: Any = student) -> dict[str, float]:
+                def cut(cutting: Pruner = cutting, student: Any = student) -> dict[str, float]:
                     model = cutting.student(student, cutting.plan(student, search))
                     return losses(cutting.run, model, student)
 

@@ -23,6 +23,6 @@ SPEED_ONLY = {
 """Settings that change memory, speed or output, not the result; they may differ when a run goes on."""
 
 
-def deciding(section: Any) -> dict[str, Any]:
+def result_settings(section: Any) -> dict[str, Any]:
     """The settings of a section that decide its result."""
     return {name: value for name, value in vars(section).items() if name not in SPEED_ONLY}

@@ -11,7 +11,7 @@ from typing import Any
 from compactlm_nemo.config.data import DataConfig
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.evaluate import EvaluateConfig
-from compactlm_nemo.config.fingerprint import deciding
+from compactlm_nemo.config.fingerprint import result_settings
 from compactlm_nemo.config.loss import CROSS_ENTROPY, HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.parallel import ParallelConfig
@@ -79,7 +79,7 @@ class Config:
     @property
     def correcting(self) -> dict[str, Any]:
         """What decides how the teacher is trained while it teaches, where it is."""
-        return {"correct": deciding(self.correction)} if self.correct.beside else {}
+        return {"correct": result_settings(self.correction)} if self.correct.beside else {}
 
     @property
     def correction(self) -> DistillConfig:

@@ -11,9 +11,9 @@ from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.distill.teacher import Batch, Teacher
 from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.targets import Targets
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import Share, context_share, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.mesh import Mesh
 
@@ -32,7 +32,7 @@ class KDLoss(NamedTuple):
 
 @torch.no_grad()
 def evaluate_kd_loss(
-    student: Chunks,
+    student: ModelChunks,
     teacher: Teacher,
     dims: Dims,
     mesh: Mesh,
@@ -45,7 +45,7 @@ def evaluate_kd_loss(
 
     Data-parallel ranks take every dp-th window and run in step; repetitions do not count, so any number is exact.
     """
-    share = Share(windows_NT, mesh, micro_batch)
+    share = DataParallelSamples(windows_NT, mesh, micro_batch)
     student.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=windows_NT.device)
     for first in range(0, len(share.batches), GROUP):

@@ -28,7 +28,7 @@ from torch import Tensor
 from compactlm_nemo.config.loss import HiddenConfig, Projection, StateLoss
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.errors import ConfigError
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import all_gather_objects, move, world_sum
 from compactlm_nemo.parallel.devices import device
@@ -86,7 +86,7 @@ def pairs_of(cfg: HiddenConfig, teacher: Dims, student: Dims) -> list[Pair]:
     return pairs
 
 
-def places_of(chunks: Chunks) -> dict[Place, Any]:
+def places_of(chunks: ModelChunks) -> dict[Place, Any]:
     """The modules of this rank whose outputs are states, `[S, B, H]`."""
     found: dict[Place, Any] = {}
     for chunk in chunks:
@@ -133,7 +133,7 @@ class _Attached(torch.autograd.Function):
         return gradient_SBH, torch.full((), ctx.scale, device=gradient_SBH.device), None
 
 
-class HiddenLoss:
+class HiddenStateLoss:
     """The hidden-state losses of one training; collective like the steps that it is part of.
 
     Args:
@@ -148,8 +148,8 @@ class HiddenLoss:
         self,
         cfg: HiddenConfig,
         pairs: list[Pair],
-        teacher: Chunks,
-        student: Chunks,
+        teacher: ModelChunks,
+        student: ModelChunks,
         mesh: Mesh,
         projections: Projections | None,
     ) -> None:

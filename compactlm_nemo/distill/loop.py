@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.config.distill import DistillConfig, Result
-from compactlm_nemo.distill.hidden_states import HiddenLoss
+from compactlm_nemo.distill.hidden_states import HiddenStateLoss
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Batch, Teacher
-from compactlm_nemo.distill.teacher_correction import Corrector
-from compactlm_nemo.models.build import Chunks, recompute_activations
+from compactlm_nemo.distill.teacher_correction import TeacherCorrection
+from compactlm_nemo.models.build import ModelChunks, recompute_activations
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import micro_batches
 from compactlm_nemo.parallel.mesh import Mesh
-from compactlm_nemo.training.checkpoint import Position, latest_step, load_training, load_weights, save_training
+from compactlm_nemo.training.checkpoint import TrainState, latest_step, load_training, load_weights, save_training
 from compactlm_nemo.training.optimizer import (
     build_optimizer,
     build_schedule,
@@ -30,7 +30,7 @@ from compactlm_nemo.training.optimizer import (
     start_gathering,
     wrap_data_parallel,
 )
-from compactlm_nemo.training.stability import NonFinite, Spikes
+from compactlm_nemo.training.stability import LossSpikes, NonFiniteSteps
 from compactlm_nemo.training.tracker import LOSS
 
 EVAL_LOSS = "eval/lm_loss_nats"
@@ -38,7 +38,7 @@ EVAL_LOSS = "eval/lm_loss_nats"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outside:
+class Callbacks:
     """What the loop tells and asks the world around it. All ranks call all of it."""
 
     log: Callable[[int, dict[str, float]], None]
@@ -74,22 +74,22 @@ def peak_memory_bytes() -> int:
 
 
 def distill(
-    student: Chunks,
+    student: ModelChunks,
     teacher: Teacher,
     dims: Dims,
     mesh: Mesh,
     sample: Callable[[int], Tensor],
     cfg: DistillConfig,
-    outside: Outside,
+    outside: Callbacks,
     *,
     chunk_tokens: int,
     checkpoints: Path,
     is_main: bool,
     device: torch.device,
     until: int | None = None,
-    hidden_loss: HiddenLoss | None = None,
-    corrector: Corrector | None = None,
-) -> Position:
+    hidden_loss: HiddenStateLoss | None = None,
+    corrector: TeacherCorrection | None = None,
+) -> TrainState:
     """Train the student from the newest checkpoint (or the start) to `cfg.steps`; returns where it ends.
 
     `until` ends earlier, without changing the schedule. Collective.
@@ -101,7 +101,7 @@ def distill(
     optimizer = build_optimizer(ddps, cfg)
     schedule = build_schedule(optimizer, cfg)
 
-    def load() -> Position:
+    def load() -> TrainState:
         position = load_training(checkpoints, ddps, optimizer, schedule, mesh, hidden_loss)
         if corrector is not None:
             corrector.load(position.step)
@@ -117,35 +117,35 @@ def distill(
             position=position, keep=cfg.keep_checkpoints, is_main=is_main, hidden_loss=hidden_loss,
         )  # fmt: skip
 
-    position = Position() if latest_step(checkpoints) is None else load()
-    non_finite = NonFinite(cfg.skip_limit, position.skipped)
-    spikes = Spikes(cfg.spike_factor, cfg.spike_limit, position.losses)
+    position = TrainState() if latest_step(checkpoints) is None else load()
+    non_finite = NonFiniteSteps(cfg.skip_limit, position.skipped)
+    spikes = LossSpikes(cfg.spike_factor, cfg.spike_limit, position.losses)
     if cfg.spike_factor is not None and latest_step(checkpoints) is None:
         save()  # a spike must find one to go back to
     last = cfg.steps if until is None else until
     while position.step < last:
         step, start = position.step, time.perf_counter()
         schedule.step(1)
-        batches = step_batches(sample, step + position.given_up, cfg, mesh, device)
+        batches = step_batches(sample, step + position.skipped_batches, cfg, mesh, device)
         terms = forward_backward(
             ddps, teacher, dims, mesh, batches,
             loss=cfg.loss, temperature=cfg.temperature, chunk_tokens=chunk_tokens, hidden_loss=hidden_loss,
         )  # fmt: skip
-        if spikes.is_one(step, terms[LOSS], position.rewinds):
-            rewinds, passed = position.rewinds + 1, position.given_up + step + 1
+        if spikes.must_rewind(step, terms[LOSS], position.rewinds):
+            rewinds, passed = position.rewinds + 1, position.skipped_batches + step + 1
             position = load()
-            position.rewinds, position.given_up = rewinds, passed - position.step
-            spikes = Spikes(cfg.spike_factor, cfg.spike_limit, position.losses)
+            position.rewinds, position.skipped_batches = rewinds, passed - position.step
+            spikes = LossSpikes(cfg.spike_factor, cfg.spike_limit, position.losses)
             outside.rewind(position.step)
             continue
         grad_norm = gradient_norm(optimizer)
-        if not non_finite.skips(step, terms | {"train/grad_norm": grad_norm}):
+        if not non_finite.should_skip(step, terms | {"train/grad_norm": grad_norm}):
             optimizer.step()
             start_gathering(ddps)
             if hidden_loss is not None:
                 hidden_loss.step(optimizer.param_groups[0]["lr"])
         if corrector is not None:
-            terms |= corrector.learn(step, batches)
+            terms |= corrector.train_on(step, batches)
         position.step = step + 1
         seconds = time.perf_counter() - start
         held_out = _held_out(ddps, outside, cfg, position)
@@ -162,7 +162,7 @@ def distill(
     return position
 
 
-def _held_out(ddps: list[Any], outside: Outside, cfg: DistillConfig, position: Position) -> dict[str, float]:
+def _held_out(ddps: list[Any], outside: Callbacks, cfg: DistillConfig, position: TrainState) -> dict[str, float]:
     """Held-out metrics when they are due; notes in the position when these weights are the best."""
     due = cfg.eval_every is not None and (position.step % cfg.eval_every == 0 or position.step == cfg.steps)
     if outside.evaluate is None or not due:

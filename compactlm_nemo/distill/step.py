@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from compactlm_nemo.config.loss import LossConfig
-from compactlm_nemo.distill.hidden_states import ALPHA, HiddenLoss
+from compactlm_nemo.distill.hidden_states import ALPHA, HiddenStateLoss
 from compactlm_nemo.distill.teacher import Batch, NoTeacher, Teacher
 from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.logit_losses import weighted_losses
@@ -40,7 +40,7 @@ def forward_backward(
     loss: LossConfig,
     temperature: float,
     chunk_tokens: int,
-    hidden_loss: HiddenLoss | None = None,
+    hidden_loss: HiddenStateLoss | None = None,
 ) -> dict[str, float]:
     """Accumulate the gradient of the mean loss over the global batch and return the loss terms. Collective.
 
@@ -114,7 +114,9 @@ def forward_backward(
     return terms
 
 
-def _with_hidden(run: Callable[..., dict[str, float]], hidden_loss: HiddenLoss, loss: LossConfig) -> dict[str, float]:
+def _with_hidden(
+    run: Callable[..., dict[str, float]], hidden_loss: HiddenStateLoss, loss: LossConfig
+) -> dict[str, float]:
     """Terms of a step with hidden-state losses; the first also measures what alpha is to be."""
 
     def measured(*, forward_only: bool) -> tuple[dict[str, float], dict[str, float]]:

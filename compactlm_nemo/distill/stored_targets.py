@@ -146,7 +146,7 @@ def _unpack(data: bytes) -> bytes:
     return lzma.decompress(data, format=lzma.FORMAT_RAW, filters=_FILTERS)
 
 
-class Store:
+class StoredTargets:
     """A folder of shards.
 
     Args:

@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from compactlm_nemo.distill.stored_targets import Store, decode_hidden, decode_top_k
+from compactlm_nemo.distill.stored_targets import StoredTargets, decode_hidden, decode_top_k
 from compactlm_nemo.losses.targets import NoTargets, Targets, TeacherHead, TopK
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.forward import context_share, forward_each
 from compactlm_nemo.parallel.collectives import all_gather, all_gather_objects, broadcast
 from compactlm_nemo.parallel.mesh import Mesh
@@ -42,7 +42,7 @@ class LiveTeacher:
     `on_input` is told which micro-batch a chunk starts, None for one that only fills the schedule.
     """
 
-    def __init__(self, chunks: Chunks, mesh: Mesh, on_input: Callable[[int | None], None] | None = None) -> None:
+    def __init__(self, chunks: ModelChunks, mesh: Mesh, on_input: Callable[[int | None], None] | None = None) -> None:
         self.chunks, self.mesh, self.on_input = chunks.eval(), mesh, on_input
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
@@ -52,7 +52,7 @@ class LiveTeacher:
         return [TeacherHead(hidden_SBG.flatten(0, 1), self.chunks.head_weight) for hidden_SBG in hidden]
 
 
-class SeparateTeacher:
+class OwnMeshTeacher:
     """A model on a mesh of its own over the same processes: other tensor- and pipeline-parallel sizes than the student.
 
     The micro-batches of all the student's data-parallel ranks are dealt out to the teacher's, and every hidden state
@@ -66,7 +66,7 @@ class SeparateTeacher:
             stage.
     """
 
-    def __init__(self, chunks: Chunks, own: Mesh, mesh: Mesh, head_weight: Tensor | None) -> None:
+    def __init__(self, chunks: ModelChunks, own: Mesh, mesh: Mesh, head_weight: Tensor | None) -> None:
         self.chunks, self.own, self.mesh, self.head_weight = chunks.eval(), own, mesh, head_weight
         places = all_gather_objects((own.is_last_stage and own.tp_rank == 0, own.dp_rank))
         self.source = {dp_rank: rank for rank, (gives, dp_rank) in enumerate(places) if gives}
@@ -115,7 +115,7 @@ class NoTeacher:
 class StoredTopK:
     """Likeliest tokens from disk: no teacher in memory."""
 
-    def __init__(self, store: Store, mesh: Mesh) -> None:
+    def __init__(self, store: StoredTargets, mesh: Mesh) -> None:
         self.store, self.mesh, self.k = store, mesh, int(store.about["k"])
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
@@ -137,7 +137,7 @@ class StoredHidden:
         head_weight: ``[V, G]``, this rank's rows, in the dtype of the stored states; None before the last stage.
     """
 
-    def __init__(self, store: Store, mesh: Mesh, head_weight: Tensor | None) -> None:
+    def __init__(self, store: StoredTargets, mesh: Mesh, head_weight: Tensor | None) -> None:
         self.store, self.mesh, self.head_weight = store, mesh, head_weight
 
     def targets(self, batches: list[Batch]) -> list[Targets]:

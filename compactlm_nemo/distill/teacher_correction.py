@@ -13,18 +13,18 @@ from pathlib import Path
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Batch, NoTeacher
-from compactlm_nemo.models.build import Chunks, recompute_activations
+from compactlm_nemo.models.build import ModelChunks, recompute_activations
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.mesh import Mesh
-from compactlm_nemo.training.checkpoint import Position, load_training, save_training
+from compactlm_nemo.training.checkpoint import TrainState, load_training, save_training
 from compactlm_nemo.training.optimizer import build_optimizer, build_schedule, gradient_norm, wrap_data_parallel
-from compactlm_nemo.training.stability import NonFinite
+from compactlm_nemo.training.stability import NonFiniteSteps
 from compactlm_nemo.training.tracker import LOSS
 
 LOSS_NAME, NORM_NAME, RATE_NAME = "train/correct_loss", "train/correct_grad_norm", "train/correct_lr"
 
 
-class Corrector:
+class TeacherCorrection:
     """The teacher's training; all of it is collective.
 
     Args:
@@ -35,7 +35,7 @@ class Corrector:
 
     def __init__(
         self,
-        chunks: Chunks,
+        chunks: ModelChunks,
         dims: Dims,
         mesh: Mesh,
         cfg: DistillConfig,
@@ -51,9 +51,9 @@ class Corrector:
         self.chunks, self.ddps = chunks, wrap_data_parallel(chunks)
         self.optimizer = build_optimizer(self.ddps, cfg)
         self.schedule = build_schedule(self.optimizer, cfg)
-        self.non_finite = NonFinite(cfg.skip_limit)
+        self.non_finite = NonFiniteSteps(cfg.skip_limit)
 
-    def learn(self, step: int, batches: list[Batch]) -> dict[str, float]:
+    def train_on(self, step: int, batches: list[Batch]) -> dict[str, float]:
         """Train on what was taught in this 0-based step; its metrics, none when correction is over.
 
         A gradient that is not finite is not followed, and too many in a row end the run, as with the student's.
@@ -68,7 +68,7 @@ class Corrector:
         )  # fmt: skip
         self.chunks.eval()
         values = {LOSS_NAME: terms[LOSS], NORM_NAME: gradient_norm(self.optimizer)}
-        if not self.non_finite.skips(step, values):
+        if not self.non_finite.should_skip(step, values):
             self.optimizer.step()
         return values | {RATE_NAME: self.optimizer.param_groups[0]["lr"]}
 
@@ -76,7 +76,7 @@ class Corrector:
         """Before the student's checkpoint of the same number of finished steps; one more is kept than of those."""
         save_training(
             self.checkpoints, self.ddps, self.optimizer, self.schedule, self.mesh,
-            position=Position(step=step), keep=self.cfg.keep_checkpoints + 1, is_main=self.is_main,
+            position=TrainState(step=step), keep=self.cfg.keep_checkpoints + 1, is_main=self.is_main,
         )  # fmt: skip
 
     def load(self, step: int) -> None:

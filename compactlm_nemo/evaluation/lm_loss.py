@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compactlm_nemo.losses.linear_ce import linear_ce
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import Share, context_share, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.mesh import Mesh
 
@@ -41,7 +41,7 @@ def evaluate_lm_loss(
     Data-parallel ranks take every dp-th window and run in step, as spread experts need; repetitions do not count and
     sum and count are reduced, so any number of windows is exact.
     """
-    share = Share(windows_NT, mesh, micro_batch)
+    share = DataParallelSamples(windows_NT, mesh, micro_batch)
 
     def loss_of(idx: int, hidden_SBH: Tensor) -> tuple[Tensor, int]:
         labels_SB = context_share(share.batches[idx][:, 1:], mesh).T

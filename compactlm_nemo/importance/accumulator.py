@@ -18,7 +18,7 @@ SHARDED = ("heads", "groups", "mlp", "expert_mlp", "shared_expert")
 """Elements of which each tensor-parallel rank has a part; of the others all ranks have the same."""
 
 
-class Track:
+class Accumulator:
     """Elements of one chunk whose values cover the same samples and the same part of a sequence."""
 
     def __init__(self, groups: list[ProcessGroup]) -> None:

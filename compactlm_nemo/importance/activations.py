@@ -22,17 +22,17 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.config.score import DepthMetric, Neurons, ScoreConfig
-from compactlm_nemo.importance.accumulator import StateKey, Track, _is_sharded
+from compactlm_nemo.importance.accumulator import Accumulator, StateKey, _is_sharded
 from compactlm_nemo.importance.aggregators import State, blocks_of, sequence_parts
 from compactlm_nemo.importance.experts import hook_experts
-from compactlm_nemo.models.build import Chunks, HiddenStateModel
+from compactlm_nemo.models.build import HiddenStateModel, ModelChunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import Share, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, forward_each
 from compactlm_nemo.parallel.collectives import gather_objects
 from compactlm_nemo.parallel.mesh import Mesh
 
 
-class Collector:
+class ActivationHooks:
     """Hooks on the layers of one model chunk."""
 
     def __init__(self, chunk: HiddenStateModel, mesh: Mesh, dims: Dims, cfg: ScoreConfig) -> None:
@@ -40,7 +40,12 @@ class Collector:
         self.aggs = {metric.pair[1] for metric in cfg.width if metric.pair}
         split = [mesh.cp_group] if mesh.cp_size > 1 else []
         along = split + ([mesh.tp_group] if mesh.is_sequence_parallel else [])
-        self.whole, self.norms, self.depth, self.experts = Track(split), Track(along), Track(along), Track(split)
+        self.whole, self.norms, self.depth, self.experts = (
+            Accumulator(split),
+            Accumulator(along),
+            Accumulator(along),
+            Accumulator(split),
+        )
         self.handles: list[Any] = []
         self.length = 0
         for layer in chunk.decoder.layers:
@@ -138,7 +143,7 @@ def _cosine(x_SBH: Tensor, y_SBH: Tensor) -> Tensor:
 
 
 def collect(
-    chunks: Chunks,
+    chunks: ModelChunks,
     mesh: Mesh,
     dims: Dims,
     windows_NS: Tensor,
@@ -151,8 +156,8 @@ def collect(
     `windows_NS` are the same tokens on every rank; data-parallel ranks take every dp-th sample. `on_batch` is told
     before a chunk runs a micro-batch how many of its samples, the leading ones, count: for other hooks in the pass.
     """
-    share = Share(windows_NS, mesh, cfg.micro_batch)
-    collectors = [Collector(chunk, mesh, dims, cfg) for chunk in chunks]
+    share = DataParallelSamples(windows_NS, mesh, cfg.micro_batch)
+    collectors = [ActivationHooks(chunk, mesh, dims, cfg) for chunk in chunks]
     current: list[int | None] = [None]
     for chunk, collector in zip(chunks, collectors, strict=True):
         collector.handles.append(
@@ -176,7 +181,7 @@ def collect(
     return merge_ranks(gather_objects((mesh.dp_rank, mesh.tp_rank, states)))
 
 
-def _counted(share: Share, idx: int | None, mesh: Mesh) -> tuple[Tensor | None, Tensor | None]:
+def _counted(share: DataParallelSamples, idx: int | None, mesh: Mesh) -> tuple[Tensor | None, Tensor | None]:
     """Masks over this rank's samples of a batch, and over those of all ranks that share its experts."""
     if idx is None:
         return None, None

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import Share, context_share, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
 from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
@@ -29,13 +29,19 @@ CHUNK_TOKENS = 1024
 
 @torch.no_grad()
 def state_cosines(
-    chunks: Chunks, mesh: Mesh, dims: Dims, windows_NS: Tensor, *, micro_batch: int, progress: Callable[[int], None]
+    chunks: ModelChunks,
+    mesh: Mesh,
+    dims: Dims,
+    windows_NS: Tensor,
+    *,
+    micro_batch: int,
+    progress: Callable[[int], None],
 ) -> Tensor:
     """``[L + 1, L + 1]`` float64 on every rank: sums over all tokens of ``cos(x_i, x_j)``. Collective.
 
     The states of one micro-batch are kept on their stages and exchanged after its pass, a few tokens at a time.
     """
-    share = Share(windows_NS, mesh, micro_batch)
+    share = DataParallelSamples(windows_NS, mesh, micro_batch)
     total = torch.zeros(dims.num_layers + 1, dims.num_layers + 1, dtype=torch.float64, device=windows_NS.device)
     for idx, tokens_BS in enumerate(share.batches):
         states = _states_of(chunks, mesh, tokens_BS)
@@ -59,7 +65,7 @@ def block_importance(cosines_PP: Tensor, tokens: int) -> Tensor:
     return result
 
 
-def _states_of(chunks: Chunks, mesh: Mesh, tokens_BS: Tensor) -> list[Tensor]:
+def _states_of(chunks: ModelChunks, mesh: Mesh, tokens_BS: Tensor) -> list[Tensor]:
     """Inputs of this rank's layers in its order, on the last stage also the output of the last; `[S, B, H]` each."""
     states: list[Tensor] = []
 
@@ -79,7 +85,7 @@ def _states_of(chunks: Chunks, mesh: Mesh, tokens_BS: Tensor) -> list[Tensor]:
     return _first_passes(states, chunks, mesh)
 
 
-def _first_passes(states: list[Tensor], chunks: Chunks, mesh: Mesh) -> list[Tensor]:
+def _first_passes(states: list[Tensor], chunks: ModelChunks, mesh: Mesh) -> list[Tensor]:
     """Without the repetitions: a schedule runs each chunk on the batch `pp_size` times where stages are virtual."""
     if len(chunks) == 1:
         return states

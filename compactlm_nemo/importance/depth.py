@@ -16,9 +16,9 @@ from torch import Tensor
 
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.importance.leave_one_out import leave_one_out
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import Share, context_share
+from compactlm_nemo.models.forward import DataParallelSamples, context_share
 from compactlm_nemo.parallel.collectives import all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
 
@@ -49,7 +49,7 @@ class LayerSums:
 
 
 def layer_sums(
-    chunks: Chunks,
+    chunks: ModelChunks,
     mesh: Mesh,
     dims: Dims,
     windows_NS: Tensor,
@@ -74,7 +74,7 @@ def layer_sums(
         block: Layers left out together, from each layer on.
         progress: Told the number of samples of every finished batch over all data-parallel ranks, on every rank.
     """
-    share = Share(windows_NS, mesh, micro_batch)
+    share = DataParallelSamples(windows_NS, mesh, micro_batch)
 
     def measure(idx: int, left_out: int | None, hidden_SBH: Tensor, whole_SBH: Tensor) -> Tensor:
         counted = int(share.counted(idx, mesh.dp_rank).sum())  # the leading ones

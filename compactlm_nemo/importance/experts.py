@@ -24,10 +24,10 @@ from compactlm_nemo.parallel.collectives import all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
 
 if TYPE_CHECKING:
-    from compactlm_nemo.importance.activations import Collector
+    from compactlm_nemo.importance.activations import ActivationHooks
 
 
-def hook_experts(collector: Collector, moe: Any, layer_idx: int) -> None:
+def hook_experts(collector: ActivationHooks, moe: Any, layer_idx: int) -> None:
     """Measure a Megatron MoE layer with the all-gather dispatcher, which keeps the place of every token."""
     place = TokenPlaces(collector.mesh, moe)
     collector.handles += place.follow()
@@ -76,7 +76,7 @@ class TokenPlaces:
         return self.shape[0] * self.tp_ranks
 
 
-def _hook_expert(collector: Collector, place: TokenPlaces, expert: Any, local: int, name: str) -> None:
+def _hook_expert(collector: ActivationHooks, place: TokenPlaces, expert: Any, local: int, name: str) -> None:
     def put(element: str, x_NE: Tensor) -> None:
         parts = routed_parts(x_NE, place.samples[local], place.num_samples, place.length, collector.aggs)
         collector.experts.put(f"{element}.{name}", parts)

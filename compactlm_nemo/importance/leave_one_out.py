@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from compactlm_nemo.models.build import Chunks, HiddenStateModel
+from compactlm_nemo.models.build import HiddenStateModel, ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each
 from compactlm_nemo.parallel.collectives import all_reduce_sum, last_stage_total
@@ -60,7 +60,7 @@ def _plan(num_layers: int, removed: frozenset[int], block: int) -> list[_Run]:
     return runs + [_Run(start=j, skipped=removed | set(range(j, j + block)), left_out=j, row=j) for j in firsts]
 
 
-class _Part(torch.nn.Module):
+class PartialChunk(torch.nn.Module):
     """A model chunk that does what `run` says, in place of the chunk in a pipeline schedule."""
 
     def __init__(self, chunk: HiddenStateModel) -> None:
@@ -114,7 +114,7 @@ def only_layers(chunk: HiddenStateModel, layers: list[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def leave_one_out(
-    chunks: Chunks,
+    chunks: ModelChunks,
     mesh: Mesh,
     dims: Dims,
     batches: list[Tensor],
@@ -140,7 +140,7 @@ def leave_one_out(
         Sums over all batches and ranks; rows of `removed`, and where no block begins, are NaN.
     """
     runs, idle = _plan(dims.num_layers, removed, block), _Run(start=dims.num_layers)
-    parts: Any = [_Part(chunk) for chunk in chunks]
+    parts: Any = [PartialChunk(chunk) for chunk in chunks]
     sums = torch.zeros(dims.num_layers + 1, num_sums, dtype=torch.float64, device=next(chunks.parameters()).device)
 
     def start(number: int | None) -> None:

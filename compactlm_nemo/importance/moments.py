@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.importance.experts import TokenPlaces
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.checkpoint import read_box
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
@@ -103,7 +103,7 @@ class MomentCollector:
     Only the samples that `on_batch` announces count, none before its first call.
     """
 
-    def __init__(self, chunks: Chunks, mesh: Mesh, dims: Dims, *, experts: bool = False) -> None:
+    def __init__(self, chunks: ModelChunks, mesh: Mesh, dims: Dims, *, experts: bool = False) -> None:
         self.mesh = mesh
         self.counted_rows = 0
         self.counted_of_group = torch.zeros(1)

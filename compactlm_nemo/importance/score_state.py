@@ -30,7 +30,7 @@ STATE = "state.safetensors"
 
 
 @dataclass
-class Running:
+class ScoreState:
     """Statistics over the first `samples` calibration windows."""
 
     samples: int = 0
@@ -75,10 +75,10 @@ class Running:
         os.replace(temporary, path)
 
     @staticmethod
-    def load(path: Path) -> Running:
+    def load(path: Path) -> ScoreState:
         """What `save` wrote; nothing measured yet without a file."""
         if not path.is_file():
-            return Running()
+            return ScoreState()
         states: dict[StateKey, dict[str, Tensor]] = {}
         sums: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
@@ -90,7 +90,7 @@ class Running:
                 element, agg, part = name.split("/")
                 states.setdefault((element, Aggregator[agg]), {})[part] = file.get_tensor(name)
         merged = {key: State(**parts) for key, parts in states.items()}
-        return Running(about["samples"], merged, about["settled_checks"], sums, about["summed"])
+        return ScoreState(about["samples"], merged, about["settled_checks"], sums, about["summed"])
 
     def rankings(self, dims: Dims, cfg: ScoreConfig) -> dict[str, Tensor]:
         """The vectors of all activation metrics and block importance, under the names of the scores file."""
@@ -129,7 +129,7 @@ class Running:
                 (scores[names.shared_expert_key(i)],) = of([f"shared_expert.{i}"])
         return scores
 
-    def has_settled(self, before: dict[str, Tensor], after: dict[str, Tensor], cfg: ScoreConfig) -> bool:
+    def has_converged(self, before: dict[str, Tensor], after: dict[str, Tensor], cfg: ScoreConfig) -> bool:
         """Count a save; whether the rankings of every metric have stood still for `score.stop_checks` of them."""
         if cfg.stop_tolerance is None or not before:
             return False

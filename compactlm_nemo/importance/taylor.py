@@ -32,7 +32,7 @@ from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.importance import scores as names
 from compactlm_nemo.models.build import global_names
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import Share, context_share, fill_schedule, positions_of
+from compactlm_nemo.models.forward import DataParallelSamples, context_share, fill_schedule, positions_of
 from compactlm_nemo.parallel.collectives import broadcast_object, gather_objects
 from compactlm_nemo.parallel.mesh import Mesh
 
@@ -117,7 +117,7 @@ class _Batch(NamedTuple):
 
 def _batches(windows_NS: Tensor, mesh: Mesh, micro_batch: int) -> list[_Batch]:
     """This data-parallel rank's samples in batches of one shape, as many as the schedule takes."""
-    share = Share(windows_NS, mesh, micro_batch)
+    share = DataParallelSamples(windows_NS, mesh, micro_batch)
     size = len(share.batches[0])
     batches = []
     for idx, tokens_BS in enumerate(share.batches):

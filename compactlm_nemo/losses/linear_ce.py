@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from compactlm_nemo.config.loss import CROSS_ENTROPY
 from compactlm_nemo.losses.linear_kd import check_tokens, linear_kd, masked
 from compactlm_nemo.losses.targets import NoTargets
-from compactlm_nemo.losses.vocabulary import Shard, blocks, chunks, wide
+from compactlm_nemo.losses.vocabulary import VocabShard, blocks, chunks, wide
 
 
 def linear_ce_sum(
@@ -62,7 +62,7 @@ def linear_ce(
         ``[N]``, float32 or wider, equal on every rank of ``tp_group``; neither summed nor averaged.
     """
     check_tokens(hidden_NH, labels_N, mask_N, chunk_tokens)
-    shard = Shard(vocab_size, vocab_start, tp_group)
+    shard = VocabShard(vocab_size, vocab_start, tp_group)
     out_N = torch.zeros(hidden_NH.shape[0], dtype=wide(hidden_NH), device=hidden_NH.device)
     for rows in chunks(hidden_NH.shape[0], chunk_tokens):
         logits_NV = shard.logits(hidden_NH[rows], weight_VH)

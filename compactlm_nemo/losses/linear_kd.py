@@ -16,8 +16,8 @@ from torch.distributed import ProcessGroup
 from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.errors import ConfigError, DataError
 from compactlm_nemo.losses.logit_losses import weighted_losses
-from compactlm_nemo.losses.targets import Compared, Settings, Targets
-from compactlm_nemo.losses.vocabulary import LogProbs, Shard, blocks, chunks, wide
+from compactlm_nemo.losses.targets import Comparison, HeadSettings, Targets
+from compactlm_nemo.losses.vocabulary import LogProbs, VocabShard, blocks, chunks, wide
 from compactlm_nemo.parallel.collectives import all_reduce_sum
 
 
@@ -86,9 +86,9 @@ def linear_kd(
     # Read here: inside of the function grad mode is always off.
     enabled = torch.is_grad_enabled()
     wanted = (enabled and hidden_NH.requires_grad, enabled and weight_VH.requires_grad)
-    losses, shard = weighted_losses(loss), Shard(vocab_size, vocab_start, tp_group)
-    settings = Settings(losses, temperature, shard, with_gradient=any(wanted))
-    walk = _Walk(targets, settings, loss.cross_entropy, labels_N, mask_N, chunk_tokens, wanted, backward_once)
+    losses, shard = weighted_losses(loss), VocabShard(vocab_size, vocab_start, tp_group)
+    settings = HeadSettings(losses, temperature, shard, with_gradient=any(wanted))
+    walk = _ChunkedLoss(targets, settings, loss.cross_entropy, labels_N, mask_N, chunk_tokens, wanted, backward_once)
     check_tokens(hidden_NH, labels_N, mask_N, chunk_tokens)
     loss_sum, sums = _LinearKD.apply(hidden_NH, weight_VH, walk)
     *terms, ce_sum, teacher_ce_sum = sums.unbind()
@@ -96,11 +96,11 @@ def linear_kd(
 
 
 @dataclass(frozen=True)
-class _Walk:
+class _ChunkedLoss:
     """All that the walk over the tokens needs beside what gets a gradient."""
 
     targets: Targets
-    settings: Settings
+    settings: HeadSettings
     ce_weight: float
     labels_N: Tensor
     mask_N: Tensor
@@ -126,7 +126,7 @@ class _Walk:
                 gradients.add(rows, logits_NV, mask_N)
         return sums
 
-    def _gradient(self, compared: Compared, labels_N: Tensor) -> Tensor:
+    def _gradient(self, compared: Comparison, labels_N: Tensor) -> Tensor:
         """Of the weighted losses of each token to its logits."""
         grad_NV = compared.gradient_NV
         if self.ce_weight:
@@ -138,7 +138,7 @@ class _Walk:
 
 class _LinearKD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, walk: _Walk) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, walk: _ChunkedLoss) -> tuple[Tensor, Tensor]:
         gradients = _Gradients(hidden_NH, weight_VH, walk.settings.shard, walk.wanted)
         sums = walk.over(hidden_NH, weight_VH, gradients)
         kept = gradients.made()
@@ -169,7 +169,7 @@ class _LinearKD(torch.autograd.Function):
 class _Gradients:
     """Gradients to hidden states and head, added chunk by chunk from those to the logits."""
 
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, shard: Shard, wanted: tuple[bool, bool]) -> None:
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, shard: VocabShard, wanted: tuple[bool, bool]) -> None:
         self.hidden_NH, self.weight_VH, self.shard = hidden_NH, weight_VH, shard
         self.to_hidden_NH = torch.zeros_like(hidden_NH) if wanted[0] else None
         self.to_weight_VH = torch.empty_like(weight_VH, dtype=wide(hidden_NH)) if wanted[1] else None
@@ -204,7 +204,7 @@ class _Gradients:
         return self.to_hidden_NH, self.to_weight_VH.to(self.weight_VH.dtype)
 
 
-def _ce_gradient(student: LogProbs, labels_N: Tensor, settings: Settings) -> Tensor:
+def _ce_gradient(student: LogProbs, labels_N: Tensor, settings: HeadSettings) -> Tensor:
     """``[N, V]``: gradient of the cross entropy at T = 1 to the logits: ``softmax(z)_v - [v = label]``."""
     if settings.temperature == 1:
         plain_NV = student.prob_NV.clone()

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.losses.logit_losses import LogitLoss, Pair
-from compactlm_nemo.losses.vocabulary import LogProbs, Shard, chunks
+from compactlm_nemo.losses.vocabulary import LogProbs, VocabShard, chunks
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
 
 Losses = dict[str, tuple[float, LogitLoss]]
 """Name -> weight and loss."""
 
 
-class Compared(NamedTuple):
+class Comparison(NamedTuple):
     """A chunk of tokens compared with the teacher."""
 
     student: LogProbs
@@ -35,16 +35,16 @@ class Compared(NamedTuple):
 class Compare(Protocol):
     """The comparison of one chunk, a block of its tokens at a time."""
 
-    def __call__(self, student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Compared:
+    def __call__(self, student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Comparison:
         """Logits and labels of the block, which stay as they are; `block` says which tokens of the chunk they are."""
 
 
-class Settings(NamedTuple):
+class HeadSettings(NamedTuple):
     """What a comparison needs to know beside the tokens."""
 
     losses: Losses
     temperature: float
-    shard: Shard
+    shard: VocabShard
     with_gradient: bool
 
 
@@ -55,7 +55,7 @@ class Targets(Protocol):
     def num_tokens(self) -> int:
         """N."""
 
-    def chunk(self, rows: slice, settings: Settings) -> Compare:
+    def chunk(self, rows: slice, settings: HeadSettings) -> Compare:
         """How the tokens `rows` are compared."""
 
 
@@ -71,16 +71,16 @@ class TeacherHead(NamedTuple):
     def num_tokens(self) -> int:
         return self.hidden_NG.shape[0]
 
-    def chunk(self, rows: slice, settings: Settings) -> Compare:
+    def chunk(self, rows: slice, settings: HeadSettings) -> Compare:
         teacher_NV = settings.shard.logits(self.hidden_NG[rows], self.weight_VG)
 
-        def compare(student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Compared:
+        def compare(student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Comparison:
             return _compare(student_logits_NV, teacher_NV[block].to(student_logits_NV.dtype), labels_N, settings)
 
         return compare
 
 
-def _compare(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, settings: Settings) -> Compared:
+def _compare(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, settings: HeadSettings) -> Comparison:
     losses, temperature, shard, with_gradient = settings
     student, teacher = shard.log_probs([student_NV, teacher_NV], labels_N, temperature)
     pair = Pair(
@@ -99,7 +99,7 @@ def _compare(student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, settings:
             if weight * temperature != 1:
                 own_NV.mul_(weight * temperature)
             gradient_NV = own_NV if gradient_NV is None else gradient_NV.add_(own_NV)
-    return Compared(student, torch.cat(values), teacher.ce_N, gradient_NV)
+    return Comparison(student, torch.cat(values), teacher.ce_N, gradient_NV)
 
 
 class NoTargets(NamedTuple):
@@ -107,13 +107,13 @@ class NoTargets(NamedTuple):
 
     num_tokens: int
 
-    def chunk(self, rows: slice, settings: Settings) -> Compare:
+    def chunk(self, rows: slice, settings: HeadSettings) -> Compare:
         assert not settings.losses  # settings are checked before the start
 
-        def compare(student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Compared:
+        def compare(student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Comparison:
             (student,) = settings.shard.log_probs([student_logits_NV], labels_N, settings.temperature)
             nothing_LN = student_logits_NV.new_zeros(0, len(labels_N))
-            return Compared(student, nothing_LN, torch.zeros_like(student.ce_N), None)
+            return Comparison(student, nothing_LN, torch.zeros_like(student.ce_N), None)
 
         return compare
 
@@ -139,16 +139,16 @@ class TopK(NamedTuple):
     def num_tokens(self) -> int:
         return self.ids_NK.shape[0]
 
-    def chunk(self, rows: slice, settings: Settings) -> Compare:
+    def chunk(self, rows: slice, settings: HeadSettings) -> Compare:
         own = TopK(*(field[rows] for field in self))
 
-        def compare(student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Compared:
+        def compare(student_logits_NV: Tensor, labels_N: Tensor, block: slice) -> Comparison:
             return _compare_top_k(student_logits_NV, TopK(*(field[block] for field in own)), labels_N, settings)
 
         return compare
 
 
-def _compare_top_k(student_NV: Tensor, targets: TopK, labels_N: Tensor, settings: Settings) -> Compared:
+def _compare_top_k(student_NV: Tensor, targets: TopK, labels_N: Tensor, settings: HeadSettings) -> Comparison:
     losses, _, shard, with_gradient = settings
     (student,) = shard.log_probs([student_NV], labels_N, 1.0)
     dtype = student_NV.dtype
@@ -164,12 +164,12 @@ def _compare_top_k(student_NV: Tensor, targets: TopK, labels_N: Tensor, settings
         gradient_NV = rest_NV.mul_(1 - (p_rest_N / q_rest_N)[:, None])
         shard.add_at(gradient_NV, ids_NK, log_q_NK.exp() - p_NK).mul_(weight)
     values_LN = value_N[None] if losses else value_N.new_zeros(0, len(value_N))
-    return Compared(student, values_LN, targets.ce_N.to(dtype), gradient_NV)
+    return Comparison(student, values_LN, targets.ce_N.to(dtype), gradient_NV)
 
 
 @torch.no_grad()
 def top_k_targets(
-    hidden_NG: Tensor, weight_VG: Tensor, labels_N: Tensor, *, k: int, chunk_tokens: int, shard: Shard
+    hidden_NG: Tensor, weight_VG: Tensor, labels_N: Tensor, *, k: int, chunk_tokens: int, shard: VocabShard
 ) -> TopK:
     """The k likeliest tokens of each position, likeliest first, and the probability of all others.
 
@@ -188,7 +188,7 @@ def top_k_targets(
     return TopK(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
 
-def _chunk(hidden_NG: Tensor, weight_VG: Tensor, labels_N: Tensor, k: int, shard: Shard) -> TopK:
+def _chunk(hidden_NG: Tensor, weight_VG: Tensor, labels_N: Tensor, k: int, shard: VocabShard) -> TopK:
     (teacher,) = shard.log_probs([shard.logits(hidden_NG, weight_VG)], labels_N, 1.0)
     log_p_NV = teacher.log_prob_NV
     own = min(k, log_p_NV.shape[1])

@@ -43,7 +43,7 @@ class LogProbs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Shard:
+class VocabShard:
     """The rows of the vocabulary that this rank holds; ids from `vocab_size` on are padding, and in no softmax."""
 
     vocab_size: int
@@ -131,7 +131,7 @@ def chunk_tokens(memory_mib: int | None, rows: int, width: int) -> int:
     return max(1, memory_bytes // (NUM_BUFFERS * row_bytes))
 
 
-def blocks(logits_NV: Tensor, shard: Shard) -> Iterator[slice]:
+def blocks(logits_NV: Tensor, shard: VocabShard) -> Iterator[slice]:
     """Rows that are compared at a time: all, where every step is a kernel's start or a message to other ranks."""
     rows, row_bytes = logits_NV.shape[0], logits_NV.shape[1] * logits_NV.itemsize
     whole = shard.tp_group is not None or logits_NV.is_cuda

@@ -79,18 +79,18 @@ class HiddenStateModel(GPTModel):
         return self.output_layer.weight
 
 
-class Chunks(list[HiddenStateModel]):
+class ModelChunks(list[HiddenStateModel]):
     """The parts of the model that one rank holds, in pipeline order: one, or `parallel.virtual_stages`.
 
     A list, because Megatron's schedules, optimizer and checkpoints take one.
     """
 
-    def train(self, mode: bool = True) -> Chunks:
+    def train(self, mode: bool = True) -> ModelChunks:
         for chunk in self:
             chunk.train(mode)
         return self
 
-    def eval(self) -> Chunks:
+    def eval(self) -> ModelChunks:
         return self.train(False)
 
     @property
@@ -108,7 +108,7 @@ class Chunks(list[HiddenStateModel]):
             yield from chunk.parameters()
 
 
-def recompute_activations(chunks: Chunks) -> None:
+def recompute_activations(chunks: ModelChunks) -> None:
     """From now on training keeps each layer's input only, and runs the layer's forward pass again in backward."""
     for chunk in chunks:
         chunk.config.recompute_granularity, chunk.config.recompute_method = "full", "uniform"
@@ -184,12 +184,12 @@ def _expert_settings(dims: Dims) -> dict[str, Any]:
     }
 
 
-def build_model(dims: Dims, mesh: Mesh, *, dtype: torch.dtype, vocab_multiple: int) -> Chunks:
+def build_model(dims: Dims, mesh: Mesh, *, dtype: torch.dtype, vocab_multiple: int) -> ModelChunks:
     """This rank's share of the model, weights not yet meaningful: use `fill` or a checkpoint."""
     config = transformer_config(dims, mesh, dtype)
     counts = split_layers(dims.num_layers, mesh.layout)
     stages = mesh.layout.virtual_stages
-    return Chunks(
+    return ModelChunks(
         _build_chunk(
             dims,
             mesh,
@@ -285,7 +285,7 @@ def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padd
 
 
 @torch.no_grad()
-def fill(chunks: Chunks, dims: Dims, mesh: Mesh, source: ParameterSource, vocab_multiple: int) -> None:
+def fill(chunks: ModelChunks, dims: Dims, mesh: Mesh, source: ParameterSource, vocab_multiple: int) -> None:
     """Copy this rank's share of every parameter from a source, one whole parameter in memory at a time."""
     padded = dims.padded_vocab(mesh.tp_size, vocab_multiple)
     for name, parameter in global_names(chunks):

@@ -10,7 +10,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.layout import context_positions
 from compactlm_nemo.parallel.mesh import Mesh
 
@@ -44,7 +44,7 @@ def fill_schedule(numbered: list[Any], filler: Any, mesh: Mesh) -> list[Any]:
 
 @torch.no_grad()
 def forward_each(
-    chunks: Chunks,
+    chunks: ModelChunks,
     mesh: Mesh,
     batches: list[Tensor],
     visit: Callable[[int, Tensor], Any],
@@ -64,7 +64,7 @@ def forward_each(
 
 
 def _schedule(
-    chunks: Chunks, mesh: Mesh, numbered: list[Numbered], visit: Callable[[int, Tensor], Any], on_input: Any
+    chunks: ModelChunks, mesh: Mesh, numbered: list[Numbered], visit: Callable[[int, Tensor], Any], on_input: Any
 ) -> list[Any]:
     batch_size, length = numbered[0][1].shape
 
@@ -89,7 +89,7 @@ def _schedule(
     return [outcome for (idx, _), outcome in zip(numbered, outcomes, strict=False) if idx is not None]
 
 
-class Share:
+class DataParallelSamples:
     """This data-parallel rank's samples of `[N, ...]`, every dp-th, in batches.
 
     All ranks get equally many, so that they can run in step; where N does not divide, the last sample is repeated and

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import Share, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, forward_each
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
 
@@ -31,7 +31,7 @@ RIDGE = 2e-2
 
 
 @dataclass(frozen=True)
-class Bridge:
+class BlockReplacement:
     """What the refit of one fc2 needs, float64 on the CPU of every rank."""
 
     gram_FF: Tensor
@@ -46,7 +46,7 @@ def gaps_of(kept: list[int], num_layers: int) -> list[tuple[int, int]]:
     return [(layer + 1, end) for layer, end in zip(kept, ends, strict=True) if end > layer + 1]
 
 
-def bridge_weight(weight_HF: Tensor, bridge: Bridge, kept: Tensor, ridge: float = RIDGE) -> Tensor:
+def bridge_weight(weight_HF: Tensor, bridge: BlockReplacement, kept: Tensor, ridge: float = RIDGE) -> Tensor:
     """`[H, K]` float64: the refitted fc2 over the kept neurons, ``W_k + ((G_kk + D)^-1 (B_k - G_kk W_k^T))^T``."""
     start_KH = weight_HF.double()[:, kept].T
     gram_KK = bridge.gram_FF[kept][:, kept]
@@ -56,7 +56,7 @@ def bridge_weight(weight_HF: Tensor, bridge: Bridge, kept: Tensor, ridge: float 
 
 @torch.no_grad()
 def measure_bridges(
-    chunks: Chunks,
+    chunks: ModelChunks,
     mesh: Mesh,
     dims: Dims,
     windows_NS: Tensor,
@@ -64,12 +64,12 @@ def measure_bridges(
     *,
     micro_batch: int,
     progress: Callable[[int], None],
-) -> dict[int, Bridge]:
+) -> dict[int, BlockReplacement]:
     """The layer before each gap -> its bridge, equal on every rank. Collective.
 
     A micro-batch's activations are summed over the stages, each of which has some of them, after its pass.
     """
-    share = Share(windows_NS, mesh, micro_batch)
+    share = DataParallelSamples(windows_NS, mesh, micro_batch)
     found = {
         start - 1: [
             torch.zeros(dims.ffn_hidden_size, width, dtype=torch.float64, device=windows_NS.device)
@@ -91,13 +91,16 @@ def measure_bridges(
             progress(share.num_counted(idx))
     finally:
         taps.remove()
-    return {layer: Bridge(*(all_reduce_sum(x, mesh.dp_cp_group).cpu() for x in sums)) for layer, sums in found.items()}
+    return {
+        layer: BlockReplacement(*(all_reduce_sum(x, mesh.dp_cp_group).cpu() for x in sums))
+        for layer, sums in found.items()
+    }
 
 
 class _Taps:
     """Hooks that keep what bridges need of the last micro-batch: `x` and `r` of layer a - 1, `h` of layer b."""
 
-    def __init__(self, chunks: Chunks, mesh: Mesh, dims: Dims, gaps: list[tuple[int, int]]) -> None:
+    def __init__(self, chunks: ModelChunks, mesh: Mesh, dims: Dims, gaps: list[tuple[int, int]]) -> None:
         self.mesh, self.dims = mesh, dims
         self.seen: dict[tuple[str, int], Tensor] = {}
         self.handles: list[Any] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from compactlm_nemo.importance.moments import expert_key, mlp_key, proj_key, shared_expert_key
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.pruning.block_replacement import Bridge, bridge_weight
+from compactlm_nemo.pruning.block_replacement import BlockReplacement, bridge_weight
 from compactlm_nemo.pruning.cut import EXPERT, split_name
 from compactlm_nemo.pruning.least_squares import columns_of, refit
 from compactlm_nemo.pruning.plan import Plan
@@ -29,7 +29,7 @@ class RefittedWriters:
         source: ParameterSource,
         moment: Moment,
         ridge: float,
-        bridges: dict[int, Bridge],
+        bridges: dict[int, BlockReplacement],
     ) -> None:
         self.teacher, self.plan, self.source, self.moment, self.ridge = teacher, plan, source, moment, ridge
         self.bridges = bridges

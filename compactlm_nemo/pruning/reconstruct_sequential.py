@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.importance.leave_one_out import only_layers
-from compactlm_nemo.models.build import Chunks, HiddenStateModel, ParameterSource, tp_share
+from compactlm_nemo.models.build import HiddenStateModel, ModelChunks, ParameterSource, tp_share
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import Share, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, forward_each
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.pruning.least_squares import damped
@@ -38,7 +38,7 @@ Targets = dict[tuple[int, str, int], Tensor]
 """(student layer, what, micro-batch) -> `[N, K]` or, of `y` behind a norm, `[N, H]`, on the CPU of the layer's rank."""
 
 
-class _Stepper(torch.nn.Module):
+class SingleLayer(torch.nn.Module):
     """A student's chunk that runs one layer on kept inputs, in place of the chunk in a pipeline schedule."""
 
     def __init__(self, chunk: HiddenStateModel) -> None:
@@ -102,11 +102,11 @@ class _Taps:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Walk:
+class SequentialReconstruction:
     """What the walk works on."""
 
-    student: Chunks
-    teacher: Chunks
+    student: ModelChunks
+    teacher: ModelChunks
     dims: Dims
     teacher_dims: Dims
     plan: Plan
@@ -125,9 +125,9 @@ class Walk:
     @torch.no_grad()
     def run(self, progress: Callable[[int], None]) -> None:
         """Refit the student in place; `progress` is told one for each finished layer. Collective."""
-        share = Share(self.windows_NS, self.mesh, self.micro_batch)
+        share = DataParallelSamples(self.windows_NS, self.mesh, self.micro_batch)
         targets = self._teacher_targets(share)
-        steppers: Any = [_Stepper(chunk) for chunk in self.student.eval()]
+        steppers: Any = [SingleLayer(chunk) for chunk in self.student.eval()]
         for layer in range(self.dims.num_layers):
             mine = [s for s in steppers if layer in s.numbers]
             for stepper in steppers:
@@ -147,7 +147,7 @@ class Walk:
             return attention
         return [*attention, "fc1", "fc2"] if self.is_narrowed else [*attention, "fc2"]
 
-    def _pass(self, steppers: Any, share: Share, visit: Callable[[int], None]) -> None:
+    def _pass(self, steppers: Any, share: DataParallelSamples, visit: Callable[[int], None]) -> None:
         """The current layer on every micro-batch; `visit` is told its number after each, on every rank."""
         for batch, tokens_BS in enumerate(share.batches):
             for stepper in steppers:
@@ -155,7 +155,9 @@ class Walk:
             forward_each(steppers, self.mesh, [tokens_BS], lambda *_: None)
             visit(batch)
 
-    def _fit(self, part: str, layer: int, steppers: Any, mine: Any, share: Share, targets: Targets) -> None:
+    def _fit(
+        self, part: str, layer: int, steppers: Any, mine: Any, share: DataParallelSamples, targets: Targets
+    ) -> None:
         """Sum up over the tokens and write the refitted weight of one linear map."""
         taps, sums = _Taps(), _Sums()
         module = None
@@ -230,7 +232,7 @@ class Walk:
             return torch.cat(halves).double()
         return all_gather(weight, self.mesh.tp_group, dim=0).double()
 
-    def _teacher_targets(self, share: Share) -> Targets:
+    def _teacher_targets(self, share: DataParallelSamples) -> Targets:
         """One pass of the teacher; each student layer's rank keeps what its layers aim at."""
         taps, wanted = _Taps(), self._wanted(_held(self.teacher))
         for tap, module, name in wanted:
@@ -294,5 +296,5 @@ class _Sums:
         return all_reduce_sum(self.gram_EE, mesh.dp_cp_group), all_reduce_sum(self.target_EO, mesh.dp_cp_group)
 
 
-def _held(chunks: Chunks) -> dict[int, Any]:
+def _held(chunks: ModelChunks) -> dict[int, Any]:
     return {layer.layer_number - 1: layer for layer in chunks.layers()}

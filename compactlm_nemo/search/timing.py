@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each
 from compactlm_nemo.parallel.collectives import broadcast_object, gather_objects
@@ -35,7 +35,7 @@ def time_layers(
     table: LatencyTable,
     candidates: list[Dims],
     *,
-    build: Callable[[Dims], Chunks],
+    build: Callable[[Dims], ModelChunks],
     mesh: Mesh,
     tokens_BS: Tensor,
     keep: Callable[[LatencyTable], None],
@@ -63,7 +63,7 @@ def time_layers(
 
 
 @torch.no_grad()
-def time_parts(chunks: Chunks, mesh: Mesh, tokens_BS: Tensor, *, with_output: bool) -> dict[str, float]:
+def time_parts(chunks: ModelChunks, mesh: Mesh, tokens_BS: Tensor, *, with_output: bool) -> dict[str, float]:
     """Median milliseconds of the parts of `search.latency.PARTS`, of the slowest rank. Collective.
 
     Every chunk holds one layer; the weights are overwritten by random ones. Without output the head is not complete.

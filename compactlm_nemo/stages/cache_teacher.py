@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest, settings_of
-from compactlm_nemo.config.fingerprint import deciding
+from compactlm_nemo.config.fingerprint import result_settings
 from compactlm_nemo.config.teacher import StoredKind
 from compactlm_nemo.data.windows import Windows
 from compactlm_nemo.distill.stored_targets import (
     ABOUT,
-    Store,
+    StoredTargets,
     TopKRecord,
     encode_hidden,
     encode_top_k,
@@ -28,8 +28,8 @@ from compactlm_nemo.distill.stored_targets import (
     write_shard,
 )
 from compactlm_nemo.losses.targets import top_k_targets
-from compactlm_nemo.losses.vocabulary import Shard
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.losses.vocabulary import VocabShard
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each, micro_batches
 from compactlm_nemo.models.layout import context_positions
@@ -37,7 +37,7 @@ from compactlm_nemo.parallel.collectives import all_gather, barrier, broadcast_o
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.launch import is_main_rank, main_rank_writes
 from compactlm_nemo.progress import progress_bar
-from compactlm_nemo.stages.context import Run, claim
+from compactlm_nemo.stages.context import Run, open_progress
 
 
 def cache_teacher(run: Run, folder: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def cache_teacher(run: Run, folder: Path) -> dict[str, Any]:
         "model": read_manifest(run.dir / run.teacher)["fingerprint"],
     }  # fmt: skip
     state = run.dir / "caching"
-    claim(state, settings_of({"cache": deciding(config.cache), "about": about} | config.training_text))
+    open_progress(state, settings_of({"cache": result_settings(config.cache), "about": about} | config.training_text))
     every = range(num_shards(samples, config.cache.shard_samples))
     missing = broadcast_object([shard for shard in every if not shard_path(state, shard).exists()])
     windows, teacher = Windows(run.train_prefixes(), length, config.run.seed), run.load(run.teacher).eval()
@@ -78,11 +78,11 @@ def cache_teacher(run: Run, folder: Path) -> dict[str, Any]:
                 path.replace(folder / path.name)
             atomic_write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
             shutil.rmtree(state)
-    num_bytes = broadcast_object(Store(folder).num_bytes() if is_main_rank() else 0)
+    num_bytes = broadcast_object(StoredTargets(folder).num_bytes() if is_main_rank() else 0)
     return {"samples": samples, "bytes": num_bytes, "bytes_per_token": num_bytes / (samples * length)}
 
 
-def _records(run: Run, teacher: Chunks, dims: Dims, tokens_NT: Tensor) -> list[bytes]:
+def _records(run: Run, teacher: ModelChunks, dims: Dims, tokens_NT: Tensor) -> list[bytes]:
     """What is stored of each sample, on one rank of those that share it; nothing on the others."""
     config, mesh = run.config, run.mesh
     batches = micro_batches(tokens_NT.to(device()), config.cache.micro_batch)
@@ -98,7 +98,7 @@ def _records(run: Run, teacher: Chunks, dims: Dims, tokens_NT: Tensor) -> list[b
         found = top_k_targets(
             hidden_SBG.transpose(0, 1).flatten(0, 1), weight_VG, batches[idx][:, 1:].flatten(),
             k=config.cache.k, chunk_tokens=run.chunk_tokens(dims),
-            shard=Shard(dims.vocab_size, mesh.tp_rank * weight_VG.shape[0], mesh.tp_group),
+            shard=VocabShard(dims.vocab_size, mesh.tp_rank * weight_VG.shape[0], mesh.tp_group),
         )  # fmt: skip
         if not is_writer:
             return []

@@ -18,7 +18,7 @@ from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.importance.scores import load_scores
 from compactlm_nemo.losses.vocabulary import chunk_tokens
-from compactlm_nemo.models.build import Chunks, build_model
+from compactlm_nemo.models.build import ModelChunks, build_model
 from compactlm_nemo.models.checkpoint import load_model, save_model
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import broadcast_object
@@ -28,7 +28,7 @@ from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.progress import progress_bar
 
 
-def validation_loss(run: Run, model: Chunks, dims: Dims, label: str) -> float:
+def validation_loss(run: Run, model: ModelChunks, dims: Dims, label: str) -> float:
     """LM loss in nats on windows of the training text that come after the calibration samples. Collective."""
     config = run.config
     windows_NT = validation_windows(
@@ -75,7 +75,7 @@ class Run:
     def dims(self, stage: str) -> Dims:
         return Dims.load(self.dir / stage / MODEL)
 
-    def build(self, dims: Dims) -> Chunks:
+    def build(self, dims: Dims) -> ModelChunks:
         """This rank's part of a model of this run, weights not yet meaningful."""
         model = build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=self.config.model.vocab_multiple)
         if self.config.data.mask_documents:
@@ -88,13 +88,13 @@ class Run:
         rows = dims.padded_vocab(self.mesh.tp_size, self.config.model.vocab_multiple) // self.mesh.tp_size
         return chunk_tokens(self.config.distill.loss_memory_mib, rows, dims.hidden_size)
 
-    def load(self, stage: str) -> Chunks:
+    def load(self, stage: str) -> ModelChunks:
         """The model that a stage made, on this run's mesh."""
         model = self.build(self.dims(stage))
         load_model(self.dir / stage, model, self.mesh)
         return model
 
-    def save(self, folder: Path, model: Chunks, dims: Dims) -> None:
+    def save(self, folder: Path, model: ModelChunks, dims: Dims) -> None:
         if is_main_rank():
             dims.save(folder / MODEL)
         save_model(folder, model, self.mesh)
@@ -115,7 +115,7 @@ class Run:
         return Path(configured.path) if configured.is_tokenised else self.dir / "tokens" / corpus
 
 
-def claim(state: Path, settings: dict[str, Any]) -> None:
+def open_progress(state: Path, settings: dict[str, Any]) -> None:
     """Refuse to continue work in `state` that was started with other settings."""
     text = json.dumps(settings, sort_keys=True)
     with main_rank_writes() as writes:

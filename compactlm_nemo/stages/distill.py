@@ -18,30 +18,30 @@ from torch import Tensor
 
 from compactlm_nemo.artifacts import read_manifest, settings_of
 from compactlm_nemo.config.distill import DistillConfig
-from compactlm_nemo.config.fingerprint import deciding
+from compactlm_nemo.config.fingerprint import result_settings
 from compactlm_nemo.config.loss import Projection
 from compactlm_nemo.config.prune import Stream
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import StoredKind, TeacherSource
 from compactlm_nemo.data.windows import Windows, heldout_windows
 from compactlm_nemo.distill.heldout_kl import evaluate_kd_loss
-from compactlm_nemo.distill.hidden_states import HiddenLoss, pairs_of
-from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
+from compactlm_nemo.distill.hidden_states import HiddenStateLoss, pairs_of
+from compactlm_nemo.distill.loop import EVAL_LOSS, Callbacks, distill
 from compactlm_nemo.distill.projections import Projections
-from compactlm_nemo.distill.stored_targets import Store
-from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, SeparateTeacher, StoredHidden, StoredTopK, Teacher
-from compactlm_nemo.distill.teacher_correction import Corrector
+from compactlm_nemo.distill.stored_targets import StoredTargets
+from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, OwnMeshTeacher, StoredHidden, StoredTopK, Teacher
+from compactlm_nemo.distill.teacher_correction import TeacherCorrection
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.losses.logit_losses import weighted_losses
-from compactlm_nemo.models.build import Chunks, tp_share
+from compactlm_nemo.models.build import ModelChunks, tp_share
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.devices import device, device_name, peak_tflops
 from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, main_rank_writes, second_mesh
 from compactlm_nemo.pruning.plan import PLAN, Plan
 from compactlm_nemo.search.cost import flops_per_token_forward
-from compactlm_nemo.stages.context import Run, claim, validation_loss
+from compactlm_nemo.stages.context import Run, open_progress, validation_loss
 from compactlm_nemo.training.checkpoint import latest_step
 from compactlm_nemo.training.tracker import METRICS, Tracker
 
@@ -57,11 +57,11 @@ def train(run: Run, folder: Path) -> dict[str, Any] | None:
 def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Path) -> dict[str, Any] | None:
     """Train the model that stage `source` made, as `cfg` says; None when that ends before its last step."""
     config = run.config
-    claim(
+    open_progress(
         state,
         settings_of(
             {
-                "distill": deciding(cfg),
+                "distill": result_settings(cfg),
                 source: read_manifest(run.dir / source)["fingerprint"],
             }
             | config.training_text
@@ -82,7 +82,7 @@ def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Pa
             run.mesh,
             samples.sample,
             cfg,
-            Outside(
+            Callbacks(
                 log=tracker.log,
                 rewind=tracker.rewind,
                 evaluate=_heldout_metrics(run, student, dims, teacher),
@@ -126,25 +126,25 @@ def _teacher(run: Run, cfg: DistillConfig) -> Teacher:
         own = second_mesh(layout, run.config.run.seed)
         with own.active():
             chunks = replace(run, mesh=own).load(run.teacher)
-        return SeparateTeacher(chunks, own, run.mesh, _head(run) if run.mesh.is_last_stage else None)
-    store = Store(run.dir / "targets")
+        return OwnMeshTeacher(chunks, own, run.mesh, _head(run) if run.mesh.is_last_stage else None)
+    store = StoredTargets(run.dir / "targets")
     if run.config.cache.kind is StoredKind.top_k:
         return StoredTopK(store, run.mesh)
     return StoredHidden(store, run.mesh, _head(run) if run.mesh.is_last_stage else None)
 
 
-def _corrector(run: Run, teacher: Teacher, state: Path) -> Corrector | None:
+def _corrector(run: Run, teacher: Teacher, state: Path) -> TeacherCorrection | None:
     """What trains the teacher meanwhile, where that is asked for; not in the training of the teacher itself."""
     if not run.config.correct.beside or not isinstance(teacher, LiveTeacher):
         return None
     dims = run.dims("teacher")
-    return Corrector(
+    return TeacherCorrection(
         teacher.chunks, dims, run.mesh, run.config.correction,
         chunk_tokens=run.chunk_tokens(dims), checkpoints=state / "teacher", is_main=is_main_rank(),
     )  # fmt: skip
 
 
-def _hidden_loss(run: Run, cfg: DistillConfig, student: Chunks, teacher: Teacher) -> HiddenLoss | None:
+def _hidden_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teacher: Teacher) -> HiddenStateLoss | None:
     """Losses between hidden states, whose projections start as the way back from the cut: channel j of the student to
     the channel of the teacher that it was."""
     if not cfg.hidden.is_on:
@@ -156,7 +156,7 @@ def _hidden_loss(run: Run, cfg: DistillConfig, student: Chunks, teacher: Teacher
         kept = Plan.from_json(json.loads((run.dir / "student" / PLAN).read_text())).hidden
         start_GH = torch.eye(dims.hidden_size, device=device())[:, kept.to(device())]
         projections = Projections(len(pairs), cfg.hidden.projection is Projection.shared, start_GH, cfg)
-    loss = HiddenLoss(cfg.hidden, pairs, teacher.chunks, student, run.mesh, projections)
+    loss = HiddenStateLoss(cfg.hidden, pairs, teacher.chunks, student, run.mesh, projections)
     teacher.on_input = loss.on_teacher
     return loss
 
@@ -171,7 +171,7 @@ def _head(run: Run) -> Tensor:
     return own.to(device(), run.dtype)
 
 
-def _heldout_metrics(run: Run, student: Chunks, dims: Dims, teacher: Teacher) -> Callable[[], dict[str, float]]:
+def _heldout_metrics(run: Run, student: ModelChunks, dims: Dims, teacher: Teacher) -> Callable[[], dict[str, float]]:
     """LM loss and, with a live teacher, KL of the student as it is, for each held-out text and in the mean."""
     config = run.config
     settings = {"micro_batch": config.evaluate.micro_batch, "chunk_tokens": run.chunk_tokens(dims)}
@@ -181,7 +181,7 @@ def _heldout_metrics(run: Run, student: Chunks, dims: Dims, teacher: Teacher) ->
         for name in config.data.heldout:
             prefix = run.token_prefix(f"heldout.{name}")
             windows = heldout_windows(prefix, config.data.sequence_length, config.distill.eval_tokens).to(device())
-            if isinstance(teacher, (LiveTeacher, SeparateTeacher)):
+            if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)):
                 got = evaluate_kd_loss(student, teacher, dims, run.mesh, windows, **settings)
                 values |= {f"eval/{name}_lm_loss_nats": got.lm_loss, f"eval/{name}_kl_nats": got.kl}
             else:

@@ -19,7 +19,7 @@ from compactlm_nemo.data.windows import calibration_windows
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.importance.moments import MomentSource
 from compactlm_nemo.importance.scores import HIDDEN, load_scores
-from compactlm_nemo.models.build import Chunks, ParameterSource, fill
+from compactlm_nemo.models.build import ModelChunks, ParameterSource, fill
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import barrier, broadcast_object, gather_objects
@@ -27,11 +27,11 @@ from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.launch import is_main_rank, launch_rank, launch_world_size, main_rank_writes
 from compactlm_nemo.progress import progress_bar
 from compactlm_nemo.pruning import elimination as spare
-from compactlm_nemo.pruning.block_replacement import Bridge, gaps_of, measure_bridges
+from compactlm_nemo.pruning.block_replacement import BlockReplacement, gaps_of, measure_bridges
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.plan import PLAN, Plan, make_plan
 from compactlm_nemo.pruning.reconstruct import RefittedWriters
-from compactlm_nemo.pruning.reconstruct_sequential import Walk
+from compactlm_nemo.pruning.reconstruct_sequential import SequentialReconstruction
 from compactlm_nemo.pruning.residual_stream import (
     HiddenCut,
     RefittedSelection,
@@ -63,7 +63,7 @@ def _prune_problems(config: Config, dims: Dims | None) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Cutting:
+class Pruner:
     """What cutting the teacher of a run needs."""
 
     run: Run
@@ -88,7 +88,7 @@ class Cutting:
             return None
         return MomentSource(self.run.dir / "score" / MOMENTS)
 
-    def find_spare(self, folder: Path) -> None:
+    def eliminate_units(self, folder: Path) -> None:
         """Write what each layer can best spare into `folder`; nothing without second moments. Collective."""
         moments = self.moments
         if moments is None:
@@ -134,7 +134,7 @@ class Cutting:
         """Zero-shot loss of a candidate, which is built in memory and given up again. Collective."""
         return validation_loss(self.run, self.student(student, self.plan(student, folder)), student, "candidate")
 
-    def student(self, dims: Dims, plan: Plan) -> Chunks:
+    def student(self, dims: Dims, plan: Plan) -> ModelChunks:
         """The student's share of this rank, in evaluation mode. Collective."""
         source: ParameterSource = self.source
         if self.moments is not None:
@@ -149,9 +149,9 @@ class Cutting:
         return model.eval()
 
     def _refit_sequentially(
-        self, model: Chunks, dims: Dims, plan: Plan, hidden: HiddenCut, wide: ParameterSource
+        self, model: ModelChunks, dims: Dims, plan: Plan, hidden: HiddenCut, wide: ParameterSource
     ) -> None:
-        walk = Walk(
+        walk = SequentialReconstruction(
             student=model, teacher=self.run.load("teacher").eval(), dims=dims, teacher_dims=self.teacher, plan=plan,
             mesh=self.run.mesh, hidden=hidden, wide=wide, windows_NS=self.calibration,
             micro_batch=self.run.config.score.micro_batch, ridge=self.cfg.ridge,
@@ -159,7 +159,7 @@ class Cutting:
         with progress_bar("refit layer by layer", dims.num_layers, 1) as advance:
             walk.run(advance)
 
-    def _bridges(self, plan: Plan) -> dict[int, Bridge]:
+    def _bridges(self, plan: Plan) -> dict[int, BlockReplacement]:
         """For every removed block, what the MLP before it needs to stand for it. Collective."""
         gaps = gaps_of(plan.layers, self.teacher.num_layers)
         if not gaps or self.teacher.num_experts:
@@ -207,7 +207,7 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
     chosen = run.config.prune.candidate
     if not 0 <= chosen < len(candidates):
         raise ConfigError(f"prune.candidate={chosen} must be in [0, {len(candidates)}), the number of candidates.")
-    cutting = Cutting(run)
+    cutting = Pruner(run)
     teacher, student = cutting.teacher, Candidate(**candidates[chosen]).dims(cutting.teacher)
     plan = cutting.plan(student, run.dir / "search")
     before = validation_loss(run, run.load("teacher"), teacher, "teacher")

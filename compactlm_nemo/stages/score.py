@@ -10,17 +10,17 @@ from typing import Any
 from torch import Tensor
 
 from compactlm_nemo.artifacts import read_manifest, settings_of
-from compactlm_nemo.config.fingerprint import deciding
+from compactlm_nemo.config.fingerprint import result_settings
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.score import DepthMetric, ScoreConfig, WidthMetric
 from compactlm_nemo.data.windows import calibration_windows
 from compactlm_nemo.errors import ConfigError
-from compactlm_nemo.importance.score_state import STATE, Running
+from compactlm_nemo.importance.score_state import STATE, ScoreState
 from compactlm_nemo.importance.scores import DEPTH, FILE, Scores, load_scores, save_scores
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.launch import is_main_rank, main_rank_writes
-from compactlm_nemo.stages.context import Run, claim
+from compactlm_nemo.stages.context import Run, open_progress
 from compactlm_nemo.stages.score_depth import measure_layers
 from compactlm_nemo.stages.score_pass import Scoring
 
@@ -60,7 +60,12 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
     state = run.dir / "scoring"
     own = cfg.second_moments or WidthMetric.taylor in cfg.width  # then each rank keeps progress of its own
     layout = {"parallel": config.parallel} if own else {}
-    claim(state, settings_of({"score": deciding(cfg), "evaluate": deciding(config.evaluate), "about": about} | layout))
+    open_progress(
+        state,
+        settings_of(
+            {"score": result_settings(cfg), "evaluate": result_settings(config.evaluate), "about": about} | layout
+        ),
+    )
     teacher = run.load("teacher").eval()
     scoring = Scoring(run, teacher, dims, windows_NS.to(device()), _start(run, state, windows_NS, about), state)
     scoring.measure_activations(folder)
@@ -88,21 +93,21 @@ def tokens_hash(windows_NS: Tensor) -> str:
     return hashlib.sha256(windows_NS.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _start(run: Run, state: Path, windows_NS: Tensor, about: dict[str, str]) -> Running:
+def _start(run: Run, state: Path, windows_NS: Tensor, about: dict[str, str]) -> ScoreState:
     """Statistics to go on from: those of an interrupted run, or of `score.start_from`; on the main rank."""
-    running = Running()
+    running = ScoreState()
     with main_rank_writes() as writes:
         if writes:
-            running = Running.load(state / STATE)
+            running = ScoreState.load(state / STATE)
             if not running.samples and run.config.score.start_from is not None:
                 running = _finished(Path(run.config.score.start_from), run.config.score, windows_NS, about)
     return running
 
 
-def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[str, str]) -> Running:
+def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[str, str]) -> ScoreState:
     """The statistics of a finished stage, after checking that they are of the first of these windows."""
     old = load_scores(folder).about
-    running = Running.load(folder / STATE)
+    running = ScoreState.load(folder / STATE)
     if running.samples > cfg.samples:
         raise ConfigError(
             f"score.samples={cfg.samples} is less than the {running.samples} of score.start_from={folder}; raise it."

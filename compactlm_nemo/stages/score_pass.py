@@ -20,10 +20,10 @@ from compactlm_nemo.importance.accumulator import StateKey
 from compactlm_nemo.importance.activations import collect
 from compactlm_nemo.importance.aggregators import State
 from compactlm_nemo.importance.moments import MomentCollector, save_moments
-from compactlm_nemo.importance.score_state import STATE, Running
+from compactlm_nemo.importance.score_state import STATE, ScoreState
 from compactlm_nemo.importance.taylor import Gradients, taylor_scores
 from compactlm_nemo.losses.linear_ce import linear_ce_sum
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import barrier, broadcast_object
 from compactlm_nemo.parallel.launch import launch_rank, main_rank_writes
@@ -44,11 +44,11 @@ class Scoring:
     """A scoring run under way."""
 
     run: Run
-    teacher: Chunks
+    teacher: ModelChunks
     dims: Dims
     windows_NS: Tensor
     """The same on every rank."""
-    running: Running
+    running: ScoreState
     """What has been measured; of use on the main rank only."""
     state: Path
     """Folder of the progress."""
@@ -103,7 +103,7 @@ class Scoring:
                 before = running.rankings(self.dims, self.cfg) if running.samples else {}
                 running.add(states, samples)
                 running.check_finite(self.dims)
-                stop = running.has_settled(before, running.rankings(self.dims, self.cfg), self.cfg)
+                stop = running.has_converged(before, running.rankings(self.dims, self.cfg), self.cfg)
                 running.save(self.state / STATE)
         return broadcast_object(stop)
 

@@ -24,7 +24,7 @@ from compactlm_nemo.search.latency import LatencyTable
 from compactlm_nemo.search.space import Budget, enumerate_space, within
 from compactlm_nemo.search.timing import time_layers
 from compactlm_nemo.stages.context import Run
-from compactlm_nemo.stages.prune import Cutting
+from compactlm_nemo.stages.prune import Pruner
 
 
 def _how_to_cut(config: Config) -> dict[str, Any]:
@@ -45,10 +45,10 @@ def search(run: Run, folder: Path) -> dict[str, Any]:
     timed = _timed_layers(run, found, folder)
     if timed is not None and cfg.latency_ms is not None:
         found = within(found, [Budget("latency_ms", cfg.latency_ms, timed.milliseconds)])
-    cutting = Cutting(run)
+    cutting = Pruner(run)
     is_predicted = cutting.moments is not None and len(found) > 1
     if is_predicted or run.config.prune.by_error:
-        cutting.find_spare(folder)
+        cutting.eliminate_units(folder)
     ranked = rank_candidates(dims, found, run.ranking(), cfg)
     if timed is not None:
         ranked = [replace(c, latency_ms=timed.milliseconds(c.dims(dims))) for c in ranked]

@@ -27,12 +27,12 @@ LATEST = "latest.json"
 
 
 @dataclass
-class Position:
+class TrainState:
     """How far a training is, apart from what torch and Megatron hold."""
 
     step: int = 0
     """Finished steps."""
-    given_up: int = 0
+    skipped_batches: int = 0
     """Global batches that were passed over when a loss spike sent the run back: step k trains batch k + given_up."""
     rewinds: int = 0
     """Times that this happened."""
@@ -124,7 +124,7 @@ class Stateful(Protocol):
 
 
 def _state(
-    ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh, position: Position, is_loading: bool
+    ddps: list[Any], optimizer: Any, schedule: Any, mesh: Mesh, position: TrainState, is_loading: bool
 ) -> dict[str, Any]:
     weights = model_state([ddp.module for ddp in ddps], mesh)
     # Megatron looks up the shards by parameter and takes the first chunk's entry as `model`.
@@ -147,7 +147,7 @@ def save_training(
     schedule: Any,
     mesh: Mesh,
     *,
-    position: Position,
+    position: TrainState,
     keep: int,
     is_main: bool,
     hidden_loss: Stateful | None = None,
@@ -183,13 +183,13 @@ def load_training(
     mesh: Mesh,
     hidden_loss: Stateful | None = None,
     step: int | None = None,
-) -> Position:
+) -> TrainState:
     """Load the newest checkpoint, or the one of `step`, into what is given; returns where it stands. Collective."""
     step = latest_step(root) if step is None else step
     if step is None or not (_folder(root, step) / "metadata.json").is_file():
         raise CheckpointError(f"{root} names no complete checkpoint; delete the folder to start again.")
     _allocate_adam(optimizer)
-    state = _state(ddps, optimizer, schedule, mesh, Position(), is_loading=True)
+    state = _state(ddps, optimizer, schedule, mesh, TrainState(), is_loading=True)
     state = load_shards(state, _folder(root, step))
     load_state([ddp.module for ddp in ddps], state)
     _load_optimizer(optimizer, state["optimizer"])
@@ -198,7 +198,7 @@ def load_training(
     torch.set_rng_state(state["rng"])
     if hidden_loss is not None:
         hidden_loss.load_state(state["hidden_loss"])
-    return Position(**state["position"])
+    return TrainState(**state["position"])
 
 
 def load_weights(root: Path, ddps: list[Any], mesh: Mesh, step: int) -> None:

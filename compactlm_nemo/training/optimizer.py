@@ -10,10 +10,10 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from compactlm_nemo.config.distill import DistillConfig
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 
 
-def wrap_data_parallel(chunks: Chunks, *, shard_gradients: bool = True, overlap: bool = False) -> list[Any]:
+def wrap_data_parallel(chunks: ModelChunks, *, shard_gradients: bool = True, overlap: bool = False) -> list[Any]:
     """Megatron DDP around each chunk; gradients are summed in float32 and scaled by the token count.
 
     With `shard_gradients` each data-parallel rank ends with the part that its share of the optimizer needs, else with

@@ -20,7 +20,7 @@ FEWEST = 8
 _log = logging.getLogger(__name__)
 
 
-class NonFinite:
+class NonFiniteSteps:
     """Counts steps that must not reach the weights, because a loss term or the gradient norm is NaN or infinite.
 
     Equal on every rank, as what it looks at is.
@@ -29,7 +29,7 @@ class NonFinite:
     def __init__(self, limit: int, skipped: int = 0) -> None:
         self.limit, self.in_a_row, self.skipped = limit, 0, skipped
 
-    def skips(self, step: int, values: dict[str, float]) -> bool:
+    def should_skip(self, step: int, values: dict[str, float]) -> bool:
         """Whether to skip this step.
 
         Raises:
@@ -49,15 +49,15 @@ class NonFinite:
         return True
 
 
-class Spikes:
+class LossSpikes:
     """Sees a loss that exceeds `factor` times the median of the last steps; with None none is one."""
 
     def __init__(self, factor: float | None, limit: int, losses: list[float]) -> None:
         self.factor, self.limit = factor, limit
         self.losses = deque(losses, maxlen=WINDOW)
 
-    def is_one(self, step: int, loss: float, num_before: int) -> bool:
-        """Whether this step's loss is a spike; remembers it otherwise. What is not finite is for `NonFinite`.
+    def must_rewind(self, step: int, loss: float, num_before: int) -> bool:
+        """Whether this step's loss is a spike; remembers it otherwise. What is not finite is for `NonFiniteSteps`.
 
         Raises:
             NumericsError: when it is one, and `limit` were met before.

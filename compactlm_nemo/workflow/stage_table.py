@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compactlm_nemo.config.fingerprint import deciding
+from compactlm_nemo.config.fingerprint import result_settings
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.stages.import_model import _source
@@ -20,7 +20,7 @@ STAGES: dict[str, Stage] = {
             "score",
             "score",
             ("import", "tokenize"),
-            lambda c: {"score": deciding(c.score)} | c.training_text,
+            lambda c: {"score": result_settings(c.score)} | c.training_text,
         ),
         Stage("search", "search", ("score",), lambda c: {"search": c.search, "prune": _how_to_cut(c)} | _split(c)),
         Stage("prune", "student", ("search",), lambda c: {"prune": c.prune}, _ranking),
@@ -28,21 +28,21 @@ STAGES: dict[str, Stage] = {
             "correct_teacher",
             "corrected",
             ("import", "tokenize"),
-            lambda c: {"correct": deciding(c.correction)} | c.training_text,
+            lambda c: {"correct": result_settings(c.correction)} | c.training_text,
         ),
         Stage(
             "cache_teacher",
             "targets",
             ("import", "tokenize"),
-            lambda c: {"cache": deciding(c.cache), "samples": c.cached_samples} | c.training_text,
+            lambda c: {"cache": result_settings(c.cache), "samples": c.cached_samples} | c.training_text,
         ),
         Stage(
             "distill",
             "distill",
             ("prune",),
-            lambda c: {"distill": deciding(c.distill)} | c.samples_settings | c.correcting,
+            lambda c: {"distill": result_settings(c.distill)} | c.samples_settings | c.correcting,
         ),
-        Stage("evaluate", "evaluate", ("distill",), lambda c: {"evaluate": deciding(c.evaluate)}),
+        Stage("evaluate", "evaluate", ("distill",), lambda c: {"evaluate": result_settings(c.evaluate)}),
         Stage("export", "export", ("distill",), lambda c: {}),
         Stage("report", "report", ("evaluate", "export"), lambda c: {}),
     )

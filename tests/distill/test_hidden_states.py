@@ -13,8 +13,8 @@ from torch import Tensor
 
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.loss import HiddenConfig, LossConfig, Projection, StateLoss
-from compactlm_nemo.distill.hidden_states import ALPHA, HiddenLoss, pairs_of
-from compactlm_nemo.distill.loop import Outside, distill
+from compactlm_nemo.distill.hidden_states import ALPHA, HiddenStateLoss, pairs_of
+from compactlm_nemo.distill.loop import Callbacks, distill
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Batch, LiveTeacher
@@ -127,12 +127,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def built(folder: Path, mesh: Mesh, cfg: HiddenConfig) -> tuple[Dims, Any, LiveTeacher, HiddenLoss]:
+def built(folder: Path, mesh: Mesh, cfg: HiddenConfig) -> tuple[Dims, Any, LiveTeacher, HiddenStateLoss]:
     dims, student = filled(folder / "student", mesh)
     teacher_dims, teacher = filled(folder / "teacher", mesh)
     pairs = pairs_of(cfg, teacher_dims, dims)
     projections = Projections(len(pairs), cfg.projection is Projection.shared, start(), TRAINING)
-    loss = HiddenLoss(cfg, pairs, teacher, student, mesh, projections)
+    loss = HiddenStateLoss(cfg, pairs, teacher, student, mesh, projections)
     return dims, student, LiveTeacher(teacher, mesh, loss.on_teacher), loss
 
 
@@ -196,7 +196,7 @@ def train(root: Path, mesh: Mesh, checkpoints: Path, until: int | None) -> dict[
     seen: dict[int, dict[str, float]] = {}
     distill(
         student, teacher, dims, mesh, sample, TRAINING,
-        Outside(log=lambda step, values: seen.update({step: values})), chunk_tokens=7, checkpoints=checkpoints,
+        Callbacks(log=lambda step, values: seen.update({step: values})), chunk_tokens=7, checkpoints=checkpoints,
         is_main=torch.distributed.get_rank() == 0, device=torch.device("cpu"), until=until, hidden_loss=loss,
     )  # fmt: skip
     return {step: {k: v for k, v in values.items() if not k.startswith("perf/")} for step, values in seen.items()}

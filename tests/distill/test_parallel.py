@@ -15,7 +15,7 @@ from torch import Tensor
 from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.distill.step import forward_backward
-from compactlm_nemo.distill.teacher import Batch, LiveTeacher, SeparateTeacher
+from compactlm_nemo.distill.teacher import Batch, LiveTeacher, OwnMeshTeacher
 from compactlm_nemo.models.build import global_names, recompute_activations, tp_share
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import positions_of
@@ -101,7 +101,7 @@ def gradients(ddps: list[Any]) -> dict[str, Tensor]:
     return {name: parameter.main_grad for name, parameter in global_names(ddp.module for ddp in ddps)}
 
 
-def separate(folder: Path, mesh: Mesh, layout: ParallelConfig) -> tuple[Dims, SeparateTeacher]:
+def separate(folder: Path, mesh: Mesh, layout: ParallelConfig) -> tuple[Dims, OwnMeshTeacher]:
     """A teacher on a mesh of its own, with its head as the student's mesh shards it."""
     own = second_mesh(layout, seed=1)
     with own.active():
@@ -110,7 +110,7 @@ def separate(folder: Path, mesh: Mesh, layout: ParallelConfig) -> tuple[Dims, Se
     name = "embedding.word_embeddings.weight" if dims.tied_embeddings else "output_layer.weight"
     padded = dims.padded_vocab(mesh.tp_size, VOCAB_MULTIPLE)
     head = tp_share(name, source(name), rank=mesh.tp_rank, size=mesh.tp_size, gated=False, padded_vocab=padded)
-    return dims, SeparateTeacher(chunks, own, mesh, head.float() if mesh.is_last_stage else None)
+    return dims, OwnMeshTeacher(chunks, own, mesh, head.float() if mesh.is_last_stage else None)
 
 
 def _step(
@@ -128,7 +128,7 @@ def _step(
     ddps = wrap_data_parallel(learner.train(), overlap=overlap)
     if overlap and mesh.is_first_stage:  # the only one whose parameters Megatron divides
         assert len(ddps[0].bucket_groups) > 1
-    live: LiveTeacher | SeparateTeacher
+    live: LiveTeacher | OwnMeshTeacher
     if own_layout is None:
         dims, teacher = filled(root / "teacher", mesh)
         live = LiveTeacher(teacher, mesh)

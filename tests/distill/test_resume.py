@@ -16,7 +16,7 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketG
 from torch import Tensor
 
 from compactlm_nemo.config.distill import DistillConfig
-from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
+from compactlm_nemo.distill.loop import EVAL_LOSS, Callbacks, distill
 from compactlm_nemo.distill.teacher import LiveTeacher
 from compactlm_nemo.models.build import global_names
 from compactlm_nemo.parallel.mesh import Mesh
@@ -56,7 +56,7 @@ def train(
 
     finished = distill(
         student, LiveTeacher(teacher, mesh), dims, mesh, sample, cfg,
-        Outside(log=lambda step, values: seen.update({step: values}), evaluate=evaluate),
+        Callbacks(log=lambda step, values: seen.update({step: values}), evaluate=evaluate),
         chunk_tokens=7, checkpoints=checkpoints, is_main=rank == 0, device=torch.device("cpu"), until=until,
     )  # fmt: skip
     assert finished.step == (until or CONFIG.steps)
@@ -184,7 +184,7 @@ def _grows(rank: int, world: int, root: Path) -> None:
 
     cfg = DistillConfig(steps=500, global_batch=2, log_every=50, checkpoint_every=1000, lr=1e-4)
     distill(
-        student, LiveTeacher(teacher, mesh), dims, mesh, sample, cfg, Outside(log=note),
+        student, LiveTeacher(teacher, mesh), dims, mesh, sample, cfg, Callbacks(log=note),
         chunk_tokens=7, checkpoints=root / "long", is_main=True, device=torch.device("cpu"),
     )  # fmt: skip
     early, late = resident[149], resident[499]

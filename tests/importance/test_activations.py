@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compactlm_nemo.config.score import Neurons, ScoreConfig, WidthMetric
 from compactlm_nemo.importance.activations import collect
-from compactlm_nemo.importance.score_state import Running
+from compactlm_nemo.importance.score_state import ScoreState
 from tests.importance.reference import reference
 from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
 from tests.support.ranks import run_ranks
@@ -74,7 +74,7 @@ def _matches(rank: int, world: int, layout: dict, cases: tuple[str, ...], root: 
         for neurons in Neurons if case in (*DENSE, *MIXED, *FOUR_GROUPS) else [Neurons.after]:
             cfg = ScoreConfig(samples=5, micro_batch=2, width=PAIRS, neurons=neurons)
             done: list[int] = []
-            running = Running()
+            running = ScoreState()
             for part in windows().split([3, 2]):
                 running.add(collect(model.eval(), mesh, dims, part, cfg, done.append), len(part))
             assert rank or mesh.pp_size > 1 or sum(done) == 5

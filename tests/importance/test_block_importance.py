@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.importance.block_importance import block_importance, state_cosines
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.mesh import Mesh
 from tests.support.tiny_models import VOCAB
@@ -39,7 +39,7 @@ def block_reference(model: Any, ids_NS: Tensor) -> Tensor:
     return want
 
 
-def check_blocks(model: Chunks, dims: Dims, mesh: Mesh, want: Tensor) -> None:
+def check_blocks(model: ModelChunks, dims: Dims, mesh: Mesh, want: Tensor) -> None:
     """The windows in two parts, as a run that keeps its progress measures them."""
     told: list[int] = []
     cosines = sum(

@@ -19,7 +19,7 @@ from compactlm_nemo.data.bundled import WIKI_HELDOUT, fetch_bundled
 from compactlm_nemo.importance.activations import collect
 from compactlm_nemo.importance.block_importance import block_importance, state_cosines
 from compactlm_nemo.importance.depth import lm_loss_rise, logit_mse, logit_mse_iterative
-from compactlm_nemo.importance.score_state import Running
+from compactlm_nemo.importance.score_state import ScoreState
 from compactlm_nemo.importance.taylor import Gradients, taylor_scores
 from compactlm_nemo.models import gguf
 from compactlm_nemo.training.optimizer import wrap_data_parallel
@@ -88,7 +88,7 @@ def _score(rank: int, world: int, folder: Path) -> None:
     scores: dict[str, Any] = {}
     for neurons in Neurons:
         cfg = ScoreConfig(samples=SAMPLES, micro_batch=2, width=PAIRS, neurons=neurons)
-        running = Running()
+        running = ScoreState()
         running.add(collect(model, mesh, dims, ids_NS, cfg, lambda _: None), SAMPLES)
         scores[neurons.name] = running.rankings(dims, cfg)
     cosines = state_cosines(model, mesh, dims, ids_NS, micro_batch=2, progress=lambda _: None)

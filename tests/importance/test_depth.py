@@ -16,7 +16,7 @@ from torch import Tensor
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.importance.depth import LayerSums, layer_sums, lm_loss_rise, logit_mse, logit_mse_iterative
 from compactlm_nemo.losses.linear_ce import linear_ce
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.mesh import Mesh
 from tests.importance.reference import logits_without
@@ -79,7 +79,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(
-    model: Chunks,
+    model: ModelChunks,
     dims: Dims,
     mesh: Mesh,
     windows_NS: Tensor,
@@ -136,7 +136,7 @@ def _matches(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ..
         assert (before is None and after is None) or torch.equal(before, after)
 
 
-def _check_block_losses(model: Chunks, dims: Dims, mesh: Mesh, loss: dict[tuple[int, ...], float]) -> None:
+def _check_block_losses(model: ModelChunks, dims: Dims, mesh: Mesh, loss: dict[tuple[int, ...], float]) -> None:
     """Without two and three layers side by side; where no block begins there is no number."""
     for block in (2, 3):
         rise = lm_loss_rise(measure(model, dims, mesh, windows(), frozenset(), [], block=block))
@@ -146,7 +146,7 @@ def _check_block_losses(model: Chunks, dims: Dims, mesh: Mesh, loss: dict[tuple[
         assert bool(rise[len(firsts) :].isnan().all())
 
 
-def _check_rounds(model: Chunks, dims: Dims, mesh: Mesh, want: Want) -> None:
+def _check_rounds(model: ModelChunks, dims: Dims, mesh: Mesh, want: Want) -> None:
     ran = [0]  # counted by the layers themselves
     handles = [layer.register_forward_hook(lambda *_: ran.append(ran.pop() + 1)) for layer in model.layers()]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.importance.moments import MomentCollector, MomentSource, add_outer, save_moments
-from compactlm_nemo.models.build import Chunks
-from compactlm_nemo.models.forward import Share, forward_each
+from compactlm_nemo.models.build import ModelChunks
+from compactlm_nemo.models.forward import DataParallelSamples, forward_each
 from compactlm_nemo.parallel.mesh import Mesh
 from tests.importance.reference import experts_hook
 from tests.support.meshes import COMBINED, EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
@@ -69,8 +69,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _run(collector: MomentCollector, model: Chunks, mesh: Mesh, samples: Tensor) -> None:
-    share = Share(samples, mesh, micro_batch=2)
+def _run(collector: MomentCollector, model: ModelChunks, mesh: Mesh, samples: Tensor) -> None:
+    share = DataParallelSamples(samples, mesh, micro_batch=2)
 
     def start(idx: int | None) -> None:
         collector.on_batch(0 if idx is None else int(share.counted(idx, mesh.dp_rank).sum()))

@@ -12,7 +12,7 @@ from compactlm_nemo.config.score import Aggregator, ScoreConfig, WidthMetric
 from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 from compactlm_nemo.importance.activations import collect
 from compactlm_nemo.importance.aggregators import state_of
-from compactlm_nemo.importance.score_state import Running
+from compactlm_nemo.importance.score_state import ScoreState
 from compactlm_nemo.importance.scores import FILE, Scores, load_scores, save_scores
 from tests.importance.test_activations import windows
 from tests.support.meshes import filled, mesh_of
@@ -26,7 +26,7 @@ def _resumed(rank: int, world: int, root: Path) -> None:
     mesh = mesh_of()
     dims, model = filled(root / "llama", mesh)
 
-    def measure(running: Running, parts: list[Tensor], path: Path) -> dict[str, Tensor]:
+    def measure(running: ScoreState, parts: list[Tensor], path: Path) -> dict[str, Tensor]:
         for part in parts:
             running.add(collect(model.eval(), mesh, dims, part, CFG, lambda n: None), len(part))
             running.save(path)
@@ -36,16 +36,16 @@ def _resumed(rank: int, world: int, root: Path) -> None:
     for state in collect(model.eval(), mesh, dims, parts[0], CFG, lambda n: None).values():
         for x in state:  # what a rank sends is no larger than what it holds
             assert x.untyped_storage().nbytes() == x.nbytes
-    whole = measure(Running(), parts, root / "whole")
-    measure(Running(), parts[:2], root / "stopped")
-    resumed = measure(Running.load(root / "stopped"), parts[2:], root / "stopped")
+    whole = measure(ScoreState(), parts, root / "whole")
+    measure(ScoreState(), parts[:2], root / "stopped")
+    resumed = measure(ScoreState.load(root / "stopped"), parts[2:], root / "stopped")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert (root / "whole").read_bytes() == (root / "stopped").read_bytes()
 
     with torch.no_grad():  # a neuron of layer 2: what comes before stays finite, all that comes after does not
         model[0].decoder.layers[2].mlp.linear_fc1.weight[3] = float("nan")
-    spoilt = Running()
+    spoilt = ScoreState()
     spoilt.add(collect(model, mesh, dims, parts[0], CFG, lambda n: None), 2)
     with pytest.raises(NumericsError, match="layer 2 mlp activations are NaN or infinite"):
         spoilt.check_finite(dims)
@@ -58,17 +58,17 @@ def test_going_on_gives_the_same_bits_and_nan_is_named(tmp_path):
 
 def test_it_stops_when_no_rank_moves(tmp_path):
     cfg = ScoreConfig(samples=5, stop_tolerance=0.1, stop_checks=2)
-    running = Running(samples=1, states={("depth.0", Aggregator.mean): state_of(torch.ones(1, 1))})
+    running = ScoreState(samples=1, states={("depth.0", Aggregator.mean): state_of(torch.ones(1, 1))})
     ranks, moved = torch.arange(10.0), torch.arange(10.0)
     moved[[0, 9]] = moved[[9, 0]]
     first, second = {"l2_mean.hidden": ranks, "depth.bi": ranks}, {"l2_mean.hidden": moved, "depth.bi": ranks}
-    assert not running.has_settled({}, first, cfg)  # nothing to compare with
-    assert not running.has_settled(first, first, cfg)
+    assert not running.has_converged({}, first, cfg)  # nothing to compare with
+    assert not running.has_converged(first, first, cfg)
     running.save(tmp_path / "state")
-    running = Running.load(tmp_path / "state")  # the count survives a kill
-    assert running.has_settled(first, first, cfg)
-    assert not running.has_settled(first, second, cfg) and running.settled_checks == 0
-    assert not running.has_settled(first, first, ScoreConfig(stop_tolerance=None))
+    running = ScoreState.load(tmp_path / "state")  # the count survives a kill
+    assert running.has_converged(first, first, cfg)
+    assert not running.has_converged(first, second, cfg) and running.settled_checks == 0
+    assert not running.has_converged(first, first, ScoreConfig(stop_tolerance=None))
 
 
 def test_scores_file_names_its_metrics(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.importance.taylor import Gradients, LossSum, taylor_scores
 from compactlm_nemo.losses.linear_ce import linear_ce_sum
-from compactlm_nemo.models.build import Chunks
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.optimizer import wrap_data_parallel
@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def loss_sum_of(chunks: Chunks, dims: Dims, mesh: Mesh, chunk_tokens: int = 7) -> LossSum:
+def loss_sum_of(chunks: ModelChunks, dims: Dims, mesh: Mesh, chunk_tokens: int = 7) -> LossSum:
     """Cross-entropy of a model's own output layer."""
 
     def loss_sum(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor) -> Tensor:

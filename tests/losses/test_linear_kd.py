@@ -21,7 +21,7 @@ from compactlm_nemo.errors import ConfigError, DataError
 from compactlm_nemo.losses.linear_ce import linear_ce, linear_ce_sum
 from compactlm_nemo.losses.linear_kd import LinearKD, linear_kd
 from compactlm_nemo.losses.targets import TeacherHead
-from compactlm_nemo.losses.vocabulary import Shard, blocks
+from compactlm_nemo.losses.vocabulary import VocabShard, blocks
 from compactlm_nemo.parallel.collectives import all_reduce_max, all_reduce_sum, broadcast_object, gather_objects
 from tests.losses.reference import BETA, LOSSES, SKEW, Case, ce_sums, gradients, log_softmax, loss_sum, make, rows
 from tests.support.ranks import run_ranks
@@ -349,7 +349,7 @@ def test_collectives(tmp_path: Path) -> None:
 
 def _blocks(rank: int, world: int) -> None:
     logits_NV = torch.zeros(100, 2**18)
-    rows = [block.stop - block.start for block in blocks(logits_NV, Shard(2**18 * world, 0, dist.group.WORLD))]
+    rows = [block.stop - block.start for block in blocks(logits_NV, VocabShard(2**18 * world, 0, dist.group.WORLD))]
     assert rows == ([4] * 25 if world == 1 else [100])  # 4 MiB; every block more is a message to the other ranks
 
 

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.losses.linear_kd import LinearKD, linear_kd
 from compactlm_nemo.losses.targets import TopK, top_k_targets
-from compactlm_nemo.losses.vocabulary import Shard
+from compactlm_nemo.losses.vocabulary import VocabShard
 from tests.losses.reference import Case, ce_sums, gradients, log_softmax, loss_sum, make, rows
 from tests.support.ranks import run_ranks
 
@@ -119,7 +119,7 @@ def test_a_student_that_is_sure_of_the_kept_tokens() -> None:
     assert case.weight_VH.grad[:, 0].tolist() == pytest.approx(gradient, abs=1e-7)
 
 
-def finds(case: Case, k: int, shard: Shard) -> None:
+def finds(case: Case, k: int, shard: VocabShard) -> None:
     """What is found on this shard of the vocabulary is what the whole of it says."""
     own = slice(shard.vocab_start, shard.vocab_start + ROWS // (shard.tp_group.size() if shard.tp_group else 1))
     labels_N = case.labels_N.clamp(min=0)
@@ -133,14 +133,14 @@ def finds(case: Case, k: int, shard: Shard) -> None:
 
 @pytest.mark.parametrize("k", [1, 40, VOCAB])
 def test_the_likeliest_tokens_are_found(k: int) -> None:
-    finds(make(TOKENS, VOCAB, ROWS), k, Shard(VOCAB, 0, None))
+    finds(make(TOKENS, VOCAB, ROWS), k, VocabShard(VOCAB, 0, None))
 
 
 def _tp_matches(rank: int, world: int) -> None:
     case = make(TOKENS, VOCAB, ROWS)
     targets, size = top_k(case, 5), ROWS // world
     for k in (5, 40, VOCAB):  # 40 is more than one of four ranks holds
-        finds(case, k, Shard(VOCAB, rank * size, dist.group.WORLD))
+        finds(case, k, VocabShard(VOCAB, rank * size, dist.group.WORLD))
     shard = slice(rank * size, (rank + 1) * size)
     leaf = case._replace(weight_VH=case.weight_VH[shard]).leaves()
     got = stored(leaf, targets, vocab_start=rank * size, tp_group=dist.group.WORLD)

@@ -18,7 +18,7 @@ from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.hf import export_hf, open_hf
-from compactlm_nemo.pruning.block_replacement import Bridge, bridge_weight, gaps_of, measure_bridges
+from compactlm_nemo.pruning.block_replacement import BlockReplacement, bridge_weight, gaps_of, measure_bridges
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.reconstruct import RefittedWriters
@@ -344,7 +344,9 @@ def test_a_bridge_is_weighted_least_squares(teachers):
     x, gap = seen["layers.0.mlp"], seen["h.2"] - seen["r.0"]
     root = 1 / numpy.sqrt((seen["h.2"] ** 2).mean(axis=1, keepdims=True))
 
-    bridge = Bridge(torch.from_numpy((root * x).T @ (root * x)), torch.from_numpy((root * x).T @ (root * gap)))
+    bridge = BlockReplacement(
+        torch.from_numpy((root * x).T @ (root * x)), torch.from_numpy((root * x).T @ (root * gap))
+    )
     kept = list(range(0, 80, 2))
     damping = numpy.sqrt(0.02 * ((root * x) ** 2).sum(axis=0).mean())
     rows = numpy.vstack([(root * x)[:, kept], damping * numpy.eye(40)])

@@ -16,7 +16,7 @@ from compactlm_nemo.models.build import build_model, fill
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import export_hf, open_hf
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
-from compactlm_nemo.pruning.reconstruct_sequential import Walk
+from compactlm_nemo.pruning.reconstruct_sequential import SequentialReconstruction
 from compactlm_nemo.pruning.residual_stream import Selection
 from tests.pruning.test_cut import EVERY, HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP, plan_of, student_of
 from tests.pruning.test_reconstruct import calibration
@@ -128,7 +128,7 @@ def _walk(rank: int, world: int, layout: str, root: Path) -> None:
         model = build_model(student_dims, mesh, dtype=torch.float32, vocab_multiple=8)
         fill(model, student_dims, mesh, narrow, 8)
         done: list[int] = []
-        Walk(
+        SequentialReconstruction(
             student=model, teacher=teacher.eval(), dims=student_dims, teacher_dims=dims, plan=plan_of(hidden),
             mesh=mesh, hidden=Selection(torch.tensor(hidden)), wide=wide, windows_NS=calibration(), micro_batch=2,
             ridge=RIDGE,
@@ -156,7 +156,7 @@ def _stands_still(rank: int, world: int, root: Path) -> None:
     before = [p.clone() for p in model.parameters()]
     plan = replace(plan_of(EVERY), layers=[0, 1, 2, 3])
     source = open_hf(root / "qwen3")[1]
-    Walk(
+    SequentialReconstruction(
         student=model, teacher=teacher.eval(), dims=dims, teacher_dims=dims, plan=plan, mesh=mesh,
         hidden=Selection(torch.tensor(EVERY)), wide=source, windows_NS=calibration(), micro_batch=2, ridge=RIDGE,
     ).run(lambda done: None)  # fmt: skip

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from compactlm_nemo.config.load import compose
 from compactlm_nemo.data.windows import Windows
-from compactlm_nemo.distill.stored_targets import Store, TopKRecord, decode_top_k
+from compactlm_nemo.distill.stored_targets import StoredTargets, TopKRecord, decode_top_k
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.stages.context import Run
 from compactlm_nemo.workflow.layout_checks import launch_problems
@@ -95,7 +95,7 @@ def test_all_of_the_vocabulary_stored_gives_the_loss_of_a_live_teacher(inputs, p
 
 def records(folder: Path) -> list[TopKRecord]:
     """What is stored of every sample."""
-    store = Store(folder)
+    store = StoredTargets(folder)
     return [decode_top_k(store.record(sample), LENGTH, 10) for sample in range(SAMPLES)]
 
 
@@ -184,7 +184,7 @@ def test_a_killed_cache_goes_on_to_the_same_bytes(inputs, pruned, top_k, tmp_pat
     done = commands.run(words)
     assert done.returncode == 0, done.stderr
     assert {name: (run / "targets" / name).stat().st_mtime_ns for name in written} == written
-    whole, killed = Store(top_k / "targets"), Store(run / "targets")
+    whole, killed = StoredTargets(top_k / "targets"), StoredTargets(run / "targets")
     decoded = [[decode_top_k(store.record(i), LENGTH, 10) for i in range(SAMPLES)] for store in (whole, killed)]
     for one, other in zip(*decoded, strict=True):
         assert one.ids_TK.equal(other.ids_TK)

@@ -18,7 +18,7 @@ from compactlm_nemo.config.load import compose
 from compactlm_nemo.data.windows import calibration_windows
 from compactlm_nemo.evaluation.harness import accuracy, run_tasks
 from compactlm_nemo.importance.moments import MomentSource
-from compactlm_nemo.importance.score_state import Running
+from compactlm_nemo.importance.score_state import ScoreState
 from compactlm_nemo.importance.scores import load_scores
 from tests.importance.reference import reference
 from tests.support import commands
@@ -87,11 +87,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(inputs: Path, ready: Path, scored
     seen = []
     for least in (1, 9):  # among the activations, twice
         process = commands.start(_words(inputs, run), tmp_path / "out", tmp_path / "err")
-        while process.is_alive() and (not kept.exists() or Running.load(kept).samples < least):
+        while process.is_alive() and (not kept.exists() or ScoreState.load(kept).samples < least):
             time.sleep(0.002)
         process.kill()
         process.join()
-        seen.append(Running.load(kept).samples)
+        seen.append(ScoreState.load(kept).samples)
     assert 0 < seen[0] <= seen[1] and seen[0] < 24 and not (run / "score" / "manifest.json").exists()
     status, errors = _run(_words(inputs, run))
     assert status == 0, errors
@@ -110,7 +110,7 @@ def test_killed_gradients_go_on_to_the_same_bits(inputs: Path, ready: Path, tmp_
         time.sleep(0.002)
     process.kill()
     process.join()
-    assert 4 <= Running.load(runs[1] / "scoring" / "state.safetensors").summed["taylor"] + 2 < 24
+    assert 4 <= ScoreState.load(runs[1] / "scoring" / "state.safetensors").summed["taylor"] + 2 < 24
     status, errors = _run(command(inputs, runs[1], *words, "parallel.tp=2", recipe="score"), ranks=2)
     assert status == 2 and "another parallel.tp" in errors
     status, errors = _run(command(inputs, runs[1], *words, recipe="score"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.config.parallel import ParallelConfig
-from compactlm_nemo.models.build import Chunks, build_model, fill
+from compactlm_nemo.models.build import ModelChunks, build_model, fill
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each
 from compactlm_nemo.models.hf import open_hf
@@ -59,7 +59,7 @@ def mesh_of(tp: int = 1, pp: int = 1, **layout: Any) -> Mesh:
 
 def filled(
     folder: Path, mesh: Mesh, *, dtype: torch.dtype = torch.float32, vocab_multiple: int = VOCAB_MULTIPLE
-) -> tuple[Dims, Chunks]:
+) -> tuple[Dims, ModelChunks]:
     """Architecture and Megatron model of a Hugging Face folder."""
     dims, source = open_hf(folder)
     model = build_model(dims, mesh, dtype=dtype, vocab_multiple=vocab_multiple)
@@ -67,7 +67,7 @@ def filled(
     return dims, model
 
 
-def whole_logits(model: Chunks, dims: Dims, mesh: Mesh, tokens_BS: Tensor) -> Tensor | None:
+def whole_logits(model: ModelChunks, dims: Dims, mesh: Mesh, tokens_BS: Tensor) -> Tensor | None:
     """`[B, S, vocab]` on the ranks of the last stage, through the pipeline schedule; None on the others."""
 
     def visit(_: int, hidden_SBH: Tensor) -> Tensor:

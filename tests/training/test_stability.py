@@ -16,17 +16,17 @@ from torch import Tensor
 from compactlm_nemo.config.distill import DistillConfig, Result
 from compactlm_nemo.config.loss import CROSS_ENTROPY, HiddenConfig
 from compactlm_nemo.distill import loop
-from compactlm_nemo.distill.hidden_states import HiddenLoss, pairs_of
-from compactlm_nemo.distill.loop import EVAL_LOSS, Outside, distill
+from compactlm_nemo.distill.hidden_states import HiddenStateLoss, pairs_of
+from compactlm_nemo.distill.loop import EVAL_LOSS, Callbacks, distill
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.teacher import LiveTeacher
-from compactlm_nemo.distill.teacher_correction import Corrector
+from compactlm_nemo.distill.teacher_correction import TeacherCorrection
 from compactlm_nemo.errors import ConfigError, NumericsError
-from compactlm_nemo.models.build import Chunks, global_names
+from compactlm_nemo.models.build import ModelChunks, global_names
 from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.mesh import Mesh
-from compactlm_nemo.training.checkpoint import Position
-from compactlm_nemo.training.stability import FEWEST, NonFinite, Spikes
+from compactlm_nemo.training.checkpoint import TrainState
+from compactlm_nemo.training.stability import FEWEST, LossSpikes, NonFiniteSteps
 from tests.support.meshes import filled, mesh_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import VOCAB, save_tiny
@@ -62,8 +62,8 @@ class Training:
         start_GH = torch.eye(teacher_dims.hidden_size)[:, : dims.hidden_size]
         projections = Projections(1, True, start_GH, self.cfg)
         pairs = pairs_of(hidden, teacher_dims, dims)
-        loss = HiddenLoss(hidden, pairs, self.teacher, self.student, self.mesh, projections)
-        corrector = Corrector(
+        loss = HiddenStateLoss(hidden, pairs, self.teacher, self.student, self.mesh, projections)
+        corrector = TeacherCorrection(
             self.teacher, teacher_dims, self.mesh, replace(self.cfg, loss=CROSS_ENTROPY),
             chunk_tokens=64, checkpoints=self.root / f"{name}_teacher", is_main=True,
         )  # fmt: skip
@@ -79,11 +79,11 @@ class Training:
     def weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in global_names(self.student)}
 
-    def run(self, name: str, draw: Callable[[int, Chunks], Tensor]) -> Position:
+    def run(self, name: str, draw: Callable[[int, ModelChunks], Tensor]) -> TrainState:
         return distill(
             self.student, LiveTeacher(self.teacher, self.mesh, self.on_input), self.dims, self.mesh,
             lambda idx: draw(idx, self.teacher), self.cfg,
-            Outside(log=self.log, rewind=self.rewound.append, evaluate=self.evaluate),
+            Callbacks(log=self.log, rewind=self.rewound.append, evaluate=self.evaluate),
             chunk_tokens=64, checkpoints=self.root / name, is_main=True, device=torch.device("cpu"),
             **self.beside,
         )  # fmt: skip
@@ -92,15 +92,15 @@ class Training:
         self.metrics[step] = values
 
 
-def undisturbed(idx: int, teacher: Chunks) -> Tensor:
+def undisturbed(idx: int, teacher: ModelChunks) -> Tensor:
     return sample(idx)
 
 
-def disturbing(batch: int, change: Callable[[Tensor], Tensor]) -> Callable[[int, Chunks], Tensor]:
+def disturbing(batch: int, change: Callable[[Tensor], Tensor]) -> Callable[[int, ModelChunks], Tensor]:
     """Draws as usual; while this global batch is drawn, and only then, the teacher's head is changed."""
     kept: list[Tensor] = []
 
-    def draw(idx: int, teacher: Chunks) -> Tensor:
+    def draw(idx: int, teacher: ModelChunks) -> Tensor:
         if not kept:
             kept.append(teacher.head_weight.detach().clone())
         with torch.no_grad():
@@ -140,11 +140,11 @@ def _spike_goes_back(rank: int, world: int, root: Path) -> None:
     cfg = replace(CONFIG, steps=FEWEST + 5, spike_factor=3.0)
     training = Training(root, mesh, cfg)
     end = training.run("spike", disturbing(FEWEST + 2, lambda head: head * 20))  # batch 10, of step 10
-    assert (end.step, end.given_up, end.rewinds) == (13, 2, 1)
+    assert (end.step, end.skipped_batches, end.rewinds) == (13, 2, 1)
     assert training.rewound == [9]
     assert training.metrics[12]["train/rewinds"] == 1
 
-    def passed_over(idx: int, teacher: Chunks) -> Tensor:
+    def passed_over(idx: int, teacher: ModelChunks) -> Tensor:
         batch, place = divmod(idx, CONFIG.global_batch)
         return sample((batch + 2 * (batch >= 9)) * CONFIG.global_batch + place)
 
@@ -160,20 +160,20 @@ def _spike_goes_back(rank: int, world: int, root: Path) -> None:
         hopeless.run("hopeless", disturbing(10, lambda head: head * 20))
 
 
-class _ToldAtStep5(Spikes):
-    def is_one(self, step: int, loss: float, rewinds: int) -> bool:
+class _ToldAtStep5(LossSpikes):
+    def must_rewind(self, step: int, loss: float, rewinds: int) -> bool:
         return step == 5 and rewinds == 0
 
 
 def _spike_takes_back_all_that_trains(rank: int, world: int, root: Path) -> None:
     mesh, cfg = mesh_of(), replace(CONFIG, steps=8, spike_factor=3.0)
 
-    def passed_over(idx: int, teacher: Chunks) -> Tensor:
+    def passed_over(idx: int, teacher: ModelChunks) -> Tensor:
         return sample(idx + 3 * CONFIG.global_batch * (idx >= 3 * CONFIG.global_batch))
 
     found = []
-    for name, spikes, draw in (("told", _ToldAtStep5, undisturbed), ("untold", Spikes, passed_over)):
-        loop.Spikes = spikes  # type: ignore[misc]
+    for name, spikes, draw in (("told", _ToldAtStep5, undisturbed), ("untold", LossSpikes, passed_over)):
+        loop.LossSpikes = spikes  # type: ignore[misc]
         training = Training(root, mesh, cfg)
         training.add_hidden_loss_and_corrector(name)
         before = {key: value.clone() for key, value in training.trained().items()}
@@ -221,24 +221,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_steps_in_a_row_are_counted() -> None:
-    guard = NonFinite(limit=2)
+    guard = NonFiniteSteps(limit=2)
     bad, good = {"train/loss": 1.0, "train/grad_norm": math.inf}, {"train/loss": 1.0, "train/grad_norm": 1.0}
-    assert [guard.skips(step, values) for step, values in enumerate([bad, bad, good, bad, bad])] == [
+    assert [guard.should_skip(step, values) for step, values in enumerate([bad, bad, good, bad, bad])] == [
         True, True, False, True, True,
     ]  # fmt: skip
     with pytest.raises(NumericsError, match=r"step 5: train/grad_norm is inf for the 3th step in a row.*skip_limit=2"):
-        guard.skips(5, bad)
+        guard.should_skip(5, bad)
     assert guard.skipped == 5
 
 
 def test_a_spike_is_told_by_the_median() -> None:
-    spikes = Spikes(2.0, 5, [])
-    assert not any(spikes.is_one(step, loss, 0) for step, loss in enumerate([9, 1, 1, 1, 1, 1, 1]))
-    assert not spikes.is_one(7, 100.0, 0)  # fewer than FEWEST came before
-    assert not spikes.is_one(8, 2.0, 0) and spikes.is_one(9, 2.01, 0)
-    assert not spikes.is_one(9, math.nan, 0)
+    spikes = LossSpikes(2.0, 5, [])
+    assert not any(spikes.must_rewind(step, loss, 0) for step, loss in enumerate([9, 1, 1, 1, 1, 1, 1]))
+    assert not spikes.must_rewind(7, 100.0, 0)  # fewer than FEWEST came before
+    assert not spikes.must_rewind(8, 2.0, 0) and spikes.must_rewind(9, 2.01, 0)
+    assert not spikes.must_rewind(9, math.nan, 0)
     assert list(spikes.losses) == [9, 1, 1, 1, 1, 1, 1, 100.0, 2.0]
-    assert not Spikes(None, 5, list(spikes.losses)).is_one(9, 1e9, 0)
+    assert not LossSpikes(None, 5, list(spikes.losses)).must_rewind(9, 1e9, 0)
 
 
 def test_bad_settings_are_named() -> None:
