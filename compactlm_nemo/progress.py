@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from compactlm_nemo.parallel.launch import is_main_rank
+from compactlm_nemo.parallel.world import is_main_rank
 
 
 @contextmanager

@@ -1,9 +1,8 @@
 """LM loss, size and speed of teacher, pruned and distilled model."""
 
-from compactlm_nemo.config.load import recipe
-from compactlm_nemo.workflow.runner import run_stages
+from compactlm_nemo.workflow.runner import stage_recipe
 
-main = recipe(lambda config: run_stages(config, only="evaluate"), __doc__)
+main = stage_recipe("evaluate", __doc__)
 
 if __name__ == "__main__":
     main()

@@ -1,9 +1,8 @@
 """All results of a run -> report.md and plots."""
 
-from compactlm_nemo.config.load import recipe
-from compactlm_nemo.workflow.runner import run_stages
+from compactlm_nemo.workflow.runner import stage_recipe
 
-main = recipe(lambda config: run_stages(config, only="report"), __doc__)
+main = stage_recipe("report", __doc__)
 
 if __name__ == "__main__":
     main()

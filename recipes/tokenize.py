@@ -1,9 +1,8 @@
 """Text corpora -> Megatron indexed token files."""
 
-from compactlm_nemo.config.load import recipe
-from compactlm_nemo.workflow.runner import run_stages
+from compactlm_nemo.workflow.runner import stage_recipe
 
-main = recipe(lambda config: run_stages(config, only="tokenize"), __doc__)
+main = stage_recipe("tokenize", __doc__)
 
 if __name__ == "__main__":
     main()

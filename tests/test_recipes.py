@@ -11,7 +11,7 @@ import pytest
 
 from compactlm_nemo.config.load import COMPARE, CONF, compose, compose_root, reference_markdown, schema_reference
 from compactlm_nemo.errors import CompactLMError
-from compactlm_nemo.workflow.runner import run_stages, verb
+from compactlm_nemo.workflow.runner import run_stages
 from compactlm_nemo.workflow.stage_table import STAGES, stages_of
 from tests.support import commands
 
@@ -45,7 +45,7 @@ def test_an_experiment_plans_the_published_sizes(experiment: str, capsys: pytest
     assert student == pytest.approx(want_student, abs=0.02)
     assert "ranks needed: a multiple of tp 8 x pp 1 = 8" in out
     for stage in map(STAGES.get, stages_of(config)):
-        assert re.search(rf"^{stage.name}: .*writes runs/{experiment}/{stage.folder}$", out, re.M)
+        assert re.search(rf"^{stage.name}: .*writes runs/{experiment}/{stage.writes}$", out, re.M)
 
 
 def test_bytes_of_a_stage_are_those_of_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,9 +142,9 @@ def test_help_names_every_setting() -> None:
 
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_every_verb_plans(stage: str) -> None:
-    result = commands.run(["-m", f"recipes.{verb(stage)}", *_dry("llama31_8b_to_4b_depth")])
+    result = commands.run(["-m", f"recipes.{stage}", *_dry("llama31_8b_to_4b_depth")])
     assert result.returncode == 0, result.stderr
-    assert STAGES[stage].folder in result.stdout
+    assert STAGES[stage].writes in result.stdout
 
 
 def documented_commands() -> list[str]:

@@ -300,7 +300,9 @@ def test_a_requeued_job_on_two_nodes_goes_on_to_the_end(tmp_path: Path, slurm_en
     env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
     env |= {"PYTHONPATH": str(ROOT)}
     job = subprocess.run(submit, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.strip()
-    _wait_for(lambda: (run / "training" / "checkpoints" / "latest.json").exists(), tmp_path, "checkpoint", 180)
+    _wait_for(
+        lambda: (run / "progress" / "distill" / "checkpoints" / "latest.json").exists(), tmp_path, "checkpoint", 180
+    )
     subprocess.run(["scontrol", "requeue", job], env=env, check=True)
     assert not (run / "distill" / "manifest.json").exists(), "requeued too late to show anything"
     # Slurm lets a requeued job wait two minutes; a test need not.

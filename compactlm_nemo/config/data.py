@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.errors import require
 
 
@@ -54,13 +55,13 @@ def _corpus(key: str, value: Any) -> CorpusConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    train: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = setting({})
     """Training blend, name to path, {path, weight} or {path, tokens}; calibration draws from it as well."""
-    heldout: dict[str, Any] = field(default_factory=dict)
+    heldout: dict[str, Any] = setting({})
     """Evaluation texts, name to path; none of their documents may be in `train`."""
-    sequence_length: int = 512
+    sequence_length: int = setting(512)
     """Tokens of one sample."""
-    mask_documents: bool = False
+    mask_documents: bool = setting(False)
     """Attention stays within the documents of a sample; each begins with the end-of-text token before it."""
 
     def __post_init__(self) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
+from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.config.loss import HiddenConfig, LossConfig
 from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.errors import require
@@ -19,67 +20,67 @@ class Result(Enum):
 
 @dataclass(kw_only=True)
 class DistillConfig:
-    teacher: TeacherSource = TeacherSource.live
+    teacher: TeacherSource = setting(TeacherSource.live)
     """live, or stored: what recipes.cache_teacher wrote takes its place, and no teacher is loaded; none: plain training
     on `distill.loss.cross_entropy`."""
-    teacher_tp: int | None = None
+    teacher_tp: int | None = setting(None, changes_result=False)
     """Tensor-parallel ranks of a live teacher; null takes `parallel.tp`. With another layout than the student's the
     teacher stands on a mesh of its own over the same processes."""
-    teacher_pp: int | None = None
+    teacher_pp: int | None = setting(None, changes_result=False)
     """Pipeline stages of a live teacher; null takes `parallel.pp`."""
-    steps: int = 1000
+    steps: int = setting(1000)
     """Optimizer steps."""
-    stop_after: int | None = None
+    stop_after: int | None = setting(None, changes_result=False)
     """Stop after so many of the steps, to go on in a later run; null trains to the end."""
-    global_batch: int = 8
+    global_batch: int = setting(8)
     """Samples of one step over all data-parallel ranks."""
-    micro_batch: int = 1
+    micro_batch: int = setting(1, changes_result=False)
     """Samples of one forward/backward on one rank."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0)
     """Softmax temperature of teacher and student, > 0; the loss is scaled by its square."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    hidden: HiddenConfig = field(default_factory=HiddenConfig)
-    loss_memory_mib: int | None = None
+    loss: LossConfig = setting(LossConfig())
+    hidden: HiddenConfig = setting(HiddenConfig())
+    loss_memory_mib: int | None = setting(None, changes_result=False)
     """Memory on each rank for the logits of a loss, of which so many tokens exist at once as fit; in MiB. null takes
     256, or half of the output layer's gradient where that is more."""
-    recompute: bool = False
+    recompute: bool = setting(False, changes_result=False)
     """Keep each layer's input only and run its forward pass again in backward: a third more time, less memory."""
-    overlap: bool = False
+    overlap: bool = setting(False, changes_result=False)
     """Sum gradients over data-parallel ranks during backward, and gather the new weights while the teacher runs."""
-    lr: float = 2e-4
+    lr: float = setting(2e-4)
     """Peak learning rate."""
-    min_lr: float = 4.5e-7
+    min_lr: float = setting(4.5e-7)
     """Learning rate at the end of the cosine."""
-    warmup_steps: int = 0
+    warmup_steps: int = setting(0)
     """Steps of linear warm-up from 0."""
-    weight_decay: float = 0.1
+    weight_decay: float = setting(0.1)
     """Decoupled weight decay; norms and biases are exempt."""
-    beta1: float = 0.9
+    beta1: float = setting(0.9)
     """Adam."""
-    beta2: float = 0.95
+    beta2: float = setting(0.95)
     """Adam."""
-    clip_grad: float = 1.0
+    clip_grad: float = setting(1.0)
     """Global gradient norm above which gradients are scaled down; 0 is off."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = 2
+    checkpoint_every: int = setting(200, changes_result=lambda cfg: cfg.spike_factor is not None)
+    """Steps between checkpoints, to which a loss spike goes back; the last step is always saved."""
+    keep_checkpoints: int = setting(2, changes_result=False)
     """Newest checkpoints kept."""
-    log_every: int = 1
+    log_every: int = setting(1, changes_result=False)
     """Steps between metric lines."""
-    skip_limit: int = 5
+    skip_limit: int = setting(5)
     """Steps in a row that may be skipped because a loss term or the gradient is not finite; one more ends the run."""
-    spike_factor: float | None = None
+    spike_factor: float | None = setting(None)
     """Go back to the newest checkpoint, and on with later batches, when the loss exceeds so many times the median of
     the last 32 steps; null never does."""
-    spike_limit: int = 5
+    spike_limit: int = setting(5)
     """Times that a run may go back; once more ends it."""
-    eval_every: int | None = None
+    eval_every: int | None = setting(None, changes_result=lambda cfg: cfg.result is Result.best)
     """Steps between measurements of LM loss and KL on the held-out texts; null measures at the end of the run only."""
-    eval_tokens: int = 8192
+    eval_tokens: int = setting(8192, changes_result=lambda cfg: cfg.result is Result.best)
     """Tokens of each held-out text that are measured on the way."""
-    result: Result = Result.last
+    result: Result = setting(Result.last)
     """Which weights become the student: last, or best by the held-out LM loss on the way (needs `eval_every`)."""
-    peak_tflops: float | None = None
+    peak_tflops: float | None = setting(None, changes_result=False)
     """Peak of one device in TFLOP/s, for the model FLOPs utilisation; null looks its name up."""
 
     @property

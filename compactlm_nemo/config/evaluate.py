@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.config.score import WidthMetric
 from compactlm_nemo.errors import require
 
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    tokens: int = 16384
+    tokens: int = setting(16384)
     """Held-out tokens per text (whole windows; fewer when the text is shorter)."""
-    micro_batch: int = 4
+    micro_batch: int = setting(4, changes_result=False)
     """Samples per forward pass on one rank."""
 
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] = setting([])
     """lm-eval tasks, run on teacher, pruned and distilled model as exported (needs the `eval` extra)."""
-    task_folder: str | None = None
+    task_folder: str | None = setting(None)
     """Folder with further lm-eval task files."""
-    task_limit: int | None = None
+    task_limit: int | None = setting(None)
     """Samples of each task; null takes all."""
 
     def __post_init__(self) -> None:

@@ -1,28 +1,62 @@
-"""Which settings decide a result."""
+"""What decides a result: a mark at every setting, and the settings that the marks pick out.
+
+A finished stage is skipped when what decided its result is unchanged, and refused when it differs. So each setting says
+at its field whether another value gives another result:
+
+    micro_batch: int = setting(1, changes_result=False)
+    eval_every: int | None = setting(None, changes_result=lambda cfg: cfg.result is Result.best)
+
+A stage names the sections that it reads (`Stage.settings`); the marks say which of their fields count.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
-SPEED_ONLY = {
-    "micro_batch",
-    "loss_memory_mib",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "log_every",
-    "stop_after",
-    "peak_tflops",
-    "eval_every",
-    "eval_tokens",
-    "shard_samples",
-    "recompute",
-    "overlap",
-    "teacher_tp",
-    "teacher_pp",
-}
-"""Settings that change memory, speed or output, not the result; they may differ when a run goes on."""
+if TYPE_CHECKING:
+    from compactlm_nemo.config.schema import Config
+
+T = TypeVar("T")
+ChangesResult = bool | Callable[[Any], bool]
+"""Whether a setting decides a result; where that depends on other settings, a function of its section."""
+
+MARK = "changes_result"
+
+
+def setting(default: T, *, changes_result: ChangesResult = True) -> T:
+    """Return a dataclass field with a default and a mark; mutable defaults are copied for every instance."""
+    metadata = {MARK: changes_result}
+    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
+        field: Any = dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    else:
+        field = dataclasses.field(default=default, metadata=metadata)
+    return field  # type: ignore[no-any-return]
 
 
 def result_settings(section: Any) -> dict[str, Any]:
-    """The settings of a section that decide its result."""
-    return {name: value for name, value in vars(section).items() if name not in SPEED_ONLY}
+    """Return the settings of a section that decide results, by name; sections inside it as dicts of their own."""
+    decided: dict[str, Any] = {}
+    for field in dataclasses.fields(section):
+        mark, value = field.metadata[MARK], getattr(section, field.name)
+        if mark(section) if callable(mark) else mark:
+            decided[field.name] = result_settings(value) if dataclasses.is_dataclass(value) else value
+    return decided
+
+
+def correction_settings(config: Config) -> dict[str, Any]:
+    """Return what decides how the teacher is trained while it teaches; nothing where it is not."""
+    return {"correct": result_settings(config.correction)} if config.correct.beside else {}
+
+
+def training_text(config: Config) -> dict[str, Any]:
+    """Return what decides which tokens a sample of the training blend holds, and what they see of each other."""
+    total = sum(corpus.share for corpus in config.data.train.values())
+    return {
+        "data.sequence_length": config.data.sequence_length,
+        "data.mask_documents": config.data.mask_documents,
+        "data.train": {name: [corpus.path, corpus.share / total] for name, corpus in config.data.train.items()},
+        "run.seed": config.run.seed,
+    }

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
+from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.errors import require
 
 
@@ -29,19 +30,19 @@ class HiddenConfig:
     """Pairs [teacher layer, student layer], 0-based, negative from the end; none adds no loss. The paper compares the
     third last layers, [[-3,-3]], and the embeddings of students that lost many layers."""
 
-    layers: list[list[int]] = field(default_factory=list)
+    layers: list[list[int]] = setting([])
     """Pairs of layers whose outputs are compared, behind the norm that reads them."""
-    attention: list[list[int]] = field(default_factory=list)
+    attention: list[list[int]] = setting([])
     """Pairs of layers whose attention outputs are compared."""
-    mlp_input: list[list[int]] = field(default_factory=list)
+    mlp_input: list[list[int]] = setting([])
     """Pairs of layers whose MLP inputs, behind the norm, are compared."""
-    embedding: bool = False
+    embedding: bool = setting(False)
     """Compare the embeddings too."""
-    loss: StateLoss = StateLoss.mse
+    loss: StateLoss = setting(StateLoss.mse)
     """mse: mean over channels of the squared difference. cosine: 1 - cosine."""
-    projection: Projection = Projection.shared
+    projection: Projection = setting(Projection.shared)
     """Learned map from the student's width to the teacher's: one for all pairs, one a pair, or none at equal widths."""
-    weight: float | None = None
+    weight: float | None = setting(None)
     """Weight of the sum of these losses; null takes the ratio of the logit loss to it in the step before."""
 
     def maps(self) -> dict[str, list[list[int]]]:
@@ -67,24 +68,30 @@ class HiddenConfig:
 class LossConfig:
     """Weights of the losses in their sum; 0 leaves one out. The paper's final recipe is the forward KL alone."""
 
-    forward_kl: float = 1.0
+    forward_kl: float = setting(1.0)
     """KL(teacher || student)."""
-    reverse_kl: float = 0.0
+    reverse_kl: float = setting(0.0)
     """KL(student || teacher)."""
-    jsd: float = 0.0
+    jsd: float = setting(0.0)
     """b KL(teacher || m) + (1 - b) KL(student || m), m = b teacher + (1 - b) student, b = `distill.loss.jsd_beta`."""
-    jsd_beta: float = 0.5
+    jsd_beta: float = setting(0.5)
     """Share of the teacher in the mixture of `distill.loss.jsd`."""
-    skewed_kl: float = 0.0
+    skewed_kl: float = setting(0.0)
     """KL(teacher || a teacher + (1 - a) student), a = `distill.loss.skew`."""
-    skew: float = 0.1
+    skew: float = setting(0.1)
     """Share of the teacher in the mixture of `distill.loss.skewed_kl`."""
-    mse: float = 0.0
+    mse: float = setting(0.0)
     """Mean over the vocabulary of the squared difference of the logits."""
-    cosine: float = 0.0
+    cosine: float = setting(0.0)
     """1 - the cosine of the logits."""
-    cross_entropy: float = 0.0
+    cross_entropy: float = setting(0.0)
     """Language-model loss of the student, without a teacher, at temperature 1."""
+
+    @property
+    def against_teacher(self) -> list[str]:
+        """Names of the losses that count and compare the student with a teacher."""
+        names = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "mse", "cosine")
+        return [name for name in names if getattr(self, name)]
 
     def __post_init__(self) -> None:
         names = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "mse", "cosine", "cross_entropy")

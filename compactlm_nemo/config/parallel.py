@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.errors import require
 
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    tp: int = 1
+    tp: int = setting(1, changes_result=False)
     """Tensor-parallel ranks; must divide heads, query groups and MLP width of teacher and student."""
-    sequence_parallel: bool = False
+    sequence_parallel: bool = setting(False, changes_result=False)
     """Split norms and residual stream along the sequence over the tensor-parallel ranks."""
-    pp: int = 1
+    pp: int = setting(1, changes_result=False)
     """Pipeline stages."""
-    virtual_stages: int = 1
+    virtual_stages: int = setting(1, changes_result=False)
     """Model chunks of each pipeline rank; more than 1 interleaves them and needs `parallel.pp` > 1."""
-    pp_split: list[int] = field(default_factory=list)
+    pp_split: list[int] = setting([], changes_result=False)
     """Layers of each chunk in pipeline order, as proportions ([1, 3] cuts 8 layers into 2 and 6); empty is equal."""
-    cp: int = 1
+    cp: int = setting(1, changes_result=False)
     """Context-parallel ranks: each holds a part of every sequence."""
-    ep: int = 1
+    ep: int = setting(1, changes_result=False)
     """Expert-parallel ranks; they are data-parallel ranks outside the expert layers."""
 
     def __post_init__(self) -> None:

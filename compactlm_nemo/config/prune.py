@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
+from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.errors import require
 
 
@@ -38,22 +39,22 @@ class ErrorAxis(Enum):
 
 @dataclass(kw_only=True)
 class PruneConfig:
-    candidate: int = 0
+    candidate: int = setting(0)
     """Index into candidates.json, best first; after `recipes.rank` into ranking.json."""
-    heads: HeadCut = HeadCut.cut
+    heads: HeadCut = setting(HeadCut.cut)
     """cut, or merge: removed query heads are folded into kept ones of their group, as in the paper."""
-    reconstruct: Reconstruct = Reconstruct.none
+    reconstruct: Reconstruct = setting(Reconstruct.none)
     """least_squares: maps that lose inputs are refitted on calibration data (needs `score.second_moments`)."""
-    sequential: bool = False
+    sequential: bool = setting(False)
     """Refit once more, layer by layer, on what the pruned layers before produce (needs least_squares)."""
-    ridge: float = 1e-3
+    ridge: float = setting(1e-3)
     """Ridge of the refit as a share of the mean second moment; more trusts the calibration text less."""
-    hidden: Stream = Stream.select
+    hidden: Stream = setting(Stream.select)
     """select, or rotate to principal directions first (needs least_squares and an RMSNorm model)."""
-    by_error: list[ErrorAxis] = field(default_factory=list)
+    by_error: list[ErrorAxis] = setting([])
     """Axes whose units are chosen by the error that is left after refitting, not by their scores (needs
     least_squares)."""
-    samples: int = 16
+    samples: int = setting(16)
     """Windows of the training text, apart from the calibration samples, for the zero-shot losses before and after."""
 
     def __post_init__(self) -> None:

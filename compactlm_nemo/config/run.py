@@ -7,6 +7,8 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from compactlm_nemo.config.fingerprint import setting
+
 
 class WandbMode(Enum):
     """Where W&B metrics go; `auto` is online with a login in the environment and disabled without."""
@@ -19,17 +21,17 @@ class WandbMode(Enum):
 
 @dataclass(kw_only=True)
 class RunConfig:
-    dir: str = MISSING
+    dir: str = setting(MISSING, changes_result=False)
     """Folder of this run; each stage writes its artifact into a subfolder."""
-    seed: int = 1234
+    seed: int = setting(1234)
     """Seed of calibration windows and data order."""
 
 
 @dataclass(kw_only=True)
 class WandbConfig:
-    mode: WandbMode = WandbMode.auto
+    mode: WandbMode = setting(WandbMode.auto, changes_result=False)
     """auto, disabled, offline or online."""
-    project: str = "compactlm"
+    project: str = setting("compactlm", changes_result=False)
     """W&B project."""
-    name: str | None = None
+    name: str | None = setting(None, changes_result=False)
     """Run name; null takes the name of `run.dir`."""

@@ -6,12 +6,10 @@ One schema serves all verbs, so that one experiment file describes a whole run a
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from compactlm_nemo.config.data import DataConfig
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.evaluate import EvaluateConfig
-from compactlm_nemo.config.fingerprint import result_settings
 from compactlm_nemo.config.loss import CROSS_ENTROPY, HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.parallel import ParallelConfig
@@ -56,30 +54,9 @@ class Config:
         )
 
     @property
-    def samples_settings(self) -> dict[str, Any]:
-        """What decides, of given texts, what a sample holds and sees."""
-        return {
-            "data.sequence_length": self.data.sequence_length,
-            "data.mask_documents": self.data.mask_documents,
-            "run.seed": self.run.seed,
-        }
-
-    @property
-    def training_text(self) -> dict[str, Any]:
-        """What decides which tokens a sample of the training blend holds, and what they see of each other."""
-        total = sum(corpus.share for corpus in self.data.train.values())
-        blend = {name: [corpus.path, corpus.share / total] for name, corpus in self.data.train.items()}
-        return self.samples_settings | {"data.train": blend}
-
-    @property
     def corrects_before(self) -> bool:
         """Whether the correct_teacher stage makes the teacher that teaches."""
         return self.correct.steps > 0 and not self.correct.beside
-
-    @property
-    def correcting(self) -> dict[str, Any]:
-        """What decides how the teacher is trained while it teaches, where it is."""
-        return {"correct": result_settings(self.correction)} if self.correct.beside else {}
 
     @property
     def correction(self) -> DistillConfig:

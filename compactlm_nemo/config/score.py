@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
+from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.errors import require
 
 
@@ -74,36 +75,36 @@ class Neurons(Enum):
 
 @dataclass(kw_only=True)
 class ScoreConfig:
-    samples: int = 1024
+    samples: int = setting(1024)
     """Calibration samples of `data.sequence_length` tokens (the paper: 1024)."""
-    micro_batch: int = 4
+    micro_batch: int = setting(4, changes_result=False)
     """Samples per forward pass on one rank."""
-    width: list[WidthMetric] = field(default_factory=lambda: [WidthMetric.l2_mean])
+    width: list[WidthMetric] = setting([WidthMetric.l2_mean])
     """Metrics of heads, groups, neurons, channels and experts, all from one pass; the paper's best is l2_mean."""
-    depth: list[DepthMetric] = field(default_factory=lambda: [DepthMetric.bi])
+    depth: list[DepthMetric] = setting([DepthMetric.bi])
     """Metrics of layers."""
-    neurons: Neurons = Neurons.after
+    neurons: Neurons = setting(Neurons.after)
     """Neurons before or after the activation; the paper's formula is before, its peers measure after."""
-    depth_samples: int | None = None
+    depth_samples: int | None = setting(None)
     """Samples of the metrics that leave layers out (they cost about layers / 2 passes); null takes all."""
-    iterations: int = 1
+    iterations: int = setting(1)
     """Layers that logit_mse_iterative removes one after another."""
-    task_block: int = 1
+    task_block: int = setting(1)
     """Layers in a block that `tasks` leaves out; the second paper removes one contiguous block."""
-    block_lengths: list[int] = field(default_factory=list)
+    block_lengths: list[int] = setting([])
     """Layers in the blocks that `lm_loss_blocks` leaves out, one walk for each length."""
-    second_moments: bool = False
+    second_moments: bool = setting(False)
     """Keep the input covariance of output projections and fc2 and of each norm's output, for reconstruction."""
-    expert_moments: bool = False
+    expert_moments: bool = setting(False)
     """With `score.second_moments` also those of every routed expert's fc2: experts x width^2 numbers a layer."""
-    start_from: str | None = None
+    start_from: str | None = setting(None)
     """Folder of a finished score stage on the same texts and seed whose samples count as measured: with a larger
     `score.samples` only the further ones are run. Activation metrics only."""
-    save_every: int = 256
+    save_every: int = setting(256)
     """Samples after which progress is kept; a killed run goes on from there."""
-    stop_tolerance: float | None = None
+    stop_tolerance: float | None = setting(None)
     """Stop early when no axis has moved by more than this (1 - Kendall's tau) between two saves; null never stops."""
-    stop_checks: int = 3
+    stop_checks: int = setting(3)
     """Saves in a row that must be within `score.stop_tolerance`."""
 
     def __post_init__(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.config.score import DepthMetric, WidthMetric
 from compactlm_nemo.errors import require
 
@@ -12,56 +13,56 @@ from compactlm_nemo.errors import require
 class SearchConfig:
     """Space and budget. An empty axis keeps the teacher's value."""
 
-    layers: list[int] = field(default_factory=list)
+    layers: list[int] = setting([])
     """Numbers of layers to try."""
-    heads: list[int] = field(default_factory=list)
+    heads: list[int] = setting([])
     """Numbers of query heads to try: multiples of the query groups, with at most the teacher's heads in each."""
-    groups: list[int] = field(default_factory=list)
+    groups: list[int] = setting([])
     """Numbers of query groups to try; whole groups are cut with their keys and values."""
-    ffn: list[int] = field(default_factory=list)
+    ffn: list[int] = setting([])
     """MLP widths to try; of a model with experts the width of one."""
-    hidden: list[int] = field(default_factory=list)
+    hidden: list[int] = setting([])
     """Hidden sizes to try."""
-    experts: list[int] = field(default_factory=list)
+    experts: list[int] = setting([])
     """Numbers of experts to try, at least as many as a token is sent to."""
-    shared_expert_ffn: list[int] = field(default_factory=list)
+    shared_expert_ffn: list[int] = setting([])
     """Widths of the expert that sees every token to try."""
-    ffn_multiples: list[float] = field(default_factory=list)
+    ffn_multiples: list[float] = setting([])
     """MLP widths as multiples of the hidden size; excludes `search.ffn`."""
-    multiples: dict[str, int] = field(default_factory=dict)
+    multiples: dict[str, int] = setting({})
     """Axis to step: every multiple of it is tried that `parallel.tp` can split, as in `search.multiples.hidden=64`;
     excludes values of that axis."""
-    divisors: list[str] = field(default_factory=list)
+    divisors: list[str] = setting([])
     """Axes of which every divisor of the teacher's value is tried that `parallel.tp` can split; excludes values of that
     axis."""
-    smallest: float = 0.5
+    smallest: float = setting(0.5)
     """Share of the teacher's value at which `search.multiples` and `search.divisors` begin; they end at that value."""
-    params: float | None = None
+    params: float | None = setting(None)
     """Target parameter count, within `search.band`; null sets no target."""
-    non_embedding_params: float | None = None
+    non_embedding_params: float | None = setting(None)
     """Target count of parameters outside embedding and output layer, within `search.band`."""
-    active_params: float | None = None
+    active_params: float | None = setting(None)
     """Target count of parameters that a token uses, within `search.band`."""
-    memory_bytes: float | None = None
+    memory_bytes: float | None = setting(None)
     """Most bytes of weights and of keys and values of `search.batch` sequences of `search.context` tokens."""
-    flops: float | None = None
+    flops: float | None = setting(None)
     """Most forward FLOPs of a token at `search.context` tokens."""
-    latency_ms: float | None = None
+    latency_ms: float | None = setting(None)
     """Most milliseconds of a forward pass over `search.batch` sequences of `search.context` tokens in this layout, from
     layers timed on the present device."""
-    band: float = 0.05
+    band: float = setting(0.05)
     """Accepted relative distance from a target."""
-    batch: int = 1
+    batch: int = setting(1)
     """Sequences of the memory and latency budgets."""
-    context: int = 2048
+    context: int = setting(2048)
     """Tokens of a sequence of the memory, FLOPs and latency budgets."""
-    bytes_per_value: int = 2
+    bytes_per_value: int = setting(2)
     """Bytes of a weight, key or value in the memory budget."""
-    top: int = 0
+    top: int = setting(0)
     """Best candidates that are cut in memory and ranked again by their zero-shot loss; 0 trusts the prediction."""
-    width: WidthMetric | None = None
+    width: WidthMetric | None = setting(None)
     """Which of `score.width` ranks units; null takes the first."""
-    depth: DepthMetric | None = None
+    depth: DepthMetric | None = setting(None)
     """Which of `score.depth` ranks layers; null takes the first."""
 
     def __post_init__(self) -> None:

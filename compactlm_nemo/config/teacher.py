@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.errors import require
 
 
@@ -27,16 +28,16 @@ class StoredKind(Enum):
 class CacheConfig:
     """What `recipes.cache_teacher` stores for a run with `distill.teacher=stored`."""
 
-    kind: StoredKind = StoredKind.top_k
+    kind: StoredKind = setting(StoredKind.top_k)
     """top_k: probabilities of the likeliest tokens and of the rest. hidden: final hidden states as they are, from which
     every loss is computed as with a live teacher."""
-    k: int = 64
+    k: int = setting(64)
     """Tokens of `cache.kind=top_k`; one more outcome stands for the rest of the vocabulary."""
-    samples: int | None = None
+    samples: int | None = setting(None)
     """Samples of the training order to store; null stores `distill.steps` x `distill.global_batch`."""
-    shard_samples: int = 256
+    shard_samples: int = setting(256, changes_result=False)
     """Samples in a file."""
-    micro_batch: int = 4
+    micro_batch: int = setting(4, changes_result=False)
     """Samples per forward pass on one rank."""
 
     def __post_init__(self) -> None:
@@ -50,15 +51,15 @@ class CorrectConfig:
     """Training of the teacher on the distillation's data before it teaches (`recipes.correct_teacher`) or meanwhile;
     what is not here is as in `distill`. The paper: 120 steps of warm-up to a fifth of the teacher's own peak rate."""
 
-    steps: int = 0
+    steps: int = setting(0)
     """Optimizer steps; 0 leaves the teacher as it is."""
-    beside: bool = False
+    beside: bool = setting(False)
     """Train the teacher while it teaches, on each batch after it was taught, instead of before."""
-    lr: float = 2e-5
+    lr: float = setting(2e-5)
     """Peak learning rate."""
-    min_lr: float = 0.0
+    min_lr: float = setting(0.0)
     """Learning rate at the end of the cosine."""
-    warmup_steps: int = 120
+    warmup_steps: int = setting(120)
     """Steps of linear warm-up from 0; at most half of `correct.steps` are taken."""
 
     def at_most(self, steps: int) -> CorrectConfig:

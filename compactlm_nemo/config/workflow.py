@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.errors import require
 
 
@@ -11,9 +12,9 @@ from compactlm_nemo.errors import require
 class RoundsConfig:
     """Iterative pruning (`recipes.rounds`)."""
 
-    count: int = 2
+    count: int = setting(2, changes_result=False)
     """Rounds of score and prune; 1 is what recipes.compress does."""
-    steps: int = 0
+    steps: int = setting(0, changes_result=False)
     """Optimizer steps of distillation after each round but the last, which trains `distill.steps`; 0 is none."""
 
     def __post_init__(self) -> None:
@@ -25,13 +26,13 @@ class RoundsConfig:
 class RankConfig:
     """Short distillation of the best candidates, which decides between them (`recipes.rank`)."""
 
-    candidates: int = 0
+    candidates: int = setting(0, changes_result=False)
     """Candidates to train, best first; 0 takes the first of candidates.json without."""
-    steps: int = 400
+    steps: int = setting(400, changes_result=False)
     """Optimizer steps of each; the learning rate falls over these. The paper trains 400, and ranks settle near 300."""
-    halving: int = 0
+    halving: int = setting(0, changes_result=False)
     """Times that the worse half is dropped on the way, at 1/2, 1/4, ... of the steps from the end; 0 trains all."""
-    only: int | None = None
+    only: int | None = setting(None, changes_result=False)
     """Train this candidate alone and rank nothing: one task of a Slurm array. Needs `rank.halving=0`."""
 
     def __post_init__(self) -> None:

@@ -19,71 +19,21 @@ from __future__ import annotations
 import math
 from collections import deque
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compactlm_nemo.config.loss import HiddenConfig, Projection, StateLoss
+from compactlm_nemo.config.loss import HiddenConfig, StateLoss
+from compactlm_nemo.distill.layer_pairs import LayerPair, Place
 from compactlm_nemo.distill.projections import Projections
-from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.build import ModelChunks
-from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import all_gather_objects, move, world_sum
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.mesh import Mesh
 
 ALPHA = "train/hidden_alpha"
-
-
-class Place(NamedTuple):
-    """Where a state is: behind layer `layer` and the norm that reads it, or inside that layer."""
-
-    kind: str
-    """`layers`, `attention`, `mlp_input` or `embedding`."""
-    layer: int
-
-
-class Pair(NamedTuple):
-    """Places of teacher and student that are compared."""
-
-    teacher: Place
-    student: Place
-
-    @property
-    def name(self) -> str:
-        """W&B name of the pair's loss."""
-        kind, layer = self.teacher
-        return f"train/hidden_{kind}" + ("" if kind == "embedding" else f"_{layer}_{self.student.layer}")
-
-
-def pairs_of(cfg: HiddenConfig, teacher: Dims, student: Dims) -> list[Pair]:
-    """The pairs that the settings name, with negative layers counted from the end.
-
-    Raises:
-        ConfigError: a layer that a model does not have, or widths that need a projection.
-    """
-    pairs = [Pair(Place("embedding", 0), Place("embedding", 0))] if cfg.embedding else []
-    for kind, maps in cfg.maps().items():
-        for teacher_layer, student_layer in maps:
-            layers = []
-            for who, dims, layer in (("teacher", teacher, teacher_layer), ("student", student, student_layer)):
-                if not -dims.num_layers <= layer < dims.num_layers:
-                    raise ConfigError(
-                        f"distill.hidden.{kind}: layer {layer} must be one of the {who}'s {dims.num_layers} "
-                        f"(0 to {dims.num_layers - 1}, or -1 to -{dims.num_layers} from the end)."
-                    )
-                layers.append(layer % dims.num_layers)
-            pairs.append(Pair(Place(kind, layers[0]), Place(kind, layers[1])))
-    if twice := {pair.name for pair in pairs if pairs.count(pair) > 1}:
-        raise ConfigError(f"distill.hidden names {min(twice).removeprefix('train/hidden_')} twice; leave one out.")
-    if pairs and cfg.projection is Projection.none and teacher.hidden_size != student.hidden_size:
-        raise ConfigError(
-            f"distill.hidden.projection=none needs equal widths, not {teacher.hidden_size} and {student.hidden_size}; "
-            "use shared."
-        )
-    return pairs
 
 
 def places_of(chunks: ModelChunks) -> dict[Place, Any]:
@@ -147,7 +97,7 @@ class HiddenStateLoss:
     def __init__(
         self,
         cfg: HiddenConfig,
-        pairs: list[Pair],
+        pairs: list[LayerPair],
         teacher: ModelChunks,
         student: ModelChunks,
         mesh: Mesh,

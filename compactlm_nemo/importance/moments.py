@@ -45,8 +45,8 @@ from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum, barrier
 from compactlm_nemo.parallel.devices import device
-from compactlm_nemo.parallel.launch import is_main_rank
 from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.parallel.world import is_main_rank
 
 TOKENS = "tokens"
 FINAL_NORM = "final_norm"

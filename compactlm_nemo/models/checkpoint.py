@@ -19,10 +19,8 @@ from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
+from compactlm_nemo.models.source import WEIGHTS, find_weights
 from compactlm_nemo.parallel.mesh import Mesh
-
-WEIGHTS = "weights"
-"""Subfolder of a model folder with the distributed checkpoint; `model.json` and `hf/` stand beside it."""
 
 
 def sharding_metadata(mesh: Mesh) -> dict[str, Any]:
@@ -109,12 +107,6 @@ def read_box(
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
     return buffer
-
-
-def find_weights(folder: Path) -> Path | None:
-    """The `torch_dist` folder in a model folder: ours and NeMo 2's `weights`, Megatron-Bridge's newest `iter_*`."""
-    candidates = [folder / WEIGHTS, folder, *sorted(folder.glob("iter_*"), reverse=True)]
-    return next((path for path in candidates if (path / ".metadata").is_file()), None)
 
 
 # Transformer Engine keeps a norm's weight in the linear layer that follows it.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from compactlm_nemo.errors import CheckpointError
 
@@ -29,6 +29,19 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_CONFIG = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "rope.dimension_count": "head_dim",
+    "rope.freq_base": "rope_theta",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "context_length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+}
+"""Key of a llama's GGUF file -> key of its Hugging Face config."""
 
 
 def undo_rope_interleaving(weight: Tensor, heads: int) -> Tensor:
@@ -40,15 +53,39 @@ def undo_rope_interleaving(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def read(path: Path) -> tuple[Any, Any]:
-    """The open file and its transformers config; CheckpointError unless it is a llama that can be converted."""
+def _open(path: Path) -> Any:
     import gguf
-    from transformers import AutoConfig
 
     try:
-        reader = gguf.GGUFReader(path)
+        return gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError) as error:
         raise CheckpointError(f"model.source={path} is not a readable GGUF file: {error}") from None
+
+
+def config_values(path: Path) -> dict[str, Any] | None:
+    """Return what the file's Hugging Face config would say of its sizes; None where `read` has to complain."""
+    try:
+        reader = _open(path)
+    except CheckpointError:
+        return None
+    if _field(reader, "general.architecture") != "llama" or _field(reader, "llama.rope.scaling.type"):
+        return None
+    values = {name: _field(reader, f"llama.{key}") for key, name in _CONFIG.items()}
+    if None in values.values():
+        return None
+    return values | {
+        "model_type": "llama",
+        "rms_norm_eps": round(values["rms_norm_eps"], 12),
+        "tie_word_embeddings": "output.weight" not in {tensor.name for tensor in reader.tensors},
+    }
+
+
+def read(path: Path) -> tuple[Any, Any]:
+    """The open file and its transformers config; CheckpointError unless it is a llama that can be converted."""
+    import torch
+    from transformers import AutoConfig
+
+    reader = _open(path)
     architecture = _field(reader, "general.architecture")
     if architecture != "llama":
         raise CheckpointError(f"model.source={path}: GGUF architecture {architecture} is not supported; only llama is.")
@@ -67,6 +104,8 @@ def read(path: Path) -> tuple[Any, Any]:
 def convert(path: Path, folder: Path) -> None:
     """Write `path` as a Hugging Face folder in float32. Only the llama architecture is supported."""
     import gguf
+    import torch
+    from safetensors.torch import save_file
     from transformers import AutoTokenizer, GenerationConfig
 
     reader, config = read(path)

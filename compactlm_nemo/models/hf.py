@@ -16,6 +16,7 @@ from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import FAMILIES, dims_of, hf_names, hf_shapes, parameter_shapes, resized
+from compactlm_nemo.models.source import HF_ASSETS
 
 SHARD_BYTES = 4 * 2**30
 """A safetensors file is closed when it reaches this size."""
@@ -134,25 +135,18 @@ def open_hf(folder: Path) -> tuple[Dims, HFSource]:
     return dims, HFSource(folder, dims)
 
 
-COMPANIONS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
-"""Files that travel with a model from import to export."""
-
-
-def copy_companions(source: Path, target: Path) -> None:
+def copy_hf_assets(source: Path, target: Path) -> None:
     """Copy config, tokenizer and generation settings, not the weights."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in COMPANIONS:
+    for name in HF_ASSETS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
-def export_hf(companions: Path, folder: Path, dims: Dims, source: ParameterSource, dtype: torch.dtype) -> int:
+def export_hf(hf_assets: Path, folder: Path, dims: Dims, source: ParameterSource, dtype: torch.dtype) -> int:
     """Write a Hugging Face folder from a source and return the number of parameters in the written files."""
-    copy_companions(companions, folder)
-    config = resized(read_config(companions), dims)
+    copy_hf_assets(hf_assets, folder)
+    config = resized(read_config(hf_assets), dims)
     config.dtype = dtype
     config.save_pretrained(folder)
     shards: list[dict[str, Tensor]] = [{}]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def split_layers(num_layers: int, layout: ParallelConfig) -> list[int]:
@@ -39,6 +40,8 @@ def context_positions(length: int, rank: int, size: int) -> Tensor:
     The sequence is cut into `2 size` parts and rank r holds parts r and `2 size - 1 - r`, which gives every rank the
     same work under a causal mask. Megatron's rotary embedding and Transformer Engine's attention expect the same cut.
     """
+    import torch  # here, because the rules of layouts are read before anything heavy is loaded
+
     half = length // 2
     parts = torch.arange(2 * size * half).view(2 * size, half)
     return torch.cat([parts[rank], parts[2 * size - 1 - rank]])

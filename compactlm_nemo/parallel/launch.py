@@ -16,6 +16,7 @@ from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.host import use_cpu
+from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 
 if TYPE_CHECKING:
     from compactlm_nemo.parallel.mesh import Mesh
@@ -24,20 +25,6 @@ if TYPE_CHECKING:
 MAIN_RANK_WORK = timedelta(hours=12)
 """How long ranks wait for work of the main rank alone (tokenising, tasks). Training has Megatron's own groups, whose
 timeout is 30 minutes."""
-
-
-def launch_world_size() -> int:
-    """Number of processes that torchrun started, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launch_rank() -> int:
-    """Global rank of this process, 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_main_rank() -> bool:
-    return launch_rank() == 0
 
 
 @contextmanager

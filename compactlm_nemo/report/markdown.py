@@ -47,7 +47,7 @@ def table_rows(run_dir: Path) -> list[dict[str, Any]]:
     return table
 
 
-def _write(run_dir: Path, folder: Path) -> None:
+def write_report(run_dir: Path, folder: Path) -> None:
     metrics = [json.loads(line) for line in (run_dir / "distill" / METRICS).read_text().splitlines()]
     plot_loss_curve(metrics, folder / "loss.png")
     points = [
@@ -94,9 +94,9 @@ def _search(run_dir: Path, folder: Path) -> list[str]:
     if ranked:
         curves = {int(path.parts[-3]): _losses(path) for path in sorted(ranking.parent.glob(f"*/distill/{METRICS}"))}
         curves |= {
-            int(path.parts[-3]): _losses(path)
-            for path in sorted(ranking.parent.glob(f"*/training/{METRICS}"))
-            if int(path.parts[-3]) not in curves
+            int(path.parts[-4]): _losses(path)
+            for path in sorted(ranking.parent.glob(f"*/progress/distill/{METRICS}"))
+            if int(path.parts[-4]) not in curves
         }
         labels = {index: shape_label(candidates[index]) for index in curves}
         plot_rank_curves(curves, labels, folder / "ranks.png")

@@ -1,4 +1,4 @@
-"""A configuration on a mesh: where its folders are, and the models and tokens in them."""
+"""What a stage is given: settings on a mesh, the artifacts that it declared, and progress that resumes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,114 @@ from compactlm_nemo.models.checkpoint import load_model, save_model
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.devices import device
-from compactlm_nemo.parallel.launch import is_main_rank, main_rank_writes
+from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.parallel.world import is_main_rank
 from compactlm_nemo.progress import progress_bar
+from compactlm_nemo.stages.stage import Stage
+
+MODEL = "model.json"
+
+
+HF = "hf"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings on a mesh, for one stage."""
+
+    config: Config
+    mesh: Mesh
+    stage: Stage
+
+    def path(self, artifact: str) -> Path:
+        """Return the folder of an artifact, which the stage must have declared."""
+        if artifact not in (*self.stage.artifacts(self.config), self.stage.writes):
+            raise ValueError(f"stage {self.stage.name} does not declare that it reads {artifact}; add it to `reads`.")
+        return Path(self.config.run.dir) / artifact
+
+    def fingerprint(self, artifact: str) -> str:
+        """Return the fingerprint of a finished artifact."""
+        fingerprint: str = read_manifest(self.path(artifact))["fingerprint"]
+        return fingerprint
+
+    @property
+    def progress(self) -> Path:
+        """Folder of the stage's unfinished work."""
+        return Path(self.config.run.dir) / "progress" / self.stage.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.model.precision is Precision.bf16 else torch.float32
+
+    @property
+    def teaching_artifact(self) -> str:
+        """Artifact whose model teaches."""
+        return "corrected" if self.config.corrects_before else "teacher"
+
+    def dims(self, artifact: str) -> Dims:
+        """Return the architecture of an artifact's model."""
+        return Dims.load(self.path(artifact) / MODEL)
+
+    def build(self, dims: Dims) -> ModelChunks:
+        """Return this rank's part of a model of this run, weights not yet meaningful."""
+        model = build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=self.config.model.vocab_multiple)
+        if self.config.data.mask_documents:
+            for chunk in model:
+                chunk.document_end = end_of_text(self.path("teacher") / HF)
+        return model
+
+    def chunk_tokens(self, dims: Dims) -> int:
+        """Return how many tokens' logits `distill.loss_memory_mib` has room for."""
+        rows = dims.padded_vocab(self.mesh.tp_size, self.config.model.vocab_multiple) // self.mesh.tp_size
+        return chunk_tokens(self.config.distill.loss_memory_mib, rows, dims.hidden_size)
+
+    def load(self, artifact: str) -> ModelChunks:
+        """Return an artifact's model on this run's mesh."""
+        model = self.build(self.dims(artifact))
+        load_model(self.path(artifact), model, self.mesh)
+        return model
+
+    def save(self, folder: Path, model: ModelChunks, dims: Dims) -> None:
+        """Write a model as an artifact. Collective."""
+        if is_main_rank():
+            dims.save(folder / MODEL)
+        save_model(folder, model, self.mesh)
+
+    def unit_scores(self) -> dict[str, torch.Tensor]:
+        """Return the scores that decide the cut, of this run's teacher."""
+        scores = load_scores(self.path("score"))
+        if scores.about.get("model") != self.fingerprint("teacher"):
+            raise CheckpointError(f"{self.path('score')} holds scores of another model; delete it and score again.")
+        return scores.ranking(self.config.search.width, self.config.search.depth)
+
+    def open_progress(self, settings: dict[str, Any]) -> Path:
+        """Return the folder of unfinished work; refuse to continue work that was started with other settings."""
+        path, text = self.progress / "settings.json", json.dumps(settings, sort_keys=True)
+        with main_rank_writes() as writes:
+            if writes and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                atomic_write_text(path, text)
+        started: dict[str, Any] = broadcast_object(json.loads(path.read_text()) if is_main_rank() else {})
+        if differing := differences(started, json.loads(text)):
+            raise ConfigError(
+                f"{self.progress} holds unfinished work with another {differing[0]}; choose another run.dir or delete "
+                f"{self.progress}."
+            )
+        return self.progress
+
+    def train_prefixes(self) -> list[tuple[Path, float]]:
+        """Return token files and share of every training corpus."""
+        return [(self.token_prefix(f"train.{name}"), corpus.share) for name, corpus in self.config.data.train.items()]
+
+    def token_prefix(self, corpus: str) -> Path:
+        """Return where the tokens of a corpus are: its own Megatron files, or those of the tokenize stage."""
+        configured = self.config.data.corpora()[corpus]
+        return Path(configured.path) if configured.is_tokenised else self.path("tokens") / corpus
 
 
 def validation_loss(run: Run, model: ModelChunks, dims: Dims, label: str) -> float:
-    """LM loss in nats on windows of the training text that come after the calibration samples. Collective."""
+    """Return the LM loss in nats on windows of the training text after the calibration samples. Collective."""
     config = run.config
     windows_NT = validation_windows(
         run.train_prefixes(), config.score.samples, config.prune.samples, config.data.sequence_length, config.run.seed
@@ -44,87 +145,3 @@ def validation_loss(run: Run, model: ModelChunks, dims: Dims, label: str) -> flo
             chunk_tokens=run.chunk_tokens(dims),
             progress=advance,
         ).loss_nats
-
-
-MODEL = "model.json"
-
-
-HF = "hf"
-
-
-@dataclass(frozen=True)
-class Run:
-    """A configuration on a mesh."""
-
-    config: Config
-    mesh: Mesh
-
-    @property
-    def dir(self) -> Path:
-        return Path(self.config.run.dir)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.config.model.precision is Precision.bf16 else torch.float32
-
-    @property
-    def teacher(self) -> str:
-        """The stage whose model teaches."""
-        return "corrected" if self.config.corrects_before else "teacher"
-
-    def dims(self, stage: str) -> Dims:
-        return Dims.load(self.dir / stage / MODEL)
-
-    def build(self, dims: Dims) -> ModelChunks:
-        """This rank's part of a model of this run, weights not yet meaningful."""
-        model = build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=self.config.model.vocab_multiple)
-        if self.config.data.mask_documents:
-            for chunk in model:
-                chunk.document_end = end_of_text(self.dir / "teacher" / HF)
-        return model
-
-    def chunk_tokens(self, dims: Dims) -> int:
-        """Tokens whose logits `distill.loss_memory_mib` has room for."""
-        rows = dims.padded_vocab(self.mesh.tp_size, self.config.model.vocab_multiple) // self.mesh.tp_size
-        return chunk_tokens(self.config.distill.loss_memory_mib, rows, dims.hidden_size)
-
-    def load(self, stage: str) -> ModelChunks:
-        """The model that a stage made, on this run's mesh."""
-        model = self.build(self.dims(stage))
-        load_model(self.dir / stage, model, self.mesh)
-        return model
-
-    def save(self, folder: Path, model: ModelChunks, dims: Dims) -> None:
-        if is_main_rank():
-            dims.save(folder / MODEL)
-        save_model(folder, model, self.mesh)
-
-    def ranking(self) -> dict[str, torch.Tensor]:
-        """The scores that decide the cut, of this run's teacher."""
-        scores, teacher = load_scores(self.dir / "score"), read_manifest(self.dir / "teacher")["fingerprint"]
-        if scores.about.get("model") != teacher:
-            raise CheckpointError(f"{self.dir / 'score'} holds scores of another model; delete it and score again.")
-        return scores.ranking(self.config.search.width, self.config.search.depth)
-
-    def train_prefixes(self) -> list[tuple[Path, float]]:
-        return [(self.token_prefix(f"train.{name}"), corpus.share) for name, corpus in self.config.data.train.items()]
-
-    def token_prefix(self, corpus: str) -> Path:
-        """Where the tokens of a corpus are: its own Megatron files, or those the tokenize stage made."""
-        configured = self.config.data.corpora()[corpus]
-        return Path(configured.path) if configured.is_tokenised else self.dir / "tokens" / corpus
-
-
-def open_progress(state: Path, settings: dict[str, Any]) -> None:
-    """Refuse to continue work in `state` that was started with other settings."""
-    text = json.dumps(settings, sort_keys=True)
-    with main_rank_writes() as writes:
-        if writes and not (state / "settings.json").exists():
-            state.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(state / "settings.json", text)
-    old: dict[str, Any] = broadcast_object(json.loads((state / "settings.json").read_text()) if is_main_rank() else {})
-    new = json.loads(text)
-    if differing := differences(old, new):
-        raise ConfigError(
-            f"{state} holds unfinished work with another {differing[0]}; choose another run.dir or delete {state}."
-        )

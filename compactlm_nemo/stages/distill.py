@@ -1,227 +1,52 @@
-"""The distill stage: teacher, student and tokens become a trained student.
-
-Training state lives in `run.dir/training` and `run.dir/correcting` until the end, so a killed run goes on from its
-newest checkpoint.
-"""
+"""The distill stage: teacher, student and tokens become a trained student."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from compactlm_nemo.artifacts import read_manifest, settings_of
-from compactlm_nemo.config.distill import DistillConfig
-from compactlm_nemo.config.fingerprint import result_settings
-from compactlm_nemo.config.loss import Projection
+from compactlm_nemo.config.fingerprint import correction_settings, result_settings, training_text
 from compactlm_nemo.config.prune import Stream
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import StoredKind, TeacherSource
-from compactlm_nemo.data.windows import Windows, heldout_windows
-from compactlm_nemo.distill.heldout_kl import evaluate_kd_loss
-from compactlm_nemo.distill.hidden_states import HiddenStateLoss, pairs_of
-from compactlm_nemo.distill.loop import EVAL_LOSS, Callbacks, distill
-from compactlm_nemo.distill.projections import Projections
-from compactlm_nemo.distill.stored_targets import StoredTargets
-from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, OwnMeshTeacher, StoredHidden, StoredTopK, Teacher
-from compactlm_nemo.distill.teacher_correction import TeacherCorrection
+from compactlm_nemo.distill.layer_pairs import layer_pairs
 from compactlm_nemo.errors import ConfigError
-from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
-from compactlm_nemo.losses.logit_losses import weighted_losses
-from compactlm_nemo.models.build import ModelChunks, tp_share
-from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.parallel.devices import device, device_name, peak_tflops
-from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, main_rank_writes, second_mesh
-from compactlm_nemo.pruning.plan import PLAN, Plan
-from compactlm_nemo.search.cost import flops_per_token_forward
-from compactlm_nemo.stages.context import Run, open_progress, validation_loss
-from compactlm_nemo.training.checkpoint import latest_step
-from compactlm_nemo.training.tracker import METRICS, Tracker
+from compactlm_nemo.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from compactlm_nemo.stages.context import Run
 
 
-def train(run: Run, folder: Path) -> dict[str, Any] | None:
-    """Teacher + student + tokens -> trained student.
-
-    None when `distill.stop_after` ends it earlier.
-    """
-    return _train(run, folder, run.config.distill, source="student", state=run.dir / "training")
+def artifacts_of_teacher(config: Config) -> tuple[str, ...]:
+    """Return what teaches in place of the imported teacher."""
+    stored = ("targets",) if config.distill.teacher is TeacherSource.stored else ()
+    return (("corrected",) if config.corrects_before else ()) + stored
 
 
-def _train(run: Run, folder: Path, cfg: DistillConfig, *, source: str, state: Path) -> dict[str, Any] | None:
-    """Train the model that stage `source` made, as `cfg` says; None when that ends before its last step."""
-    config = run.config
-    open_progress(
-        state,
-        settings_of(
-            {
-                "distill": result_settings(cfg),
-                source: read_manifest(run.dir / source)["fingerprint"],
-            }
-            | config.training_text
-            | _teaches(run, cfg)
-            | config.correcting
-        ),
-    )
-    dims = run.dims(source)
-    samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
-    student, teacher = run.load(source), _teacher(run, cfg)
-    start = latest_step(state / "checkpoints") or 0
-    shown = settings_of(asdict(config))
-    with Tracker(state, config.wandb, shown, is_main_rank(), cfg.steps, start_step=start) as tracker:
-        end = distill(
-            student,
-            teacher,
-            dims,
-            run.mesh,
-            samples.sample,
-            cfg,
-            Callbacks(
-                log=tracker.log,
-                rewind=tracker.rewind,
-                evaluate=_heldout_metrics(run, student, dims, teacher),
-                speed=_speed(run, dims, cfg),
-            ),
-            chunk_tokens=run.chunk_tokens(dims),
-            checkpoints=state / "checkpoints",
-            is_main=is_main_rank(),
-            device=device(),
-            until=cfg.stop_after,
-            hidden_loss=_hidden_loss(run, cfg, student, teacher),
-            corrector=_corrector(run, teacher, state),
-        )
-    if end.step < cfg.steps:
-        return None
-    run.save(folder, student, dims)
-    with main_rank_writes() as writes:
-        if writes:
-            shutil.copyfile(state / METRICS, folder / METRICS)
-    return {
-        "tokens": cfg.num_samples * config.data.sequence_length,
-        "best_step": end.best_step,
-        "loss": validation_loss(run, student, dims, source),
-    }
+def models_in_memory(config: Config) -> tuple[str, ...]:
+    """Return the teacher, if one runs beside the student, and the student, which is trained."""
+    if config.correct.beside:
+        return ("teacher_training", "student_training")
+    return ("teacher", "student_training") if config.distill.teacher is TeacherSource.live else ("student_training",)
 
 
-def _teaches(run: Run, cfg: DistillConfig) -> dict[str, str]:
-    """Whose word the student is taught."""
-    stage = {TeacherSource.live: run.teacher, TeacherSource.stored: "targets"}.get(cfg.teacher)
-    return {"taught by": read_manifest(run.dir / stage)["fingerprint"]} if stage else {}
+def distill_problems(config: Config, models: list[Dims]) -> list[str]:
+    """Return the broken rules between the training, its losses and its teacher."""
+    cfg, problems = config.distill, []
+    if cfg.global_batch % cfg.micro_batch:
+        problems.append(f"distill.micro_batch={cfg.micro_batch} must divide distill.global_batch={cfg.global_batch}.")
+    return problems + _stored_problems(config) + _hidden_loss_problems(config, models) + _beside_problems(config)
 
 
-def _teacher(run: Run, cfg: DistillConfig) -> Teacher:
-    """The teacher itself, what it said, or nobody."""
-    if cfg.teacher is TeacherSource.none:
-        return NoTeacher(run.mesh)
-    if cfg.teacher is TeacherSource.live:
-        layout = run.config.teacher_parallel
-        if layout == run.mesh.layout:
-            return LiveTeacher(run.load(run.teacher), run.mesh)
-        own = second_mesh(layout, run.config.run.seed)
-        with own.active():
-            chunks = replace(run, mesh=own).load(run.teacher)
-        return OwnMeshTeacher(chunks, own, run.mesh, _head(run) if run.mesh.is_last_stage else None)
-    store = StoredTargets(run.dir / "targets")
-    if run.config.cache.kind is StoredKind.top_k:
-        return StoredTopK(store, run.mesh)
-    return StoredHidden(store, run.mesh, _head(run) if run.mesh.is_last_stage else None)
-
-
-def _corrector(run: Run, teacher: Teacher, state: Path) -> TeacherCorrection | None:
-    """What trains the teacher meanwhile, where that is asked for; not in the training of the teacher itself."""
-    if not run.config.correct.beside or not isinstance(teacher, LiveTeacher):
-        return None
-    dims = run.dims("teacher")
-    return TeacherCorrection(
-        teacher.chunks, dims, run.mesh, run.config.correction,
-        chunk_tokens=run.chunk_tokens(dims), checkpoints=state / "teacher", is_main=is_main_rank(),
-    )  # fmt: skip
-
-
-def _hidden_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teacher: Teacher) -> HiddenStateLoss | None:
-    """Losses between hidden states, whose projections start as the way back from the cut: channel j of the student to
-    the channel of the teacher that it was."""
-    if not cfg.hidden.is_on:
-        return None
-    assert isinstance(teacher, LiveTeacher)  # settings are checked before the start
-    dims, student_dims = run.dims("teacher"), run.dims("student")
-    pairs, projections = pairs_of(cfg.hidden, dims, student_dims), None
-    if cfg.hidden.projection is not Projection.none:
-        kept = Plan.from_json(json.loads((run.dir / "student" / PLAN).read_text())).hidden
-        start_GH = torch.eye(dims.hidden_size, device=device())[:, kept.to(device())]
-        projections = Projections(len(pairs), cfg.hidden.projection is Projection.shared, start_GH, cfg)
-    loss = HiddenStateLoss(cfg.hidden, pairs, teacher.chunks, student, run.mesh, projections)
-    teacher.on_input = loss.on_teacher
-    return loss
-
-
-def _head(run: Run) -> Tensor:
-    """This rank's rows of the teacher's output weights, read without the rest of the teacher."""
-    dims, mesh = run.dims("teacher"), run.mesh
-    name = "embedding.word_embeddings.weight" if dims.tied_embeddings else "output_layer.weight"
-    padded = dims.padded_vocab(mesh.tp_size, run.config.model.vocab_multiple)
-    whole = CheckpointSource(run.dir / run.teacher, dims)(name)
-    own = tp_share(name, whole, rank=mesh.tp_rank, size=mesh.tp_size, gated=dims.gated_mlp, padded_vocab=padded)
-    return own.to(device(), run.dtype)
-
-
-def _heldout_metrics(run: Run, student: ModelChunks, dims: Dims, teacher: Teacher) -> Callable[[], dict[str, float]]:
-    """LM loss and, with a live teacher, KL of the student as it is, for each held-out text and in the mean."""
-    config = run.config
-    settings = {"micro_batch": config.evaluate.micro_batch, "chunk_tokens": run.chunk_tokens(dims)}
-
-    def measure() -> dict[str, float]:
-        values: dict[str, float] = {}
-        for name in config.data.heldout:
-            prefix = run.token_prefix(f"heldout.{name}")
-            windows = heldout_windows(prefix, config.data.sequence_length, config.distill.eval_tokens).to(device())
-            if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)):
-                got = evaluate_kd_loss(student, teacher, dims, run.mesh, windows, **settings)
-                values |= {f"eval/{name}_lm_loss_nats": got.lm_loss, f"eval/{name}_kl_nats": got.kl}
-            else:
-                loss = evaluate_lm_loss(student, dims, run.mesh, windows, progress=lambda samples: None, **settings)
-                values[f"eval/{name}_lm_loss_nats"] = loss.loss_nats
-        return values | {EVAL_LOSS: sum(v for k, v in values.items() if "lm_loss" in k) / len(config.data.heldout)}
-
-    return measure
-
-
-def _speed(run: Run, student: Dims, cfg: DistillConfig) -> Callable[[float, float], dict[str, float]]:
-    """Tokens a second, model FLOPs a second of one device, and their share of its peak where that is known.
-
-    A training step is three forward passes of the student (backward is two) and one of a live teacher; what
-    recomputation adds is not counted.
-    """
-    length = run.config.data.sequence_length
-    flops = 3 * flops_per_token_forward(student, length)
-    if cfg.teacher is TeacherSource.live:
-        flops += flops_per_token_forward(run.dims("teacher"), length)
-    peak = cfg.peak_tflops or peak_tflops(device_name())
-
-    def measure(tokens: float, seconds: float) -> dict[str, float]:
-        achieved = tokens * flops / seconds / launch_world_size() / 1e12
-        utilisation = {"perf/mfu": achieved / peak} if peak else {}
-        return {"perf/tokens_per_second": tokens / seconds, "perf/tflops_per_device": achieved} | utilisation
-
-    return measure
-
-
-def _stored_problems(config: Config, dims: Dims | None) -> list[str]:
-    """What a stored teacher, or none, cannot do."""
+def _stored_problems(config: Config) -> list[str]:
+    """Return what a stored teacher, or none, cannot do."""
     cfg, cache = config.distill, config.cache
-    problems = []
-    if dims is not None and cache.kind is StoredKind.top_k and cache.k > dims.vocab_size:
-        problems.append(f"cache.k={cache.k} must be <= the vocabulary of {dims.vocab_size}; the paper says > 100.")
+    problems: list[str] = []
     if cfg.teacher is TeacherSource.none:
-        return problems + [
+        return [
             f"distill.loss.{name} needs a teacher; set distill.teacher=live, or {name}=0 and cross_entropy=1."
-            for name in weighted_losses(cfg.loss)
+            for name in cfg.loss.against_teacher
         ]
     if cfg.teacher is TeacherSource.live:
         return problems
@@ -235,14 +60,14 @@ def _stored_problems(config: Config, dims: Dims | None) -> list[str]:
             problems.append(f"distill.temperature={cfg.temperature} needs cache.kind=hidden; top_k is stored at 1.")
         problems += [
             f"distill.loss.{name} needs cache.kind=hidden or a live teacher; top_k serves forward_kl and cross_entropy."
-            for name in weighted_losses(cfg.loss)
+            for name in cfg.loss.against_teacher
             if name != "forward_kl"
         ]
     return problems
 
 
-def _hidden_loss_problems(config: Config) -> list[str]:
-    """What losses between hidden states ask of the teacher and of the other losses."""
+def _hidden_loss_problems(config: Config, models: list[Dims]) -> list[str]:
+    """Return what losses between hidden states ask of the teacher, the student and the other losses."""
     cfg = config.distill
     if not cfg.hidden.is_on:
         return []
@@ -252,13 +77,14 @@ def _hidden_loss_problems(config: Config) -> list[str]:
             "distill.hidden with prune.hidden=rotate: the student's channels are not the teacher's any more; set "
             "prune.hidden=select."
         )
-    if cfg.hidden.weight is None and not weighted_losses(cfg.loss):
+    if cfg.hidden.weight is None and not cfg.loss.against_teacher:
         problems.append("distill.hidden.weight=null balances with a logit loss, and there is none; give a weight.")
-    return problems
+    unmapped = {_map_problem(config, models[0], student) for student in models[1:]}
+    return problems + sorted(unmapped - {""})
 
 
 def _beside_problems(config: Config) -> list[str]:
-    """What a teacher that is trained while it teaches asks for."""
+    """Return what a teacher that is trained while it teaches asks for."""
     correct, cfg = config.correct, config.distill
     if not correct.beside:
         return []
@@ -271,7 +97,7 @@ def _beside_problems(config: Config) -> list[str]:
 
 
 def _live_beside_problems(config: Config, setting: str) -> list[str]:
-    """What a setting asks for that hooks into the teacher or trains it."""
+    """Return what a setting asks for that hooks into the teacher or trains it."""
     cfg = config.distill
     if cfg.teacher is TeacherSource.live and config.teacher_parallel == config.parallel:
         return []
@@ -281,10 +107,32 @@ def _live_beside_problems(config: Config, setting: str) -> list[str]:
     ]
 
 
-def map_problem(config: Config, teacher: Dims, student: Dims) -> str:
-    """What is wrong with the pairs of `distill.hidden` for these two models; empty when nothing is."""
+def _map_problem(config: Config, teacher: Dims, student: Dims) -> str:
+    """Return what is wrong with the pairs of `distill.hidden` for these two models; empty when nothing is."""
     try:
-        pairs_of(config.distill.hidden, teacher, student)
+        layer_pairs(config.distill.hidden, teacher, student)
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def distill(run: Run, folder: Path) -> dict[str, Any] | None:
+    """Train the student; None when `distill.stop_after` ends that earlier."""
+    from compactlm_nemo.stages.training_run import train
+
+    return train(run, folder, run.config.distill, source="student")
+
+
+STAGE = Stage(
+    name="distill",
+    summary="teacher, student and tokens -> trained student",
+    reads=("teacher", "tokens", "student"),
+    reads_too=artifacts_of_teacher,
+    writes="distill",
+    settings=lambda config: (
+        {"distill": result_settings(config.distill)} | training_text(config) | correction_settings(config)
+    ),
+    problems=distill_problems,
+    memory=models_in_memory,
+    run=distill,
+)

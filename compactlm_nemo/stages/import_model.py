@@ -2,33 +2,49 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.models import gguf
-from compactlm_nemo.models.build import fill
-from compactlm_nemo.models.hf import COMPANIONS, copy_companions
-from compactlm_nemo.models.source import companions_folder, open_teacher
-from compactlm_nemo.parallel.launch import main_rank_writes
-from compactlm_nemo.search.cost import num_params
-from compactlm_nemo.stages.context import HF, Run
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.source import HF_ASSETS
+from compactlm_nemo.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from compactlm_nemo.stages.context import Run
 
 
-def _source(config: Config) -> dict[str, Path]:
+def source_files(config: Config) -> dict[str, Path]:
+    """Return the files of the teacher: its weights, and what travels with it from import to export."""
     source = Path(config.model.source)
     if not source.is_dir():
         return {"model.source": source}
     kinds = ("*.safetensors", "*.distcp", ".metadata")
     files = {str(path.relative_to(source)): path for kind in kinds for path in source.rglob(kind)}
-    described = Path(config.model.companions or source)
-    return files | {f"companions/{name}": described / name for name in COMPANIONS}
+    assets = Path(config.model.hf_assets or source)
+    return files | {f"hf_assets/{name}": assets / name for name in HF_ASSETS}
+
+
+def import_problems(config: Config, models: list[Dims]) -> list[str]:
+    """Return what is wrong with `model.source`; a dry run can do with `model.architecture`."""
+    if Path(config.model.source).exists() or (config.dry_run and config.model.architecture):
+        return []
+    return [f"model.source={config.model.source} does not exist; give a model folder or a .gguf file."]
 
 
 def import_model(run: Run, folder: Path) -> dict[str, Any]:
-    """Teacher of any kind -> checkpoint, `model.json`, and `hf/` with config and tokenizer."""
+    """Convert a teacher of any kind into a checkpoint, `model.json`, and `hf/` with config and tokenizer."""
+    import shutil
+    from dataclasses import replace
+
+    from compactlm_nemo.models import gguf
+    from compactlm_nemo.models.build import fill
+    from compactlm_nemo.models.hf import copy_hf_assets
+    from compactlm_nemo.models.source import hf_assets_folder, open_teacher
+    from compactlm_nemo.parallel.launch import main_rank_writes
+    from compactlm_nemo.search.cost import num_params
+    from compactlm_nemo.stages.context import HF
+
     teacher, converted = run.config.model, folder / "converted"
     if Path(teacher.source).suffix == ".gguf":
         with main_rank_writes() as writes:
@@ -38,7 +54,7 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
     dims, weights = open_teacher(teacher)
     with main_rank_writes() as writes:
         if writes:
-            copy_companions(companions_folder(teacher), folder / HF)
+            copy_hf_assets(hf_assets_folder(teacher), folder / HF)
     model = run.build(dims)
     fill(model, dims, run.mesh, weights, run.config.model.vocab_multiple)
     run.save(folder, model, dims)
@@ -46,3 +62,16 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
         if writes:
             shutil.rmtree(converted, ignore_errors=True)
     return {"params": num_params(dims)}
+
+
+STAGE = Stage(
+    name="import_model",
+    summary="teacher folder or GGUF file -> Megatron distributed checkpoint, `model.json`, config and tokenizer",
+    reads=(),
+    writes="teacher",
+    settings=lambda config: {"model.precision": config.model.precision},
+    files=source_files,
+    problems=import_problems,
+    memory=lambda config: ("teacher",),
+    run=import_model,
+)

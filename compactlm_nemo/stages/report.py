@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compactlm_nemo.parallel.launch import main_rank_writes
-from compactlm_nemo.report.markdown import _write
+from compactlm_nemo.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from compactlm_nemo.stages.context import Run
 
 
-def report(run: Any, folder: Path) -> dict[str, Any]:
-    """report.md and its plots, from the manifests and results of the other stages."""
+def report(run: Run, folder: Path) -> dict[str, Any]:
+    """Write report.md and its plots."""
+    from compactlm_nemo.parallel.launch import main_rank_writes
+    from compactlm_nemo.report.markdown import write_report
+
     with main_rank_writes() as writes:
         if writes:
-            _write(run.dir, folder)
+            write_report(Path(run.config.run.dir), folder)
     return {}
+
+
+STAGE = Stage(
+    name="report",
+    summary="manifests and results of all stages -> `report.md` and plots",
+    reads=("student", "score", "search", "distill", "evaluate", "export"),
+    writes="report",
+    settings=lambda config: {},
+    run=report,
+)

@@ -16,7 +16,8 @@ from compactlm_nemo.losses.linear_ce import linear_ce
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.hf import export_hf
 from compactlm_nemo.parallel.collectives import broadcast_object
-from compactlm_nemo.parallel.launch import is_main_rank, main_rank_writes
+from compactlm_nemo.parallel.launch import main_rank_writes
+from compactlm_nemo.parallel.world import is_main_rank
 from compactlm_nemo.progress import progress_bar
 from compactlm_nemo.stages.context import HF
 from compactlm_nemo.stages.score_pass import Scoring
@@ -125,7 +126,7 @@ def tasks(scoring: Scoring) -> Tensor:
             folder = scoring.state / "as_hf"
             if not (folder / "config.json").exists():
                 export_hf(
-                    run.dir / "teacher" / HF, folder, dims, CheckpointSource(run.dir / "teacher", dims), run.dtype
+                    run.path("teacher") / HF, folder, dims, CheckpointSource(run.path("teacher"), dims), run.dtype
                 )
             left = [[], *([start + i for i in range(size)] for start in starts)]
             with progress_bar("tasks without layers", len(left), 1) as advance:

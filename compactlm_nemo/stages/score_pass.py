@@ -1,11 +1,12 @@
-"""The score stage: calibration windows through the teacher, part by part, into one scores file.
+"""One pass of calibration windows through the teacher, part by part, for the score stage.
 
-Progress lives in `run.dir/scoring` until the stage is complete. Every `score.save_every` samples the statistics of all
+Progress lives in `progress/score` until the stage is complete. Every `score.save_every` samples the statistics of all
 ranks are merged and saved; a killed run goes on from the last save.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,17 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compactlm_nemo.config.score import DepthMetric, ScoreConfig
+from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.importance.accumulator import StateKey
 from compactlm_nemo.importance.activations import collect
 from compactlm_nemo.importance.aggregators import State
 from compactlm_nemo.importance.moments import MomentCollector, save_moments
 from compactlm_nemo.importance.score_state import STATE, ScoreState
+from compactlm_nemo.importance.scores import load_scores
 from compactlm_nemo.importance.taylor import Gradients, taylor_scores
 from compactlm_nemo.losses.linear_ce import linear_ce_sum
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import barrier, broadcast_object
-from compactlm_nemo.parallel.launch import launch_rank, main_rank_writes
+from compactlm_nemo.parallel.launch import main_rank_writes
+from compactlm_nemo.parallel.world import launch_rank
 from compactlm_nemo.progress import progress_bar
 from compactlm_nemo.stages.context import Run
 from compactlm_nemo.training.optimizer import wrap_data_parallel
@@ -142,3 +146,41 @@ class Scoring:
                         self.running.summed[TAYLOR] = done
                         self.running.save(self.state / STATE)
         return taylor_scores(gradients, self.dims)
+
+
+def tokens_hash(windows_NS: Tensor) -> str:
+    """SHA-256 of the calibration tokens as little-endian int64, sample after sample."""
+    return hashlib.sha256(windows_NS.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def start_state(run: Run, state: Path, windows_NS: Tensor, about: dict[str, str]) -> ScoreState:
+    """Statistics to go on from: those of an interrupted run, or of `score.start_from`; on the main rank."""
+    running = ScoreState()
+    with main_rank_writes() as writes:
+        if writes:
+            running = ScoreState.load(state / STATE)
+            if not running.samples and run.config.score.start_from is not None:
+                running = _finished(Path(run.config.score.start_from), run.config.score, windows_NS, about)
+    return running
+
+
+def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[str, str]) -> ScoreState:
+    """The statistics of a finished stage, after checking that they are of the first of these windows."""
+    old = load_scores(folder).about
+    running = ScoreState.load(folder / STATE)
+    if running.samples > cfg.samples:
+        raise ConfigError(
+            f"score.samples={cfg.samples} is less than the {running.samples} of score.start_from={folder}; raise it."
+        )
+    expected = about | {"calibration": tokens_hash(windows_NS[: running.samples])}
+    differing = [name for name in expected if old.get(name) != expected[name]]
+    if differing or not running.samples:
+        raise ConfigError(
+            f"score.start_from={folder} was measured with another {differing[0] if differing else 'version'}; it can "
+            "be continued with the same model, texts, seed, sequence_length, mask_documents and score.neurons only."
+        )
+    needed = {metric.pair[1] for metric in cfg.width if metric.pair}
+    held = {agg for element, agg in running.states if not element.startswith("depth.")}
+    if not needed <= held:
+        raise ConfigError(f"score.start_from={folder} lacks what score.width={[m.name for m in cfg.width]} needs.")
+    return running

@@ -2,92 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-
-from compactlm_nemo.artifacts import atomic_write_text, read_manifest
+from compactlm_nemo.config.fingerprint import result_settings
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.parallel.collectives import broadcast_object
-from compactlm_nemo.parallel.devices import device, device_name
-from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, main_rank_writes
-from compactlm_nemo.progress import progress_bar
-from compactlm_nemo.pruning.elimination import FILE as SPARE
-from compactlm_nemo.search.candidates import candidates_json, rank_candidates
-from compactlm_nemo.search.damage import predicted_damage
-from compactlm_nemo.search.latency import FILE as LATENCY
-from compactlm_nemo.search.latency import LatencyTable
-from compactlm_nemo.search.space import Budget, enumerate_space, within
-from compactlm_nemo.search.timing import time_layers
-from compactlm_nemo.stages.context import Run
-from compactlm_nemo.stages.prune import Pruner
+from compactlm_nemo.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from compactlm_nemo.stages.context import Run
 
 
-def _how_to_cut(config: Config) -> dict[str, Any]:
-    """What a search needs to know of how its candidates are cut."""
-    return {name: value for name, value in vars(config.prune).items() if name != "candidate"}
-
-
-def _split(config: Config) -> dict[str, Any]:
-    """The layout, where the candidates depend on it."""
+def search_settings(config: Config) -> dict[str, Any]:
+    """Return what decides the candidates: how they are cut too, and the layout where it decides which there are."""
     cfg = config.search
-    return {"parallel.tp": config.parallel.tp} if cfg.multiples or cfg.divisors or cfg.latency_ms is not None else {}
+    prune = {name: value for name, value in result_settings(config.prune).items() if name != "candidate"}
+    depends_on_layout = cfg.multiples or cfg.divisors or cfg.latency_ms is not None
+    layout = {"parallel.tp": config.parallel.tp} if depends_on_layout else {}
+    return {"search": result_settings(cfg), "prune": prune} | layout
 
 
-def search(run: Run, folder: Path) -> dict[str, Any]:
-    """Scores + budgets -> candidates.json, best first."""
-    dims, cfg = run.dims("teacher"), run.config.search
-    found = enumerate_space(dims, cfg, run.config.parallel.tp)
-    timed = _timed_layers(run, found, folder)
-    if timed is not None and cfg.latency_ms is not None:
-        found = within(found, [Budget("latency_ms", cfg.latency_ms, timed.milliseconds)])
-    cutting = Pruner(run)
-    is_predicted = cutting.moments is not None and len(found) > 1
-    if is_predicted or run.config.prune.by_error:
-        cutting.eliminate_units(folder)
-    ranked = rank_candidates(dims, found, run.ranking(), cfg)
-    if timed is not None:
-        ranked = [replace(c, latency_ms=timed.milliseconds(c.dims(dims))) for c in ranked]
-    if is_predicted:
-        damage = predicted_damage(dims, run.ranking(), load_file(folder / SPARE))
-        ranked = [replace(c, damage=damage(c.dims(dims))) for c in ranked]
-        ranked.sort(key=lambda c: (c.damage, c.params))
-    best = [replace(c, zero_shot=cutting.candidate_loss(c.dims(dims), folder)) for c in ranked[: cfg.top]]
-    ranked[: len(best)] = sorted(best, key=lambda c: c.zero_shot or 0.0)
-    with main_rank_writes() as writes:
-        if writes:
-            atomic_write_text(folder / "candidates.json", candidates_json(ranked))
-    return {"candidates": len(ranked), "best": asdict(ranked[0])}
+def search_problems(config: Config, models: list[Dims]) -> list[str]:
+    """Return the metrics that the search ranks by and the score stage does not measure."""
+    problems = []
+    for name, measured, chosen in (
+        ("width", config.score.width, config.search.width),
+        ("depth", config.score.depth, config.search.depth),
+    ):
+        if chosen is not None and chosen not in measured:
+            names = [metric.name for metric in measured]
+            problems.append(
+                f"search.{name}={chosen.name} must be one of the metrics measured, {names}; add it to score.{name}."
+            )
+    return problems
 
 
-def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | None:
-    """Times of the layers of these candidates; None without a latency budget. What was timed is kept in `run.dir`."""
-    cfg, layout = run.config.search, run.config.parallel
-    if cfg.latency_ms is None:
-        return None
-    about = {
-        "device": device_name(),
-        "precision": run.config.model.precision.name,
-        "batch": cfg.batch,
-        "context": cfg.context,
-        "model": read_manifest(run.dir / "teacher")["fingerprint"],
-        "parallel": vars(layout) | {"world": launch_world_size()},
-    }
-    known = broadcast_object(LatencyTable.load(run.dir / LATENCY, about))
-    tokens_BS = torch.randint(found[0].vocab_size, (cfg.batch, cfg.context), generator=torch.Generator().manual_seed(0))
+def run_search(run: Run, folder: Path) -> dict[str, Any]:
+    """Search the candidates."""
+    from compactlm_nemo.stages.candidate_search import search
 
-    def keep(table: LatencyTable) -> None:
-        if is_main_rank():
-            table.save(run.dir / LATENCY)
+    return search(run, folder)
 
-    with progress_bar("time layers", len(known.missing(found)), tokens_BS.numel()) as advance:
-        table = time_layers(
-            known, found, build=run.build, mesh=run.mesh, tokens_BS=tokens_BS.to(device()), keep=keep, progress=advance
-        )
-    if is_main_rank():
-        table.save(folder / LATENCY)
-    return table
+
+STAGE = Stage(
+    name="search",
+    summary="scores and budgets -> `candidates.json`, best first",
+    reads=("teacher", "tokens", "score"),
+    writes="search",
+    settings=search_settings,
+    problems=search_problems,
+    run=run_search,
+)

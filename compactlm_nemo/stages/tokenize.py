@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.data.tokens import (
-    check_vocabulary,
-    end_of_text,
-    load_tokenizer,
-    refuse_shared_documents,
-    tokenize_corpus,
-)
-from compactlm_nemo.parallel.launch import main_rank_writes
-from compactlm_nemo.stages.context import HF, Run
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from compactlm_nemo.stages.context import Run
 
 
-def _corpora(config: Config) -> dict[str, Path]:
+def corpus_files(config: Config) -> dict[str, Path]:
+    """Return the text of every corpus, or its Megatron files."""
     return {
         f"data.{name}{end}": Path(corpus.path + end)
         for name, corpus in config.data.corpora().items()
@@ -25,16 +22,68 @@ def _corpora(config: Config) -> dict[str, Path]:
     }
 
 
+def data_problems(config: Config, models: list[Dims]) -> list[str]:
+    """Return the broken rules between texts, budgets of tokens and the training that they are for."""
+    data, problems = config.data, []
+    if not (config.dry_run and config.model.architecture):
+        problems += [
+            f"data.{name}.path={corpus.path} does not exist; give a .jsonl file or a Megatron prefix."
+            for name, corpus in data.corpora().items()
+            if not Path(corpus.path).is_file() and not corpus.is_tokenised
+        ]
+    if not config.dry_run:
+        problems += [
+            f"data.{part} is empty; give at least one text, as data.{part}.NAME=text.jsonl."
+            for part in ("train", "heldout")
+            if not getattr(data, part)
+        ]
+    budgets = [corpus.tokens for corpus in data.train.values() if corpus.tokens is not None]
+    trained = config.distill.num_samples * data.sequence_length
+    if budgets and len(budgets) < len(data.train):
+        problems.append("data.train has texts with `tokens` and texts without; give every one a budget, or weights.")
+    elif budgets and sum(budgets) < trained:
+        problems.append(
+            f"data.train has budgets of {sum(budgets):,} tokens, distill.steps x global_batch x sequence_length trains "
+            f"{trained:,}; lower distill.steps or raise them."
+        )
+    shared = {c.path for c in data.train.values()} & {c.path for c in data.heldout.values()}
+    return problems + [
+        f"data.heldout and data.train share {path}; hold out other documents." for path in sorted(shared)
+    ]
+
+
 def tokenize(run: Run, folder: Path) -> dict[str, Any]:
-    """Every corpus given as text -> Megatron token files; documents end with the tokenizer's end-of-text token."""
+    """Write token files of every corpus given as text; documents end with the tokenizer's end-of-text token."""
+    from compactlm_nemo.data.tokens import (
+        check_vocabulary,
+        end_of_text,
+        load_tokenizer,
+        refuse_shared_documents,
+        tokenize_corpus,
+    )
+    from compactlm_nemo.parallel.launch import main_rank_writes
+    from compactlm_nemo.stages.context import HF
+
     counts: dict[str, int] = {}
     with main_rank_writes() as writes:
         if writes:
-            tokenizer = load_tokenizer(run.dir / "teacher" / HF)
+            tokenizer = load_tokenizer(run.path("teacher") / HF)
             check_vocabulary(tokenizer, run.dims("teacher").vocab_size)  # a GGUF file's is known only now
-            end = end_of_text(run.dir / "teacher" / HF)
+            end = end_of_text(run.path("teacher") / HF)
             refuse_shared_documents(run.config.data)
             for name, corpus in run.config.data.corpora().items():
                 if run.token_prefix(name).parent == folder:
                     counts[name] = tokenize_corpus(Path(corpus.path), folder / name, tokenizer, end)
     return {"tokens": counts}
+
+
+STAGE = Stage(
+    name="tokenize",
+    summary="JSON-lines texts -> Megatron `.bin`/`.idx` files",
+    reads=("teacher",),
+    writes="tokens",
+    settings=lambda config: {"corpora": sorted(config.data.corpora())},
+    files=corpus_files,
+    problems=data_problems,
+    run=tokenize,
+)

@@ -6,37 +6,29 @@ from pathlib import Path
 
 from compactlm_nemo.config.model import Precision
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.search.cost import counts, num_params, params_per_rank
 from compactlm_nemo.search.space import enumerate_space, shape_of
+from compactlm_nemo.stages.stage import Stage
 
 TRAINING_BYTES = {Precision.fp32: 4 + 4 + 8, Precision.bf16: 2 + 4 + 4 + 8}
 """Bytes a parameter while training: weight, float32 gradient, main weight, two moments; one data-parallel rank."""
 
 
-HOLDS = {
-    "import": ("teacher",),
-    "score": ("teacher",),
-    "prune": ("student",),
-    "correct_teacher": ("correction",),
-    "cache_teacher": ("teacher",),
-    "distill": ("teacher", "training"),
-    "evaluate": ("teacher",),
-}
-"""What each stage has in a rank's memory at its fullest; the others hold no model. Activations come on top."""
+HELD = ("teacher", "student", "teacher_training", "student_training")
+"""What a stage can have in a rank's memory: weights of a model, or all that its training holds."""
 
 
-def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) -> list[str]:
-    """Ranks, per-rank parameters and bytes, and output folder of each stage, given as name -> folder."""
+def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> list[str]:
+    """Return ranks, parameters and bytes of a rank, and what each stage reads and writes, a line each."""
     parallel = config.parallel
     context = f" x cp {parallel.cp}" if parallel.cp > 1 else ""
     ranks = f"tp {parallel.tp} x pp {parallel.pp}{context} = {parallel.model_ranks}"
     lines = [f"ranks needed: a multiple of {ranks}" + f", times ep {parallel.ep}" * (parallel.ep > 1)]
     if teacher is None:
         lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
-        return lines + [f"{name}: writes {Path(config.run.dir) / folder}" for name, folder in folders.items()]
+        return lines + [f"{stage.name}: {_folders(config, stage)}" for stage in stages]
     found = enumerate_space(teacher, config.search, config.parallel.tp)
     student = max(found, key=num_params)
     lines += _sizes(config, "teacher", teacher)
@@ -46,22 +38,22 @@ def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) ->
     sizes = {
         "teacher": max(_rank_params(config, teacher)) * weight,
         "student": max(_rank_params(config, student)) * weight,
-        "correction": max(_rank_params(config, teacher)) * TRAINING_BYTES[config.model.precision],
-        "training": max(_rank_params(config, student)) * TRAINING_BYTES[config.model.precision],
+        "teacher_training": max(_rank_params(config, teacher)) * TRAINING_BYTES[config.model.precision],
+        "student_training": max(_rank_params(config, student)) * TRAINING_BYTES[config.model.precision],
     }
-    for name, folder in folders.items():
-        live = name != "distill" or config.distill.teacher is TeacherSource.live
-        models = HOLDS.get(name, ())
-        if name == "distill" and config.correct.beside:
-            models = ("correction", "training")
-        held = sum(sizes[model] for model in models if live or model != "teacher")
+    for stage in stages:
+        held = sum(sizes[model] for model in stage.memory(config))
         memory = f"{held:,} bytes a rank for weights and optimizer; " if held else ""
-        lines.append(f"{name}: {memory}writes {Path(config.run.dir) / folder}")
+        lines.append(f"{stage.name}: {memory}{_folders(config, stage)}")
     return lines
 
 
+def _folders(config: Config, stage: Stage) -> str:
+    return f"reads {', '.join(stage.artifacts(config)) or 'your files'}; writes {Path(config.run.dir) / stage.writes}"
+
+
 def _rank_params(config: Config, dims: Dims) -> list[int]:
-    """Parameters of one rank of each pipeline stage."""
+    """Return the parameters of one rank of each pipeline stage."""
     layout = config.parallel
     chunks = split_layers(dims.num_layers, layout)
     return params_per_rank(dims, layout=layout, chunk_layers=chunks, vocab_multiple=config.model.vocab_multiple)
@@ -74,7 +66,7 @@ def _sizes(config: Config, label: str, dims: Dims) -> list[str]:
 
 
 def _costs(config: Config, dims: Dims) -> list[str]:
-    """What the budgets of a search count."""
+    """Return what the budgets of a search count."""
     cfg = config.search
     count = {name: of(dims) for name, of in counts(cfg).items()}
     lines = [

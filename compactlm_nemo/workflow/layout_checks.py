@@ -9,12 +9,10 @@ from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import export_problem
 from compactlm_nemo.models.layout import split_layers
-from compactlm_nemo.search.space import enumerate_space
-from compactlm_nemo.stages.distill import _beside_problems, _hidden_loss_problems, _stored_problems, map_problem
 
 
 def launch_problems(config: Config, world_size: int) -> str:
-    """What is wrong with running this configuration on `world_size` processes; empty when nothing is."""
+    """Return what is wrong with running this configuration on `world_size` processes; empty when nothing is."""
     parallel, distill = config.parallel, config.distill
     model_ranks = parallel.model_ranks
     if world_size % model_ranks:
@@ -54,17 +52,18 @@ def launch_problems(config: Config, world_size: int) -> str:
     return ""
 
 
-def _layout_problems(config: Config, dims: Dims) -> list[str]:
-    """Teacher and every candidate must split over the mesh."""
-    layout, length = config.parallel, config.data.sequence_length
-    tp = layout.tp
+def layout_problems(config: Config, models: list[Dims]) -> list[str]:
+    """Return why the teacher (the first model) or a candidate cannot be split over the mesh, a line each."""
+    if not models:
+        return _teacher_layout_problems(config, models)
+    layout, length, teacher = config.parallel, config.data.sequence_length, models[0]
     problems = []
-    if length > dims.max_position_embeddings:
+    if length > teacher.max_position_embeddings:
         problems.append(
-            f"data.sequence_length={length} exceeds the {dims.max_position_embeddings} positions the teacher was made "
-            "for; shorten it."
+            f"data.sequence_length={length} exceeds the {teacher.max_position_embeddings} positions the teacher was "
+            "made for; shorten it."
         )
-    parts = (tp if layout.sequence_parallel else 1) * (2 * layout.cp if layout.cp > 1 else 1)
+    parts = (layout.tp if layout.sequence_parallel else 1) * (2 * layout.cp if layout.cp > 1 else 1)
     timed = {"search.context": config.search.context} if config.search.latency_ms is not None else {}
     problems += [
         f"{name}={tokens} must be a multiple of {parts} (2 x parallel.cp, times parallel.tp with "
@@ -72,24 +71,21 @@ def _layout_problems(config: Config, dims: Dims) -> list[str]:
         for name, tokens in ({"data.sequence_length": length} | timed).items()
         if tokens % parts
     ]
-    try:
-        models = [dims, *enumerate_space(dims, config.search, tp)]
-    except CompactLMError as error:
-        problems.append(str(error))
-        models = [dims]
-    problems += [f"parallel.tp={tp} must divide the {size}; use a common divisor." for size in undivided(models, tp)]
+    problems += [
+        f"parallel.tp={layout.tp} must divide the {size}; use a common divisor."
+        for size in undivided(models, layout.tp)
+    ]
     problems += sorted({problem for model in models if (problem := export_problem(model))})
-    problems += sorted({problem for model in models[1:] if (problem := map_problem(config, dims, model))})
     for layers in sorted({model.num_layers for model in models}):
         try:
             split_layers(layers, layout)
         except CompactLMError as error:
             problems.append(str(error))
-    return problems + _expert_problems(config, dims, models)
+    return problems + _expert_problems(config, teacher, models) + _teacher_layout_problems(config, models)
 
 
 def _expert_problems(config: Config, dims: Dims, models: list[Dims]) -> list[str]:
-    """What layers with experts ask of the layout."""
+    """Return what layers with experts ask of the layout."""
     layout = config.parallel
     if not dims.num_experts:
         asked = {f"parallel.ep={layout.ep}": layout.ep > 1, "score.expert_moments=true": config.score.expert_moments}
@@ -118,18 +114,8 @@ def _expert_problems(config: Config, dims: Dims, models: list[Dims]) -> list[str
     return problems
 
 
-def teaching_problems(config: Config, dims: Dims | None) -> list[str]:
-    """Every broken rule; `dims` is the teacher's architecture where it is known."""
-    return [
-        *_stored_problems(config, dims),
-        *_teacher_layout_problems(config, dims),
-        *_hidden_loss_problems(config),
-        *_beside_problems(config),
-    ]
-
-
-def _teacher_layout_problems(config: Config, dims: Dims | None) -> list[str]:
-    """What is wrong with a teacher on a mesh of its own."""
+def _teacher_layout_problems(config: Config, models: list[Dims]) -> list[str]:
+    """Return what is wrong with a teacher on a mesh of its own."""
     layout, student, cfg = config.teacher_parallel, config.parallel, config.distill
     if layout == student:
         return []
@@ -141,8 +127,9 @@ def _teacher_layout_problems(config: Config, dims: Dims | None) -> list[str]:
         problems.append(
             f"{given} need parallel.cp=1 and parallel.ep=1, not {student.cp} and {student.ep}; leave them out."
         )
-    if dims is None:
+    if not models:
         return problems
+    dims = models[0]
     problems += [
         f"distill.teacher_tp={layout.tp} must divide the teacher's {size}; use a divisor."
         for size in undivided([dims], layout.tp)
@@ -155,7 +142,7 @@ def _teacher_layout_problems(config: Config, dims: Dims | None) -> list[str]:
 
 
 def undivided(models: list[Dims], tp: int) -> list[str]:
-    """What tensor parallelism splits and `tp` does not divide, each with its size."""
+    """Return what tensor parallelism splits and `tp` does not divide, each with its size."""
     sizes = {
         "query groups": {model.num_query_groups for model in models},
         "heads": {model.num_heads for model in models},

@@ -1,25 +1,63 @@
-"""Rules between settings. All broken ones are reported at once, before any process group or model exists."""
+"""What is checked before any work begins: rules between settings first, then the files that they name.
+
+The rules need the architecture only, and nothing heavy: all broken ones are listed at once. What only a closer look at
+files can tell, which needs torch and transformers, follows when there are none.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from compactlm_nemo.artifacts import MANIFEST
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.data.tokens import check_vocabulary, end_of_text, load_tokenizer
-from compactlm_nemo.data.windows import TokenStream
 from compactlm_nemo.errors import CompactLMError, ConfigError, listed
-from compactlm_nemo.evaluation.harness import harness_problem
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.source import companions_folder, declared_dims, teacher_dims
-from compactlm_nemo.parallel.launch import is_main_rank
-from compactlm_nemo.stages.prune import _prune_problems
-from compactlm_nemo.stages.score import _score_problems
-from compactlm_nemo.workflow.layout_checks import _layout_problems, teaching_problems
+from compactlm_nemo.models.source import declared_dims, hf_assets_folder, quick_source_dims, teacher_dims
+from compactlm_nemo.parallel.world import is_main_rank
+from compactlm_nemo.search.space import enumerate_space
+from compactlm_nemo.workflow.layout_checks import layout_problems
+from compactlm_nemo.workflow.stage_table import STAGES
+
+
+def check(config: Config) -> Dims | None:
+    """Return the teacher's architecture, None in a dry run that does not know it; one error lists every broken rule.
+
+    Raises:
+        ConfigError: a rule between settings is broken, or a file cannot be used.
+    """
+    dims = quick_source_dims(config.model)
+    if problems := rule_problems(config, dims):
+        raise ConfigError(listed(problems))
+    try:
+        found = source_dims(config)
+    except CompactLMError as error:
+        raise ConfigError(str(error)) from None
+    problems = rule_problems(config, found) if found != dims else []
+    if found is not None:
+        problems += _tokenizer_problems(config, found)
+        problems += _token_file_problems(config, found)
+    if problems:
+        raise ConfigError(listed(problems))
+    return found
+
+
+def rule_problems(config: Config, dims: Dims | None) -> list[str]:
+    """Return every broken rule between settings, a line each; `dims` are the teacher's where they are known."""
+    problems: list[str] = []
+    models = [] if dims is None else [dims]
+    if dims is not None:
+        try:
+            models += enumerate_space(dims, config.search, config.parallel.tp)
+        except CompactLMError as error:
+            problems.append(str(error))
+    for stage in STAGES.values():
+        problems += stage.problems(config, models)
+    return problems + layout_problems(config, models)
 
 
 def source_dims(config: Config) -> Dims | None:
-    """Architecture of the teacher; in a dry run without it, the one that `model.architecture` states."""
+    """Return the teacher's architecture; in a dry run without the teacher the one that `model.architecture` states."""
     declared = declared_dims(config.model)
     if not Path(config.model.source).exists():
         return declared if config.dry_run else None
@@ -35,88 +73,25 @@ def _difference(source: Path, declared: Dims, found: Dims) -> str:
     return f"model.source={source} is not the model.architecture of this experiment: {told}; give the right teacher."
 
 
-def check(config: Config) -> Dims | None:
-    """The teacher's architecture, as `source_dims`; one ConfigError lists every broken rule."""
-    problems = _missing_files(config)
-    try:
-        dims = source_dims(config)
-    except CompactLMError as error:
-        problems.append(str(error))
-        dims = None
-    if dims is not None:
-        problems += _tokenizer_problems(config, dims)
-        problems += _token_file_problems(config, dims)
-        problems += _layout_problems(config, dims)
-    distill = config.distill
-    if distill.global_batch % distill.micro_batch:
-        problems.append(
-            f"distill.micro_batch={distill.micro_batch} must divide distill.global_batch={distill.global_batch}."
-        )
-    problems += _data_problems(config)
-    problems += _score_problems(config)
-    problems += _prune_problems(config, dims)
-    problems += teaching_problems(config, dims)
-    if problem := harness_problem(config.evaluate):
-        problems.append(problem)
-    shared = {c.path for c in config.data.train.values()} & {c.path for c in config.data.heldout.values()}
-    problems += [f"data.heldout and data.train share {path}; hold out other documents." for path in sorted(shared)]
-    if problems:
-        raise ConfigError(listed(problems))
-    return dims
-
-
-def _data_problems(config: Config) -> list[str]:
-    data = config.data
-    problems = []
-    if not config.dry_run:
-        problems += [
-            f"data.{part} is empty; give at least one text, as data.{part}.NAME=text.jsonl."
-            for part in ("train", "heldout")
-            if not getattr(data, part)
-        ]
-    if config.evaluate.tokens < data.sequence_length:
-        problems.append(
-            f"evaluate.tokens={config.evaluate.tokens} is less than one window of "
-            f"data.sequence_length={data.sequence_length}; raise it."
-        )
-    budgets = [corpus.tokens for corpus in data.train.values() if corpus.tokens is not None]
-    trained = config.distill.num_samples * data.sequence_length
-    if budgets and len(budgets) < len(data.train):
-        problems.append("data.train has texts with `tokens` and texts without; give every one a budget, or weights.")
-    elif budgets and sum(budgets) < trained:
-        problems.append(
-            f"data.train has budgets of {sum(budgets):,} tokens, distill.steps x global_batch x sequence_length trains "
-            f"{trained:,}; lower distill.steps or raise them."
-        )
-    return problems
-
-
-def _missing_files(config: Config) -> list[str]:
-    if config.dry_run and config.model.architecture:
-        return []
-    problems = []
-    if not Path(config.model.source).exists():
-        problems.append(f"model.source={config.model.source} does not exist; give a model folder or a .gguf file.")
-    for name, corpus in config.data.corpora().items():
-        if not Path(corpus.path).is_file() and not corpus.is_tokenised:
-            problems.append(f"data.{name}.path={corpus.path} does not exist; give a .jsonl file or a Megatron prefix.")
-    return problems
-
-
 def _tokenizer_problems(config: Config, dims: Dims) -> list[str]:
-    if not Path(config.model.source).is_dir() or not (companions_folder(config.model) / "tokenizer.json").is_file():
+    """Return whether the tokenizer has more entries than the model."""
+    from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer
+
+    if not Path(config.model.source).is_dir() or not (hf_assets_folder(config.model) / "tokenizer.json").is_file():
         return []
     try:
-        check_vocabulary(load_tokenizer(companions_folder(config.model)), dims.vocab_size)
+        check_vocabulary(load_tokenizer(hf_assets_folder(config.model)), dims.vocab_size)
     except CompactLMError as error:
         return [str(error)]
     return []
 
 
 def _token_file_problems(config: Config, dims: Dims) -> list[str]:
-    """Token files of the user are read once, by one rank, until the tokenize stage has accepted them."""
+    """Read the user's token files once, on one rank, until the tokenize stage has accepted them."""
     if config.dry_run or not is_main_rank() or (Path(config.run.dir) / "tokens" / MANIFEST).is_file():
         return []
+    from compactlm_nemo.data.windows import TokenStream
+
     problems = []
     for corpus in config.data.corpora().values():
         if corpus.is_tokenised:
@@ -129,10 +104,12 @@ def _token_file_problems(config: Config, dims: Dims) -> list[str]:
     return problems
 
 
-def _end_problem(config: Config, stream: TokenStream) -> list[str]:
-    """Where documents are told apart by their end, a file of the user must end them with the same token."""
-    companions = companions_folder(config.model)
-    if not (companions / "tokenizer.json").is_file() or stream.last_token == (end := end_of_text(companions)):
+def _end_problem(config: Config, stream: Any) -> list[str]:
+    """Return whether the documents of a user's token file end with another token than the tokenizer's."""
+    from compactlm_nemo.data.tokens import end_of_text
+
+    hf_assets = hf_assets_folder(config.model)
+    if not (hf_assets / "tokenizer.json").is_file() or stream.last_token == (end := end_of_text(hf_assets)):
         return []
     return [
         f"data.mask_documents=true: documents of {stream.prefix} end with token {stream.last_token}, the tokenizer's "

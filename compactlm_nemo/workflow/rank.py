@@ -18,12 +18,12 @@ from typing import Any
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest
 from compactlm_nemo.config.schema import Config, RankConfig
 from compactlm_nemo.errors import ConfigError
-from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, launched
+from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.training.tracker import LOSS, METRICS
 from compactlm_nemo.workflow.runner import run_stages
 
 SHARED = ("teacher", "tokens", "score", "search")
-"""Stages that all candidates have in common."""
+"""Artifacts that all candidates have in common."""
 
 
 FOLDER = "rank"
@@ -63,7 +63,7 @@ def rank(config: Config) -> None:
     if config.dry_run:
         return run_stages(config, only="prune")
     if config.rank.only is None:  # the tasks of an array would get in each other's way
-        for stage in ("import", "tokenize", "score", "search"):
+        for stage in ("import_model", "tokenize", "score", "search"):
             run_stages(config, only=stage)
     found = json.loads((Path(config.run.dir) / "search" / "candidates.json").read_text())
     alive = list(range(min(config.rank.candidates, len(found))))
@@ -86,9 +86,9 @@ def _train(config: Config, index: int, steps: int) -> None:
     folder = Path(own.run.dir)
     if is_main_rank():
         folder.mkdir(parents=True, exist_ok=True)
-        for stage in SHARED:
-            if not (folder / stage).exists():
-                (folder / stage).symlink_to(os.path.relpath(Path(config.run.dir) / stage, folder))
+        for artifact in SHARED:
+            if not (folder / artifact).exists():
+                (folder / artifact).symlink_to(os.path.relpath(Path(config.run.dir) / artifact, folder))
     _meet(config)
     run_stages(own, only="prune")
     run_stages(own, only="distill")
@@ -97,6 +97,8 @@ def _train(config: Config, index: int, steps: int) -> None:
 def _meet(config: Config) -> None:
     """Wait until the main rank has made the links."""
     if launch_world_size() > 1:
+        from compactlm_nemo.parallel.launch import launched
+
         with launched(config.parallel, config.run.seed):
             pass
 
@@ -104,7 +106,8 @@ def _meet(config: Config) -> None:
 def _metrics(config: Config, index: int) -> list[dict[str, Any]]:
     """The lines of a candidate's training so far."""
     folder = Path(candidate_config(config, index).run.dir)
-    path = next(part / METRICS for part in (folder / "distill", folder / "training") if (part / METRICS).is_file())
+    parts = (folder / "distill", folder / "progress" / "distill")
+    path = next(part / METRICS for part in parts if (part / METRICS).is_file())
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -17,12 +17,9 @@ from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.axes import AXES
-from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.hf import export_hf
-from compactlm_nemo.parallel.launch import launched, main_rank_writes
 from compactlm_nemo.search.space import enumerate_space
-from compactlm_nemo.stages.context import HF, MODEL, Run
+from compactlm_nemo.stages.export import STAGE as EXPORT
 from compactlm_nemo.workflow.preflight import check
 from compactlm_nemo.workflow.runner import run_stages
 
@@ -55,7 +52,7 @@ def round_config(config: Config, number: int, shape: Dims, source: str) -> Confi
     return replace(
         config,
         run=replace(config.run, dir=str(Path(config.run.dir) / f"round_{number}")),
-        model=replace(config.model, source=source, companions=None, architecture={}),
+        model=replace(config.model, source=source, hf_assets=None, architecture={}),
         search=replace(SearchConfig(**axes), width=config.search.width, depth=config.search.depth),
         correct=config.correct.at_most(max(1, config.rounds.steps)),
         distill=replace(
@@ -79,24 +76,30 @@ def run_rounds(config: Config) -> None:
     for number in range(1, config.rounds.count):
         shape = size_between(teacher, found[0], number / config.rounds.count, config.parallel.tp)
         own = round_config(config, number, shape, source)
-        for stage in ("import", "tokenize", "score", "search", "prune"):
+        for stage in ("import_model", "tokenize", "score", "search", "prune"):
             run_stages(own, only=stage)
         if config.rounds.steps:
             run_stages(own, only="distill")
             run_stages(own, only="export")
         else:
             _export_untrained(own)
-        source = str(Path(own.run.dir) / "export" / HF)
-    run_stages(replace(config, model=replace(config.model, source=source, companions=None)))
+        source = str(Path(own.run.dir) / "export" / "hf")
+    run_stages(replace(config, model=replace(config.model, source=source, hf_assets=None)))
     return None
 
 
 def _export_untrained(config: Config) -> None:
-    """The pruned student as a Hugging Face folder, once: config.json of the folder is written last."""
+    """Write the pruned student as a Hugging Face folder, once: the mark of the folder is written last."""
+    from compactlm_nemo.models.checkpoint import CheckpointSource
+    from compactlm_nemo.models.hf import export_hf
+    from compactlm_nemo.parallel.launch import launched, main_rank_writes
+    from compactlm_nemo.stages.context import HF, Run
+
+    stage = replace(EXPORT, reads=("teacher", "student"))  # nothing was distilled
     with launched(config.parallel, config.run.seed) as mesh, main_rank_writes() as writes:
-        run = Run(config, mesh)
-        target = run.dir / "export" / HF
+        run = Run(config, mesh, stage)
+        target = run.path("export") / HF
         if writes and not (target / "complete").exists():
-            dims = Dims.load(run.dir / "student" / MODEL)
-            export_hf(run.dir / "teacher" / HF, target, dims, CheckpointSource(run.dir / "student", dims), run.dtype)
+            dims, source = run.dims("student"), run.path("student")
+            export_hf(run.path("teacher") / HF, target, dims, CheckpointSource(source, dims), run.dtype)
             (target / "complete").touch()

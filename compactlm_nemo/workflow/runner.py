@@ -1,4 +1,4 @@
-"""The stages of a run, what each depends on, and the running of them: done ones are skipped, failures are named."""
+"""Runs stages: those that are done are skipped, and a failure is named."""
 
 from __future__ import annotations
 
@@ -16,42 +16,26 @@ from compactlm_nemo.artifacts import (
     stage_is_done,
     write_manifest,
 )
-from compactlm_nemo.config.load import to_yaml
+from compactlm_nemo.config.load import recipe, to_yaml
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import CompactLMError, ConfigError
-from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, launched, main_rank_writes
+from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.stages.stage import Stage
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.preflight import check
-from compactlm_nemo.workflow.stage_table import STAGES, _needs, stages_of
+from compactlm_nemo.workflow.stage_table import MAKERS, STAGES, stages_of
 
 if TYPE_CHECKING:
     from compactlm_nemo.parallel.mesh import Mesh
 
 
-def _inputs(stage: Stage, config: Config) -> dict[str, str]:
-    """Identity of everything the stage reads: files of the user, results of other stages."""
-    files = stage.inputs(config)
-    identities = {name: file_identity(path) for name, path in sorted(files.items()) if path.is_file()}
-    run = Path(config.run.dir)
-    for name in _needs(stage, config):
-        try:
-            identities[name] = read_manifest(run / STAGES[name].folder)["fingerprint"]
-        except CompactLMError:
-            raise ConfigError(
-                f"run.dir={run} has no finished {name} stage, which {stage.name} needs; "
-                f"run recipes.{verb(name)} first, or recipes.compress."
-            ) from None
-    return identities
-
-
-def verb(stage: str) -> str:
-    """The recipe of a stage."""
-    return "import_hf" if stage == "import" else stage
+def stage_recipe(name: str, description: str | None) -> Callable[[], None]:
+    """Return the command of one stage."""
+    return recipe(lambda config: run_stages(config, only=name), description)
 
 
 def run_stages(config: Config, only: str | None = None) -> None:
-    """Run one stage, or all in order. Every process of the launch calls it."""
+    """Run one stage, or all in order. Every process of the launch calls this function."""
     teacher = check(config)
     if config.dry_run:
         from compactlm_nemo.workflow.dry_run import plan_lines
@@ -59,7 +43,7 @@ def run_stages(config: Config, only: str | None = None) -> None:
         if is_main_rank():
             print(to_yaml(config))
             names = [only] if only else stages_of(config)
-            print("\n".join(plan_lines(config, teacher, {name: STAGES[name].folder for name in names})))
+            print("\n".join(plan_lines(config, teacher, [STAGES[name] for name in names])))
         return
     if problems := launch_problems(config, launch_world_size()):
         raise ConfigError(problems)
@@ -71,6 +55,8 @@ def run_stages(config: Config, only: str | None = None) -> None:
             console.print(f"{pending[0]}: done before, skipped")
             pending = pending[1:]
     if pending:
+        from compactlm_nemo.parallel.launch import launched
+
         with launched(config.parallel, config.run.seed) as mesh:
             for name in pending:
                 _run_one(STAGES[name], config, mesh, console)
@@ -81,42 +67,36 @@ def run_stages(config: Config, only: str | None = None) -> None:
 
 
 def _folder(stage: Stage, config: Config) -> Path:
-    return Path(config.run.dir) / stage.folder
+    return Path(config.run.dir) / stage.writes
 
 
 def _identity(stage: Stage, config: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and inputs that decide a stage's result."""
+    """Return the settings and the inputs that decide a stage's result."""
     return settings_of(stage.settings(config)), _inputs(stage, config)
+
+
+def _inputs(stage: Stage, config: Config) -> dict[str, str]:
+    """Return the identity of everything that a stage reads: files of the user, artifacts of other stages."""
+    files = stage.files(config)
+    identities = {name: file_identity(path) for name, path in sorted(files.items()) if path.is_file()}
+    run = Path(config.run.dir)
+    for artifact in stage.artifacts(config):
+        try:
+            identities[artifact] = read_manifest(run / artifact)["fingerprint"]
+        except CompactLMError:
+            maker = MAKERS[artifact].name
+            raise ConfigError(
+                f"run.dir={run} has no finished {maker} stage, which {stage.name} needs; "
+                f"run recipes.{maker} first, or recipes.compress."
+            ) from None
+    return identities
 
 
 def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None:
     from compactlm_nemo.parallel.collectives import barrier, broadcast_object
-    from compactlm_nemo.stages.cache_teacher import cache_teacher
+    from compactlm_nemo.parallel.launch import main_rank_writes
     from compactlm_nemo.stages.context import Run
-    from compactlm_nemo.stages.correct_teacher import correct_teacher
-    from compactlm_nemo.stages.distill import train
-    from compactlm_nemo.stages.evaluate import evaluate
-    from compactlm_nemo.stages.export import export
-    from compactlm_nemo.stages.import_model import import_model
-    from compactlm_nemo.stages.prune import prune
-    from compactlm_nemo.stages.report import report
-    from compactlm_nemo.stages.score import score
-    from compactlm_nemo.stages.search import search
-    from compactlm_nemo.stages.tokenize import tokenize
 
-    work: dict[str, Callable[..., dict[str, Any] | None]] = {
-        "import": import_model,
-        "tokenize": tokenize,
-        "score": score,
-        "search": search,
-        "prune": prune,
-        "correct_teacher": correct_teacher,
-        "cache_teacher": cache_teacher,
-        "distill": train,
-        "evaluate": evaluate,
-        "export": export,
-        "report": report,
-    }
     folder = _folder(stage, config)
     # The main rank decides for all: file systems of a cluster do not show every node the same at once.
     done = False
@@ -131,7 +111,7 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
         return
     console.print(f"{stage.name} ...")
     try:
-        results = work[stage.name](Run(config, mesh), folder)
+        results = stage.run(Run(config, mesh, stage), folder)
     except CompactLMError as error:
         raise type(error)(f"{stage.name}: {error}") from error
     except Exception as error:

@@ -52,7 +52,7 @@ def test_a_bomb_as_teacher_ends_a_recipe_in_one_line(tmp_path: Path, inputs: Pat
     done = commands.run(
         [
             "-m", "recipes.compress", f"run.dir={tmp_path}/run", f"model.source={tmp_path}/model",
-            f"model.companions={inputs}/teacher", f"data.train.a={inputs}/train.jsonl",
+            f"model.hf_assets={inputs}/teacher", f"data.train.a={inputs}/train.jsonl",
             f"data.heldout.a={inputs}/test.jsonl", *settings,
         ]
     )  # fmt: skip

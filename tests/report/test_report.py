@@ -204,7 +204,7 @@ def test_the_report_shows_the_search(tmp_path):
     (run / "search" / "candidates.json").write_text(json.dumps(found))
     (run / "rank").mkdir()
     (run / "rank" / "ranking.json").write_text(json.dumps([found[1] | {"candidate": 1, "loss": 2.0}]))
-    for index, folder in ((0, "training"), (1, "training"), (1, "distill")):
+    for index, folder in ((0, "progress/distill"), (1, "progress/distill"), (1, "distill")):
         (run / "rank" / str(index) / folder).mkdir(parents=True)
         lines = [{"step": step, "train/loss": 1.0 / (step + 1)} for step in range(4 if index else 2)]
         (run / "rank" / str(index) / folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -20,6 +20,7 @@ from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.stages.context import Run
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.preflight import check
+from compactlm_nemo.workflow.stage_table import STAGES
 from tests.support import commands
 from tests.support.tiny_models import document_bounds
 from tests.support.tiny_run import WORDS, command, metrics
@@ -117,7 +118,7 @@ def test_every_layout_stores_the_same_and_trains_the_same(inputs, pruned, top_k,
         assert line == pytest.approx(want, rel=2e-3)
     other = shutil.copytree(top_k, tmp_path / "other")
     shutil.rmtree(other / "distill")
-    shutil.rmtree(other / "training")
+    shutil.rmtree(other / "progress" / "distill")
     layout = ["parallel.pp=2", "parallel.cp=2"]
     found = trained(inputs, other, *TOP_K, *layout, recipes=("distill",), ranks=4)
     for line, want in zip(found, wanted, strict=True):
@@ -158,7 +159,7 @@ def test_documents_of_a_sample_are_masked_in_every_stage(inputs, pruned, tmp_pat
     scores = [load_file(folder / "score" / "scores.safetensors")["l2_mean.hidden"] for folder in (run, pruned)]
     assert not torch.allclose(*scores, rtol=1e-3)
     config = compose(command(inputs, run, masked)[2:])
-    windows = Windows(Run(config, mesh=None).train_prefixes(), LENGTH, config.run.seed)
+    windows = Windows(Run(config, mesh=None, stage=STAGES["distill"]).train_prefixes(), LENGTH, config.run.seed)
     teacher = AutoModelForCausalLM.from_pretrained(inputs / "teacher", dtype=torch.float32).double()
     losses = []
     for sample in (windows.sample(i) for i in range(4)):
@@ -174,11 +175,11 @@ def test_a_killed_cache_goes_on_to_the_same_bytes(inputs, pruned, top_k, tmp_pat
     many = 150  # so many that the kill comes before the end
     words = command(inputs, run, *TOP_K, "cache.shard_samples=1", f"cache.samples={many}", recipe="cache_teacher")
     process = commands.start(words, tmp_path / "out", tmp_path / "err")
-    while process.is_alive() and not (run / "caching" / "shard_00003.safetensors").exists():
+    while process.is_alive() and not (run / "progress" / "cache_teacher" / "shard_00003.safetensors").exists():
         time.sleep(0.002)
     process.kill()
     process.join()
-    found = sorted((run / "caching").glob("shard_*.safetensors"))
+    found = sorted((run / "progress" / "cache_teacher").glob("shard_*.safetensors"))
     assert 4 <= len(found) < many and not (run / "targets" / "manifest.json").exists()
     written = {path.name: path.stat().st_mtime_ns for path in found}
     done = commands.run(words)
@@ -191,7 +192,7 @@ def test_a_killed_cache_goes_on_to_the_same_bytes(inputs, pruned, top_k, tmp_pat
     results = json.loads((run / "targets" / "manifest.json").read_text())["results"]
     assert results["samples"] == many and results["bytes"] == killed.num_bytes()
     assert results["bytes_per_token"] == killed.num_bytes() / (many * LENGTH)
-    assert not (run / "caching").exists()
+    assert not (run / "progress" / "cache_teacher").exists()
 
 
 PLAIN = ["distill.teacher=none", "distill.loss.forward_kl=0", "distill.loss.cross_entropy=1"]

@@ -43,7 +43,7 @@ def test_the_corrected_teacher_teaches(inputs: Path, plain: Path, tmp_path: Path
     assert all(value.equal(scores[1][name]) for name, value in scores[0].items())  # the cut is the original's
 
     stored = shutil.copytree(run, tmp_path / "stored")
-    for folder in ("distill", "training"):
+    for folder in ("distill", "progress/distill"):
         shutil.rmtree(stored / folder)
     words = [*CORRECT, "distill.teacher=stored", "cache.kind=hidden"]
     for recipe in ("cache_teacher", "distill"):

@@ -53,7 +53,7 @@ def scored(inputs: Path, ready: Path) -> Path:
     run = Path(shutil.copytree(ready, ready.with_name("scored")))
     status, errors = _run(_words(inputs, run))
     assert status == 0, errors
-    assert not (run / "scoring").exists()
+    assert not (run / "progress" / "score").exists()
     return run
 
 
@@ -83,7 +83,7 @@ def test_scores_are_those_of_the_calibration_tokens_in_the_manifest(inputs: Path
 
 def test_a_killed_run_goes_on_to_the_same_bits(inputs: Path, ready: Path, scored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(ready, tmp_path / "run"))
-    kept = run / "scoring" / "state.safetensors"
+    kept = run / "progress" / "score" / "state.safetensors"
     seen = []
     for least in (1, 9):  # among the activations, twice
         process = commands.start(_words(inputs, run), tmp_path / "out", tmp_path / "err")
@@ -106,11 +106,11 @@ def test_killed_gradients_go_on_to_the_same_bits(inputs: Path, ready: Path, tmp_
     runs = [Path(shutil.copytree(ready, tmp_path / name)) for name in ("whole", "killed")]
     assert _run(command(inputs, runs[0], *words, recipe="score"))[0] == 0
     process = commands.start(command(inputs, runs[1], *words, recipe="score"), tmp_path / "out", tmp_path / "err")
-    while process.is_alive() and not (runs[1] / "scoring" / "taylor_4_rank_0.safetensors").exists():
+    while process.is_alive() and not (runs[1] / "progress" / "score" / "taylor_4_rank_0.safetensors").exists():
         time.sleep(0.002)
     process.kill()
     process.join()
-    assert 4 <= ScoreState.load(runs[1] / "scoring" / "state.safetensors").summed["taylor"] + 2 < 24
+    assert 4 <= ScoreState.load(runs[1] / "progress" / "score" / "state.safetensors").summed["taylor"] + 2 < 24
     status, errors = _run(command(inputs, runs[1], *words, "parallel.tp=2", recipe="score"), ranks=2)
     assert status == 2 and "another parallel.tp" in errors
     status, errors = _run(command(inputs, runs[1], *words, recipe="score"))
@@ -146,7 +146,7 @@ def test_samples_are_added_to_a_finished_file(inputs: Path, ready: Path, scored:
     ):
         status, errors = _run(_words(inputs, other, *plain, f"score.start_from={scored}/score", *change))
         assert status == 2 and words in errors and len(errors.splitlines()) == 1, errors
-        shutil.rmtree(other / "scoring", ignore_errors=True)
+        shutil.rmtree(other / "progress" / "score", ignore_errors=True)
         shutil.rmtree(other / "score", ignore_errors=True)
 
 

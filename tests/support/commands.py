@@ -32,10 +32,11 @@ PRELOAD = [
     "megatron.core",
     "transformers.models.auto",
     "compactlm_nemo.workflow.runner",
-    "compactlm_nemo.stages.cache_teacher",
-    "compactlm_nemo.stages.distill",
-    "compactlm_nemo.stages.score",
-    "compactlm_nemo.stages.report",
+    "compactlm_nemo.stages.candidate_search",
+    "compactlm_nemo.stages.score_depth",
+    "compactlm_nemo.stages.teacher_targets",
+    "compactlm_nemo.stages.training_run",
+    "compactlm_nemo.report.markdown",
 ]
 """Imported once in the fork server."""
 

@@ -73,7 +73,7 @@ def test_the_exported_folder_is_the_trained_student(finished: Path) -> None:
 
 
 def test_wandb_has_every_metric_of_every_step_and_the_configuration(finished: Path) -> None:
-    records = finished_records(finished / "training", num_runs=1)
+    records = finished_records(finished / "progress" / "distill", num_runs=1)
     (run,) = [record.run for record in records if record.HasField("run")]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["distill.steps"] == 6 and config["search.ffn"] == [32]
@@ -147,8 +147,8 @@ def test_two_by_two_ranks_give_the_run_of_one(inputs: Path, finished: Path, tmp_
 
 
 SIGNS = (
-    "teacher", "tokens", "score", "search", "student", "training/checkpoints/latest.json", "distill", "evaluate",
-    "export", "report",
+    "teacher", "tokens", "score", "search", "student", "progress/distill/checkpoints/latest.json", "distill",
+    "evaluate", "export", "report",
 )  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def test_training_of_another_student_is_not_continued(inputs: Path, finished: Pa
     run = _state_before(finished, tmp_path / "run", "search", "student", *LATE)
     result = commands.run(command(inputs, run, *_extras(inputs), "search.ffn=[48]"))
     assert result.returncode == 2
-    assert f"{run}/training holds unfinished work with another student" in result.stderr
+    assert f"{run}/progress/distill holds unfinished work with another student" in result.stderr
 
 
 def test_memory_settings_may_change_when_training_goes_on(inputs: Path, finished: Path, tmp_path: Path) -> None:

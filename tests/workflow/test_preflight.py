@@ -9,6 +9,7 @@ from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.stages.context import Run
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.preflight import check
+from compactlm_nemo.workflow.stage_table import STAGES
 
 DRY = ["dry_run=true", "run.dir=absent", "model.source=absent"]
 
@@ -161,4 +162,4 @@ def test_ranks_of_expert_parallelism() -> None:
 
 def test_token_budgets_are_the_shares_of_a_blend() -> None:
     config = compose([*LLAMA, "data.train.a={path: a, tokens: 1_000_000}", "data.train.b={path: b, tokens: 5_000_000}"])
-    assert [share for _, share in Run(config, mesh=None).train_prefixes()] == [1e6, 5e6]  # type: ignore[arg-type]
+    assert [share for _, share in Run(config, mesh=None, stage=STAGES["score"]).train_prefixes()] == [1e6, 5e6]  # type: ignore[arg-type]

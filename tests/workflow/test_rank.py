@@ -100,7 +100,8 @@ def test_halving_drops_the_worse_half_on_the_way(inputs: Path, ranked: Path, tmp
 
     def losses(index: int) -> list[float]:
         folder = run / "rank" / str(index)
-        paths = [folder / part / "metrics.jsonl" for part in ("distill", "training")]  # trained to the end, or stopped
+        parts = ("distill", "progress/distill")  # trained to the end, or stopped
+        paths = [folder / part / "metrics.jsonl" for part in parts]
         path = next(path for path in paths if path.is_file())
         return [json.loads(line)["train/loss"] for line in path.read_text().splitlines()]
 

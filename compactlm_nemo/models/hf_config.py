@@ -1,0 +1,99 @@
+"""A Hugging Face config, read as the JSON that it is: the architecture without importing transformers.
+
+Settings are checked against the architecture before anything heavy is imported, so that a mistake is answered at once.
+`quick_dims` answers only where it is certain; transformers reads the same file again before any work begins
+(`models.source`), and its word counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compactlm_nemo.errors import CompactLMError
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.families import FAMILIES, dims_of
+
+_COMMON: dict[str, Any] = {
+    "hidden_act": "silu", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
+    "num_key_value_heads": None, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+    "tie_word_embeddings": False, "attention_bias": False, "vocab_size": 32000,
+}  # fmt: skip
+_QWEN = _COMMON | {"vocab_size": 151936, "use_sliding_window": False, "sliding_window": None}
+_QWEN_MOE = _QWEN | {
+    "hidden_size": 2048, "num_hidden_layers": 24, "norm_topk_prob": False, "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _COMMON | {"intermediate_size": 11008, "max_position_embeddings": 2048, "mlp_bias": False},
+    "mistral": _COMMON
+    | {
+        "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+    },
+    "qwen2": _QWEN | {"intermediate_size": 22016, "num_key_value_heads": 32},
+    "qwen3": _QWEN | {"intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128},
+    "nemotron": _COMMON
+    | {
+        "hidden_act": "relu2", "hidden_size": 6144, "num_attention_heads": 48, "intermediate_size": 24576,
+        "max_position_embeddings": 4096, "norm_eps": 1e-5, "mlp_bias": False, "vocab_size": 256000,
+        "partial_rotary_factor": 0.5,
+    },
+    "mixtral": _COMMON
+    | {
+        "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6, "sliding_window": None, "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
+    "qwen2_moe": _QWEN_MOE
+    | {
+        "num_attention_heads": 16, "num_key_value_heads": 16, "moe_intermediate_size": 1408, "qkv_bias": True,
+        "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4,
+    },
+    "qwen3_moe": _QWEN_MOE
+    | {
+        "num_attention_heads": 32, "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8,
+    },
+}  # fmt: skip
+"""Family -> the values that transformers gives what a config leaves out (a test compares them)."""
+
+
+class _Config:
+    """The values of a config as attributes, as `families.dims_of` reads them."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._given = dict(values)
+        rope = values.get("rope_parameters")
+        if rope is not None and not {"rope_theta", "partial_rotary_factor"} & rope.keys():
+            raise ValueError("transformers completes these")
+        self.__dict__.update(DEFAULTS[values["model_type"]] | self._given)
+        if "num_local_experts" in self.__dict__:
+            self.num_experts = self.num_local_experts
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self._given
+
+
+def quick_dims(values: Any) -> Dims | None:
+    """Return the architecture of a config's values; None where transformers has to decide or to complain."""
+    if not isinstance(values, Mapping) or values.get("model_type") not in FAMILIES:
+        return None
+    try:
+        dims = dims_of(_Config(values))
+    except (CompactLMError, AttributeError, TypeError, ValueError, ArithmeticError):
+        return None
+    kinds = ("num_", "hidden_", "ffn_", "head_", "max_", "vocab_")
+    sizes = [value for name, value in vars(dims).items() if name.startswith(kinds)]
+    return dims if all(type(size) is int for size in sizes) else None
+
+
+def quick_folder_dims(folder: Path) -> Dims | None:
+    """Return the architecture of a Hugging Face folder, as `quick_dims`."""
+    try:
+        return quick_dims(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,84 @@
+"""The work of the search stage: candidates are enumerated, timed, predicted, measured and ranked."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from compactlm_nemo.artifacts import atomic_write_text
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.parallel.collectives import broadcast_object
+from compactlm_nemo.parallel.devices import device, device_name
+from compactlm_nemo.parallel.launch import main_rank_writes
+from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
+from compactlm_nemo.progress import progress_bar
+from compactlm_nemo.pruning.elimination import FILE as SPARE
+from compactlm_nemo.search.candidates import candidates_json, rank_candidates
+from compactlm_nemo.search.damage import predicted_damage
+from compactlm_nemo.search.latency import FILE as LATENCY
+from compactlm_nemo.search.latency import LatencyTable
+from compactlm_nemo.search.space import Budget, enumerate_space, within
+from compactlm_nemo.search.timing import time_layers
+from compactlm_nemo.stages.context import Run
+from compactlm_nemo.stages.pruner import Pruner
+
+
+def search(run: Run, folder: Path) -> dict[str, Any]:
+    """Scores + budgets -> candidates.json, best first."""
+    dims, cfg = run.dims("teacher"), run.config.search
+    found = enumerate_space(dims, cfg, run.config.parallel.tp)
+    timed = _timed_layers(run, found, folder)
+    if timed is not None and cfg.latency_ms is not None:
+        found = within(found, [Budget("latency_ms", cfg.latency_ms, timed.milliseconds)])
+    cutting = Pruner(run)
+    is_predicted = cutting.moments is not None and len(found) > 1
+    if is_predicted or run.config.prune.by_error:
+        cutting.eliminate_units(folder)
+    ranked = rank_candidates(dims, found, run.unit_scores(), cfg)
+    if timed is not None:
+        ranked = [replace(c, latency_ms=timed.milliseconds(c.dims(dims))) for c in ranked]
+    if is_predicted:
+        damage = predicted_damage(dims, run.unit_scores(), load_file(folder / SPARE))
+        ranked = [replace(c, damage=damage(c.dims(dims))) for c in ranked]
+        ranked.sort(key=lambda c: (c.damage, c.params))
+    best = [replace(c, zero_shot=cutting.candidate_loss(c.dims(dims), folder)) for c in ranked[: cfg.top]]
+    ranked[: len(best)] = sorted(best, key=lambda c: c.zero_shot or 0.0)
+    with main_rank_writes() as writes:
+        if writes:
+            atomic_write_text(folder / "candidates.json", candidates_json(ranked))
+    return {"candidates": len(ranked), "best": asdict(ranked[0])}
+
+
+def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | None:
+    """Time the layers of these candidates; None without a latency budget. Times outlive the stage, in its progress."""
+    cfg, layout = run.config.search, run.config.parallel
+    if cfg.latency_ms is None:
+        return None
+    about = {
+        "device": device_name(),
+        "precision": run.config.model.precision.name,
+        "batch": cfg.batch,
+        "context": cfg.context,
+        "model": run.fingerprint("teacher"),
+        "parallel": vars(layout) | {"world": launch_world_size()},
+    }
+    path = run.progress / LATENCY
+    known = broadcast_object(LatencyTable.load(path, about))
+    tokens_BS = torch.randint(found[0].vocab_size, (cfg.batch, cfg.context), generator=torch.Generator().manual_seed(0))
+
+    def keep(table: LatencyTable) -> None:
+        if is_main_rank():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table.save(path)
+
+    with progress_bar("time layers", len(known.missing(found)), tokens_BS.numel()) as advance:
+        table = time_layers(
+            known, found, build=run.build, mesh=run.mesh, tokens_BS=tokens_BS.to(device()), keep=keep, progress=advance
+        )
+    if is_main_rank():
+        table.save(folder / LATENCY)
+    return table

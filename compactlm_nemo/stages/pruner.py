@@ -1,0 +1,175 @@
+"""Students of any shape, built in memory on the run's mesh from its teacher, scores and second moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compactlm_nemo.config.prune import HeadCut, PruneConfig, Reconstruct, Stream
+from compactlm_nemo.data.windows import calibration_windows
+from compactlm_nemo.importance.moments import MomentSource
+from compactlm_nemo.importance.scores import HIDDEN, load_scores
+from compactlm_nemo.models.build import ModelChunks, ParameterSource, fill
+from compactlm_nemo.models.checkpoint import CheckpointSource
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.parallel.collectives import barrier, broadcast_object, gather_objects
+from compactlm_nemo.parallel.devices import device
+from compactlm_nemo.parallel.launch import main_rank_writes
+from compactlm_nemo.parallel.world import is_main_rank, launch_rank, launch_world_size
+from compactlm_nemo.progress import progress_bar
+from compactlm_nemo.pruning import elimination as spare
+from compactlm_nemo.pruning.block_replacement import BlockReplacement, gaps_of, measure_bridges
+from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
+from compactlm_nemo.pruning.plan import Plan, make_plan
+from compactlm_nemo.pruning.reconstruct import RefittedWriters
+from compactlm_nemo.pruning.reconstruct_sequential import SequentialReconstruction
+from compactlm_nemo.pruning.residual_stream import (
+    HiddenCut,
+    RefittedSelection,
+    RotatedStream,
+    Selection,
+    normed_stream,
+    stream_energy,
+    stream_rotation,
+)
+from compactlm_nemo.search.damage import HIDDEN_ERROR
+from compactlm_nemo.stages.context import Run, validation_loss
+from compactlm_nemo.stages.score_pass import MOMENTS
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """What cutting the teacher of a run needs."""
+
+    run: Run
+
+    @property
+    def cfg(self) -> PruneConfig:
+        return self.run.config.prune
+
+    @cached_property
+    def teacher(self) -> Dims:
+        return self.run.dims("teacher")
+
+    @cached_property
+    def source(self) -> CheckpointSource:
+        """The teacher's parameters."""
+        return CheckpointSource(self.run.path("teacher"), self.teacher)
+
+    @cached_property
+    def moments(self) -> MomentSource | None:
+        """Second moments; None where nothing is reconstructed."""
+        if self.cfg.reconstruct is Reconstruct.none:
+            return None
+        return MomentSource(self.run.path("score") / MOMENTS)
+
+    def eliminate_units(self, folder: Path) -> None:
+        """Write what each layer can best spare into `folder`; nothing without second moments. Collective."""
+        moments = self.moments
+        if moments is None:
+            return
+        mine = range(launch_rank(), self.teacher.num_layers, launch_world_size())
+        found: dict[str, Tensor] = {}
+        with progress_bar("eliminate", len(mine), 1) as advance:
+            for layer in mine:
+                found |= spare.spare_layer(layer, self.teacher, self.source, moments.whole, self.cfg.ridge)
+                advance(1)
+        everyone = gather_objects(found)
+        with main_rank_writes() as writes:
+            if writes:
+                merged = {name: x for part in everyone for name, x in part.items()}
+                save_file(merged | {HIDDEN_ERROR: self._hidden_error()}, folder / spare.FILE)
+        barrier()
+
+    def _hidden_error(self) -> Tensor:
+        """`[H + 1]` share of the normed stream of all norms that is lost with the channels or directions that go."""
+        assert self.moments is not None
+        stream, size = normed_stream(self.source, self.moments.whole, self.moments.tokens), self.teacher.hidden_size
+        if self.cfg.hidden is Stream.rotate:
+            energy_H = stream_rotation(self.teacher, list(range(self.teacher.num_layers)), size, stream).energy_H
+        else:
+            best_first = self.run.unit_scores()[HIDDEN].sort(descending=True, stable=True).indices
+            energy_H = stream_energy(self.teacher, list(range(self.teacher.num_layers)), stream).diagonal()[best_first]
+        lost = energy_H.flip(0).clamp(min=0).cumsum(0) / energy_H.clamp(min=0).sum()
+        return torch.cat([lost.new_zeros(1), lost])
+
+    def ranking(self, folder: Path) -> dict[str, Tensor]:
+        """What decides which units stay; `folder` is that of the search stage."""
+        scores = self.run.unit_scores()
+        if not self.cfg.by_error:
+            return scores
+        return spare.ranking(load_file(folder / spare.FILE), scores, [axis.name for axis in self.cfg.by_error])
+
+    def plan(self, student: Dims, folder: Path) -> Plan:
+        """What stays for a student of these sizes; `folder` is that of the search stage."""
+        merges = self.cfg.heads is HeadCut.merge
+        return make_plan(self.teacher, student, self.ranking(folder), merge_heads=merges)
+
+    def candidate_loss(self, student: Dims, folder: Path) -> float:
+        """Zero-shot loss of a candidate, which is built in memory and given up again. Collective."""
+        return validation_loss(self.run, self.student(student, self.plan(student, folder)), student, "candidate")
+
+    def student(self, dims: Dims, plan: Plan) -> ModelChunks:
+        """The student's share of this rank, in evaluation mode. Collective."""
+        source: ParameterSource = self.source
+        if self.moments is not None:
+            bridges = self._bridges(plan)
+            source = RefittedWriters(self.teacher, plan, source, self.moments.whole, self.cfg.ridge, bridges)
+        hidden, wide = self._hidden_cut(plan), CutSource(self.teacher, plan, source)
+        model = self.run.build(dims)
+        vocab_multiple = self.run.config.model.vocab_multiple
+        fill(model, dims, self.run.mesh, NarrowedSource(wide, plan.layers, hidden), vocab_multiple)
+        if self.cfg.sequential:
+            self._refit_sequentially(model, dims, plan, hidden, wide)
+        return model.eval()
+
+    def _refit_sequentially(
+        self, model: ModelChunks, dims: Dims, plan: Plan, hidden: HiddenCut, wide: ParameterSource
+    ) -> None:
+        walk = SequentialReconstruction(
+            student=model, teacher=self.run.load("teacher").eval(), dims=dims, teacher_dims=self.teacher, plan=plan,
+            mesh=self.run.mesh, hidden=hidden, wide=wide, windows_NS=self.calibration,
+            micro_batch=self.run.config.score.micro_batch, ridge=self.cfg.ridge,
+        )  # fmt: skip
+        with progress_bar("refit layer by layer", dims.num_layers, 1) as advance:
+            walk.run(advance)
+
+    def _bridges(self, plan: Plan) -> dict[int, BlockReplacement]:
+        """For every removed block, what the MLP before it needs to stand for it. Collective."""
+        gaps = gaps_of(plan.layers, self.teacher.num_layers)
+        if not gaps or self.teacher.num_experts:
+            return {}
+        windows_NS = self.calibration
+        with progress_bar("bridge removed layers", len(windows_NS), windows_NS.shape[1]) as advance:
+            return measure_bridges(
+                self.run.load("teacher").eval(), self.run.mesh, self.teacher, windows_NS, gaps,
+                micro_batch=self.run.config.score.micro_batch, progress=advance,
+            )  # fmt: skip
+
+    @cached_property
+    def calibration(self) -> Tensor:
+        """The windows that were scored, `[N, S]`, the same on every rank."""
+        config = self.run.config
+        samples = int(load_scores(self.run.path("score")).about["samples"])
+        return calibration_windows(
+            self.run.train_prefixes(), samples, config.data.sequence_length, config.run.seed
+        ).to(device())  # fmt: skip
+
+    def _hidden_cut(self, plan: Plan) -> HiddenCut:
+        """How the residual stream is narrowed."""
+        if self.moments is None or len(plan.hidden) == self.teacher.hidden_size:
+            return Selection(plan.hidden)
+        stream = normed_stream(self.source, self.moments.whole, self.moments.tokens)
+        if self.cfg.hidden is Stream.select:
+            return RefittedSelection(plan.hidden, stream, self.cfg.ridge, is_rms=not self.teacher.layer_norm_1p)
+        # One rank's eigenvectors serve all, as those of equal directions are not unique.
+        rotation = broadcast_object(
+            stream_rotation(self.teacher, plan.layers, len(plan.hidden), stream) if is_main_rank() else None
+        )
+        assert rotation is not None
+        return RotatedStream(rotation, stream, self.cfg.ridge)

@@ -1,0 +1,111 @@
+"""The targets of every sample of the training order, computed by the teacher and written to disk in shards.
+
+Shards are written to `progress/cache_teacher` until all are there; a killed run goes on with those that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactlm_nemo.artifacts import atomic_write_text, settings_of
+from compactlm_nemo.config.fingerprint import result_settings, training_text
+from compactlm_nemo.config.teacher import StoredKind
+from compactlm_nemo.data.windows import Windows
+from compactlm_nemo.distill.stored_targets import (
+    ABOUT,
+    StoredTargets,
+    TopKRecord,
+    encode_hidden,
+    encode_top_k,
+    num_shards,
+    shard_path,
+    write_shard,
+)
+from compactlm_nemo.losses.targets import top_k_targets
+from compactlm_nemo.losses.vocabulary import VocabShard
+from compactlm_nemo.models.build import ModelChunks
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.forward import forward_each, micro_batches
+from compactlm_nemo.models.layout import context_positions
+from compactlm_nemo.parallel.collectives import all_gather, barrier, broadcast_object
+from compactlm_nemo.parallel.devices import device
+from compactlm_nemo.parallel.launch import main_rank_writes
+from compactlm_nemo.parallel.world import is_main_rank
+from compactlm_nemo.progress import progress_bar
+from compactlm_nemo.stages.context import Run
+
+
+def store_targets(run: Run, folder: Path) -> dict[str, Any]:
+    """Write the shards of stored targets, and `about.json`.
+
+    Data-parallel ranks take every dp-th missing shard; all run in step, as spread experts need.
+    """
+    config, mesh, dims = run.config, run.mesh, run.dims("teacher")
+    samples, length = config.cached_samples, config.data.sequence_length
+    about = {
+        "kind": config.cache.kind.name, "k": config.cache.k, "width": dims.hidden_size, "samples": samples,
+        "shard_samples": config.cache.shard_samples, "sequence_length": length,
+        "mask_documents": config.data.mask_documents,
+        "model": run.fingerprint(run.teaching_artifact),
+    }  # fmt: skip
+    state = run.open_progress(
+        settings_of({"cache": result_settings(config.cache), "about": about} | training_text(config))
+    )
+    every = range(num_shards(samples, config.cache.shard_samples))
+    missing = broadcast_object([shard for shard in every if not shard_path(state, shard).exists()])
+    windows, teacher = Windows(run.train_prefixes(), length, config.run.seed), run.load(run.teaching_artifact).eval()
+    with progress_bar("cache teacher", len(missing) * config.cache.shard_samples, length) as advance:
+        for first in range(0, len(missing), mesh.dp_size):
+            turn = missing[first : first + mesh.dp_size]
+            shard = turn[min(mesh.dp_rank, len(turn) - 1)]
+            numbers = range(samples)[shard * config.cache.shard_samples :][: config.cache.shard_samples]
+            tokens_NT = torch.stack([windows.sample(number) for number in numbers])
+            if len(numbers) < config.cache.shard_samples:  # the last shard: all ranks run equally many batches
+                filler = tokens_NT[-1:].expand(config.cache.shard_samples - len(numbers), -1)
+                tokens_NT = torch.cat([tokens_NT, filler])
+            records = _records(run, teacher, dims, tokens_NT)[: len(numbers)]
+            if records and mesh.dp_rank < len(turn):
+                write_shard(state, shard, records)
+            advance(len(turn) * config.cache.shard_samples)
+    barrier()
+    with main_rank_writes() as writes:
+        if writes:
+            for path in sorted(state.glob("shard_*.safetensors")):
+                path.replace(folder / path.name)
+            atomic_write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
+            shutil.rmtree(state)
+    num_bytes = broadcast_object(StoredTargets(folder).num_bytes() if is_main_rank() else 0)
+    return {"samples": samples, "bytes": num_bytes, "bytes_per_token": num_bytes / (samples * length)}
+
+
+def _records(run: Run, teacher: ModelChunks, dims: Dims, tokens_NT: Tensor) -> list[bytes]:
+    """What is stored of each sample, on one rank of those that share it; nothing on the others."""
+    config, mesh = run.config, run.mesh
+    batches = micro_batches(tokens_NT.to(device()), config.cache.micro_batch)
+    is_writer = mesh.tp_rank == 0 and mesh.cp_rank == 0
+
+    def visit(idx: int, hidden_SBG: Tensor) -> list[bytes]:
+        if mesh.cp_size > 1:
+            places = [context_positions(len(hidden_SBG), rank, mesh.cp_size) for rank in range(mesh.cp_size)]
+            hidden_SBG = all_gather(hidden_SBG, mesh.cp_group, dim=0)[torch.cat(places).argsort().to(hidden_SBG.device)]
+        if config.cache.kind is StoredKind.hidden:
+            return [encode_hidden(hidden_SG.cpu()) for hidden_SG in hidden_SBG.unbind(dim=1)] if is_writer else []
+        weight_VG = teacher.head_weight
+        found = top_k_targets(
+            hidden_SBG.transpose(0, 1).flatten(0, 1), weight_VG, batches[idx][:, 1:].flatten(),
+            k=config.cache.k, chunk_tokens=run.chunk_tokens(dims),
+            shard=VocabShard(dims.vocab_size, mesh.tp_rank * weight_VG.shape[0], mesh.tp_group),
+        )  # fmt: skip
+        if not is_writer:
+            return []
+        fields = (field.cpu().unflatten(0, (-1, len(hidden_SBG))).unbind() for field in found)
+        return [encode_top_k(TopKRecord(*record)) for record in zip(*fields, strict=True)]
+
+    results = forward_each(teacher, mesh, [batch[:, :-1] for batch in batches], visit)
+    return [record for batch in results for record in batch]

@@ -1,0 +1,198 @@
+"""The training of a model on the run's mesh, which the stages `distill` and `correct_teacher` share.
+
+Training state lives in `progress/STAGE`, so a killed run goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compactlm_nemo.artifacts import settings_of
+from compactlm_nemo.config.distill import DistillConfig
+from compactlm_nemo.config.fingerprint import correction_settings, result_settings, training_text
+from compactlm_nemo.config.loss import Projection
+from compactlm_nemo.config.teacher import StoredKind, TeacherSource
+from compactlm_nemo.data.windows import Windows, heldout_windows
+from compactlm_nemo.distill.heldout_kl import evaluate_kd_loss
+from compactlm_nemo.distill.hidden_states import HiddenStateLoss
+from compactlm_nemo.distill.layer_pairs import layer_pairs
+from compactlm_nemo.distill.loop import EVAL_LOSS, Callbacks, distill
+from compactlm_nemo.distill.projections import Projections
+from compactlm_nemo.distill.stored_targets import StoredTargets
+from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, OwnMeshTeacher, StoredHidden, StoredTopK, Teacher
+from compactlm_nemo.distill.teacher_correction import TeacherCorrection
+from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
+from compactlm_nemo.models.build import ModelChunks, tp_share
+from compactlm_nemo.models.checkpoint import CheckpointSource
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.parallel.devices import device, device_name, peak_tflops
+from compactlm_nemo.parallel.launch import main_rank_writes, second_mesh
+from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
+from compactlm_nemo.pruning.plan import PLAN, Plan
+from compactlm_nemo.search.cost import flops_per_token_forward
+from compactlm_nemo.stages.context import Run, validation_loss
+from compactlm_nemo.training.checkpoint import latest_step
+from compactlm_nemo.training.tracker import METRICS, Tracker
+
+
+def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[str, Any] | None:
+    """Train the model of artifact `source`, as `cfg` says; None when that ends before the last step."""
+    config = run.config
+    state = run.open_progress(
+        settings_of(
+            {"distill": result_settings(cfg), source: run.fingerprint(source)}
+            | training_text(config)
+            | _teaching(run, cfg)
+            | correction_settings(config)
+        )
+    )
+    dims = run.dims(source)
+    samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
+    student, teacher = run.load(source), _teacher(run, cfg)
+    start = latest_step(state / "checkpoints") or 0
+    shown = settings_of(asdict(config))
+    wandb = replace(config.wandb, name=config.wandb.name or Path(config.run.dir).resolve().name)
+    with Tracker(state, wandb, shown, is_main_rank(), cfg.steps, start_step=start) as tracker:
+        end = distill(
+            student,
+            teacher,
+            dims,
+            run.mesh,
+            samples.sample,
+            cfg,
+            Callbacks(
+                log=tracker.log,
+                rewind=tracker.rewind,
+                evaluate=_heldout_metrics(run, student, dims, teacher),
+                speed=_speed(run, dims, cfg),
+            ),
+            chunk_tokens=run.chunk_tokens(dims),
+            checkpoints=state / "checkpoints",
+            is_main=is_main_rank(),
+            device=device(),
+            until=cfg.stop_after,
+            hidden_loss=_hidden_loss(run, cfg, student, teacher),
+            corrector=_corrector(run, teacher, state),
+        )
+    if end.step < cfg.steps:
+        return None
+    run.save(folder, student, dims)
+    with main_rank_writes() as writes:
+        if writes:
+            shutil.copyfile(state / METRICS, folder / METRICS)
+    return {
+        "tokens": cfg.num_samples * config.data.sequence_length,
+        "best_step": end.best_step,
+        "loss": validation_loss(run, student, dims, source),
+    }
+
+
+def _teaching(run: Run, cfg: DistillConfig) -> dict[str, str]:
+    """Return which artifact teaches the student; nothing where none does."""
+    artifact = {TeacherSource.live: run.teaching_artifact, TeacherSource.stored: "targets"}.get(cfg.teacher)
+    return {"taught by": run.fingerprint(artifact)} if artifact else {}
+
+
+def _teacher(run: Run, cfg: DistillConfig) -> Teacher:
+    """The teacher itself, what it said, or nobody."""
+    if cfg.teacher is TeacherSource.none:
+        return NoTeacher(run.mesh)
+    if cfg.teacher is TeacherSource.live:
+        layout = run.config.teacher_parallel
+        if layout == run.mesh.layout:
+            return LiveTeacher(run.load(run.teaching_artifact), run.mesh)
+        own = second_mesh(layout, run.config.run.seed)
+        with own.active():
+            chunks = replace(run, mesh=own).load(run.teaching_artifact)
+        return OwnMeshTeacher(chunks, own, run.mesh, _head(run) if run.mesh.is_last_stage else None)
+    store = StoredTargets(run.path("targets"))
+    if run.config.cache.kind is StoredKind.top_k:
+        return StoredTopK(store, run.mesh)
+    return StoredHidden(store, run.mesh, _head(run) if run.mesh.is_last_stage else None)
+
+
+def _corrector(run: Run, teacher: Teacher, state: Path) -> TeacherCorrection | None:
+    """What trains the teacher meanwhile, where that is asked for; not in the training of the teacher itself."""
+    if not run.config.correct.beside or not isinstance(teacher, LiveTeacher):
+        return None
+    dims = run.dims("teacher")
+    return TeacherCorrection(
+        teacher.chunks, dims, run.mesh, run.config.correction,
+        chunk_tokens=run.chunk_tokens(dims), checkpoints=state / "teacher", is_main=is_main_rank(),
+    )  # fmt: skip
+
+
+def _hidden_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teacher: Teacher) -> HiddenStateLoss | None:
+    """Losses between hidden states, whose projections start as the way back from the cut: channel j of the student to
+    the channel of the teacher that it was."""
+    if not cfg.hidden.is_on:
+        return None
+    assert isinstance(teacher, LiveTeacher)  # settings are checked before the start
+    dims, student_dims = run.dims("teacher"), run.dims("student")
+    pairs, projections = layer_pairs(cfg.hidden, dims, student_dims), None
+    if cfg.hidden.projection is not Projection.none:
+        kept = Plan.from_json(json.loads((run.path("student") / PLAN).read_text())).hidden
+        start_GH = torch.eye(dims.hidden_size, device=device())[:, kept.to(device())]
+        projections = Projections(len(pairs), cfg.hidden.projection is Projection.shared, start_GH, cfg)
+    loss = HiddenStateLoss(cfg.hidden, pairs, teacher.chunks, student, run.mesh, projections)
+    teacher.on_input = loss.on_teacher
+    return loss
+
+
+def _head(run: Run) -> Tensor:
+    """This rank's rows of the teacher's output weights, read without the rest of the teacher."""
+    dims, mesh = run.dims("teacher"), run.mesh
+    name = "embedding.word_embeddings.weight" if dims.tied_embeddings else "output_layer.weight"
+    padded = dims.padded_vocab(mesh.tp_size, run.config.model.vocab_multiple)
+    whole = CheckpointSource(run.path(run.teaching_artifact), dims)(name)
+    own = tp_share(name, whole, rank=mesh.tp_rank, size=mesh.tp_size, gated=dims.gated_mlp, padded_vocab=padded)
+    return own.to(device(), run.dtype)
+
+
+def _heldout_metrics(run: Run, student: ModelChunks, dims: Dims, teacher: Teacher) -> Callable[[], dict[str, float]]:
+    """LM loss and, with a live teacher, KL of the student as it is, for each held-out text and in the mean."""
+    config = run.config
+    settings = {"micro_batch": config.evaluate.micro_batch, "chunk_tokens": run.chunk_tokens(dims)}
+
+    def measure() -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name in config.data.heldout:
+            prefix = run.token_prefix(f"heldout.{name}")
+            windows = heldout_windows(prefix, config.data.sequence_length, config.distill.eval_tokens).to(device())
+            if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)):
+                got = evaluate_kd_loss(student, teacher, dims, run.mesh, windows, **settings)
+                values |= {f"eval/{name}_lm_loss_nats": got.lm_loss, f"eval/{name}_kl_nats": got.kl}
+            else:
+                loss = evaluate_lm_loss(student, dims, run.mesh, windows, progress=lambda samples: None, **settings)
+                values[f"eval/{name}_lm_loss_nats"] = loss.loss_nats
+        return values | {EVAL_LOSS: sum(v for k, v in values.items() if "lm_loss" in k) / len(config.data.heldout)}
+
+    return measure
+
+
+def _speed(run: Run, student: Dims, cfg: DistillConfig) -> Callable[[float, float], dict[str, float]]:
+    """Tokens a second, model FLOPs a second of one device, and their share of its peak where that is known.
+
+    A training step is three forward passes of the student (backward is two) and one of a live teacher; what
+    recomputation adds is not counted.
+    """
+    length = run.config.data.sequence_length
+    flops = 3 * flops_per_token_forward(student, length)
+    if cfg.teacher is TeacherSource.live:
+        flops += flops_per_token_forward(run.dims("teacher"), length)
+    peak = cfg.peak_tflops or peak_tflops(device_name())
+
+    def measure(tokens: float, seconds: float) -> dict[str, float]:
+        achieved = tokens * flops / seconds / launch_world_size() / 1e12
+        utilisation = {"perf/mfu": achieved / peak} if peak else {}
+        return {"perf/tokens_per_second": tokens / seconds, "perf/tflops_per_device": achieved} | utilisation
+
+    return measure
