@@ -1,14 +1,15 @@
 """Two scores files of one model -> how far their ranks agree, axis by axis and metric by metric."""
 
-from rich.console import Console
-
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.load import COMPARE, recipe_root, to_yaml
-from compactlm_nemo.report.compare import compare
 
 
 def compare_scores(config: CompareConfig) -> None:
     """Compare, or in a dry run check the files and show the settings."""
+    from rich.console import Console
+
+    from compactlm_nemo.report.compare import compare
+
     compare(config, Console())
     if config.dry_run:
         print(to_yaml(config), end="")

@@ -1,0 +1,69 @@
+"""The quick look at a config says what transformers says, or nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from compactlm_nemo.config.load import CONF, compose
+from compactlm_nemo.models.families import FAMILIES, dims_of
+from compactlm_nemo.models.hf import read_config
+from compactlm_nemo.models.hf_config import DEFAULTS, quick_dims, quick_folder_dims
+from compactlm_nemo.models.source import declared_dims, quick_source_dims
+from tests.support.tiny_models import CASES, save_tiny
+
+
+def test_every_family_has_defaults() -> None:
+    assert DEFAULTS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"hidden_size": 1024, "num_attention_heads": 8},
+        {"num_key_value_heads": 2, "head_dim": 32},
+        {"vocab_size": 99},
+    ],
+)
+def test_what_is_left_out_is_as_in_transformers(family: str, values: dict[str, Any]) -> None:
+    assert quick_dims({"model_type": family} | values) == dims_of(AutoConfig.for_model(family, **values))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_is_read_alike(case: str, tmp_path: Path) -> None:
+    save_tiny(case, tmp_path)
+    assert quick_folder_dims(tmp_path) == dims_of(read_config(tmp_path))
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_an_experiment_is_read_alike(experiment: str) -> None:
+    cfg = compose([f"experiment={experiment}", "model.source=absent"]).model
+    assert quick_source_dims(cfg) == declared_dims(cfg)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {}, {"model_type": "gpt2"}, {"model_type": "llama", "logit_scale": 0.5},
+        {"model_type": "llama", "hidden_size": "wide"}, {"model_type": "llama", "hidden_act": "gelu"},
+        {"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+        {"model_type": "qwen2", "use_sliding_window": True}, [], None, 3,
+    ],
+)  # fmt: skip
+def test_what_is_not_certain_is_left_to_transformers(values: Any, tmp_path: Path) -> None:
+    assert quick_dims(values) is None
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert quick_folder_dims(tmp_path) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "\udcff"])
+def test_a_damaged_file_is_left_to_transformers(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert quick_folder_dims(tmp_path) is None
+    assert quick_folder_dims(tmp_path / "nowhere") is None
