@@ -38,7 +38,7 @@ format: $(STAMP)  ## Rewrite the code in the project's format
 	$(BIN)/ruff format .
 
 docs: $(STAMP)  ## Remake docs/configuration.md and check the links of all pages
-	$(BIN)/python -m compactlm_nemo.config.load > docs/configuration.md
+	$(BIN)/python -m compactlm_nemo.workflow.manual > docs/configuration.md
 	@fail=0; for page in *.md docs/*.md slurm/*.md; do \
 		[ -e "$$page" ] || continue; \
 		for link in $$(grep -oE '\]\([^)# ]+' "$$page" | sed 's/^](//' | grep -vE '^[a-z]+:'); do \

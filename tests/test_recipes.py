@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-from compactlm_nemo.config.load import COMPARE, CONF, compose, compose_root, reference_markdown, schema_reference
+from compactlm_nemo.config.load import COMPARE, CONF, compose, compose_root, schema_reference
 from compactlm_nemo.errors import CompactLMError
+from compactlm_nemo.workflow.manual import reference_markdown
 from compactlm_nemo.workflow.runner import run_stages
 from compactlm_nemo.workflow.stage_table import STAGES, stages_of
 from tests.support import commands
@@ -135,7 +136,7 @@ def test_help_names_every_setting() -> None:
     words = [sys.executable, "-m", "recipes.distill", "--help"]  # as from a shell
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0
-    for key, _, meaning in schema_reference():
+    for key, _, meaning, _ in schema_reference():
         assert key in result.stdout
         assert meaning, f"{key} has no docstring"
 

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from compactlm_nemo.config.evaluate import CompareConfig
+from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import CompactLMError, ConfigError
 
@@ -41,7 +42,7 @@ class Root(Generic[T]):
     """What follows `python -m ` on its help page."""
 
 
-RUN = Root(Config, "schema", "config", "recipes.VERB [experiment=NAME] [key=value ...] [dry_run=true]")
+RUN = Root(Config, "schema", "config", "recipes.RECIPE [experiment=NAME] [key=value ...] [dry_run=true]")
 COMPARE = Root(
     CompareConfig,
     "compare_schema",
@@ -56,7 +57,7 @@ def register_schema(root: Root[Any]) -> None:
 
 
 def to_config(tree: DictConfig, schema: type[T]) -> T:
-    """Validated dataclasses from a composed tree; every `__post_init__` rule has run."""
+    """Return validated dataclasses from a composed tree; every `__post_init__` rule has run."""
     missing = sorted(OmegaConf.missing_keys(tree))
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be set; for example {missing[0]}=VALUE on the command line.")
@@ -66,12 +67,12 @@ def to_config(tree: DictConfig, schema: type[T]) -> T:
 
 
 def compose(overrides: list[str]) -> Config:
-    """The configuration of a run that a command line of these overrides gives."""
+    """Return the configuration of a run that a command line of these overrides gives."""
     return compose_root(RUN, overrides)
 
 
 def compose_root(root: Root[T], overrides: list[str]) -> T:
-    """The same for the settings of any root."""
+    """Return the configuration of any root that a command line of these overrides gives."""
     register_schema(root)
     overrides = ["++" + text if OPEN_KEY.match(text) else text for text in overrides]
     with hydra.initialize_config_dir(str(CONF), version_base=None):
@@ -79,12 +80,12 @@ def compose_root(root: Root[T], overrides: list[str]) -> T:
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved configuration as YAML."""
+    """Return the resolved configuration as YAML."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without the parts that Hydra adds for its developers."""
+    """Return an error's message without the parts that Hydra adds for its developers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=", "See "))]
     if error.__cause__ is not None:
@@ -122,13 +123,13 @@ def recipe_root(root: Root[T], run: Callable[[T], None], description: str | None
 
 
 def help_text(description: str, root: Root[Any] = RUN) -> str:
-    """What `--help` prints: the verb, the experiments of a run, and every setting."""
+    """Return what `--help` prints: the recipe, the experiments of a run, and every setting."""
     lines = [description, "", f"usage: python -m {root.usage}", ""]
     if root is RUN:
         experiments = ", ".join(sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
         lines += [f"experiments: {experiments}", ""]
     lines += ["settings (key = default):"]
-    lines += [f"  {key} = {default}\n      {meaning}" for key, default, meaning in schema_reference(root.schema)]
+    lines += [f"  {key} = {default}\n      {meaning}" for key, default, meaning, _ in schema_reference(root.schema)]
     return "\n".join(lines)
 
 
@@ -145,9 +146,12 @@ def _fail(message: str) -> int:
     return 2
 
 
-def schema_reference(top: type = Config) -> list[tuple[str, str, str]]:
-    """(key, default, meaning) of every setting, read from the dataclasses and their docstrings."""
-    rows: list[tuple[str, str, str]] = []
+def schema_reference(top: type = Config) -> list[tuple[str, str, str, str]]:
+    """Return (key, default, meaning, mark) of every setting, read from the dataclasses and their docstrings.
+
+    The mark says whether another value gives another result: yes, no, or depends (on other settings).
+    """
+    rows: list[tuple[str, str, str, str]] = []
 
     def walk(cls: type, prefix: str) -> None:
         docs = _meanings(cls)
@@ -156,14 +160,16 @@ def schema_reference(top: type = Config) -> list[tuple[str, str, str]]:
             if hasattr(default, "__dataclass_fields__"):
                 walk(type(default), f"{prefix}{f.name}.")
             else:
-                rows.append((prefix + f.name, _shown(default), " ".join(docs.get(f.name, "").split())))
+                mark = f.metadata.get(MARK, False)
+                decides = "depends" if callable(mark) else ("yes" if mark else "no")
+                rows.append((prefix + f.name, _shown(default), " ".join(docs.get(f.name, "").split()), decides))
 
     walk(top, "")
     return rows
 
 
 def _meanings(cls: type) -> dict[str, str]:
-    """Field of a dataclass -> the docstring that follows it in the source."""
+    """Return the docstring that follows each field of a dataclass in the source, by the field."""
     import ast
     import inspect
 
@@ -177,26 +183,9 @@ def _meanings(cls: type) -> dict[str, str]:
 
 
 def _shown(default: Any) -> str:
-    """A default as one would write it on the command line."""
+    """Return a default as one would write it on the command line."""
     if default == "???":
         return "required"
     if isinstance(default, list):
         return f"[{', '.join(map(_shown, default))}]"
     return default.name if isinstance(default, Enum) else repr(default)
-
-
-def reference_markdown() -> str:
-    """docs/configuration.md, made from the dataclasses; `python -m compactlm_nemo.config.load` prints it."""
-    head = "# Settings\n\nMade from the dataclasses in `compactlm_nemo/config/` by `make docs`.\n\n"
-    between = "\n## Settings of `recipes.compare_scores`\n\n"
-    return head + _table(schema_reference()) + between + _table(schema_reference(CompareConfig))
-
-
-def _table(rows: list[tuple[str, str, str]]) -> str:
-    return "| key | default | meaning |\n|---|---|---|\n" + "".join(
-        f"| `{key}` | `{default}` | {meaning} |\n" for key, default, meaning in rows
-    )
-
-
-if __name__ == "__main__":
-    print(reference_markdown(), end="")

@@ -34,7 +34,7 @@ STAGE = Stage(
     name="cache_teacher",
     summary="teacher and tokens -> shards of stored targets, for a distillation without a teacher in memory",
     reads=("teacher", "tokens"),
-    reads_too=lambda config: ("corrected",) if config.corrects_before else (),
+    may_read={"corrected": lambda config: config.corrects_before},
     writes="targets",
     settings=lambda config: (
         {"cache": result_settings(config.cache), "samples": config.cached_samples} | training_text(config)

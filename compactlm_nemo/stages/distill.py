@@ -18,12 +18,6 @@ if TYPE_CHECKING:
     from compactlm_nemo.stages.context import Run
 
 
-def artifacts_of_teacher(config: Config) -> tuple[str, ...]:
-    """Return what teaches in place of the imported teacher."""
-    stored = ("targets",) if config.distill.teacher is TeacherSource.stored else ()
-    return (("corrected",) if config.corrects_before else ()) + stored
-
-
 def models_in_memory(config: Config) -> tuple[str, ...]:
     """Return the teacher, if one runs beside the student, and the student, which is trained."""
     if config.correct.beside:
@@ -127,7 +121,10 @@ STAGE = Stage(
     name="distill",
     summary="teacher, student and tokens -> trained student",
     reads=("teacher", "tokens", "student"),
-    reads_too=artifacts_of_teacher,
+    may_read={
+        "corrected": lambda config: config.corrects_before,
+        "targets": lambda config: config.distill.teacher is TeacherSource.stored,
+    },
     writes="distill",
     settings=lambda config: (
         {"distill": result_settings(config.distill)} | training_text(config) | correction_settings(config)

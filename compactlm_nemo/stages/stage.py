@@ -7,7 +7,7 @@ nothing heavy until `run` is called: every command reads the table first.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,8 @@ class Stage:
     run: Callable[[Run, Path], dict[str, Any] | None]
     """Does the work: (settings on a mesh, empty folder of the artifact) -> results for the manifest, or None when it
     stopped before its end. All ranks call it; only the main rank writes plain files."""
-    reads_too: Callable[[Config], tuple[str, ...]] = lambda config: ()
-    """Further artifacts that it reads with these settings."""
+    may_read: dict[str, Callable[[Config], bool]] = field(default_factory=dict)
+    """Further artifacts, each with the settings under which it is read."""
     files: Callable[[Config], dict[str, Path]] = lambda config: {}
     """The user's files that it reads, by name; their content decides its result too."""
     is_wanted: Callable[[Config], bool] = lambda config: True
@@ -50,4 +50,4 @@ class Stage:
 
     def artifacts(self, config: Config) -> tuple[str, ...]:
         """Return every artifact that it reads with these settings."""
-        return self.reads + self.reads_too(config)
+        return self.reads + tuple(artifact for artifact, is_read in self.may_read.items() if is_read(config))
