@@ -75,7 +75,7 @@ def settings_of(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """SHA-256 over what decides a stage's result: its settings and the fingerprints or hashes of its inputs."""
+    """Return SHA-256 over what decides a stage's result: its settings and the fingerprints or hashes of its inputs."""
     text = json.dumps({"settings": dict(settings), "inputs": dict(inputs)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -151,7 +151,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished stage; CheckpointError when it is missing or damaged."""
+    """Return the manifest of a finished stage; CheckpointError when it is missing or damaged."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -171,7 +171,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(2**20):
@@ -190,7 +190,7 @@ def _plain(value: Any) -> Any:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], kind: str = "") -> list[str]:
-    """`KEY=OLD vs NEW` for every key that differs."""
+    """Return `KEY=OLD vs NEW` for every key that differs."""
     absent = "(absent)"
     keys = sorted({key for key in old.keys() | new.keys() if old.get(key, absent) != new.get(key, absent)})
     return [f"{kind}{key}={_short(old.get(key, absent))} vs {_short(new.get(key, absent))}" for key in keys]
@@ -237,7 +237,7 @@ EDGE_BYTES = 2**20
 
 
 def file_identity(path: Path) -> str:
-    """SHA-256 over a file's size and its first and last MiB."""
+    """Return SHA-256 over a file's size and its first and last MiB."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:

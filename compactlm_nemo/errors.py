@@ -2,7 +2,7 @@
 
 
 def listed(problems: list[str]) -> str:
-    """One message for one or more problems."""
+    """Return one message for one or more problems."""
     if len(problems) == 1:
         return problems[0]
     return "\n- ".join([f"{len(problems)} problems:", *problems])

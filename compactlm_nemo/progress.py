@@ -14,7 +14,7 @@ from compactlm_nemo.parallel.world import is_main_rank
 
 @contextmanager
 def progress_bar(label: str, samples: int, tokens_per_sample: int) -> Iterator[Callable[[int], None]]:
-    """Yields `advance(samples)`. A bar on a terminal, one closing line elsewhere, nothing on other ranks."""
+    """Yield `advance(samples)`: a bar on a terminal, one closing line elsewhere, nothing on other ranks."""
     console = Console()
     if not is_main_rank():
         yield lambda count: None

@@ -40,7 +40,7 @@ class CorpusConfig:
 
 
 def _corpus(key: str, value: Any) -> CorpusConfig:
-    """A corpus from its short form (a path) or its long one. OmegaConf cannot type dict values that users add."""
+    """Return a corpus from its short form (a path) or its long one; OmegaConf cannot type values that users add."""
     if isinstance(value, CorpusConfig):
         return value
     given = {"path": value} if isinstance(value, str) else dict(value or {})
@@ -70,6 +70,6 @@ class DataConfig:
         require(self.sequence_length > 1, f"data.sequence_length={self.sequence_length} must be > 1; try 512.")
 
     def corpora(self) -> dict[str, CorpusConfig]:
-        """Every corpus under a name of its own: `train.NAME` and `heldout.NAME`, which may share NAME."""
+        """Return every corpus under a name of its own: `train.NAME` and `heldout.NAME`, which may share NAME."""
         parts = {"train": self.train, "heldout": self.heldout}
         return {f"{part}.{name}": corpus for part, held in parts.items() for name, corpus in held.items()}

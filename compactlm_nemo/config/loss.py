@@ -46,7 +46,7 @@ class HiddenConfig:
     """Weight of the sum of these losses; null takes the ratio of the logit loss to it in the step before."""
 
     def maps(self) -> dict[str, list[list[int]]]:
-        """Kind -> pairs of layers."""
+        """Return the pairs of layers of each kind."""
         return {"layers": self.layers, "attention": self.attention, "mlp_input": self.mlp_input}
 
     @property

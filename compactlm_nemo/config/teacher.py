@@ -63,7 +63,7 @@ class CorrectConfig:
     """Steps of linear warm-up from 0; at most half of `correct.steps` are taken."""
 
     def at_most(self, steps: int) -> CorrectConfig:
-        """The same for a training of so many steps, where it runs beside it."""
+        """Return these settings for a training of so many steps, where the teacher is trained beside it."""
         return replace(self, steps=min(self.steps, steps)) if self.beside else self
 
     def __post_init__(self) -> None:

@@ -42,11 +42,11 @@ class HiddenStateModel(GPTModel):
     """Token at which a document begins and attention with it, as it ends the one before; None: samples are whole."""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None = None, **others: Any) -> Any:
-        """`input_ids` `[b, s]` of this context-parallel rank; the mask is made here, once for all layers."""
+        """Run `input_ids` `[b, s]` of this context-parallel rank; the mask is made here, once for all layers."""
         return super().forward(input_ids, position_ids, self._attention_mask(input_ids), **others)
 
     def _attention_mask(self, tokens_bs: Tensor) -> Tensor | None:
-        """`[b or 1, 1, s, whole sequence]` what each token attends to; None: all before it."""
+        """Return `[b or 1, 1, s, whole sequence]`, what each token attends to; None: all before it."""
         length, size = tokens_bs.shape[1], self.config.context_parallel_size
         window = self.config.window_size[0] + 1 if self.config.window_size else length * size
         if size == 1 and window >= length and self.document_end is None:
@@ -99,7 +99,7 @@ class ModelChunks(list[HiddenStateModel]):
         return self[-1].head_weight
 
     def layers(self) -> Iterator[Any]:
-        """This rank's decoder layers in the order of the model; `layer_number - 1` is the global 0-based index."""
+        """Return this rank's decoder layers in model order; `layer_number - 1` is the global 0-based index."""
         for chunk in self:
             yield from chunk.decoder.layers
 
@@ -109,14 +109,14 @@ class ModelChunks(list[HiddenStateModel]):
 
 
 def recompute_activations(chunks: ModelChunks) -> None:
-    """From now on training keeps each layer's input only, and runs the layer's forward pass again in backward."""
+    """Make training keep each layer's input only, and run the layer's forward pass again in backward."""
     for chunk in chunks:
         chunk.config.recompute_granularity, chunk.config.recompute_method = "full", "uniform"
         chunk.config.recompute_num_layers = 1
 
 
 def pipeline_layout(num_layers: int, layout: ParallelConfig) -> list[list[str]] | None:
-    """Megatron's description of `split_layers`; None without a pipeline."""
+    """Return Megatron's description of `split_layers`; None without a pipeline."""
     if layout.pp == 1:
         return None
     rows = [["decoder"] * count for count in split_layers(num_layers, layout)]
@@ -124,7 +124,7 @@ def pipeline_layout(num_layers: int, layout: ParallelConfig) -> list[list[str]] 
 
 
 def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of an architecture; fusions are off, gradients are summed per token."""
+    """Return Megatron's configuration of an architecture; fusions are off, gradients are summed per token."""
     return TransformerConfig(
         num_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
@@ -169,7 +169,7 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
 
 
 def _expert_settings(dims: Dims) -> dict[str, Any]:
-    """Megatron's settings of layers with experts; no loss but ours acts on the router."""
+    """Return Megatron's settings of layers with experts; no loss but ours acts on the router."""
     return {
         "num_moe_experts": dims.num_experts,
         "moe_ffn_hidden_size": dims.ffn_hidden_size,
@@ -185,7 +185,7 @@ def _expert_settings(dims: Dims) -> dict[str, Any]:
 
 
 def build_model(dims: Dims, mesh: Mesh, *, dtype: torch.dtype, vocab_multiple: int) -> ModelChunks:
-    """This rank's share of the model, weights not yet meaningful: use `fill` or a checkpoint."""
+    """Return this rank's share of the model, weights not yet meaningful: use `fill` or a checkpoint."""
     config = transformer_config(dims, mesh, dtype)
     counts = split_layers(dims.num_layers, mesh.layout)
     stages = mesh.layout.virtual_stages
@@ -240,7 +240,7 @@ def _build_chunk(
 
 
 def inverse_frequencies(dims: Dims) -> Tensor:
-    """Rotary frequencies `theta^(-2i / d)`, `[d / 2]` float32, with Llama 3.1's scaling where the model has it.
+    """Return rotary frequencies `theta^(-2i / d)`, `[d / 2]` float32, with Llama 3.1's scaling where the model has it.
 
     Wavelengths longer than `original / low_freq_factor` are divided by `factor`, those shorter than
     `original / high_freq_factor` kept, those between blended linearly in `original / wavelength`.
@@ -258,7 +258,7 @@ def inverse_frequencies(dims: Dims) -> Tensor:
 
 
 def global_names(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of this rank under their names in the whole model (0-based global layer and expert numbers)."""
+    """Return parameters of this rank under their names in the whole model (0-based global layer and expert numbers)."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             match = re.match(r"decoder\.layers\.(\d+)\.(.*)", name)
@@ -271,7 +271,7 @@ def global_names(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Tenso
 
 
 def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padded_vocab: int) -> Tensor:
-    """This TP rank's part of a whole parameter, as Megatron's parallel layers expect it."""
+    """Return this TP rank's part of a whole parameter, as Megatron's parallel layers expect it."""
     if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         full = F.pad(full, (0, 0, 0, padded_vocab - full.shape[0]))
         return full.chunk(size, 0)[rank]

@@ -24,7 +24,7 @@ from compactlm_nemo.parallel.mesh import Mesh
 
 
 def sharding_metadata(mesh: Mesh) -> dict[str, Any]:
-    """Tells Megatron how its optimizer state is to be sharded: so that any other layout can load it."""
+    """Tell Megatron how its optimizer state is to be sharded: so that any other layout can load it."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,  # one name for a parameter's state, with and without spread experts
@@ -33,7 +33,7 @@ def sharding_metadata(mesh: Mesh) -> dict[str, Any]:
 
 
 def model_state(chunks: Sequence[Any], mesh: Mesh) -> dict[str, Any]:
-    """Megatron's sharded state of each chunk as `model{i}`; what is stored carries global layer numbers."""
+    """Return Megatron's sharded state of each chunk as `model{i}`; what is stored carries global layer numbers."""
     metadata = sharding_metadata(mesh)
     return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
 
@@ -99,7 +99,7 @@ class _Slice(LoadPlanner):
 def read_box(
     reader: FileSystemReader, metadata: Metadata, key: str, offsets: Sequence[int], shape: Sequence[int]
 ) -> Tensor:
-    """The part of a stored tensor that starts at `offsets` and has this shape, on the CPU; needs no process group."""
+    """Return the part of a stored tensor at `offsets` of this shape, on the CPU; needs no process group."""
     stored = metadata.state_dict_metadata[key]
     assert isinstance(stored, TensorStorageMetadata)
     buffer = torch.empty(list(shape), dtype=stored.properties.dtype)
@@ -189,7 +189,7 @@ class CheckpointSource:
 
 
 def _possible_places(name: str) -> list[_Place]:
-    """Where the tools we know store a parameter, likeliest first."""
+    """Return where the tools we know store a parameter, likeliest first."""
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
     if not match:
         return [_Place(name, {})]

@@ -62,7 +62,7 @@ class Dims:
         experts: int | None = None,
         shared_expert_ffn: int | None = None,
     ) -> Dims:
-        """The same architecture with other widths and depth; None keeps a size."""
+        """Return the same architecture with other widths and depth; None keeps a size."""
         sizes: dict[str, Any] = {
             "num_layers": layers,
             "hidden_size": hidden,
@@ -75,7 +75,7 @@ class Dims:
         return replace(self, **{name: size for name, size in sizes.items() if size is not None})
 
     def padded_vocab(self, tp: int, multiple: int) -> int:
-        """The smallest multiple of `tp * multiple` that holds the vocabulary."""
+        """Return the smallest multiple of `tp * multiple` that holds the vocabulary."""
         unit = tp * multiple
         return -(-self.vocab_size // unit) * unit
 

@@ -89,7 +89,7 @@ _HARMLESS = {
 
 
 def dims_of(config: Any) -> Dims:
-    """The architecture of a transformers config; a CheckpointError names the first thing we cannot represent."""
+    """Return the architecture of a transformers config; a CheckpointError names the first thing we cannot represent."""
     kind = config.model_type
     if kind not in FAMILIES:
         raise CheckpointError(f"config.json: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}.")
@@ -133,7 +133,7 @@ def dims_of(config: Any) -> Dims:
 
 
 def _experts(config: Any, kind: str) -> dict[str, Any]:
-    """Number, choice and gates of the experts."""
+    """Return number, choice and gates of the experts."""
     count, picked = config.num_experts, config.num_experts_per_tok
     if not 1 <= picked <= count:
         raise CheckpointError(f"config.json: num_experts_per_tok={picked} must be in [1, {count}], the experts.")
@@ -159,7 +159,7 @@ def _only(kind: str, key: str, value: Any, supported: Any) -> None:
 
 
 def _rope(config: Any, kind: str) -> dict[str, Any]:
-    """theta, scaling and rotary share from either spelling (`rope_parameters`, or the older keys)."""
+    """Return theta, scaling and rotary share from either spelling (`rope_parameters`, or the older keys)."""
     parameters = dict(getattr(config, "rope_parameters", None) or {})
     old = getattr(config, "rope_scaling", None)
     if not parameters and old:
@@ -181,7 +181,7 @@ def _rope(config: Any, kind: str) -> dict[str, Any]:
 
 
 def resized(config: Any, dims: Dims) -> Any:
-    """A copy of a transformers config with the sizes of `dims`."""
+    """Return A copy of a transformers config with the sizes of `dims`."""
     values = config.to_dict()
     values.update(
         num_hidden_layers=dims.num_layers,
@@ -212,7 +212,7 @@ def resized(config: Any, dims: Dims) -> Any:
 
 
 def _needs_mistral(dims: Dims) -> bool:
-    """transformers' Llama refuses a hidden size that heads do not divide, though its heads have a width of their own.
+    """Whether transformers' Llama refuses these sizes: heads must divide the hidden size, though they have a width.
 
     Its Mistral is the same computation without that rule, and without biases.
     """
@@ -220,7 +220,7 @@ def _needs_mistral(dims: Dims) -> bool:
 
 
 def export_problem(dims: Dims) -> str | None:
-    """Why no Hugging Face folder can hold a model of these sizes; None when one can."""
+    """Return why no Hugging Face folder can hold a model of these sizes; None when one can."""
     if _needs_mistral(dims) and (dims.qkv_bias or dims.mlp_bias):
         return (
             f"search.hidden={dims.hidden_size} must be a multiple of search.heads={dims.num_heads} for a llama with "
@@ -230,7 +230,7 @@ def export_problem(dims: Dims) -> str | None:
 
 
 def hf_names(name: str, dims: Dims) -> list[str]:
-    """HF tensors that, put together along dim 0 (qkv by `merge_qkv`), are the Megatron parameter `name`.
+    """Return HF tensors that, put together along dim 0 (qkv by `merge_qkv`), are the Megatron parameter `name`.
 
     Layer and expert numbers are global and 0-based.
     """
@@ -263,7 +263,7 @@ def hf_names(name: str, dims: Dims) -> list[str]:
 
 
 def hf_shapes(name: str, wanted: tuple[int, ...], dims: Dims) -> list[tuple[int, ...]]:
-    """Shapes of the tensors of `hf_names`, in their order; `wanted` is the shape of the whole Megatron parameter."""
+    """Return the shapes of the tensors of `hf_names`; `wanted` is the shape of the whole Megatron parameter."""
     if "linear_qkv" in name:
         rows = [heads * dims.head_dim for heads in (dims.num_heads, dims.num_query_groups, dims.num_query_groups)]
     else:
@@ -273,7 +273,7 @@ def hf_shapes(name: str, wanted: tuple[int, ...], dims: Dims) -> list[tuple[int,
 
 
 def parameter_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
-    """Megatron name (global layer and expert numbers) -> shape of the whole unpadded parameter, in model order."""
+    """Return the shapes of whole unpadded parameters by Megatron name (global layer and expert numbers), in order."""
     h, d = dims.hidden_size, dims.head_dim
     qkv = (dims.num_heads + 2 * dims.num_query_groups) * d
     norm: dict[str, tuple[int, ...]] = {"weight": (h,), "bias": (h,)} if dims.layer_norm_1p else {"weight": (h,)}
@@ -298,7 +298,7 @@ def parameter_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
 
 
 def _mlp_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
-    """The MLP of a layer, or its router and experts; names as in `parameter_shapes` after the layer's."""
+    """Return the MLP of a layer, or its router and experts; names as in `parameter_shapes` after the layer's."""
     h, halves = dims.hidden_size, 2 if dims.gated_mlp else 1
 
     def matrices(prefix: str, ffn: int) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ Numbered = tuple[int | None, Tensor]
 
 
 def positions_of(tokens_BS: Tensor) -> Tensor:
-    """`[B, S]` position ids 0..S-1; Megatron's rotary embedding works out those of a context-parallel rank."""
+    """Return `[B, S]` position ids 0..S-1; Megatron's rotary embedding works out those of a context-parallel rank."""
     return torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
 
 
@@ -29,7 +29,7 @@ def micro_batches(samples: Tensor, micro_batch: int) -> list[Tensor]:
 
 
 def context_share(tokens_BS: Tensor, mesh: Mesh) -> Tensor:
-    """This context-parallel rank's part of every sequence, `[B, S / cp]`: see `context_positions`."""
+    """Return this context-parallel rank's part of every sequence, `[B, S / cp]`: see `context_positions`."""
     if mesh.cp_size == 1:
         return tokens_BS
     length = tokens_BS.shape[1] // mesh.cp_size
@@ -37,7 +37,7 @@ def context_share(tokens_BS: Tensor, mesh: Mesh) -> Tensor:
 
 
 def fill_schedule(numbered: list[Any], filler: Any, mesh: Mesh) -> list[Any]:
-    """An interleaved pipeline takes a multiple of its stages: `filler` is appended until there are as many."""
+    """Append `filler` until there are as many batches as an interleaved pipeline takes: a multiple of its stages."""
     missing = -len(numbered) % mesh.pp_size if mesh.layout.virtual_stages > 1 else 0
     return numbered + [filler] * missing
 
@@ -103,11 +103,11 @@ class DataParallelSamples:
         self.batches = micro_batches(padded[self.rank :: self.dp_size], micro_batch)
 
     def counted(self, idx: int, dp_rank: int) -> Tensor:
-        """`[B]` whether each sample of a rank's batch `idx` is one of the N and no repetition; on the CPU."""
+        """Return `[B]`, whether each sample of a rank's batch `idx` is one of the N and no repetition; on the CPU."""
         first = idx * self.micro_batch
         places = torch.arange(first, first + len(self.batches[idx]))
         return places * self.dp_size + dp_rank < self.num
 
     def num_counted(self, idx: int) -> int:
-        """Samples of batch `idx` over all data-parallel ranks."""
+        """Return samples of batch `idx` over all data-parallel ranks."""
         return sum(int(self.counted(idx, rank).sum()) for rank in range(self.dp_size))

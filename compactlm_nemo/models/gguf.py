@@ -45,7 +45,7 @@ _CONFIG = {
 
 
 def undo_rope_interleaving(weight: Tensor, heads: int) -> Tensor:
-    """llama.cpp stores rotary pairs next to each other; Hugging Face stores the two halves of a head in turn.
+    """Put the halves of a head one after another, as Hugging Face does; llama.cpp stores rotary pairs side by side.
 
     Row `head * d + 2 * p + s` (pair p, side s) of the file is row `head * d + s * d/2 + p` of the result; `weight` is
     `[heads * d, ...]`, a matrix or its bias.
@@ -81,7 +81,7 @@ def config_values(path: Path) -> dict[str, Any] | None:
 
 
 def read(path: Path) -> tuple[Any, Any]:
-    """The open file and its transformers config; CheckpointError unless it is a llama that can be converted."""
+    """Return the open file and its transformers config; CheckpointError unless it is a llama that can be converted."""
     import torch
     from transformers import AutoConfig
 
@@ -122,7 +122,7 @@ def convert(path: Path, folder: Path) -> None:
 
 
 def _field(reader: Any, name: str) -> Any:
-    """The value of a GGUF key, None where the file has no such key."""
+    """Return the value of a GGUF key, None where the file has no such key."""
     return reader.fields[name].contents() if name in reader.fields else None
 
 

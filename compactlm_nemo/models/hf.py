@@ -23,7 +23,7 @@ SHARD_BYTES = 4 * 2**30
 
 
 def read_config(folder: Path) -> Any:
-    """The transformers config of a folder."""
+    """Return the transformers config of a folder."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -44,13 +44,13 @@ def read_config(folder: Path) -> Any:
 
 
 def merge_qkv(q: Tensor, k: Tensor, v: Tensor, groups: int) -> Tensor:
-    """Rows in Megatron's order: for each group its query heads, its key head, its value head."""
+    """Return rows in Megatron's order: for each group its query heads, its key head, its value head."""
     parts = [x.reshape(groups, -1, *x.shape[1:]) for x in (q, k, v)]
     return torch.cat(parts, dim=1).flatten(0, 1)
 
 
 def split_qkv(qkv: Tensor, heads: int, groups: int, head_dim: int) -> list[Tensor]:
-    """Inverse of `merge_qkv`."""
+    """Return query, key and value rows: the inverse of `merge_qkv`."""
     rows = qkv.reshape(groups, -1, *qkv.shape[1:])
     sizes = [heads // groups * head_dim, head_dim, head_dim]
     return [part.flatten(0, 1) for part in rows.split(sizes, dim=1)]
@@ -106,7 +106,7 @@ class HFSource:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files transformers would read: those of the index, or `model.safetensors`, or all there are.
+    """Return the files transformers would read: those of the index, or `model.safetensors`, or all there are.
 
     Some repositories keep a second copy under other tensor names beside them, so the folder's list is no guide.
     """
@@ -130,7 +130,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def open_hf(folder: Path) -> tuple[Dims, HFSource]:
-    """Architecture and weights of a Hugging Face folder; all checks are done when this returns."""
+    """Return architecture and weights of a Hugging Face folder; all checks are done when this returns."""
     dims = dims_of(read_config(folder))
     return dims, HFSource(folder, dims)
 
@@ -192,7 +192,7 @@ def _finish_shards(folder: Path, count: int, index: dict[str, int], total_bytes:
 
 
 def count_params(folder: Path) -> int:
-    """Parameters in the safetensors of a folder, counted from the files."""
+    """Return parameters in the safetensors of a folder, counted from the files."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as handle:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def split_layers(num_layers: int, layout: ParallelConfig) -> list[int]:
-    """Layers of each chunk in pipeline order: in proportion to `parallel.pp_split`, at least one each.
+    """Return layers of each chunk in pipeline order: in proportion to `parallel.pp_split`, at least one each.
 
     The largest remainders get the layers that whole shares leave over, the earlier chunk among equals.
     """
@@ -35,7 +35,7 @@ def split_layers(num_layers: int, layout: ParallelConfig) -> list[int]:
 
 
 def context_positions(length: int, rank: int, size: int) -> Tensor:
-    """`[length]` places in the sequence of a context-parallel rank's tokens.
+    """Return `[length]` places in the sequence of a context-parallel rank's tokens.
 
     The sequence is cut into `2 size` parts and rank r holds parts r and `2 size - 1 - r`, which gives every rank the
     same work under a causal mask. Megatron's rotary embedding and Transformer Engine's attention expect the same cut.

@@ -93,7 +93,7 @@ class BiasedRowParallelLinear(RowParallelLinear):
 
 
 def layer_spec(dims: Dims) -> ModuleSpec:
-    """One decoder layer: separate norms, so that scoring can hook the same places in every model."""
+    """Return one decoder layer: separate norms, so that scoring can hook the same places in every model."""
     norm_qk = Norm if dims.qk_norm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
@@ -119,7 +119,7 @@ def layer_spec(dims: Dims) -> ModuleSpec:
 
 
 def mlp_spec(dims: Dims) -> ModuleSpec:
-    """The MLP of a layer, or its router and experts, each expert an MLP by itself."""
+    """Return the MLP of a layer, or its router and experts, each expert an MLP by itself."""
     matrices = MLPSubmodules(
         linear_fc1=BiasedColumnParallelLinear if dims.mlp_bias else ColumnParallelLinear,
         linear_fc2=BiasedRowParallelLinear if dims.mlp_bias else RowParallelLinear,
@@ -136,5 +136,5 @@ def mlp_spec(dims: Dims) -> ModuleSpec:
 
 
 def block_spec(dims: Dims, num_layers: int) -> TransformerBlockSubmodules:
-    """The `num_layers` layers of one pipeline stage and the final norm."""
+    """Return the `num_layers` layers of one pipeline stage and the final norm."""
     return TransformerBlockSubmodules(layer_specs=[layer_spec(dims)] * num_layers, layer_norm=Norm)

@@ -10,7 +10,7 @@ from compactlm_nemo.workflow.runner import run_stages
 
 
 def compress(config: Config) -> None:
-    """Every stage, with a ranking between search and prune where candidates are to be trained."""
+    """Run every stage, with a ranking between search and prune where candidates are to be trained."""
     if config.rank.candidates and not config.dry_run:
         rank(replace(config, rank=replace(config.rank, only=None)))
     run_stages(config)

@@ -33,7 +33,7 @@ RANKING = "ranking.json"
 
 
 def candidate_config(config: Config, index: int, stop_after: int | None = None) -> Config:
-    """The run of one candidate; it trains `stop_after` of its steps."""
+    """Return the run of one candidate; it trains `stop_after` of its steps."""
     steps = config.rank.steps
     return replace(
         config,
@@ -52,7 +52,7 @@ def candidate_config(config: Config, index: int, stop_after: int | None = None) 
 
 
 def rounds(cfg: RankConfig) -> list[int]:
-    """Steps at which the worse half is dropped, and the last step: 100, 200, 400 with two halvings of 400."""
+    """Return steps at which the worse half is dropped, and the last step: 100, 200, 400 with two halvings of 400."""
     return [cfg.steps // 2**left for left in range(cfg.halving, 0, -1)] + [cfg.steps]
 
 
@@ -81,7 +81,7 @@ def rank(config: Config) -> None:
 
 
 def _train(config: Config, index: int, steps: int) -> None:
-    """Prune a candidate and train it so far."""
+    """Prune a candidate, and train it up to these steps."""
     own = candidate_config(config, index, steps)
     folder = Path(own.run.dir)
     if is_main_rank():
@@ -104,7 +104,7 @@ def _meet(config: Config) -> None:
 
 
 def _metrics(config: Config, index: int) -> list[dict[str, Any]]:
-    """The lines of a candidate's training so far."""
+    """Return the lines of a candidate's training so far."""
     folder = Path(candidate_config(config, index).run.dir)
     parts = (folder / "distill", folder / "progress" / "distill")
     path = next(part / METRICS for part in parts if (part / METRICS).is_file())
@@ -112,14 +112,14 @@ def _metrics(config: Config, index: int) -> list[dict[str, Any]]:
 
 
 def _round_loss(config: Config, index: int, steps: int) -> float:
-    """Mean distillation loss over the last tenth of the steps before `steps`: of the same batches for all."""
+    """Return mean distillation loss over the last tenth of the steps before `steps`: of the same batches for all."""
     first = steps - max(1, steps // 10)
     losses = [line[LOSS] for line in _metrics(config, index) if first <= line["step"] < steps]
     return sum(losses) / len(losses)
 
 
 def _write_ranking(config: Config, found: list[dict[str, Any]], trained: list[int]) -> None:
-    """`ranking.json`: the candidates that were trained to the end with the loss they reached, best first."""
+    """Write `ranking.json`: the candidates that were trained to the end with their loss, best first."""
     if not is_main_rank():
         return
     folder = Path(config.run.dir) / FOLDER

@@ -25,7 +25,7 @@ from compactlm_nemo.workflow.runner import run_stages
 
 
 def size_between(teacher: Dims, target: Dims, share: float, tp: int = 1) -> Dims:
-    """The architecture `share` of the way from teacher to target; what tensor parallelism splits stays divisible."""
+    """Return the sizes `share` of the way from teacher to target; what tensor parallelism splits stays divisible."""
 
     def between(name: str, unit: int = 1) -> int:
         start, end = getattr(teacher, name), getattr(target, name)
@@ -47,7 +47,7 @@ def size_between(teacher: Dims, target: Dims, share: float, tp: int = 1) -> Dims
 
 
 def round_config(config: Config, number: int, shape: Dims, source: str) -> Config:
-    """The run of one round: one candidate, from the model in `source`."""
+    """Return the run of one round: one candidate, from the model in `source`."""
     axes: dict[str, Any] = {axis: [getattr(shape, size)] for axis, size in AXES.items()}
     return replace(
         config,
@@ -64,7 +64,7 @@ def round_config(config: Config, number: int, shape: Dims, source: str) -> Confi
 
 
 def run_rounds(config: Config) -> None:
-    """All rounds, the last with every stage."""
+    """Run all rounds, the last with every stage."""
     teacher = check(config)
     if config.dry_run:
         return run_stages(config)
