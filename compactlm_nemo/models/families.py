@@ -181,7 +181,7 @@ def _rope(config: Any, kind: str) -> dict[str, Any]:
 
 
 def resized(config: Any, dims: Dims) -> Any:
-    """Return A copy of a transformers config with the sizes of `dims`."""
+    """Return a copy of a transformers config with the sizes of `dims`."""
     values = config.to_dict()
     values.update(
         num_hidden_layers=dims.num_layers,
