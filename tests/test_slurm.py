@@ -324,7 +324,7 @@ def test_an_array_trains_the_candidates_and_a_last_job_ranks_them(tmp_path: Path
     extra = ["search.ffn=[32,48]", "rank.candidates=2", "rank.steps=2"]
     env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
     env |= {"PYTHONPATH": str(ROOT)}
-    for recipe in ("import_hf", "tokenize", "score", "search"):
+    for recipe in ("import_model", "tokenize", "score", "search"):
         assert commands.run(command(inputs, run, *extra, recipe=recipe)).returncode == 0
     submit = [str(ROOT / "slurm" / "rank.sbatch"), *command(inputs, run, *extra)[2:]]
     for options in (["--array=0-1"], []):

@@ -19,8 +19,8 @@ from compactlm_nemo.config.run import WandbConfig, WandbMode
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.parallel.launch import launched
+from compactlm_nemo.stages import distill
 from compactlm_nemo.stages.context import Run
-from compactlm_nemo.stages.distill import train
 from compactlm_nemo.training.tracker import LM_LOSS, METRICS
 
 STUDENTS: dict[str, list[str]] = {
@@ -88,7 +88,7 @@ def _prepared(folder: str, seed: int, student: str) -> Config:
     config = compose(overrides)
     if not (Path(config.run.dir) / "student" / "manifest.json").exists():
         subprocess.run([sys.executable, "-m", "recipes.fetch", overrides[0]], check=True, stdout=sys.stderr)
-        for recipe in ("import_hf", "tokenize", "score", "search", "prune"):
+        for recipe in ("import_model", "tokenize", "score", "search", "prune"):
             subprocess.run([sys.executable, "-m", f"recipes.{recipe}", *overrides], check=True, stdout=sys.stderr)
     return config
 
@@ -104,10 +104,10 @@ def _trained(config: Config, cfg: DistillConfig, way: Way) -> Curve:
         config, run=replace(config.run, dir=str(own)), distill=cfg, wandb=WandbConfig(mode=WandbMode.disabled)
     )
     with launched(config.parallel, config.run.seed) as mesh:
-        run = Run(config, mesh)
+        run = Run(config, mesh, distill.STAGE)
         if way.random_start:
             _forget(run, whole / "student")
-        train(run, own / "distill")
+        distill.STAGE.run(run, own / "distill")
     lines = [json.loads(line) for line in (own / "distill" / METRICS).read_text().splitlines()]
     shutil.rmtree(own)
     per_step = cfg.global_batch * config.data.sequence_length
@@ -122,7 +122,7 @@ def _forget(run: Run, student: Path) -> None:
     """Put a student of random weights in the place of the link to the one that was cut."""
     model, dims = run.load("student"), run.dims("student")
     _initialise(model, run.config.run.seed)
-    own = run.dir / "student"
+    own = run.path("student")
     own.unlink()
     own.mkdir()
     for path in student.glob("*.json"):

@@ -32,6 +32,7 @@ from compactlm_nemo.config.score import DepthMetric
 from compactlm_nemo.data.windows import calibration_windows, heldout_windows
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.parallel.launch import launched
+from compactlm_nemo.stages import prune
 from compactlm_nemo.stages.context import Run
 from compactlm_nemo.stages.prune import Pruner
 
@@ -123,7 +124,7 @@ def scored(args: argparse.Namespace, seed: int) -> Config:
         "score.depth=[bi,lm_loss_blocks]", "score.block_lengths=[6]",
         "score.depth_samples=16", f"evaluate.tokens={args.tokens}", "evaluate.micro_batch=4",
     ]  # fmt: skip
-    for recipe in ("import_hf", "tokenize", "score"):
+    for recipe in ("import_model", "tokenize", "score"):
         subprocess.run([sys.executable, "-m", f"recipes.{recipe}", *overrides], check=True, stdout=sys.stderr)
     return compose(overrides)
 
@@ -134,12 +135,12 @@ def measure(config: Config, done: dict[str, Any], seed: str, ways: dict[str, Way
         search = Path(config.run.dir) / "search"
         if not (search / "spare.safetensors").exists():
             search.mkdir(exist_ok=True)
-            Pruner(Run(replace(config, prune=_BEST), mesh)).eliminate_units(search)
-        run = Run(config, mesh)
+            Pruner(Run(replace(config, prune=_BEST), mesh, prune.STAGE)).eliminate_units(search)
+        run = Run(config, mesh, prune.STAGE)
         _keep(done, seed, "teacher", "teacher", lambda: losses(run, run.load("teacher"), run.dims("teacher")))
         for way, settings in ways.items():
             chosen = replace(config.search, depth=settings.depth)
-            cutting = Pruner(Run(replace(config, prune=settings.prune, search=chosen), mesh))
+            cutting = Pruner(Run(replace(config, prune=settings.prune, search=chosen), mesh, prune.STAGE))
             for target in settings.targets:
                 student = cutting.teacher.with_shape(**TARGETS[target])
 
@@ -184,7 +185,7 @@ def measure_peer(config: Config, done: dict[str, Any], seed: str, args: argparse
     subprocess.run([sys.executable, "-m", "bench.common.teacher"], check=True)
     tokens = Path(config.run.dir) / "bench_tokens.safetensors"
     with launched(config.parallel, config.run.seed) as mesh:
-        run = Run(config, mesh)
+        run = Run(config, mesh, prune.STAGE)
         windows = calibration_windows(run.train_prefixes(), args.samples, 512, config.run.seed)
         save_file({"calibration": windows, **{text: heldout(run, text) for text in TEXTS}}, tokens)
     sizes = {target: {EXPORT_NAMES[axis]: size for axis, size in TARGETS[target].items()} for target in missing}

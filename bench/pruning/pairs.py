@@ -29,6 +29,7 @@ from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.plan import make_plan
 from compactlm_nemo.pruning.residual_stream import Selection
+from compactlm_nemo.stages import evaluate
 from compactlm_nemo.stages.context import Run
 
 PAPER = {
@@ -55,7 +56,7 @@ def main() -> None:
         "experiment=smollm2_135m_cpu", f"run.dir={args.run_dir}", "model.precision=fp32",
         f"score.samples={args.samples}", f"score.width=[{','.join(PAPER)}]", f"evaluate.tokens={args.tokens}",
     ]  # fmt: skip
-    for recipe in ("fetch", "import_hf", "tokenize", "score"):
+    for recipe in ("fetch", "import_model", "tokenize", "score"):
         words = [sys.executable, "-m", f"recipes.{recipe}", *(overrides if recipe != "fetch" else overrides[:1])]
         subprocess.run(words, check=True, stdout=sys.stderr)
     found = measure(overrides)
@@ -69,8 +70,8 @@ def measure(overrides: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     config = compose(overrides)
     found: dict[str, dict[str, dict[str, float]]] = {}
     with launched(config.parallel, config.run.seed) as mesh:
-        run = Run(config, mesh)
-        teacher, scores = run.dims("teacher"), load_scores(run.dir / "score")
+        run = Run(config, mesh, evaluate.STAGE)
+        teacher, scores = run.dims("teacher"), load_scores(Path(config.run.dir) / "score")
         for shape, (hidden, ffn, heads) in SHAPES.items():
             student = teacher.with_shape(layers=teacher.num_layers, hidden=hidden, ffn=ffn, heads=heads)
             found[shape] = {}
@@ -84,7 +85,7 @@ def losses(run: Run, teacher: Dims, student: Dims, ranking: dict) -> dict[str, f
     """LM loss of the student on each held-out text, before any training."""
     model = run.build(student)
     plan = make_plan(teacher, student, ranking)
-    cut = CutSource(teacher, plan, CheckpointSource(run.dir / "teacher", teacher))
+    cut = CutSource(teacher, plan, CheckpointSource(run.path("teacher"), teacher))
     source = NarrowedSource(cut, plan.layers, Selection(plan.hidden))
     fill(model, student, run.mesh, source, run.config.model.vocab_multiple)
     found = {}

@@ -44,7 +44,7 @@ TOP_K = [STORED, "cache.k=10", "cache.shard_samples=5"]
 def pruned(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run up to its pruned student."""
     run = tmp_path_factory.mktemp("runs") / "pruned"
-    for recipe in ("import_hf", "tokenize", "score", "search", "prune"):
+    for recipe in ("import_model", "tokenize", "score", "search", "prune"):
         done = commands.run(command(inputs, run, recipe=recipe))
         assert done.returncode == 0, done.stderr
     return run
@@ -153,7 +153,7 @@ def test_hidden_states_of_a_live_teacher_train_the_same_on_every_stage(inputs, p
 def test_documents_of_a_sample_are_masked_in_every_stage(inputs, pruned, tmp_path):
     """The teacher's loss on the first batch is that of transformers on each document by itself."""
     run, masked = tmp_path / "run", "data.mask_documents=true"
-    for recipe in ("import_hf", "tokenize", "score", "search", "prune", "distill"):
+    for recipe in ("import_model", "tokenize", "score", "search", "prune", "distill"):
         done = commands.run(command(inputs, run, masked, recipe=recipe))
         assert done.returncode == 0, done.stderr
     scores = [load_file(folder / "score" / "scores.safetensors")["l2_mean.hidden"] for folder in (run, pruned)]

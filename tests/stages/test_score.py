@@ -43,7 +43,7 @@ def _run(words: list[str], ranks: int = 1) -> tuple[int, str]:
 def ready(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose teacher and tokens are there."""
     run = tmp_path_factory.mktemp("runs") / "ready"
-    for recipe in ("import_hf", "tokenize"):
+    for recipe in ("import_model", "tokenize"):
         assert _run(command(inputs, run, recipe=recipe)) == (0, "")
     return run
 
@@ -224,7 +224,7 @@ def test_bad_input_ends_in_one_line(inputs: Path, ready: Path, tmp_path: Path) -
     weights["model.layers.2.self_attn.v_proj.weight"][0] = float("nan")
     save_file(weights, spoilt / "model.safetensors", metadata={"format": "pt"})
     bad = [f"model.source={spoilt}"]
-    for recipe in ("import_hf", "tokenize"):
+    for recipe in ("import_model", "tokenize"):
         assert _run(command(inputs, tmp_path / "nan", *bad, recipe=recipe))[0] == 0
     status, errors = _run(_words(inputs, tmp_path / "nan", *bad))
     assert status == 2 and "layer 2 heads activations are NaN or infinite" in errors, errors

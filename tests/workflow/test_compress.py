@@ -58,7 +58,7 @@ def test_layers_are_timed_for_a_latency_budget(finished: Path) -> None:
     ms = {part: table[part][0]["ms"] for part in ("attention", "mlp", "head")}
     [candidate] = json.loads((finished / "search" / "candidates.json").read_text())
     assert candidate["latency_ms"] == pytest.approx(2 * (ms["attention"] + ms["mlp"]) + ms["head"])
-    assert table == json.loads((finished / "latency.json").read_text())
+    assert table == json.loads((finished / "progress" / "search" / "latency.json").read_text())
     assert table["about"]["context"] == 32 and table["about"]["device"]
 
 
