@@ -74,12 +74,12 @@ class Config:
     @property
     def corrects_before(self) -> bool:
         """Whether the correct_teacher stage makes the teacher that teaches."""
-        return self.correct.steps > 0 and not self.correct.beside
+        return self.correct.steps > 0 and not self.correct.while_distilling
 
     @property
     def correcting(self) -> dict[str, Any]:
-        """What decides how the teacher is trained while it teaches, where it is."""
-        return {"correct": result_settings(self.correction)} if self.correct.beside else {}
+        """The settings by which the teacher is corrected while it teaches; empty where it is not."""
+        return {"correct": result_settings(self.correction)} if self.correct.while_distilling else {}
 
     @property
     def correction(self) -> DistillConfig:

@@ -15,5 +15,7 @@ def correct_teacher(run: Run, folder: Path) -> dict[str, Any] | None:
 
     Source: "LLM Pruning and Distillation in Practice" (arXiv 2408.11796), section 2.1.
     """
-    require(run.config.corrects_before, "correct.beside=true trains the teacher in recipes.distill; run that.")
+    require(
+        run.config.corrects_before, "correct.while_distilling=true trains the teacher in recipes.distill; run that."
+    )
     return _train(run, folder, run.config.correction, source="teacher", state=run.dir / "correcting")

@@ -135,7 +135,7 @@ def _teacher(run: Run, cfg: DistillConfig) -> Teacher:
 
 def _corrector(run: Run, teacher: Teacher, state: Path) -> TeacherCorrection | None:
     """What trains the teacher meanwhile, where that is asked for; not in the training of the teacher itself."""
-    if not run.config.correct.beside or not isinstance(teacher, LiveTeacher):
+    if not run.config.correct.while_distilling or not isinstance(teacher, LiveTeacher):
         return None
     dims = run.dims("teacher")
     return TeacherCorrection(
@@ -260,12 +260,13 @@ def _hidden_loss_problems(config: Config) -> list[str]:
 def _beside_problems(config: Config) -> list[str]:
     """What a teacher that is trained while it teaches asks for."""
     correct, cfg = config.correct, config.distill
-    if not correct.beside:
+    if not correct.while_distilling:
         return []
-    problems = _live_beside_problems(config, "correct.beside=true")
+    problems = _live_beside_problems(config, "correct.while_distilling=true")
     if not 0 < correct.steps <= cfg.steps:
         problems.append(
-            f"correct.beside=true needs correct.steps={correct.steps} in [1, distill.steps={cfg.steps}]; change either."
+            f"correct.while_distilling=true needs correct.steps={correct.steps} in [1, distill.steps={cfg.steps}]; "
+            "change either."
         )
     return problems
 

@@ -52,7 +52,7 @@ def plan_lines(config: Config, teacher: Dims | None, folders: dict[str, str]) ->
     for name, folder in folders.items():
         live = name != "distill" or config.distill.teacher is TeacherSource.live
         models = HOLDS.get(name, ())
-        if name == "distill" and config.correct.beside:
+        if name == "distill" and config.correct.while_distilling:
             models = ("correction", "training")
         held = sum(sizes[model] for model in models if live or model != "teacher")
         memory = f"{held:,} bytes a rank for weights and optimizer; " if held else ""
