@@ -116,7 +116,7 @@ class StoredTopK:
     """Likeliest tokens from disk: no teacher in memory."""
 
     def __init__(self, store: StoredTargets, mesh: Mesh) -> None:
-        self.store, self.mesh, self.k = store, mesh, int(store.about["k"])
+        self.store, self.mesh, self.k = store, mesh, int(store.metadata["k"])
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
         """Of the last stage's tokens."""

@@ -18,7 +18,7 @@ from compactlm_nemo.config.fingerprint import result_settings
 from compactlm_nemo.config.teacher import StoredKind
 from compactlm_nemo.data.windows import Windows
 from compactlm_nemo.distill.stored_targets import (
-    ABOUT,
+    METADATA,
     StoredTargets,
     TopKRecord,
     encode_hidden,
@@ -41,20 +41,22 @@ from compactlm_nemo.stages.context import Run, open_progress
 
 
 def cache_teacher(run: Run, folder: Path) -> dict[str, Any]:
-    """Teacher + training tokens -> shards of stored targets, and `about.json`.
+    """Teacher + training tokens -> shards of stored targets, and `targets.json`.
 
     Data-parallel ranks take every dp-th missing shard; all run in step, as spread experts need.
     """
     config, mesh, dims = run.config, run.mesh, run.dims("teacher")
     samples, length = config.cached_samples, config.data.sequence_length
-    about = {
+    metadata = {
         "kind": config.cache.kind.name, "k": config.cache.k, "width": dims.hidden_size, "samples": samples,
         "shard_samples": config.cache.shard_samples, "sequence_length": length,
         "mask_documents": config.data.mask_documents,
         "model": read_manifest(run.dir / run.teacher)["fingerprint"],
     }  # fmt: skip
     state = run.dir / "caching"
-    open_progress(state, settings_of({"cache": result_settings(config.cache), "about": about} | config.training_text))
+    open_progress(
+        state, settings_of({"cache": result_settings(config.cache), "targets": metadata} | config.training_text)
+    )
     every = range(num_shards(samples, config.cache.shard_samples))
     missing = broadcast_object([shard for shard in every if not shard_path(state, shard).exists()])
     windows, teacher = Windows(run.train_prefixes(), length, config.run.seed), run.load(run.teacher).eval()
@@ -76,7 +78,7 @@ def cache_teacher(run: Run, folder: Path) -> dict[str, Any]:
         if writes:
             for path in sorted(state.glob("shard_*.safetensors")):
                 path.replace(folder / path.name)
-            atomic_write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
+            atomic_write_text(folder / METADATA, json.dumps(metadata, indent=2) + "\n")
             shutil.rmtree(state)
     num_bytes = broadcast_object(StoredTargets(folder).num_bytes() if is_main_rank() else 0)
     return {"samples": samples, "bytes": num_bytes, "bytes_per_token": num_bytes / (samples * length)}

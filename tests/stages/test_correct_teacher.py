@@ -50,8 +50,8 @@ def test_the_corrected_teacher_teaches(inputs: Path, plain: Path, tmp_path: Path
         _run(command(inputs, stored, *words, recipe=recipe))
     for a, b in zip(after, metrics(stored), strict=True):
         assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-4)
-    about = json.loads((stored / "targets" / "about.json").read_text())
-    assert about["model"] == json.loads((run / "corrected" / "manifest.json").read_text())["fingerprint"]
+    metadata = json.loads((stored / "targets" / "targets.json").read_text())
+    assert metadata["model"] == json.loads((run / "corrected" / "manifest.json").read_text())["fingerprint"]
 
 
 def test_two_ranks_correct_as_one(inputs: Path, plain: Path, tmp_path: Path) -> None:
