@@ -24,7 +24,7 @@ from torch import Tensor
 from compactlm_nemo.errors import DataError
 
 METADATA = "targets.json"
-"""The header of a folder of shards: number of samples, kind of targets, and the teacher they are of."""
+"""The header of a folder of shards: the number of samples, the kind of targets, and the teacher that gave them."""
 
 
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]
