@@ -36,7 +36,7 @@ from compactlm_nemo.search.cost import flops_per_token_forward
 from compactlm_nemo.training.batches import Batch
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 
-RESULTS = Path(__file__).parent / "results" / "distill_step.json"
+RESULTS = Path(__file__).parents[1] / "results" / "distill_step.json"
 
 
 SHAPE = {"layers": 23, "ffn": 1296}
