@@ -25,7 +25,7 @@ from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.loss import CROSS_ENTROPY, LossConfig
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.distill.step import forward_backward
-from compactlm_nemo.distill.teacher import Batch, LiveTeacher, NoTeacher, Teacher
+from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, Teacher
 from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.targets import TeacherHead
 from compactlm_nemo.losses.vocabulary import chunk_tokens
@@ -33,9 +33,10 @@ from compactlm_nemo.models.build import build_model
 from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.search.cost import flops_per_token_forward
+from compactlm_nemo.training.batches import Batch
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 
-RESULTS = Path(__file__).parent / "results" / "distill_step.json"
+RESULTS = Path(__file__).parents[1] / "results" / "distill_step.json"
 
 
 SHAPE = {"layers": 23, "ffn": 1296}

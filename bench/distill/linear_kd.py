@@ -30,7 +30,7 @@ from bench.common.venv import LIGER, interpreter
 from bench.common.worker import Worker
 from bench.distill.head import WAYS
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 PLAIN = "plain torch"

@@ -20,16 +20,16 @@ from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.report.plots import save
 from compactlm_nemo.training.tracker import LM_LOSS
 
-RESULTS = Path(__file__).parent / "results" / "orderings.json"
+RESULTS = Path(__file__).parents[1] / "results" / "orderings.json"
 
 
-PLOT = Path(__file__).parent.parent / "docs" / "orderings.png"
+PLOT = Path(__file__).parents[2] / "docs" / "orderings.png"
 
 
 TEXTS = ("wiki", "django")
 
 
-def _beside_training_loss(**weight: float) -> dict[str, LossConfig]:
+def _with_training_loss(**weight: float) -> dict[str, LossConfig]:
     return {"loss": LossConfig(**({"forward_kl": 0.0, "cross_entropy": 1.0} | weight))}
 
 
@@ -39,10 +39,10 @@ _THIRD_LAST = [[-3, -3]]
 TABLES: dict[str, dict[str, tuple[Way, float | None]]] = {
     "Losses (table 15)": {
         "forward KL": (Way(student="width"), 2.107),
-        "training loss + forward KL": (Way(student="width", settings=_beside_training_loss(forward_kl=1.0)), 2.117),
-        "training loss + cosine": (Way(student="width", settings=_beside_training_loss(cosine=1.0)), 2.134),
-        "training loss + reverse KL": (Way(student="width", settings=_beside_training_loss(reverse_kl=1.0)), 2.140),
-        "training loss + MSE": (Way(student="width", settings=_beside_training_loss(mse=1.0)), 2.144),
+        "training loss + forward KL": (Way(student="width", settings=_with_training_loss(forward_kl=1.0)), 2.117),
+        "training loss + cosine": (Way(student="width", settings=_with_training_loss(cosine=1.0)), 2.134),
+        "training loss + reverse KL": (Way(student="width", settings=_with_training_loss(reverse_kl=1.0)), 2.140),
+        "training loss + MSE": (Way(student="width", settings=_with_training_loss(mse=1.0)), 2.144),
     },
     "What to start from, and with what (tables 1 and 11)": {
         "forward KL": (Way(student="width"), None),
@@ -64,7 +64,7 @@ TABLES: dict[str, dict[str, tuple[Way, float | None]]] = {
         ),
     },
 }  # fmt: skip
-"""The paper's loss stands beside each way."""
+"""Question -> way -> how it trains, and the loss in the paper."""
 
 
 def main() -> None:
@@ -80,9 +80,9 @@ def main() -> None:
         "eval_every": args.steps, "eval_tokens": args.tokens,
     }  # fmt: skip
     arguments = {"steps": args.steps, "tokens": args.tokens}
-    found = curves(RESULTS, arguments, args.run_dir, args.seeds, ways, base)
-    print(markdown(found))
-    plot(found, PLOT)
+    results = curves(RESULTS, arguments, args.run_dir, args.seeds, ways, base)
+    print(markdown(results))
+    plot(results, PLOT)
 
 
 def final(text: str, curve: Curve) -> float:
@@ -90,24 +90,24 @@ def final(text: str, curve: Curve) -> float:
     return curve[-1][f"eval/{text}_lm_loss_nats"]
 
 
-def markdown(found: dict[str, dict[str, Curve]]) -> str:
-    """A table of losses for each question."""
+def markdown(results: dict[str, dict[str, Curve]]) -> str:
+    """Tables of held-out losses, one for each question."""
     lines: list[str] = []
     for title, table in TABLES.items():
         lines += [f"{title}:", "", "| way | paper | Wikipedia leads | Django docs |", "|---|---|---|---|"]
         for name, (_, paper) in table.items():
-            own = " | ".join(spread(found[name], lambda curve, text=text: final(text, curve)) for text in TEXTS)
-            lines.append(f"| {name} | {paper or ''} | {own} |")
+            losses = " | ".join(spread(results[name], lambda curve, text=text: final(text, curve)) for text in TEXTS)
+            lines.append(f"| {name} | {paper or ''} | {losses} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def plot(found: dict[str, dict[str, Curve]], path: Path) -> None:
+def plot(results: dict[str, dict[str, Curve]], path: Path) -> None:
     """Loss on the batches over tokens, the mean over the seeds, one panel a question."""
     figure = Figure(figsize=(5 * len(TABLES), 4.5), layout="constrained")
     for axes, (title, table) in zip(figure.subplots(1, len(TABLES)), TABLES.items(), strict=True):
         for name in table:
-            runs = list(found[name].values())
+            runs = list(results[name].values())
             tokens = [point["tokens"] for point in runs[0]]
             losses = [sum(run[i][LM_LOSS] for run in runs) / len(runs) for i in range(len(tokens))]
             axes.plot(tokens, losses, label=name)

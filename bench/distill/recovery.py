@@ -1,4 +1,4 @@
-"""Does what refitting saves survive training? Tokens that a plainly cut and a refitted student need to the same loss.
+"""Does the gain of refitting survive training? Tokens that a plainly cut and a refitted student need for equal losses.
 
     python -m bench.distill.recovery --steps 100
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from bench.distill.orderings import final
 from bench.distill.training import Way, curves
 
-RESULTS = Path(__file__).parent / "results" / "recovery.json"
+RESULTS = Path(__file__).parents[1] / "results" / "recovery.json"
 
 
 def main() -> None:
@@ -32,15 +32,15 @@ def main() -> None:
         ways[f"plain, {steps} steps"] = Way(student="width", settings=schedule(steps, 5e-4))
         for rate in args.rates:
             ways[f"refitted, {steps} steps, {rate:g}"] = Way(student="refitted", settings=schedule(steps, rate))
-    found = curves(RESULTS, {"tokens": args.tokens}, args.run_dir, [args.seed], ways, {"eval_tokens": args.tokens})
+    results = curves(RESULTS, {"tokens": args.tokens}, args.run_dir, [args.seed], ways, {"eval_tokens": args.tokens})
     print("| student | tokens | Wikipedia leads | Django docs |", "|---|---|---|---|", sep="\n")
-    for name in found:
-        (curve,) = found[name].values()
+    for name in results:
+        (curve,) = results[name].values()
         print(f"| {name} | {curve[-1]['tokens']:,.0f} | {final('wiki', curve):.3f} | {final('django', curve):.3f} |")
 
 
 def schedule(steps: int, rate: float) -> dict[str, float | int]:
-    """Settings of a training of so many steps, which falls to a tenth of its peak rate."""
+    """Settings of a training of `steps` steps whose rate falls to a tenth of its peak."""
     return {
         "steps": steps, "warmup_steps": steps // 20, "lr": rate, "min_lr": rate / 10,
         "checkpoint_every": steps, "eval_every": -(-steps // 4),

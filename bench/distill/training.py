@@ -28,7 +28,7 @@ STUDENTS: dict[str, list[str]] = {
     "depth": ["search.layers=[15]", "search.ffn=[1536]"],
     "refitted": ["score.second_moments=true", "prune.reconstruct=least_squares"],
 }
-"""The default experiment's student (23 layers, MLP 1296), half the layers alone, and the default one refitted."""
+"""Overrides of three students: the default experiment's (23 layers, MLP 1296), half the layers, the first refitted."""
 
 
 INITIAL_STD = 0.02
@@ -36,7 +36,7 @@ INITIAL_STD = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """A student and how it is trained."""
+    """A way of training: the student and the settings that differ from the experiment's."""
 
     student: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ class Way:
 
 
 Curve = list[dict[str, float]]
-"""A line a step: `tokens` trained, the loss on the step's batch, and held-out losses where they were measured."""
+"""One entry a step: `tokens` trained, the loss on the step's batch, and held-out losses where they were measured."""
 
 
 def curves(
@@ -57,7 +57,7 @@ def curves(
     ways: dict[str, Way],
     base: dict[str, Any],
 ) -> dict[str, dict[str, Curve]]:
-    """Way -> seed -> curve. What an earlier call with the same arguments has in `results` is not trained again.
+    """Way -> seed -> curve. Trainings that `results` holds of an earlier call with these arguments are not repeated.
 
     Args:
         folder: Where runs are kept, one a seed and student.
@@ -66,25 +66,24 @@ def curves(
     done: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"arguments": arguments}
     if done["arguments"] != arguments:
         raise SystemExit(f"{results} is of other arguments; move it away.")
-    found: dict[str, dict[str, Curve]] = done.setdefault("curves", {})
+    finished: dict[str, dict[str, Curve]] = done.setdefault("curves", {})
     for seed in seeds:
         for name, way in ways.items():
-            if str(seed) in found.get(name, {}):
+            if str(seed) in finished.get(name, {}):
                 continue
             config = _prepared(folder, seed, way.student)
-            found.setdefault(name, {})[str(seed)] = _trained(
-                config, replace(config.distill, **(base | way.settings)), way
-            )
+            cfg = replace(config.distill, **(base | way.settings))
+            finished.setdefault(name, {})[str(seed)] = _trained(config, cfg, way)
             results.parent.mkdir(exist_ok=True)
             results.write_text(json.dumps(done, indent=1) + "\n")
-            print(seed, name, found[name][str(seed)][-1], file=sys.stderr, flush=True)
-    return {name: {str(seed): found[name][str(seed)] for seed in seeds} for name in ways}
+            print(seed, name, finished[name][str(seed)][-1], file=sys.stderr, flush=True)
+    return {name: {str(seed): finished[name][str(seed)] for seed in seeds} for name in ways}
 
 
 def _prepared(folder: str, seed: int, student: str) -> Config:
-    """The configuration of a run up to its pruned student, all of it drawn by `seed`."""
-    where = [f"run.dir={folder}/{student}_{seed}", f"run.seed={seed}"]
-    overrides = ["experiment=smollm2_135m_cpu", *where, *STUDENTS[student]]
+    """The configuration of a run whose stages up to the pruned student are finished, all drawn by `seed`."""
+    places = [f"run.dir={folder}/{student}_{seed}", f"run.seed={seed}"]
+    overrides = ["experiment=smollm2_135m_cpu", *places, *STUDENTS[student]]
     config = compose(overrides)
     if not (Path(config.run.dir) / "student" / "manifest.json").exists():
         subprocess.run([sys.executable, "-m", "recipes.fetch", overrides[0]], check=True, stdout=sys.stderr)
@@ -94,22 +93,22 @@ def _prepared(folder: str, seed: int, student: str) -> Config:
 
 
 def _trained(config: Config, cfg: DistillConfig, way: Way) -> Curve:
-    """A training in a folder of its own beside the run's stages, which it shares."""
-    whole, own = Path(config.run.dir), Path(config.run.dir) / "once"
-    shutil.rmtree(own, ignore_errors=True)
-    (own / "distill").mkdir(parents=True)
+    """Train in a temporary folder inside the run's, with links to the run's stages, and return the curve."""
+    run_dir, folder = Path(config.run.dir), Path(config.run.dir) / "once"
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "distill").mkdir(parents=True)
     for stage in ("teacher", "tokens", "student"):
-        (own / stage).symlink_to((whole / stage).absolute())
+        (folder / stage).symlink_to((run_dir / stage).absolute())
     config = replace(
-        config, run=replace(config.run, dir=str(own)), distill=cfg, wandb=WandbConfig(mode=WandbMode.disabled)
+        config, run=replace(config.run, dir=str(folder)), distill=cfg, wandb=WandbConfig(mode=WandbMode.disabled)
     )
     with launched(config.parallel, config.run.seed) as mesh:
         run = Run(config, mesh, distill.STAGE)
         if way.random_start:
-            _forget(run, whole / "student")
-        distill.STAGE.run(run, own / "distill")
-    lines = [json.loads(line) for line in (own / "distill" / METRICS).read_text().splitlines()]
-    shutil.rmtree(own)
+            _forget(run, run_dir / "student")
+        distill.STAGE.run(run, folder / "distill")
+    lines = [json.loads(line) for line in (folder / "distill" / METRICS).read_text().splitlines()]
+    shutil.rmtree(folder)
     per_step = cfg.global_batch * config.data.sequence_length
     return [
         {"tokens": (line["step"] + 1) * per_step}
@@ -119,20 +118,20 @@ def _trained(config: Config, cfg: DistillConfig, way: Way) -> Curve:
 
 
 def _forget(run: Run, student: Path) -> None:
-    """Put a student of random weights in the place of the link to the one that was cut."""
+    """Replace the link to the student that was cut by a student of random weights."""
     model, dims = run.load("student"), run.dims("student")
     _initialise(model, run.config.run.seed)
-    own = run.path("student")
-    own.unlink()
-    own.mkdir()
+    folder = run.path("student")
+    folder.unlink()
+    folder.mkdir()
     for path in student.glob("*.json"):
-        shutil.copy(path, own)
-    run.save(own, model, dims)
+        shutil.copy(path, folder)
+    run.save(folder, model, dims)
 
 
 @torch.no_grad()
 def _initialise(student: ModelChunks, seed: int) -> None:
-    """Normal weights of deviation 0.02, those that write to the stream divided by the root of twice the layers."""
+    """Draw normal weights of deviation 0.02, divided by the root of twice the layers where they write to the stream."""
     generator = torch.Generator().manual_seed(seed)
     for chunk in student:
         writers = INITIAL_STD / (2 * chunk.config.num_layers) ** 0.5

@@ -48,7 +48,7 @@ def result_settings(section: Any) -> dict[str, Any]:
 
 def correction_settings(config: Config) -> dict[str, Any]:
     """Return what decides how the teacher is trained while it teaches; nothing where it is not."""
-    return {"correct": result_settings(config.correction)} if config.correct.beside else {}
+    return {"correct": result_settings(config.correction)} if config.correct.while_distilling else {}
 
 
 def training_text(config: Config) -> dict[str, Any]:

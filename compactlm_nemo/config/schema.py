@@ -56,7 +56,7 @@ class Config:
     @property
     def corrects_before(self) -> bool:
         """Whether the correct_teacher stage makes the teacher that teaches."""
-        return self.correct.steps > 0 and not self.correct.beside
+        return self.correct.steps > 0 and not self.correct.while_distilling
 
     @property
     def correction(self) -> DistillConfig:

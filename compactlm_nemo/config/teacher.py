@@ -10,7 +10,7 @@ from compactlm_nemo.errors import require
 
 
 class TeacherSource(Enum):
-    """Who teaches: a teacher that runs beside the student, what one said before (`recipes.cache_teacher`), nobody."""
+    """The source of the student's targets: a live teacher, one stored by `recipes.cache_teacher`, or no teacher."""
 
     live = "live"
     stored = "stored"
@@ -18,7 +18,7 @@ class TeacherSource(Enum):
 
 
 class StoredKind(Enum):
-    """What is stored of a teacher: probabilities of its likeliest tokens, or its final hidden states."""
+    """What is stored of a teacher: the probabilities of its likeliest tokens, or its final hidden states."""
 
     top_k = "top_k"
     hidden = "hidden"
@@ -26,7 +26,7 @@ class StoredKind(Enum):
 
 @dataclass(kw_only=True)
 class CacheConfig:
-    """What `recipes.cache_teacher` stores for a run with `distill.teacher=stored`."""
+    """Settings of `recipes.cache_teacher`, which stores targets for a run with `distill.teacher=stored`."""
 
     kind: StoredKind = setting(StoredKind.top_k)
     """top_k: probabilities of the likeliest tokens and of the rest. hidden: final hidden states as they are, from which
@@ -53,7 +53,7 @@ class CorrectConfig:
 
     steps: int = setting(0)
     """Optimizer steps; 0 leaves the teacher as it is."""
-    beside: bool = setting(False)
+    while_distilling: bool = setting(False)
     """Train the teacher while it teaches, on each batch after it was taught, instead of before."""
     lr: float = setting(2e-5)
     """Peak learning rate."""
@@ -63,8 +63,8 @@ class CorrectConfig:
     """Steps of linear warm-up from 0; at most half of `correct.steps` are taken."""
 
     def at_most(self, steps: int) -> CorrectConfig:
-        """Return these settings for a training of so many steps, where the teacher is trained beside it."""
-        return replace(self, steps=min(self.steps, steps)) if self.beside else self
+        """Return these settings with at most `steps` steps, where the teacher is corrected while it teaches."""
+        return replace(self, steps=min(self.steps, steps)) if self.while_distilling else self
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, f"correct.steps={self.steps} must be >= 0; 0 leaves the teacher as it is.")

@@ -1,4 +1,4 @@
-"""How far a student is from its teacher on held-out windows, under any layout."""
+"""The KL between a student and its teacher on held-out windows, under any layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.config.loss import LossConfig
-from compactlm_nemo.distill.teacher import Batch, Teacher
+from compactlm_nemo.distill.teacher import Teacher
 from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.targets import Targets
 from compactlm_nemo.models.build import ModelChunks
@@ -16,13 +16,14 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.training.batches import Batch
 
 GROUP = 8
 """Micro-batches whose teacher states are held at once."""
 
 
 class KDLoss(NamedTuple):
-    """Means over the predicted tokens, in nats."""
+    """Held-out losses, means over the predicted tokens, in nats."""
 
     lm_loss: float
     """Student's language-model loss."""
@@ -41,9 +42,10 @@ def evaluate_kd_loss(
     micro_batch: int,
     chunk_tokens: int,
 ) -> KDLoss:
-    """Mean over all predicted tokens of `windows_NT` `[N, S + 1]`; equal on every rank. Collective.
+    """Measure both losses over all predicted tokens of `windows_NT` `[N, S + 1]`; equal on every rank. Collective.
 
-    Data-parallel ranks take every dp-th window and run in step; repetitions do not count, so any number is exact.
+    Data-parallel ranks take every dp-th window and run in step; repetitions do not count, so the means are exact for
+    any number of windows.
     """
     share = DataParallelSamples(windows_NT, mesh, micro_batch)
     student.eval()

@@ -4,11 +4,11 @@
 
 with t and s the states of a pair of places, P a learned map from the student's width to the teacher's, and d the mean
 over channels of the squared difference, or 1 - the cosine. alpha is constant, or the ratio L_logits / L_is of the step
-before (the first step measures it on its own batch): it is then known before backward starts, equal on every rank and
-in every layout, and no device is waited for.
+before (the first step measures the ratio on its own batch): alpha is then known before backward starts, equal on every
+rank and in every layout, and no device is waited for.
 
-Hooks compare the states where the student has them, and put the gradient in on that stage: the schedule knows nothing
-of it. A state that the teacher has on another stage is sent there between the teacher's pass and the student's.
+Hooks compare the states on the stage where the student has them and put the gradient in there, so Megatron's schedule
+stays as it is. A state that the teacher has on another stage is sent there between the passes of teacher and student.
 
 Shape suffixes: S sequence (this rank's part of it), B batch, H student width, G teacher width.
 Source: Muralidharan et al. 2024, arXiv:2407.14679, section 3.
@@ -26,35 +26,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compactlm_nemo.config.loss import HiddenConfig, StateLoss
-from compactlm_nemo.distill.layer_pairs import LayerPair, Place
+from compactlm_nemo.distill.layer_pairs import LayerPair, StatePlace
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.parallel.collectives import all_gather_objects, move, world_sum
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.training.callbacks import Callback, Metrics, ModelPass, Step
+from compactlm_nemo.training.tracker import LOSS
 
 ALPHA = "train/hidden_alpha"
 
 
-def places_of(chunks: ModelChunks) -> dict[Place, Any]:
+def state_modules(chunks: ModelChunks) -> dict[StatePlace, Any]:
     """The modules of this rank whose outputs are states, `[S, B, H]`."""
-    found: dict[Place, Any] = {}
+    modules: dict[StatePlace, Any] = {}
     for chunk in chunks:
         if chunk.pre_process:
-            found[Place("embedding", 0)] = chunk.embedding
+            modules[StatePlace("embedding", 0)] = chunk.embedding
         for layer in chunk.decoder.layers:
-            number = layer.layer_number - 1
-            found[Place("attention", number)] = layer.self_attention
-            found[Place("mlp_input", number)] = layer.pre_mlp_layernorm
-            if number:
-                found[Place("layers", number - 1)] = layer.input_layernorm
+            layer_idx = layer.layer_number - 1
+            modules[StatePlace("attention", layer_idx)] = layer.self_attention
+            modules[StatePlace("mlp_input", layer_idx)] = layer.pre_mlp_layernorm
+            if layer_idx:
+                modules[StatePlace("layers", layer_idx - 1)] = layer.input_layernorm
         if chunk.post_process:
-            found[Place("layers", chunk.config.num_layers - 1)] = chunk.decoder.final_layernorm
-    return found
+            modules[StatePlace("layers", chunk.config.num_layers - 1)] = chunk.decoder.final_layernorm
+    return modules
 
 
 def state_of(output: Any) -> Tensor:
-    """What a module gives; of attention with the bias that Megatron hands on beside it."""
+    """The state in a module's output; attention's is the sum with the bias that Megatron hands on separately."""
     if not isinstance(output, tuple):
         return output
     state_SBH, bias_H = output
@@ -70,7 +72,7 @@ def distance(teacher_SBG: Tensor, student_SBG: Tensor, loss: StateLoss) -> Tenso
 
 
 class _Attached(torch.autograd.Function):
-    """A state as it is, whose backward pass also goes through `loss`, times `scale`."""
+    """Passes a state on unchanged; its backward pass also goes through `loss`, times `scale`."""
 
     @staticmethod
     def forward(ctx: Any, state_SBH: Tensor, loss: Tensor, scale: float) -> Tensor:
@@ -83,15 +85,15 @@ class _Attached(torch.autograd.Function):
         return gradient_SBH, torch.full((), ctx.scale, device=gradient_SBH.device), None
 
 
-class HiddenStateLoss:
-    """The hidden-state losses of one training; collective like the steps that it is part of.
+class HiddenStateLoss(Callback):
+    """The hidden-state losses of one training.
 
     Args:
         cfg: Kind of loss, and alpha.
-        pairs: What is compared.
-        teacher: Chunks of the teacher on the student's mesh.
+        pairs: The places that are compared.
+        teacher: Chunks of the teacher on the student's mesh; its passes must report to `before_teacher_micro_batch`.
         student: Chunks of the student; `forward_each` over them outside of a step is not affected.
-        projections: P of each pair; None compares as they are.
+        projections: P of each pair; None compares the states as they are.
     """
 
     def __init__(
@@ -105,120 +107,136 @@ class HiddenStateLoss:
     ) -> None:
         self.cfg, self.pairs, self.mesh, self.projections = cfg, pairs, mesh, projections
         self.alpha = cfg.weight
-        """Of the next step; None until the first has measured it."""
+        """Alpha of the next step; None until the first step has measured it."""
         self.width, self.dtype = teacher[0].config.hidden_size, teacher[0].config.params_dtype
-        self.kept: dict[tuple[int, int], Tensor] = {}
-        """(pair, micro-batch) -> the teacher's state."""
-        self.waiting: list[deque[int]] = [deque() for _ in pairs]
-        """Micro-batches of a pair whose forward pass will be run again for backward, in their order."""
+        self.teacher_states: dict[tuple[int, int], Tensor] = {}
+        """(pair, micro-batch) -> the teacher's state ``[S, B, G]``."""
+        self.recomputed: list[deque[int]] = [deque() for _ in pairs]
+        """Micro-batches of each pair whose forward pass will be run again for backward, in order."""
         self.teacher_batch: int | None = None
         self.student_batch: int | None = None
         self.is_listening = self.is_measuring = False
         self.sums = torch.zeros(len(pairs), dtype=torch.float64, device=device())
-        theirs, ours = places_of(teacher), places_of(student)
-        everyone = all_gather_objects((mesh.pp_rank, list(theirs), list(ours)))
-        teacher_stage = {place: stage for stage, places, _ in everyone for place in places}
-        student_stage = {place: stage for stage, _, places in everyone for place in places}
-        self.route = [(teacher_stage[pair.teacher], student_stage[pair.student]) for pair in pairs]
-        for number, pair in enumerate(pairs):
-            if pair.teacher in theirs:
-                theirs[pair.teacher].register_forward_hook(partial(self._keep, number))
-            if pair.student in ours:
-                ours[pair.student].register_forward_hook(partial(self._compare, number))
+        self.routes = self._register_hooks(state_modules(teacher), state_modules(student))
+        """Pipeline stages of the teacher's and the student's state of each pair."""
 
-    def listen(self) -> None:
-        """The teacher's next pass is over the micro-batches of a step."""
+    def _register_hooks(self, teacher: dict[StatePlace, Any], student: dict[StatePlace, Any]) -> list[tuple[int, int]]:
+        for pair_idx, pair in enumerate(self.pairs):
+            if pair.teacher in teacher:
+                teacher[pair.teacher].register_forward_hook(partial(self._keep, pair_idx))
+            if pair.student in student:
+                student[pair.student].register_forward_hook(partial(self._compare, pair_idx))
+        stages = all_gather_objects((self.mesh.pp_rank, list(teacher), list(student)))
+        teacher_stage = {place: stage for stage, places, _ in stages for place in places}
+        student_stage = {place: stage for stage, _, places in stages for place in places}
+        return [(teacher_stage[pair.teacher], student_stage[pair.student]) for pair in self.pairs]
+
+    def before_teacher(self) -> None:
         self.is_listening = True
 
-    def on_teacher(self, batch: int | None) -> None:
-        """The teacher is about to run this micro-batch; None for one whose states are not wanted."""
-        self.teacher_batch = batch if self.is_listening else None
+    def before_teacher_micro_batch(self, idx: int | None) -> None:
+        """The teacher is about to run micro-batch `idx`; None for one whose states are not wanted."""
+        self.teacher_batch = idx if self.is_listening else None
 
-    def on_student(self, batch: int) -> None:
-        """The student is about to run this micro-batch."""
-        self.student_batch = batch
+    def before_student(self, student: ModelPass) -> None:
+        self._deliver([batch.tokens_BT for batch in student.batches])
+        if self.alpha is None:
+            self._begin(is_measuring=True)
+            terms = student.run(forward_only=True)
+            self._balance(student.logit_loss(terms), self._finish(terms["train/tokens"]))
+        self._begin(is_measuring=False)
 
-    def begin(self, *, is_measuring: bool) -> None:
-        """A pass of the student starts; one that measures has no backward and is followed by another."""
-        self.is_measuring = is_measuring
+    def before_micro_batch(self, idx: int) -> None:
+        self.student_batch = idx
+
+    def after_student(self, student: ModelPass, terms: Metrics) -> None:
+        alpha, losses = self.alpha, self._finish(terms["train/tokens"])
+        assert alpha is not None
+        self._balance(student.logit_loss(terms), losses)
+        terms |= {LOSS: terms[LOSS] + alpha * sum(losses.values()), ALPHA: alpha} | losses
+
+    def after_update(self, step: Step) -> None:
         if self.projections is not None:
-            self.projections.zero_grad()
-        self.sums = torch.zeros_like(self.sums)
-
-    def deliver(self, tokens: list[Tensor]) -> None:
-        """Send every state to the stage that compares it, after the teacher's pass over micro-batches `[B, S + 1]`."""
-        self.is_listening, self.teacher_batch = False, None
-        parts = self.mesh.cp_size * (self.mesh.tp_size if self.mesh.is_sequence_parallel else 1)
-        for batch, tokens_BT in enumerate(tokens):
-            size, length = tokens_BT.shape
-            blank = tokens_BT.new_empty(((length - 1) // parts, size, self.width), dtype=self.dtype)
-            for number, (source, target) in enumerate(self.route):  # in one order on all ranks
-                here = self.mesh.pp_rank
-                if source == target or here not in (source, target):
-                    continue
-                state_SBG = self.kept.pop((number, batch)) if here == source else blank
-                state_SBG = move(state_SBG, source, target, self.mesh.pp_group)
-                if here == target:
-                    self.kept[number, batch] = state_SBG
-
-    def _keep(self, number: int, _: Any, args: Any, output: Any) -> None:
-        if self.teacher_batch is not None:
-            # A copy: without gradients Megatron adds the residual to attention's output in place.
-            self.kept[number, self.teacher_batch] = state_of(output).detach().clone()
-
-    def _compare(self, number: int, _: Any, args: Any, output: Any) -> Any:
-        if self.student_batch is None:
-            return output
-        batch = self.student_batch
-        if self.is_measuring:
-            self.sums[number] += self._loss(number, self.kept[number, batch], state_of(output))
-            return output
-        if not torch.is_grad_enabled():
-            self.waiting[number].append(batch)
-            return output
-        if self.waiting[number]:
-            batch = self.waiting[number].popleft()
-        loss = self._loss(number, self.kept.pop((number, batch)), state_of(output))
-        self.sums[number] += loss.detach()
-        assert self.alpha is not None
-        if isinstance(output, tuple):
-            return (_Attached.apply(output[0], loss, self.alpha), *output[1:])
-        return _Attached.apply(output, loss, self.alpha)
-
-    def _loss(self, number: int, teacher_SBG: Tensor, student_SBH: Tensor) -> Tensor:
-        if self.projections is not None:
-            student_SBH = self.projections(number, student_SBH)
-        return distance(teacher_SBG, student_SBH, self.cfg.loss)
-
-    def finish(self, num_tokens: float) -> dict[str, float]:
-        """After the student's pass: the mean of each pair's loss over the global batch, equal on every rank.
-
-        Gradients of the projections become those of alpha times the sum of these.
-        """
-        self.student_batch = None
-        # Without sequence parallelism tensor-parallel ranks have the same states.
-        counts = self.mesh.is_sequence_parallel or self.mesh.tp_rank == 0
-        if self.projections is not None and not self.is_measuring:
-            self.projections.reduce(num_tokens, counts)
-        means = world_sum(self.sums if counts else torch.zeros_like(self.sums)).cpu() / num_tokens
-        return {pair.name: float(mean) for pair, mean in zip(self.pairs, means, strict=True)}
-
-    def balance(self, logit_loss: float, hidden_loss: float) -> None:
-        """Take alpha of the next step from the losses of this one, unless they are not finite or alpha is constant."""
-        if self.cfg.weight is None:
-            ratio = logit_loss / hidden_loss if hidden_loss else 0.0
-            self.alpha = ratio if math.isfinite(ratio) else self.alpha or 0.0
-
-    def step(self, lr: float) -> None:
-        """Move the projections."""
-        if self.projections is not None:
-            self.projections.step(lr)
+            self.projections.step(step.model.lr)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint of any layout."""
         return {"alpha": self.alpha} | ({} if self.projections is None else self.projections.state())
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.alpha = state["alpha"]
         if self.projections is not None:
             self.projections.load_state(state)
+
+    def _deliver(self, tokens: list[Tensor]) -> None:
+        """Send every state to the stage that compares it, after the teacher's pass over micro-batches `[B, S + 1]`."""
+        self.is_listening, self.teacher_batch = False, None
+        parts = self.mesh.cp_size * (self.mesh.tp_size if self.mesh.is_sequence_parallel else 1)
+        for batch_idx, tokens_BT in enumerate(tokens):
+            size, length = tokens_BT.shape
+            blank_SBG = tokens_BT.new_empty(((length - 1) // parts, size, self.width), dtype=self.dtype)
+            for pair_idx, (source, target) in enumerate(self.routes):  # in one order on all ranks
+                stage = self.mesh.pp_rank
+                if source == target or stage not in (source, target):
+                    continue
+                state_SBG = self.teacher_states.pop((pair_idx, batch_idx)) if stage == source else blank_SBG
+                state_SBG = move(state_SBG, source, target, self.mesh.pp_group)
+                if stage == target:
+                    self.teacher_states[pair_idx, batch_idx] = state_SBG
+
+    def _begin(self, *, is_measuring: bool) -> None:
+        """Start a pass of the student; one that measures has no backward and is followed by another."""
+        self.is_measuring = is_measuring
+        if self.projections is not None:
+            self.projections.zero_grad()
+        self.sums = torch.zeros_like(self.sums)
+
+    def _finish(self, num_tokens: float) -> Metrics:
+        """End a pass of the student: the mean of each pair's loss over the global batch, equal on every rank.
+
+        Gradients of the projections become those of alpha times the sum of these losses.
+        """
+        self.student_batch = None
+        # Without sequence parallelism tensor-parallel ranks have equal states.
+        counts = self.mesh.is_sequence_parallel or self.mesh.tp_rank == 0
+        if self.projections is not None and not self.is_measuring:
+            self.projections.reduce(num_tokens, counts)
+        means = world_sum(self.sums if counts else torch.zeros_like(self.sums)).cpu() / num_tokens
+        return {pair.name: float(mean) for pair, mean in zip(self.pairs, means, strict=True)}
+
+    def _balance(self, logit_loss: float, losses: Metrics) -> None:
+        """Take alpha of the next step from the losses of this one, unless the ratio is not finite or alpha constant."""
+        if self.cfg.weight is None:
+            hidden_loss = sum(losses.values())
+            ratio = logit_loss / hidden_loss if hidden_loss else 0.0
+            self.alpha = ratio if math.isfinite(ratio) else self.alpha or 0.0
+
+    def _keep(self, pair_idx: int, _: Any, args: Any, output: Any) -> None:
+        """Forward hook of the teacher: keep the state of the micro-batch."""
+        if self.teacher_batch is not None:
+            # A copy: without gradients Megatron adds the residual to attention's output in place.
+            self.teacher_states[pair_idx, self.teacher_batch] = state_of(output).detach().clone()
+
+    def _compare(self, pair_idx: int, _: Any, args: Any, output: Any) -> Any:
+        """Forward hook of the student: add the loss to the sums, and its gradient to the output's."""
+        if self.student_batch is None:
+            return output
+        batch_idx = self.student_batch
+        if self.is_measuring:
+            self.sums[pair_idx] += self._loss(pair_idx, self.teacher_states[pair_idx, batch_idx], state_of(output))
+            return output
+        if not torch.is_grad_enabled():
+            self.recomputed[pair_idx].append(batch_idx)
+            return output
+        if self.recomputed[pair_idx]:
+            batch_idx = self.recomputed[pair_idx].popleft()
+        loss = self._loss(pair_idx, self.teacher_states.pop((pair_idx, batch_idx)), state_of(output))
+        self.sums[pair_idx] += loss.detach()
+        assert self.alpha is not None
+        if isinstance(output, tuple):
+            return (_Attached.apply(output[0], loss, self.alpha), *output[1:])
+        return _Attached.apply(output, loss, self.alpha)
+
+    def _loss(self, pair_idx: int, teacher_SBG: Tensor, student_SBH: Tensor) -> Tensor:
+        if self.projections is not None:
+            student_SBH = self.projections(pair_idx, student_SBH)
+        return distance(teacher_SBG, student_SBH, self.cfg.loss)

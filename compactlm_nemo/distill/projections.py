@@ -1,7 +1,9 @@
 """Learned maps from the student's width to the teacher's, which exist for a hidden-state loss and end with training.
 
-They are no part of the student: every rank holds all of them in float32 with an AdamW of their own, gradients are
-summed over all ranks, and so they stay equal.
+Projections are no part of the student: every rank holds all projections in float32 with an AdamW of their own, and
+their gradients are summed over all ranks, so the projections stay equal on every rank.
+
+Shape suffixes: S sequence (this rank's part of it), B batch, H student width, G teacher width.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from compactlm_nemo.parallel.collectives import world_sum
 
 
 class Projections:
-    """``P`` of each pair, one for all of them or one each.
+    """``P`` of each pair, one for all pairs or one each.
 
     Args:
         num_pairs: Pairs that are projected.
-        is_shared: All of them by the same P.
-        start_GH: ``[G, H]``, what every P starts at.
+        is_shared: One P for all pairs.
+        start_GH: ``[G, H]``, every P at the start.
+        cfg: Rates of AdamW and the norm at which gradients are clipped.
     """
 
     def __init__(self, num_pairs: int, is_shared: bool, start_GH: Tensor, cfg: DistillConfig) -> None:
@@ -36,17 +39,17 @@ class Projections:
         return state_SBH @ weight_GH.T.to(state_SBH.dtype)
 
     def zero_grad(self) -> None:
-        """Before a pass."""
+        """Forget the gradients, before a pass."""
         self.adam.zero_grad(set_to_none=True)
 
     def reduce(self, num_tokens: float, counts: bool) -> None:
-        """Gradients of a global batch: sum over the ranks that count, divided by its tokens. Collective."""
+        """Sum the gradients over the ranks that count, divided by the tokens of the global batch. Collective."""
         for weight in self.weights:
-            own = torch.zeros_like(weight) if weight.grad is None or not counts else weight.grad
-            weight.grad = world_sum(own) / num_tokens
+            gradient = torch.zeros_like(weight) if weight.grad is None or not counts else weight.grad
+            weight.grad = world_sum(gradient) / num_tokens
 
     def step(self, lr: float) -> None:
-        """Move against the gradients; their common norm is clipped as the student's is."""
+        """Move the projections against their gradients, whose common norm is clipped as the student's is."""
         if self.clip_grad:
             torch.nn.utils.clip_grad_norm_(self.weights, self.clip_grad)
         for group in self.adam.param_groups:
@@ -54,7 +57,7 @@ class Projections:
         self.adam.step()
 
     def state(self) -> dict[str, Any]:
-        """Weights and moments."""
+        """Weights and AdamW's moments."""
         return {"weights": [weight.detach() for weight in self.weights], "adam": self.adam.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Stored targets on disk: what a teacher says of every sample, compressed, in shards that any rank can read in part.
+"""Stored targets on disk: a teacher's predictions for every sample, compressed, in shards that ranks read in part.
 
-A shard is a safetensors file of consecutive samples: `data`, their records one after another, and `offsets`. A record
-is self-contained, so a rank reads its samples and no others. Numbers of a record stand byte by byte: all low bytes,
-then all high ones, which is what makes them compress.
+A shard is a safetensors file of consecutive samples: `data` holds their records one after another, `offsets` where each
+begins. A record is self-contained, so a rank reads the records of its own samples only. The numbers of a record are
+stored byte by byte, all low bytes first and all high bytes last, because they compress better that way.
 
 Shape suffixes: T tokens of a sample, K stored entries, G teacher width.
 """
@@ -23,14 +23,15 @@ from torch import Tensor
 
 from compactlm_nemo.errors import DataError
 
-ABOUT = "about.json"
+METADATA = "targets.json"
+"""The header of a folder of shards: the number of samples, the kind of targets, and the teacher that gave them."""
 
 
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]
 
 
 class TopKRecord(NamedTuple):
-    """A teacher's likeliest tokens for one sample."""
+    """The likeliest tokens of a teacher at every position of one sample."""
 
     ids_TK: Tensor
     """``[T, K]`` int64, in any order."""
@@ -43,10 +44,10 @@ class TopKRecord(NamedTuple):
 
 
 def _levels() -> numpy.ndarray:
-    """Log-probabilities that can be stored, from 0 down, in steps of ``min(max(0.05 / sqrt(p), 1/8), 2)`` nats.
+    """The log-probabilities that can be stored, from 0 down, in steps of ``min(max(0.05 / sqrt(p), 1/8), 2)`` nats.
 
     Rounding p by a step s costs ``p s**2 / 24`` nats of KL in the mean: at this width every token below p = 0.16 costs
-    the same, 1e-4, where equal steps would spend most bytes on the least likely ones.
+    1e-4, where equal steps would spend most bytes on the least likely tokens.
     """
     levels = [0.0]
     while levels[-1] > -90:
@@ -58,15 +59,19 @@ LEVELS = _levels()
 
 
 STEPS_PER_NAT = 32
-"""Of the rest's logarithm and of the loss."""
+"""Resolution of the rest's logarithm and of the loss."""
 
 
 NO_REST = 2**16 - 1
+"""Stored in place of the rest's logarithm where the rest is 0."""
 
 
 def encode_top_k(record: TopKRecord) -> bytes:
-    """Token ids exact, as gaps between them in ascending order; log-probabilities to the nearest of `LEVELS`, as levels
-    above the least likely one; the rest's logarithm and the losses to 1/32 nat."""
+    """Encode a record: exact token ids, log-probabilities rounded to `LEVELS`, rest and losses rounded to 1/32 nat.
+
+    Ids are stored in ascending order as the gaps between them, log-probabilities as levels above the least likely one,
+    and the rest by its logarithm.
+    """
     ids, order = (x.numpy() for x in record.ids_TK.sort(dim=1))
     log_p = record.probs_TK.double().clamp(min=1e-38).log().numpy()
     middles = (LEVELS[1:] + LEVELS[:-1]) / 2
@@ -90,7 +95,7 @@ _KINDS = ("<u4", "u1", "u1", "<u2", "<u2")
 
 
 def decode_top_k(data: bytes, tokens: int, k: int) -> TopKRecord:
-    """The record, by ascending ids; its probabilities are scaled so that with the rest they sum to 1."""
+    """Decode a record of `tokens` positions: ids ascend, and the probabilities are scaled to sum to 1 with the rest."""
     raw = _unpack(data)
     counts = (tokens * k, tokens * k, tokens, tokens, tokens)
     lengths = [count * numpy.dtype(kind).itemsize for count, kind in zip(counts, _KINDS, strict=True)]
@@ -114,13 +119,13 @@ _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 def encode_hidden(hidden_TG: Tensor) -> bytes:
-    """Final hidden states, bit for bit."""
+    """Encode the final hidden states of a sample, bit for bit."""
     bits = hidden_TG.contiguous().view(_BITS[hidden_TG.dtype]).numpy()
     return _pack(_by_byte(bits.tobytes(), bits.itemsize))
 
 
 def decode_hidden(data: bytes, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
-    """``[T, G]`` of the dtype that was encoded."""
+    """Decode hidden states ``[T, G]``, stored in `dtype`."""
     values = _by_value(_unpack(data), f"<i{dtype.itemsize}")
     if values.size != tokens * width:
         raise DataError(
@@ -147,29 +152,29 @@ def _unpack(data: bytes) -> bytes:
 
 
 class StoredTargets:
-    """A folder of shards.
+    """A folder of shards, read sample by sample.
 
     Args:
-        folder: Holds `about.json` and `shard_00000.safetensors`, ...
+        folder: Holds `targets.json` and `shard_00000.safetensors`, ...
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not (folder / ABOUT).is_file():
+        if not (folder / METADATA).is_file():
             raise DataError(f"{folder} holds no stored targets; run recipes.cache_teacher.")
-        self.about: dict[str, int | str] = json.loads((folder / ABOUT).read_text())
-        self.num_samples, self.shard_samples = int(self.about["samples"]), int(self.about["shard_samples"])
+        self.metadata: dict[str, int | str] = json.loads((folder / METADATA).read_text())
+        self.num_samples, self.shard_samples = int(self.metadata["samples"]), int(self.metadata["shard_samples"])
 
     def record(self, sample: int) -> bytes:
-        """The stored bytes of a sample of the training order."""
+        """The record of a sample, numbered in the training order."""
         if not 0 <= sample < self.num_samples:
             raise DataError(
                 f"{self.folder} holds targets of {self.num_samples} samples, training asks for sample {sample}; "
                 "raise cache.samples and cache the teacher again."
             )
-        shard, place = divmod(sample, self.shard_samples)
+        shard, row = divmod(sample, self.shard_samples)
         with safe_open(shard_path(self.folder, shard), "pt") as file:
-            first, last = file.get_slice("offsets")[place : place + 2].tolist()
+            first, last = file.get_slice("offsets")[row : row + 2].tolist()
             return file.get_slice("data")[first:last].numpy().tobytes()
 
     def num_bytes(self) -> int:
@@ -178,17 +183,17 @@ class StoredTargets:
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """Where a shard is."""
+    """The file of a shard."""
     return folder / f"shard_{shard:05d}.safetensors"
 
 
 def num_shards(samples: int, shard_samples: int) -> int:
-    """Shards that so many samples fill."""
+    """The number of shards that `samples` samples fill."""
     return math.ceil(samples / shard_samples)
 
 
 def write_shard(folder: Path, shard: int, records: list[bytes]) -> None:
-    """Write a shard so that it is there whole or not at all."""
+    """Write a shard; a kill at any instant leaves the whole file or none."""
     lengths = torch.tensor([0, *map(len, records)], dtype=torch.int64)
     data = torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8)
     path = shard_path(folder, shard)

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def correct_teacher(run: Run, folder: Path) -> dict[str, Any] | None:
     """Train the teacher on the tokens that the student will see."""
-    require(run.config.corrects_before, "correct.beside=true trains the teacher in recipes.distill; run that.")
+    require(
+        run.config.corrects_before, "correct.while_distilling=true trains the teacher in recipes.distill; run that."
+    )
     from compactlm_nemo.stages.training_run import train
 
     return train(run, folder, run.config.correction, source="teacher")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def models_in_memory(config: Config) -> tuple[str, ...]:
     """Return the teacher, if one runs beside the student, and the student, which is trained."""
-    if config.correct.beside:
+    if config.correct.while_distilling:
         return ("teacher_training", "student_training")
     return ("teacher", "student_training") if config.distill.teacher is TeacherSource.live else ("student_training",)
 
@@ -30,7 +30,7 @@ def distill_problems(config: Config, models: list[Dims]) -> list[str]:
     cfg, problems = config.distill, []
     if cfg.global_batch % cfg.micro_batch:
         problems.append(f"distill.micro_batch={cfg.micro_batch} must divide distill.global_batch={cfg.global_batch}.")
-    return problems + _stored_problems(config) + _hidden_loss_problems(config, models) + _beside_problems(config)
+    return problems + _stored_problems(config) + _hidden_loss_problems(config, models) + _correction_problems(config)
 
 
 def _stored_problems(config: Config) -> list[str]:
@@ -65,7 +65,7 @@ def _hidden_loss_problems(config: Config, models: list[Dims]) -> list[str]:
     cfg = config.distill
     if not cfg.hidden.is_on:
         return []
-    problems = _live_beside_problems(config, "distill.hidden")
+    problems = _live_teacher_problems(config, "distill.hidden")
     if config.prune.hidden is Stream.rotate:
         problems.append(
             "distill.hidden with prune.hidden=rotate: the student's channels are not the teacher's any more; set "
@@ -77,20 +77,21 @@ def _hidden_loss_problems(config: Config, models: list[Dims]) -> list[str]:
     return problems + sorted(unmapped - {""})
 
 
-def _beside_problems(config: Config) -> list[str]:
+def _correction_problems(config: Config) -> list[str]:
     """Return what a teacher that is trained while it teaches asks for."""
     correct, cfg = config.correct, config.distill
-    if not correct.beside:
+    if not correct.while_distilling:
         return []
-    problems = _live_beside_problems(config, "correct.beside=true")
+    problems = _live_teacher_problems(config, "correct.while_distilling=true")
     if not 0 < correct.steps <= cfg.steps:
         problems.append(
-            f"correct.beside=true needs correct.steps={correct.steps} in [1, distill.steps={cfg.steps}]; change either."
+            f"correct.while_distilling=true needs correct.steps={correct.steps} in [1, distill.steps={cfg.steps}]; "
+            "change either."
         )
     return problems
 
 
-def _live_beside_problems(config: Config, setting: str) -> list[str]:
+def _live_teacher_problems(config: Config, setting: str) -> list[str]:
     """Return what a setting asks for that hooks into the teacher or trains it."""
     cfg = config.distill
     if cfg.teacher is TeacherSource.live and config.teacher_parallel == config.parallel:

@@ -18,7 +18,7 @@ from compactlm_nemo.config.fingerprint import result_settings, training_text
 from compactlm_nemo.config.teacher import StoredKind
 from compactlm_nemo.data.windows import Windows
 from compactlm_nemo.distill.stored_targets import (
-    ABOUT,
+    METADATA,
     StoredTargets,
     TopKRecord,
     encode_hidden,
@@ -42,20 +42,20 @@ from compactlm_nemo.stages.context import Run
 
 
 def store_targets(run: Run, folder: Path) -> dict[str, Any]:
-    """Write the shards of stored targets, and `about.json`.
+    """Write the shards of stored targets, and `targets.json`.
 
     Data-parallel ranks take every dp-th missing shard; all run in step, as spread experts need.
     """
     config, mesh, dims = run.config, run.mesh, run.dims("teacher")
     samples, length = config.cached_samples, config.data.sequence_length
-    about = {
+    metadata = {
         "kind": config.cache.kind.name, "k": config.cache.k, "width": dims.hidden_size, "samples": samples,
         "shard_samples": config.cache.shard_samples, "sequence_length": length,
         "mask_documents": config.data.mask_documents,
         "model": run.fingerprint(run.teaching_artifact),
     }  # fmt: skip
     state = run.open_progress(
-        settings_of({"cache": result_settings(config.cache), "about": about} | training_text(config))
+        settings_of({"cache": result_settings(config.cache), "targets": metadata} | training_text(config))
     )
     every = range(num_shards(samples, config.cache.shard_samples))
     missing = broadcast_object([shard for shard in every if not shard_path(state, shard).exists()])
@@ -78,7 +78,7 @@ def store_targets(run: Run, folder: Path) -> dict[str, Any]:
         if writes:
             for path in sorted(state.glob("shard_*.safetensors")):
                 path.replace(folder / path.name)
-            atomic_write_text(folder / ABOUT, json.dumps(about, indent=2) + "\n")
+            atomic_write_text(folder / METADATA, json.dumps(metadata, indent=2) + "\n")
             shutil.rmtree(state)
     num_bytes = broadcast_object(StoredTargets(folder).num_bytes() if is_main_rank() else 0)
     return {"samples": samples, "bytes": num_bytes, "bytes_per_token": num_bytes / (samples * length)}

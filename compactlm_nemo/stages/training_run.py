@@ -24,7 +24,7 @@ from compactlm_nemo.data.windows import Windows, heldout_windows
 from compactlm_nemo.distill.heldout_kl import evaluate_kd_loss
 from compactlm_nemo.distill.hidden_states import HiddenStateLoss
 from compactlm_nemo.distill.layer_pairs import layer_pairs
-from compactlm_nemo.distill.loop import EVAL_LOSS, Callbacks, distill
+from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.stored_targets import StoredTargets
 from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, OwnMeshTeacher, StoredHidden, StoredTopK, Teacher
@@ -39,7 +39,10 @@ from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.pruning.plan import PLAN, Plan
 from compactlm_nemo.search.cost import flops_per_token_forward
 from compactlm_nemo.stages.context import Run, validation_loss
-from compactlm_nemo.training.checkpoint import latest_step
+from compactlm_nemo.training.best_weights import EVAL_LOSS, BestWeights
+from compactlm_nemo.training.callbacks import Callback, MetricsLog, PeakMemory, Speed, StopAfter
+from compactlm_nemo.training.checkpoint import Checkpoints
+from compactlm_nemo.training.stability import LossSpikes, NonFiniteSteps
 from compactlm_nemo.training.tracker import METRICS, Tracker
 
 
@@ -57,31 +60,29 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     dims = run.dims(source)
     samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
     student, teacher = run.load(source), _teacher(run, cfg)
-    start = latest_step(state / "checkpoints") or 0
-    shown = settings_of(asdict(config))
+    checkpoints = Checkpoints(state / "checkpoints", run.mesh, keep=cfg.keep_checkpoints, is_main=is_main_rank())
+    best_weights = BestWeights(
+        _heldout_metrics(run, student, dims, teacher),
+        every=cfg.eval_every, num_steps=cfg.steps, result=cfg.result, checkpoints=checkpoints,
+    )  # fmt: skip
+    start, shown = checkpoints.latest_step() or 0, settings_of(asdict(config))
     wandb = replace(config.wandb, name=config.wandb.name or Path(config.run.dir).resolve().name)
     with Tracker(state, wandb, shown, is_main_rank(), cfg.steps, start_step=start) as tracker:
+        callbacks = [
+            StopAfter(cfg.stop_after),
+            LossSpikes(cfg.spike_factor, cfg.spike_limit),
+            NonFiniteSteps(cfg.skip_limit),
+            *_hidden_state_loss(run, cfg, student, teacher),
+            *_teacher_correction(run, teacher, state),
+            Speed(_speed(run, dims, cfg)),
+            best_weights,
+            PeakMemory(),
+            MetricsLog(tracker.log, every=cfg.log_every, rewind=tracker.rewind),
+        ]
         end = distill(
-            student,
-            teacher,
-            dims,
-            run.mesh,
-            samples.sample,
-            cfg,
-            Callbacks(
-                log=tracker.log,
-                rewind=tracker.rewind,
-                evaluate=_heldout_metrics(run, student, dims, teacher),
-                speed=_speed(run, dims, cfg),
-            ),
-            chunk_tokens=run.chunk_tokens(dims),
-            checkpoints=state / "checkpoints",
-            is_main=is_main_rank(),
-            device=device(),
-            until=cfg.stop_after,
-            hidden_loss=_hidden_loss(run, cfg, student, teacher),
-            corrector=_corrector(run, teacher, state),
-        )
+            student, teacher, dims, run.mesh, samples.sample, cfg, callbacks,
+            chunk_tokens=run.chunk_tokens(dims), checkpoints=checkpoints,
+        )  # fmt: skip
     if end.step < cfg.steps:
         return None
     run.save(folder, student, dims)
@@ -90,7 +91,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
             shutil.copyfile(state / METRICS, folder / METRICS)
     return {
         "tokens": cfg.num_samples * config.data.sequence_length,
-        "best_step": end.best_step,
+        "best_step": best_weights.best_step,
         "loss": validation_loss(run, student, dims, source),
     }
 
@@ -102,39 +103,40 @@ def _teaching(run: Run, cfg: DistillConfig) -> dict[str, str]:
 
 
 def _teacher(run: Run, cfg: DistillConfig) -> Teacher:
-    """The teacher itself, what it said, or nobody."""
+    """The source of the student's targets: a live teacher, stored targets, or the labels alone."""
     if cfg.teacher is TeacherSource.none:
         return NoTeacher(run.mesh)
     if cfg.teacher is TeacherSource.live:
         layout = run.config.teacher_parallel
         if layout == run.mesh.layout:
             return LiveTeacher(run.load(run.teaching_artifact), run.mesh)
-        own = second_mesh(layout, run.config.run.seed)
-        with own.active():
-            chunks = replace(run, mesh=own).load(run.teaching_artifact)
-        return OwnMeshTeacher(chunks, own, run.mesh, _head(run) if run.mesh.is_last_stage else None)
+        teacher_mesh = second_mesh(layout, run.config.run.seed)
+        with teacher_mesh.active():
+            chunks = replace(run, mesh=teacher_mesh).load(run.teaching_artifact)
+        return OwnMeshTeacher(chunks, teacher_mesh, run.mesh, _head(run) if run.mesh.is_last_stage else None)
     store = StoredTargets(run.path("targets"))
     if run.config.cache.kind is StoredKind.top_k:
         return StoredTopK(store, run.mesh)
     return StoredHidden(store, run.mesh, _head(run) if run.mesh.is_last_stage else None)
 
 
-def _corrector(run: Run, teacher: Teacher, state: Path) -> TeacherCorrection | None:
-    """What trains the teacher meanwhile, where that is asked for; not in the training of the teacher itself."""
-    if not run.config.correct.beside or not isinstance(teacher, LiveTeacher):
-        return None
-    dims = run.dims("teacher")
-    return TeacherCorrection(
-        teacher.chunks, dims, run.mesh, run.config.correction,
-        chunk_tokens=run.chunk_tokens(dims), checkpoints=state / "teacher", is_main=is_main_rank(),
-    )  # fmt: skip
+def _teacher_correction(run: Run, teacher: Teacher, state: Path) -> list[Callback]:
+    """Teacher correction while distilling, if it is on; correct_teacher itself has no live teacher, so none there."""
+    if not run.config.correct.while_distilling or not isinstance(teacher, LiveTeacher):
+        return []
+    dims, cfg = run.dims("teacher"), run.config.correction
+    checkpoints = Checkpoints(state / "teacher", run.mesh, keep=cfg.keep_checkpoints + 1, is_main=is_main_rank())
+    chunk_tokens = run.chunk_tokens(dims)
+    return [TeacherCorrection(teacher.chunks, dims, run.mesh, cfg, chunk_tokens=chunk_tokens, checkpoints=checkpoints)]
 
 
-def _hidden_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teacher: Teacher) -> HiddenStateLoss | None:
-    """Losses between hidden states, whose projections start as the way back from the cut: channel j of the student to
-    the channel of the teacher that it was."""
+def _hidden_state_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teacher: Teacher) -> list[Callback]:
+    """Losses between hidden states, if they are on.
+
+    Projections start as the cut reversed: channel j of the student goes to the channel of the teacher that it was.
+    """
     if not cfg.hidden.is_on:
-        return None
+        return []
     assert isinstance(teacher, LiveTeacher)  # settings are checked before the start
     dims, student_dims = run.dims("teacher"), run.dims("student")
     pairs, projections = layer_pairs(cfg.hidden, dims, student_dims), None
@@ -143,8 +145,8 @@ def _hidden_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teacher: Te
         start_GH = torch.eye(dims.hidden_size, device=device())[:, kept.to(device())]
         projections = Projections(len(pairs), cfg.hidden.projection is Projection.shared, start_GH, cfg)
     loss = HiddenStateLoss(cfg.hidden, pairs, teacher.chunks, student, run.mesh, projections)
-    teacher.on_input = loss.on_teacher
-    return loss
+    teacher.on_input = loss.before_teacher_micro_batch
+    return [loss]
 
 
 def _head(run: Run) -> Tensor:

@@ -10,15 +10,15 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from compactlm_nemo.config.distill import DistillConfig
-from compactlm_nemo.models.build import ModelChunks
+from compactlm_nemo.models.build import ModelChunks, recompute_activations
 
 
 def wrap_data_parallel(chunks: ModelChunks, *, shard_gradients: bool = True, overlap: bool = False) -> list[Any]:
-    """Megatron DDP around each chunk; gradients are summed in float32 and scaled by the token count.
+    """Put Megatron's DDP around each chunk, which sums gradients in float32 and scales them by the token count.
 
-    With `shard_gradients` each data-parallel rank ends with the part that its share of the optimizer needs, else with
-    all of them. With `overlap` they are summed bucket by bucket while backward goes on, and `start_gathering` and
-    `finish_gathering` enclose what may run while the new weights are on their way.
+    With `shard_gradients` each data-parallel rank ends with the gradients that its share of the optimizer needs, else
+    with all gradients. With `overlap` gradients are summed bucket by bucket while backward goes on, and new weights may
+    travel while other work runs between `start_gathering` and `finish_gathering`.
     """
     ddps = [
         DistributedDataParallel(
@@ -44,14 +44,14 @@ def wrap_data_parallel(chunks: ModelChunks, *, shard_gradients: bool = True, ove
 
 
 def start_gathering(ddps: list[Any]) -> None:
-    """After the optimizer's step: its new weights go to the other data-parallel ranks, if they overlap."""
+    """Send the optimizer's new weights to the other data-parallel ranks; with overlap only, else its step did so."""
     for ddp in ddps:
         if ddp.ddp_config.overlap_param_gather:
             ddp.start_param_sync()
 
 
 def finish_gathering(ddps: list[Any]) -> None:
-    """Wait for the weights, if they overlap. Megatron's own hooks do too, but none guards a head used by itself."""
+    """Wait for the new weights, with overlap only. Megatron's own hooks guard no head that is used by itself."""
     for ddp in ddps:
         if ddp.ddp_config.overlap_param_gather:
             for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
@@ -59,7 +59,7 @@ def finish_gathering(ddps: list[Any]) -> None:
 
 
 def build_optimizer(ddps: list[Any], cfg: DistillConfig) -> Any:
-    """AdamW with float32 main weights, sharded over data-parallel ranks; one-dimensional weights do not decay."""
+    """Make AdamW with float32 main weights, sharded over data-parallel ranks; one-dimensional weights do not decay."""
     dtype = ddps[0].module.config.params_dtype
     return get_megatron_optimizer(
         OptimizerConfig(
@@ -79,14 +79,11 @@ def build_optimizer(ddps: list[Any], cfg: DistillConfig) -> Any:
     )
 
 
-def gradient_norm(optimizer: Any) -> float:
-    """The gradient's norm over all ranks; Megatron's own step would find it and move the weights at once."""
-    optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
-
-
 def build_schedule(optimizer: Any, cfg: DistillConfig) -> OptimizerParamScheduler:
-    """Linear warm-up to `lr`, cosine to `min_lr`. Advance it before the step: step k of n trains at position k + 1."""
+    """Make the schedule: linear warm-up to `lr`, cosine to `min_lr`.
+
+    It advances before the optimizer's step, so step k of n trains at position k + 1.
+    """
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -100,3 +97,51 @@ def build_schedule(optimizer: Any, cfg: DistillConfig) -> OptimizerParamSchedule
         wd_incr_steps=cfg.steps,
         wd_incr_style="constant",
     )
+
+
+class TrainableModel:
+    """A model under training: its chunks in Megatron's DDP, the optimizer of its weights and their schedule.
+
+    Args:
+        chunks: This rank's part of the model.
+        cfg: Optimizer and schedule.
+        overlap: See `wrap_data_parallel`.
+    """
+
+    def __init__(self, chunks: ModelChunks, cfg: DistillConfig, *, overlap: bool = False) -> None:
+        if cfg.recompute:
+            recompute_activations(chunks)
+        self.ddps = wrap_data_parallel(chunks, overlap=overlap)
+        self.optimizer = build_optimizer(self.ddps, cfg)
+        self.schedule = build_schedule(self.optimizer, cfg)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step under way."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def train(self, mode: bool = True) -> None:
+        """Switch between training and evaluation."""
+        for ddp in self.ddps:
+            ddp.train(mode)
+
+    def advance_schedule(self) -> None:
+        """Set the learning rate of the next step."""
+        self.schedule.step(1)
+
+    def gradient_norm(self) -> float:
+        """The gradient's norm over all ranks, before clipping and before `update`.
+
+        Megatron's own step would find it and move the weights at once.
+        """
+        self.optimizer.prepare_grads()
+        return float(self.optimizer.get_grad_norm())
+
+    def update(self) -> None:
+        """Move the weights against the gradients."""
+        self.optimizer.step()
+        start_gathering(self.ddps)
+
+    def finish_gathering(self) -> None:
+        """Wait until every rank has the new weights."""
+        finish_gathering(self.ddps)

@@ -1,4 +1,4 @@
-"""What keeps a long run alive: steps that are not finite are skipped, a loss that jumps sends the run back."""
+"""Stability of a long run: steps that are not finite are skipped, and a loss that jumps sends the run back."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import logging
 import math
 import statistics
 from collections import deque
+from typing import Any
 
 from compactlm_nemo.errors import NumericsError
+from compactlm_nemo.training.callbacks import Callback, Step
+from compactlm_nemo.training.tracker import LOSS
 
 WINDOW = 32
 """Steps whose median loss is the measure of a spike."""
@@ -20,56 +23,87 @@ FEWEST = 8
 _log = logging.getLogger(__name__)
 
 
-class NonFiniteSteps:
-    """Counts steps that must not reach the weights, because a loss term or the gradient norm is NaN or infinite.
+class NonFiniteSteps(Callback):
+    """Skips steps whose loss terms or gradient norm are NaN or infinite, and counts them.
 
-    Equal on every rank, as what it looks at is.
+    Metrics are equal on every rank, so all ranks skip together.
+
+    Args:
+        limit: Steps in a row that may be skipped.
     """
 
-    def __init__(self, limit: int, skipped: int = 0) -> None:
-        self.limit, self.in_a_row, self.skipped = limit, 0, skipped
+    def __init__(self, limit: int) -> None:
+        self.limit, self.in_a_row, self.skipped = limit, 0, 0
 
-    def should_skip(self, step: int, values: dict[str, float]) -> bool:
-        """Whether to skip this step.
+    def should_skip(self, step: Step) -> bool:
+        """Whether a metric of the step is not finite.
 
         Raises:
-            NumericsError: after more than `limit` in a row, with the first value that is not finite.
+            NumericsError: after more than `limit` in a row, with the first metric that is not finite.
         """
-        name = next((name for name, value in values.items() if not math.isfinite(value)), None)
+        name = next((name for name, value in step.metrics.items() if not math.isfinite(value)), None)
         if name is None:
             self.in_a_row = 0
             return False
         self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
-        _log.warning("distill: step %d: %s is %s; skipped.", step, name, values[name])
+        what = f"distill: step {step.number}: {name} is {step.metrics[name]}"
+        _log.warning("%s; skipped.", what)
         if self.in_a_row > self.limit:
             raise NumericsError(
-                f"distill: step {step}: {name} is {values[name]} for the {self.in_a_row}th step in a row; lower "
-                f"distill.lr or look at the data (distill.skip_limit={self.limit})."
+                f"{what} for the {self.in_a_row}th step in a row; lower distill.lr or look at the data "
+                f"(distill.skip_limit={self.limit})."
             )
         return True
 
+    def after_step(self, step: Step) -> None:
+        step.metrics["train/skipped_steps"] = float(self.skipped)
 
-class LossSpikes:
-    """Sees a loss that exceeds `factor` times the median of the last steps; with None none is one."""
+    def state(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
 
-    def __init__(self, factor: float | None, limit: int, losses: list[float]) -> None:
-        self.factor, self.limit = factor, limit
-        self.losses = deque(losses, maxlen=WINDOW)
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.skipped = max(self.skipped, state["skipped"])  # a rewind takes no skipped step back
 
-    def must_rewind(self, step: int, loss: float, num_before: int) -> bool:
-        """Whether this step's loss is a spike; remembers it otherwise. What is not finite is for `NonFiniteSteps`.
+
+class LossSpikes(Callback):
+    """Sends training back when a loss exceeds `factor` times the median of the last steps, on with later batches.
+
+    Args:
+        factor: None never does.
+        limit: Times that training may go back.
+    """
+
+    def __init__(self, factor: float | None, limit: int) -> None:
+        self.factor, self.limit, self.rewinds = factor, limit, 0
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.needs_initial_checkpoint = factor is not None
+
+    def must_rewind(self, step: Step) -> bool:
+        """Whether the step's loss is a spike; any other is remembered. `NonFiniteSteps` sees those not finite.
 
         Raises:
-            NumericsError: when it is one, and `limit` were met before.
+            NumericsError: when the loss is a spike, and `limit` spikes came before.
         """
+        loss = step.metrics[LOSS]
         if not math.isfinite(loss):
             return False
         if self.factor is None or len(self.losses) < FEWEST or loss <= self.factor * statistics.median(self.losses):
             self.losses.append(loss)
             return False
         median = statistics.median(self.losses)
-        what = f"distill: step {step}: train/loss={loss:.4g} exceeds {self.factor:g} x the median {median:.4g}"
-        if num_before >= self.limit:
-            raise NumericsError(f"{what} for the {num_before + 1}th time; lower distill.lr or raise spike_factor.")
+        what = f"distill: step {step.number}: train/loss={loss:.4g} exceeds {self.factor:g} x the median {median:.4g}"
+        self.rewinds += 1
+        if self.rewinds > self.limit:
+            raise NumericsError(f"{what} for the {self.rewinds}th time; lower distill.lr or raise spike_factor.")
         _log.warning("%s; going back to the newest checkpoint and on with later batches.", what)
         return True
+
+    def after_step(self, step: Step) -> None:
+        step.metrics["train/rewinds"] = float(self.rewinds)
+
+    def state(self) -> dict[str, Any]:
+        return {"losses": list(self.losses), "rewinds": self.rewinds}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.losses = deque(state["losses"], maxlen=WINDOW)
+        self.rewinds = max(self.rewinds, state["rewinds"])  # a checkpoint that a rewind loads is from before it

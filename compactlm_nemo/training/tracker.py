@@ -1,4 +1,4 @@
-"""Where metrics go: one JSON line a step, the console, and Weights & Biases when asked."""
+"""Metrics of a training: one JSON line a step, the console, and Weights & Biases when asked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from compactlm_nemo.config.run import WandbConfig, WandbMode
 METRICS = "metrics.jsonl"
 WANDB_ID = "wandb_id"
 LOSS, LM_LOSS, TEACHER_LM_LOSS = "train/loss", "train/lm_loss_nats", "train/teacher_lm_loss_nats"
-"""What is trained, shown on the console, and the language-model losses of both models."""
+"""The loss that is trained, which the console shows, and the language-model losses of both models."""
 SPEED = "perf/tokens_per_second"
 """Metric shown on the console."""
 
@@ -31,7 +31,7 @@ _PLAIN_LINES = 10
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines of `step` and later, and any that a crash cut short, before training goes on at `step`."""
+    """Drop the lines of `step` and later, and any line that a crash cut short, before training goes on at `step`."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -39,7 +39,7 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 def wandb_mode(mode: WandbMode) -> Literal["disabled", "offline", "online"]:
-    """`disabled`, `offline` or `online`; auto is online with a W&B key in the environment or in ~/.netrc."""
+    """W&B's word for a mode; auto is online with a W&B key in the environment or in ~/.netrc, else disabled."""
     if mode is WandbMode.disabled:
         return "disabled"
     if mode is WandbMode.offline:
@@ -54,7 +54,7 @@ def wandb_mode(mode: WandbMode) -> Literal["disabled", "offline", "online"]:
 
 
 class Tracker:
-    """Context manager around a training loop.
+    """Writes the metrics of a training; a context manager around its loop.
 
     Args:
         folder: Stage folder, `run.dir/<stage>`; gets `metrics.jsonl`, `wandb_id` and `wandb/`.
@@ -88,7 +88,7 @@ class Tracker:
         return self
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record the metrics of 0-based `step`; what is not finite becomes null in the file."""
+        """Record the metrics of 0-based `step`; a value that is not finite becomes null in the file."""
         if not self._is_writer:
             return
         values = {name: float(value) for name, value in metrics.items()}
@@ -101,7 +101,7 @@ class Tracker:
             self._run.log({"step": step} | values)
 
     def rewind(self, step: int) -> None:
-        """Forget the lines of 0-based `step` and later: training goes on from there. W&B keeps what it was sent."""
+        """Drop the lines of 0-based `step` and later, from where training goes on. W&B keeps the values it was sent."""
         if self._is_writer:
             self._file.close()
             self._open_metrics(step)
@@ -146,7 +146,7 @@ class Tracker:
             return None
 
     def _wandb_id(self, new_id: str) -> str:
-        """The run's id of before when training resumes; a training from the start is a run of its own."""
+        """The W&B id: that of the earlier process when training resumes, a new one when it starts."""
         path = self._folder / WANDB_ID
         if self._start_step > 0 and path.exists():
             return path.read_text().strip()
@@ -155,7 +155,7 @@ class Tracker:
 
 
 class _ConsoleView:
-    """A progress bar on a terminal; elsewhere about ten plain lines."""
+    """Shows a progress bar on a terminal; elsewhere about ten plain lines."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         self._total_steps, self._start_step = total_steps, start_step

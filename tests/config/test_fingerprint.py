@@ -80,7 +80,7 @@ OTHERS: dict[str, Any] = {
     "distill.hidden.mlp_input": [[-1, -1]], "distill.loss.forward_kl": 0.5, "distill.min_lr": 1e-8,
     "distill.beta1": 0.5, "distill.beta2": 0.5, "distill.warmup_steps": 3, "distill.loss.skew": 0.3,
     "distill.loss.jsd_beta": 0.3, "wandb.project": "x",
-    "correct.min_lr": 1e-8, "correct.beside": None, "correct.while_distilling": None,
+    "correct.min_lr": 1e-8, "correct.while_distilling": None,
 }  # fmt: skip
 """Another value of a setting that has rules of its own; None where it needs a test of its own below."""
 

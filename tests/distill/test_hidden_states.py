@@ -13,16 +13,19 @@ from torch import Tensor
 
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.loss import HiddenConfig, LossConfig, Projection, StateLoss
-from compactlm_nemo.distill.hidden_states import ALPHA, HiddenStateLoss, pairs_of
-from compactlm_nemo.distill.loop import Callbacks, distill
+from compactlm_nemo.distill.hidden_states import ALPHA, HiddenStateLoss, layer_pairs
+from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.step import forward_backward
-from compactlm_nemo.distill.teacher import Batch, LiveTeacher
+from compactlm_nemo.distill.teacher import LiveTeacher
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.build import recompute_activations, tp_share
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.training.batches import Batch
+from compactlm_nemo.training.callbacks import MetricsLog, StopAfter
+from compactlm_nemo.training.checkpoint import Checkpoints
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 from tests.distill.test_parallel import STUDENT, gradients, samples
 from tests.distill.test_resume import sample
@@ -130,10 +133,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(folder: Path, mesh: Mesh, cfg: HiddenConfig) -> tuple[Dims, Any, LiveTeacher, HiddenStateLoss]:
     dims, student = filled(folder / "student", mesh)
     teacher_dims, teacher = filled(folder / "teacher", mesh)
-    pairs = pairs_of(cfg, teacher_dims, dims)
+    pairs = layer_pairs(cfg, teacher_dims, dims)
     projections = Projections(len(pairs), cfg.projection is Projection.shared, start(), TRAINING)
     loss = HiddenStateLoss(cfg, pairs, teacher, student, mesh, projections)
-    return dims, student, LiveTeacher(teacher, mesh, loss.on_teacher), loss
+    return dims, student, LiveTeacher(teacher, mesh, loss.before_teacher_micro_batch), loss
 
 
 def _matches(rank: int, world: int, layout: dict[str, Any], root: Path, names: list[str], recompute: bool) -> None:
@@ -149,11 +152,11 @@ def _matches(rank: int, world: int, layout: dict[str, Any], root: Path, names: l
             for _ in range(2):  # the second must not see anything of the first
                 terms = forward_backward(
                     ddps, teacher, dims, mesh, batches,
-                    loss=LossConfig(), temperature=1.0, chunk_tokens=7, hidden_loss=loss,
+                    loss=LossConfig(), temperature=1.0, chunk_tokens=7, callbacks=[loss],
                 )  # fmt: skip
             want = torch.load(root / case / f"{name}.pt")
             assert {key: terms[key] for key in want["terms"]} == pytest.approx(want["terms"], rel=2e-5), (case, name)
-            assert loss.projections is not None and not loss.kept and not any(loss.waiting)
+            assert loss.projections is not None and not loss.teacher_states and not any(loss.recomputed)
             for got, grad in zip(loss.projections.weights, want["projections"], strict=True):
                 # The gradient of the loss, of which the loss terms have alpha.
                 close(got.grad, grad.float(), f"{case} {name} projection")
@@ -191,15 +194,15 @@ def test_alpha_balances_the_losses_of_the_same_weights(layout, root, tmp_path):
     run_ranks(_matches, ranks, tmp_path, fields, root, ["balanced"], False)
 
 
-def train(root: Path, mesh: Mesh, checkpoints: Path, until: int | None) -> dict[int, dict[str, float]]:
+def train(root: Path, mesh: Mesh, folder: Path, stop_after: int | None) -> dict[int, dict[str, float]]:
     dims, student, teacher, loss = built(root / CASES[0], mesh, BALANCED)
     seen: dict[int, dict[str, float]] = {}
+    log = MetricsLog(lambda step, values: seen.update({step: values}), every=1)
     distill(
-        student, teacher, dims, mesh, sample, TRAINING,
-        Callbacks(log=lambda step, values: seen.update({step: values})), chunk_tokens=7, checkpoints=checkpoints,
-        is_main=torch.distributed.get_rank() == 0, device=torch.device("cpu"), until=until, hidden_loss=loss,
+        student, teacher, dims, mesh, sample, TRAINING, [StopAfter(stop_after), loss, log], chunk_tokens=7,
+        checkpoints=Checkpoints(folder, mesh, keep=2, is_main=torch.distributed.get_rank() == 0),
     )  # fmt: skip
-    return {step: {k: v for k, v in values.items() if not k.startswith("perf/")} for step, values in seen.items()}
+    return seen
 
 
 def _trains(rank: int, world: int, root: Path) -> None:
@@ -241,7 +244,7 @@ def test_training_goes_on_in_any_layout(root, tmp_path):
 def test_maps_that_no_model_has_are_refused(cfg, words, root):
     (teacher, _), (student, _) = (open_hf(root / CASES[0] / who) for who in ("teacher", "student"))
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
-        pairs_of(cfg, teacher, student)
+        layer_pairs(cfg, teacher, student)
 
 
 def test_a_pair_has_two_layers():

@@ -15,7 +15,7 @@ from torch import Tensor
 from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.distill.step import forward_backward
-from compactlm_nemo.distill.teacher import Batch, LiveTeacher, OwnMeshTeacher
+from compactlm_nemo.distill.teacher import LiveTeacher, OwnMeshTeacher
 from compactlm_nemo.models.build import global_names, recompute_activations, tp_share
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import positions_of
@@ -24,6 +24,7 @@ from compactlm_nemo.parallel.collectives import all_gather
 from compactlm_nemo.parallel.launch import second_mesh
 from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training import optimizer
+from compactlm_nemo.training.batches import Batch
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 from tests.support.meshes import COMBINED, EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of
 from tests.support.ranks import run_ranks
@@ -103,14 +104,14 @@ def gradients(ddps: list[Any]) -> dict[str, Tensor]:
 
 def separate(folder: Path, mesh: Mesh, layout: ParallelConfig) -> tuple[Dims, OwnMeshTeacher]:
     """A teacher on a mesh of its own, with its head as the student's mesh shards it."""
-    own = second_mesh(layout, seed=1)
-    with own.active():
-        dims, chunks = filled(folder, own)
+    teacher_mesh = second_mesh(layout, seed=1)
+    with teacher_mesh.active():
+        dims, chunks = filled(folder, teacher_mesh)
     _, source = open_hf(folder)
     name = "embedding.word_embeddings.weight" if dims.tied_embeddings else "output_layer.weight"
     padded = dims.padded_vocab(mesh.tp_size, VOCAB_MULTIPLE)
     head = tp_share(name, source(name), rank=mesh.tp_rank, size=mesh.tp_size, gated=False, padded_vocab=padded)
-    return dims, OwnMeshTeacher(chunks, own, mesh, head.float() if mesh.is_last_stage else None)
+    return dims, OwnMeshTeacher(chunks, teacher_mesh, mesh, head.float() if mesh.is_last_stage else None)
 
 
 def _step(

@@ -16,11 +16,15 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketG
 from torch import Tensor
 
 from compactlm_nemo.config.distill import DistillConfig
-from compactlm_nemo.distill.loop import EVAL_LOSS, Callbacks, distill
+from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.distill.teacher import LiveTeacher
 from compactlm_nemo.models.build import global_names
 from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training import optimizer
+from compactlm_nemo.training.best_weights import EVAL_LOSS, BestWeights
+from compactlm_nemo.training.callbacks import MetricsLog, StopAfter
+from compactlm_nemo.training.checkpoint import Checkpoints
+from compactlm_nemo.training.stability import LossSpikes, NonFiniteSteps
 from tests.support.meshes import LAYOUTS, filled, mesh_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import VOCAB, save_tiny
@@ -40,9 +44,9 @@ def sample(idx: int) -> Tensor:
 def train(
     root: Path,
     mesh: Mesh,
-    checkpoints: Path,
+    folder: Path,
     rank: int,
-    until: int | None,
+    stop_after: int | None,
     dtype: torch.dtype = torch.float32,
     cfg: DistillConfig = CONFIG,
 ) -> tuple[dict[str, Tensor], Metrics]:
@@ -54,14 +58,21 @@ def train(
     def evaluate() -> dict[str, float]:
         return {EVAL_LOSS: float(sum(x.detach().double().square().sum() for x in student.parameters()))}
 
+    checkpoints = Checkpoints(folder, mesh, keep=cfg.keep_checkpoints, is_main=rank == 0)
+    callbacks = [
+        StopAfter(stop_after),
+        LossSpikes(cfg.spike_factor, cfg.spike_limit),
+        NonFiniteSteps(cfg.skip_limit),
+        BestWeights(evaluate, every=cfg.eval_every, num_steps=cfg.steps, result=cfg.result, checkpoints=checkpoints),
+        MetricsLog(lambda step, values: seen.update({step: values}), every=cfg.log_every),
+    ]
     finished = distill(
-        student, LiveTeacher(teacher, mesh), dims, mesh, sample, cfg,
-        Callbacks(log=lambda step, values: seen.update({step: values}), evaluate=evaluate),
-        chunk_tokens=7, checkpoints=checkpoints, is_main=rank == 0, device=torch.device("cpu"), until=until,
+        student, LiveTeacher(teacher, mesh), dims, mesh, sample, cfg, callbacks,
+        chunk_tokens=7, checkpoints=checkpoints,
     )  # fmt: skip
-    assert finished.step == (until or CONFIG.steps)
+    assert finished.step == (stop_after or CONFIG.steps)
     weights = {name: value.detach().clone() for name, value in global_names(student)}
-    return weights, {s: {k: v for k, v in m.items() if not k.startswith("perf/")} for s, m in seen.items()}
+    return weights, seen
 
 
 def _one_rank(rank: int, world: int, root: Path) -> None:
@@ -70,6 +81,7 @@ def _one_rank(rank: int, world: int, root: Path) -> None:
         want, metrics = train(root, mesh, root / name / "whole", rank, None, dtype)
         _, before = train(root, mesh, root / name / "stopped", rank, STOP, dtype)
         assert sorted(before) == list(range(STOP))
+        assert not train(root, mesh, root / name / "stopped", rank, STOP, dtype)[1]  # it has stopped there
         shutil.copytree(root / name / "stopped", root / name / "at_stop")
         got, after = train(root, mesh, root / name / "stopped", rank, None, dtype)
         assert sorted(after) == list(range(STOP, CONFIG.steps))
@@ -182,10 +194,10 @@ def _grows(rank: int, world: int, root: Path) -> None:
         gc.collect()
         resident[step] = psutil.Process().memory_info().rss
 
-    cfg = DistillConfig(steps=500, global_batch=2, log_every=50, checkpoint_every=1000, lr=1e-4)
+    cfg = DistillConfig(steps=500, global_batch=2, checkpoint_every=1000, lr=1e-4)
     distill(
-        student, LiveTeacher(teacher, mesh), dims, mesh, sample, cfg, Callbacks(log=note),
-        chunk_tokens=7, checkpoints=root / "long", is_main=True, device=torch.device("cpu"),
+        student, LiveTeacher(teacher, mesh), dims, mesh, sample, cfg, [MetricsLog(note, every=50)],
+        chunk_tokens=7, checkpoints=Checkpoints(root / "long", mesh, keep=2, is_main=True),
     )  # fmt: skip
     early, late = resident[149], resident[499]
     # A step makes some 30 KiB of logits and hidden states; were those of each micro-batch kept, it would be 20 MiB.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from compactlm_nemo.distill.stored_targets import (
-    ABOUT,
+    METADATA,
     StoredTargets,
     TopKRecord,
     decode_hidden,
@@ -100,7 +100,7 @@ def test_any_sample_is_found_in_its_shard(tmp_path: Path) -> None:
         write_shard(tmp_path, shard, records[shard * 3 : (shard + 1) * 3])
     with pytest.raises(DataError, match="holds no stored targets; run recipes.cache_teacher"):
         StoredTargets(tmp_path)
-    (tmp_path / ABOUT).write_text(json.dumps({"samples": 7, "shard_samples": 3}))
+    (tmp_path / METADATA).write_text(json.dumps({"samples": 7, "shard_samples": 3}))
     store = StoredTargets(tmp_path)
     assert [store.record(i) for i in (6, 0, 3, 2, 5)] == [records[i] for i in (6, 0, 3, 2, 5)]
     assert store.num_bytes() == sum(shard_path(tmp_path, i).stat().st_size for i in range(math.ceil(7 / 3)))

@@ -50,8 +50,8 @@ def test_the_corrected_teacher_teaches(inputs: Path, plain: Path, tmp_path: Path
         _run(command(inputs, stored, *words, recipe=recipe))
     for a, b in zip(after, metrics(stored), strict=True):
         assert b["train/loss"] == pytest.approx(a["train/loss"], rel=1e-4)
-    about = json.loads((stored / "targets" / "about.json").read_text())
-    assert about["model"] == json.loads((run / "corrected" / "manifest.json").read_text())["fingerprint"]
+    metadata = json.loads((stored / "targets" / "targets.json").read_text())
+    assert metadata["model"] == json.loads((run / "corrected" / "manifest.json").read_text())["fingerprint"]
 
 
 def test_two_ranks_correct_as_one(inputs: Path, plain: Path, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_two_ranks_correct_as_one(inputs: Path, plain: Path, tmp_path: Path) -> 
         assert two["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-3)
 
 
-BESIDE = [*CORRECT, "correct.beside=true"]
+WHILE_DISTILLING = [*CORRECT, "correct.while_distilling=true"]
 
 
 def _pruned(plain: Path, run: Path) -> Path:
@@ -76,15 +76,15 @@ def _pruned(plain: Path, run: Path) -> Path:
     return run
 
 
-def test_a_teacher_corrected_beside_the_student_learns_what_it_has_taught(
+def test_a_teacher_corrected_while_distilling_learns_what_it_has_taught(
     inputs: Path, plain: Path, tmp_path: Path
 ) -> None:
     """Each batch is taught by the weights that training on the batches before has made, as in a stage of its own."""
     before = _pruned(plain, tmp_path / "before")
     _run(command(inputs, before, *CORRECT, recipe="correct_teacher"))
     alone = metrics(before, "corrected")
-    run = _pruned(plain, tmp_path / "beside")
-    _run(command(inputs, run, *BESIDE, recipe="distill"))
+    run = _pruned(plain, tmp_path / "while_distilling")
+    _run(command(inputs, run, *WHILE_DISTILLING, recipe="distill"))
     got = metrics(run)
     assert len(got) == 6
     for line, wanted in zip(got, alone, strict=False):
@@ -95,11 +95,11 @@ def test_a_teacher_corrected_beside_the_student_learns_what_it_has_taught(
 
     stopped = _pruned(plain, tmp_path / "stopped")
     for more in (["distill.stop_after=3"], []):
-        _run(command(inputs, stopped, *BESIDE, *more, recipe="distill"))
+        _run(command(inputs, stopped, *WHILE_DISTILLING, *more, recipe="distill"))
     assert metrics(stopped) == got
 
     staged = _pruned(plain, tmp_path / "staged")
-    _run(command(inputs, staged, *BESIDE, "parallel.pp=2", "distill.recompute=true", recipe="distill"), 2)
+    _run(command(inputs, staged, *WHILE_DISTILLING, "parallel.pp=2", "distill.recompute=true", recipe="distill"), 2)
     for one, two in zip(got, metrics(staged), strict=True):
         assert two["train/loss"] == pytest.approx(one["train/loss"], rel=1e-3)
         assert two["train/teacher_lm_loss_nats"] == pytest.approx(one["train/teacher_lm_loss_nats"], rel=1e-4)
@@ -112,8 +112,8 @@ def test_what_is_missing_is_named(inputs: Path, plain: Path, tmp_path: Path) -> 
     assert done.returncode == 2 and "no finished correct_teacher stage" in done.stderr
     done = commands.run(command(inputs, run, recipe="correct_teacher"))
     assert done.returncode == 2 and "correct.steps=0 trains no teacher" in done.stderr
-    done = commands.run(command(inputs, run, *BESIDE, recipe="correct_teacher"))
-    assert done.returncode == 2 and "correct.beside=true trains the teacher in recipes.distill" in done.stderr
+    done = commands.run(command(inputs, run, *WHILE_DISTILLING, recipe="correct_teacher"))
+    assert done.returncode == 2 and "correct.while_distilling=true trains the teacher in recipes.distill" in done.stderr
     settings = {"steps": -1, "lr": 0, "min_lr": 1, "warmup_steps": -1}
     for name, value in settings.items():
         with pytest.raises(ConfigError, match=rf"correct\.{name}={value}"):

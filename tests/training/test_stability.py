@@ -15,9 +15,8 @@ from torch import Tensor
 
 from compactlm_nemo.config.distill import DistillConfig, Result
 from compactlm_nemo.config.loss import CROSS_ENTROPY, HiddenConfig
-from compactlm_nemo.distill import loop
-from compactlm_nemo.distill.hidden_states import HiddenStateLoss, pairs_of
-from compactlm_nemo.distill.loop import EVAL_LOSS, Callbacks, distill
+from compactlm_nemo.distill.hidden_states import HiddenStateLoss, layer_pairs
+from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.teacher import LiveTeacher
 from compactlm_nemo.distill.teacher_correction import TeacherCorrection
@@ -25,8 +24,11 @@ from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.models.build import ModelChunks, global_names
 from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.mesh import Mesh
-from compactlm_nemo.training.checkpoint import TrainState
+from compactlm_nemo.training.best_weights import EVAL_LOSS, BestWeights
+from compactlm_nemo.training.callbacks import Callback, MetricsLog, Step
+from compactlm_nemo.training.checkpoint import Checkpoints, TrainState
 from compactlm_nemo.training.stability import FEWEST, LossSpikes, NonFiniteSteps
+from compactlm_nemo.training.tracker import LOSS
 from tests.support.meshes import filled, mesh_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import VOCAB, save_tiny
@@ -47,31 +49,33 @@ class Training:
     def __init__(
         self, root: Path, mesh: Mesh, cfg: DistillConfig, evaluate: Callable[[], dict[str, float]] | None = None
     ) -> None:
-        self.root, self.mesh, self.cfg, self.evaluate = root, mesh, cfg, evaluate
+        self.root, self.mesh, self.cfg, self.evaluate = root, mesh, cfg, evaluate or dict
         _, self.student = filled(root / "student", self.mesh)
         self.dims, self.teacher = filled(root / "teacher", self.mesh)
         self.metrics: dict[int, dict[str, float]] = {}
         self.rewound: list[int] = []
         self.on_input: Callable[[int | None], None] | None = None
-        self.beside: dict[str, Any] = {}
-        """What trains beside the student, as `distill` takes it."""
+        self.spikes, self.non_finite = LossSpikes(cfg.spike_factor, cfg.spike_limit), NonFiniteSteps(cfg.skip_limit)
+        self.others: list[Callback] = []
 
-    def add_hidden_loss_and_corrector(self, name: str) -> None:
+    def add_hidden_loss_and_correction(self, name: str) -> None:
         hidden = HiddenConfig(layers=[[1, 1]])
         dims, teacher_dims = (open_hf(self.root / name)[0] for name in ("student", "teacher"))
         start_GH = torch.eye(teacher_dims.hidden_size)[:, : dims.hidden_size]
         projections = Projections(1, True, start_GH, self.cfg)
-        pairs = pairs_of(hidden, teacher_dims, dims)
-        loss = HiddenStateLoss(hidden, pairs, self.teacher, self.student, self.mesh, projections)
-        corrector = TeacherCorrection(
-            self.teacher, teacher_dims, self.mesh, replace(self.cfg, loss=CROSS_ENTROPY),
-            chunk_tokens=64, checkpoints=self.root / f"{name}_teacher", is_main=True,
+        pairs = layer_pairs(hidden, teacher_dims, dims)
+        self.hidden_loss = HiddenStateLoss(hidden, pairs, self.teacher, self.student, self.mesh, projections)
+        teacher_correction = TeacherCorrection(
+            self.teacher, teacher_dims, self.mesh, replace(self.cfg, loss=CROSS_ENTROPY), chunk_tokens=64,
+            checkpoints=Checkpoints(self.root / f"{name}_teacher", self.mesh, self.cfg.keep_checkpoints + 1, True),
         )  # fmt: skip
-        self.on_input, self.beside = loss.on_teacher, {"hidden_loss": loss, "corrector": corrector}
+        self.on_input = self.hidden_loss.before_teacher_micro_batch
+        self.others = [self.hidden_loss, teacher_correction]
 
     def trained(self) -> dict[str, Tensor]:
         """All that training has moved."""
-        loss = self.beside["hidden_loss"]
+        loss = self.hidden_loss
+        assert loss.projections is not None
         teacher = {f"teacher {name}": value.detach() for name, value in global_names(self.teacher)}
         extra = {"projection": loss.projections.weights[0].detach(), "alpha": torch.tensor(loss.alpha or 0.0)}
         return self.weights() | teacher | extra
@@ -80,13 +84,21 @@ class Training:
         return {name: value.detach().clone() for name, value in global_names(self.student)}
 
     def run(self, name: str, draw: Callable[[int, ModelChunks], Tensor]) -> TrainState:
+        cfg, checkpoints = self.cfg, Checkpoints(self.root / name, self.mesh, self.cfg.keep_checkpoints, True)
+        self.best_weights = BestWeights(
+            self.evaluate, every=cfg.eval_every, num_steps=cfg.steps, result=cfg.result, checkpoints=checkpoints
+        )
+        log = MetricsLog(self.log, every=cfg.log_every, rewind=self.rewound.append)
         return distill(
             self.student, LiveTeacher(self.teacher, self.mesh, self.on_input), self.dims, self.mesh,
-            lambda idx: draw(idx, self.teacher), self.cfg,
-            Callbacks(log=self.log, rewind=self.rewound.append, evaluate=self.evaluate),
-            chunk_tokens=64, checkpoints=self.root / name, is_main=True, device=torch.device("cpu"),
-            **self.beside,
+            lambda idx: draw(idx, self.teacher), cfg,
+            [self.spikes, self.non_finite, *self.others, self.best_weights, log],
+            chunk_tokens=64, checkpoints=checkpoints,
         )  # fmt: skip
+
+    def states(self) -> list[dict[str, Any]]:
+        """What the callbacks hold at the end."""
+        return [callback.state() for callback in (self.spikes, self.non_finite, self.best_weights)]
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.metrics[step] = values
@@ -127,8 +139,10 @@ def _nan_is_skipped(rank: int, world: int, root: Path) -> None:
     assert moved == [True, True, False, True, True]
     assert all(value.isfinite().all() for value in reached[-1].values())
 
-    assert end.skipped == 1
-    assert Training(root, mesh, CONFIG).run("nan", undisturbed) == end  # it is counted on after a restart
+    assert training.non_finite.skipped == 1
+    again = Training(root, mesh, CONFIG)
+    assert again.run("nan", undisturbed) == end
+    assert again.states() == training.states()  # it is counted on after a restart
 
     stubborn = Training(root, mesh, replace(CONFIG, skip_limit=1))
     with pytest.raises(NumericsError, match=r"step 1: train/loss is nan for the 2th step in a row; lower distill.lr"):
@@ -140,7 +154,7 @@ def _spike_goes_back(rank: int, world: int, root: Path) -> None:
     cfg = replace(CONFIG, steps=FEWEST + 5, spike_factor=3.0)
     training = Training(root, mesh, cfg)
     end = training.run("spike", disturbing(FEWEST + 2, lambda head: head * 20))  # batch 10, of step 10
-    assert (end.step, end.skipped_batches, end.rewinds) == (13, 2, 1)
+    assert (end.step, end.skipped_batches, training.spikes.rewinds) == (13, 2, 1)
     assert training.rewound == [9]
     assert training.metrics[12]["train/rewinds"] == 1
 
@@ -154,15 +168,19 @@ def _spike_goes_back(rank: int, world: int, root: Path) -> None:
 
     again = Training(root, mesh, cfg)  # what was passed over is remembered
     assert again.run("spike", undisturbed) == end
+    assert again.states() == training.states()
 
     hopeless = Training(root, mesh, replace(cfg, spike_limit=0))
     with pytest.raises(NumericsError, match=r"step 10: train/loss=.* exceeds 3 x the median .* for the 1th time"):
         hopeless.run("hopeless", disturbing(10, lambda head: head * 20))
 
 
-class _ToldAtStep5(LossSpikes):
-    def must_rewind(self, step: int, loss: float, rewinds: int) -> bool:
-        return step == 5 and rewinds == 0
+class _SpikeAtStep5(LossSpikes):
+    def must_rewind(self, step: Step) -> bool:
+        if step.number != 5 or self.rewinds:
+            return False
+        self.rewinds += 1
+        return True
 
 
 def _spike_takes_back_all_that_trains(rank: int, world: int, root: Path) -> None:
@@ -172,17 +190,17 @@ def _spike_takes_back_all_that_trains(rank: int, world: int, root: Path) -> None
         return sample(idx + 3 * CONFIG.global_batch * (idx >= 3 * CONFIG.global_batch))
 
     found = []
-    for name, spikes, draw in (("told", _ToldAtStep5, undisturbed), ("untold", LossSpikes, passed_over)):
-        loop.LossSpikes = spikes  # type: ignore[misc]
+    for name, spikes, draw in (("rewound", _SpikeAtStep5, undisturbed), ("straight", LossSpikes, passed_over)):
         training = Training(root, mesh, cfg)
-        training.add_hidden_loss_and_corrector(name)
+        training.spikes = spikes(cfg.spike_factor, cfg.spike_limit)
+        training.add_hidden_loss_and_correction(name)
         before = {key: value.clone() for key, value in training.trained().items()}
-        training.run(name, draw)
+        training.run(f"{name}_student", draw)
         found.append(training.trained())
-        assert training.rewound == ([3] if name == "told" else [])
+        assert training.rewound == ([3] if name == "rewound" else [])
         assert not any(value.equal(found[-1][key]) for key, value in before.items())
-    told, untold = found
-    assert all(value.equal(told[key]) for key, value in untold.items())
+    rewound, straight = found
+    assert all(value.equal(rewound[key]) for key, value in straight.items())
 
 
 def _best_is_the_result(rank: int, world: int, root: Path) -> None:
@@ -197,7 +215,7 @@ def _best_is_the_result(rank: int, world: int, root: Path) -> None:
     cfg = replace(CONFIG, eval_every=1, keep_checkpoints=1, result=Result.best, log_every=4)
     training = Training(root, mesh, cfg, measure)
     end = training.run("best", undisturbed)
-    assert (end.step, end.best_step, end.best_loss) == (6, 2, 2.0)
+    assert (end.step, training.best_weights.best_step, training.best_weights.best_loss) == (6, 2, 2.0)
     assert sorted(path.name for path in (root / "best").glob("step_*")) == ["step_0000002", "step_0000006"]
     assert all(value.equal(reached[1][key]) for key, value in training.weights().items())
     assert not all(value.equal(reached[5][key]) for key, value in training.weights().items())
@@ -220,25 +238,35 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def step_of(number: int, metrics: dict[str, float]) -> Step:
+    return Step(number=number, model=None, batches=[], metrics=metrics)  # type: ignore[arg-type]
+
+
 def test_steps_in_a_row_are_counted() -> None:
     guard = NonFiniteSteps(limit=2)
     bad, good = {"train/loss": 1.0, "train/grad_norm": math.inf}, {"train/loss": 1.0, "train/grad_norm": 1.0}
-    assert [guard.should_skip(step, values) for step, values in enumerate([bad, bad, good, bad, bad])] == [
+    assert [guard.should_skip(step_of(i, values)) for i, values in enumerate([bad, bad, good, bad, bad])] == [
         True, True, False, True, True,
     ]  # fmt: skip
     with pytest.raises(NumericsError, match=r"step 5: train/grad_norm is inf for the 3th step in a row.*skip_limit=2"):
-        guard.should_skip(5, bad)
+        guard.should_skip(step_of(5, bad))
     assert guard.skipped == 5
 
 
 def test_a_spike_is_told_by_the_median() -> None:
-    spikes = LossSpikes(2.0, 5, [])
-    assert not any(spikes.must_rewind(step, loss, 0) for step, loss in enumerate([9, 1, 1, 1, 1, 1, 1]))
-    assert not spikes.must_rewind(7, 100.0, 0)  # fewer than FEWEST came before
-    assert not spikes.must_rewind(8, 2.0, 0) and spikes.must_rewind(9, 2.01, 0)
-    assert not spikes.must_rewind(9, math.nan, 0)
+    spikes = LossSpikes(2.0, limit=5)
+
+    def is_spike(loss: float, of: LossSpikes = spikes) -> bool:
+        return of.must_rewind(step_of(len(of.losses), {LOSS: loss}))
+
+    assert not any(is_spike(loss) for loss in [9, 1, 1, 1, 1, 1, 1])
+    assert not is_spike(100.0)  # fewer than FEWEST came before
+    assert not is_spike(2.0) and is_spike(2.01)
+    assert not is_spike(math.nan)
     assert list(spikes.losses) == [9, 1, 1, 1, 1, 1, 1, 100.0, 2.0]
-    assert not LossSpikes(None, 5, list(spikes.losses)).must_rewind(9, 1e9, 0)
+    tolerant = LossSpikes(None, limit=5)
+    tolerant.load_state(spikes.state())
+    assert not is_spike(1e9, tolerant)
 
 
 def test_bad_settings_are_named() -> None:

@@ -90,12 +90,12 @@ EXPERTS = [
             ["distill.hidden with prune.hidden=rotate"],
         ),
         (
-            [*LLAMA, "correct.beside=true", "correct.steps=2000"],
-            ["correct.beside=true needs correct.steps=2000 in [1, distill.steps=1000]"],
+            [*LLAMA, "correct.while_distilling=true", "correct.steps=2000"],
+            ["correct.while_distilling=true needs correct.steps=2000 in [1, distill.steps=1000]"],
         ),
         (
-            [*LLAMA, "correct.beside=true", "correct.steps=9", "distill.teacher=stored"],
-            ["correct.beside=true needs a live teacher in the student's layout, not distill.teacher=stored"],
+            [*LLAMA, "correct.while_distilling=true", "correct.steps=9", "distill.teacher=stored"],
+            ["correct.while_distilling=true needs a live teacher in the student's layout, not distill.teacher=stored"],
         ),
         ([*LLAMA, "distill.hidden.layers=[[3]]"], ["[3] must be [teacher layer, student layer]"]),
         (
