@@ -1,4 +1,4 @@
-"""What a distillation step costs over a plain training step of the same student, next to what the FLOPs say.
+"""This command measures what a distillation step costs over a plain training step, next to what the FLOPs say.
 
     python -m bench.distill.distill_step --samples 8 --repeats 5
 
@@ -28,7 +28,7 @@ from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, Teacher
 from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.targets import TeacherHead
-from compactlm_nemo.losses.vocabulary import chunk_tokens
+from compactlm_nemo.losses.vocabulary import Head, chunk_tokens
 from compactlm_nemo.models.build import build_model
 from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.parallel.mesh import Mesh
@@ -43,7 +43,7 @@ SHAPE = {"layers": 23, "ffn": 1296}
 
 
 class Subject:
-    """Teacher, student and batches."""
+    """A subject holds teacher, student and batches."""
 
     def __init__(self, mesh: Mesh, args: argparse.Namespace) -> None:
         dtype = PRECISIONS[args.precision]
@@ -60,34 +60,32 @@ class Subject:
         self.chunk = chunk_tokens(DistillConfig().loss_memory_mib, *student.head_weight.shape)
 
     def step(self, teacher: Teacher, loss: LossConfig) -> None:
-        """Forward and backward over all batches."""
+        """Runs forward and backward over all batches."""
         settings: dict[str, Any] = {"loss": loss, "temperature": 1.0, "chunk_tokens": self.chunk}
         forward_backward(self.ddps, teacher, self.dims, self.mesh, self.batches, **settings)
 
     def head(self) -> None:
-        """The loss head of a step alone, forward and backward, on hidden states of the same sizes."""
+        """Runs the loss head of a step alone, forward and backward, on hidden states of a step's sizes."""
         weight_VH = self.ddps[-1].module.head_weight.detach().requires_grad_()
+        head = Head.on_mesh(weight_VH, self.mesh, vocab_size=self.dims.vocab_size, chunk_tokens=self.chunk)
         for batch in self.batches:
             labels_N = batch.tokens_BT[:, 1:].T.flatten()
             student_NH, teacher_NG = (
                 torch.zeros(len(labels_N), dims.hidden_size, dtype=weight_VH.dtype).normal_()
                 for dims in (self.dims, self.teacher_dims)
             )
-            terms = linear_kd(
-                student_NH.requires_grad_(), weight_VH, TeacherHead(teacher_NG, self.teacher.chunks.head_weight),
-                labels_N, torch.ones(len(labels_N)), loss=LossConfig(), temperature=1.0, chunk_tokens=self.chunk,
-                vocab_size=self.dims.vocab_size, vocab_start=0, tp_group=self.mesh.tp_group,
-            )  # fmt: skip
-            terms.loss_sum.backward()
+            targets, mask_N = TeacherHead(teacher_NG, self.teacher.chunks.head_weight), torch.ones(len(labels_N))
+            losses = linear_kd(student_NH.requires_grad_(), head, targets, labels_N, mask_N, loss=LossConfig())
+            losses.loss_sum.backward()
 
     def ideal(self) -> float:
-        """FLOPs of the distillation step over those of the plain one: a backward pass is two forward ones."""
+        """Returns the ratio of the FLOPs of both steps, distillation to plain: a backward pass is two forward ones."""
         student, teacher = (flops_per_token_forward(dims, self.length) for dims in (self.dims, self.teacher_dims))
         return (3 * student + teacher) / (3 * student)
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of a call."""
+    """Returns the wall time of a call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -111,12 +109,12 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in runs}
         ratios = []
         for _ in range(args.repeats):
-            before, own, after = (seconds(runs[name]) for name in ("plain", "distillation", "plain"))
+            before, during, after = (seconds(runs[name]) for name in ("plain", "distillation", "plain"))
             times["plain"] += [before, after]
-            times["distillation"].append(own)
+            times["distillation"].append(during)
             for name in ("teacher", "head"):
                 times[name].append(seconds(runs[name]))
-            ratios.append(2 * own / (before + after))
+            ratios.append(2 * during / (before + after))
         result = {
             "run": vars(args), "threads": torch.get_num_threads(), "ideal": subject.ideal(), "ratio": summary(ratios),
             "seconds": {name: summary(values) for name, values in times.items()},
@@ -127,7 +125,7 @@ def main() -> None:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Times, and the ratio next to the ideal."""
+    """Returns a table of the times, and the ratio next to the ideal."""
     lines = ["| step | seconds, median (range) |", "|---|---|"]
     for name, row in result["seconds"].items():
         lines.append(f"| {name} | {row['median']:.2f} ({row['min']:.2f} to {row['max']:.2f}) |")

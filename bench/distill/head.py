@@ -22,7 +22,7 @@ Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def plain() -> Way:
-    """As one writes it: all logits, log-softmax of both, KL."""
+    """Plain torch makes all logits, the log-softmax of both models, and the KL."""
 
     def loss(hidden_NH: Tensor, weight_VH: Tensor, teacher_NG: Tensor, teacher_VG: Tensor, labels_N: Tensor) -> Tensor:
         with torch.no_grad():
@@ -34,28 +34,26 @@ def plain() -> Way:
 
 
 def ours() -> Way:
-    """`linear_kd` with the chunk that the default of `distill.loss_memory_mib` gives."""
+    """This package runs `linear_kd` with the chunk that the default of `distill.loss_memory_mib` gives."""
     from compactlm_nemo.config.distill import DistillConfig
     from compactlm_nemo.config.loss import LossConfig
     from compactlm_nemo.losses.linear_kd import linear_kd
     from compactlm_nemo.losses.targets import TeacherHead
-    from compactlm_nemo.losses.vocabulary import chunk_tokens
+    from compactlm_nemo.losses.vocabulary import Head, VocabShard, chunk_tokens
 
     memory_mib = DistillConfig().loss_memory_mib
 
     def loss(hidden_NH: Tensor, weight_VH: Tensor, teacher_NG: Tensor, teacher_VG: Tensor, labels_N: Tensor) -> Tensor:
-        got = linear_kd(
-            hidden_NH, weight_VH, TeacherHead(teacher_NG, teacher_VG), labels_N, torch.ones(len(labels_N)),
-            loss=LossConfig(), chunk_tokens=chunk_tokens(memory_mib, *weight_VH.shape),
-            vocab_size=len(weight_VH), backward_once=True,
-        )  # fmt: skip
-        return got.loss_sum / len(labels_N)
+        head = Head(weight_VH, VocabShard(len(weight_VH)), chunk_tokens(memory_mib, *weight_VH.shape))
+        targets, mask_N = TeacherHead(teacher_NG, teacher_VG), torch.ones(len(labels_N))
+        losses = linear_kd(hidden_NH, head, targets, labels_N, mask_N, loss=LossConfig(), backward_once=True)
+        return losses.loss_sum / len(labels_N)
 
     return loss
 
 
 def liger(compiled: bool) -> Way:
-    """Liger's chunked distillation; its JSD with beta 0 is the forward KL. Chunks of 1024 tokens are its default."""
+    """Liger runs its chunked distillation; its JSD with beta 0 is the forward KL, its default chunks 1024 tokens."""
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
     return LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled)
@@ -70,7 +68,7 @@ WAYS: dict[str, Callable[[], Way]] = {
 
 
 class Subject:
-    """Heads of student and teacher, of one width, and as many tokens as a pass asks for."""
+    """A subject holds the heads of student and teacher, of one width, and makes the tokens of a pass."""
 
     def __init__(self, way: Way, hidden: int, vocab: int) -> None:
         rng = torch.Generator().manual_seed(0)
@@ -79,7 +77,7 @@ class Subject:
         self.teacher_VG = torch.randn(vocab, hidden, generator=rng).mul_(hidden**-0.5)
 
     def once(self, tokens: int) -> dict[str, Tensor]:
-        """Loss and gradients of so many tokens; always the same."""
+        """Returns loss and gradients of a number of tokens, which alone decides the values."""
         self.rng.manual_seed(tokens)
         hidden_NH = torch.randn(tokens, self.hidden, generator=self.rng).requires_grad_()
         teacher_NG = torch.randn(tokens, self.hidden, generator=self.rng)

@@ -58,41 +58,41 @@ def main() -> None:
 
 
 def command(way: str, args: argparse.Namespace) -> list[str]:
-    """Command line of the process of a way."""
+    """Returns the command line of the process of a way."""
     python = str(interpreter(LIGER)) if "Liger" in way else sys.executable
     sizes = [f"--hidden={args.hidden}", f"--vocab={args.vocab}", "--tokens", *map(str, args.tokens)]
     return [python, "-m", "bench.distill.head", f"--way={way}", *sizes]
 
 
 def timed(rows: dict[str, dict[str, Any]], args: argparse.Namespace, tokens: str) -> None:
-    """Seconds of every way next to plain torch, in turns, after a check that both give the same."""
+    """Takes the seconds of every way next to plain torch, in turns, once their losses and gradients agree."""
     for way in [way for way in WAYS if way != PLAIN]:
         with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
             workers = {name: stack.enter_context(Worker(command(name, args))) for name in (PLAIN, way)}
             for name, worker in workers.items():
                 worker.seconds(tokens)  # warms up, and compiles
                 worker.save_scores(tokens, Path(folder) / name)
-            wanted, found = (load_file(Path(folder) / name) for name in workers)
-            for name, got in found.items():
-                gap = float((got - wanted[name]).norm() / wanted[name].norm())
+            wanted, results = (load_file(Path(folder) / name) for name in workers)
+            for name, result in results.items():
+                gap = float((result - wanted[name]).norm() / wanted[name].norm())
                 if gap > 1e-4:
                     raise SystemExit(f"{way}: {name} differs from plain torch by {gap:.1e}, relative.")
             seconds: dict[str, list[float]] = {name: [] for name in workers}
             for repeat in range(args.repeats):
                 for name in list(workers) if repeat % 2 == 0 else list(workers)[::-1]:
                     seconds[name].append(workers[name].seconds(tokens))
-        ratios = [own / plain for own, plain in zip(seconds[way], seconds[PLAIN], strict=True)]
+        ratios = [this / plain for this, plain in zip(seconds[way], seconds[PLAIN], strict=True)]
         rows[way][tokens] |= {"seconds": summary(seconds[way]), "ratio": summary(ratios)}
         rows[PLAIN][tokens] |= {"seconds": summary(seconds[PLAIN]), "ratio": summary([1.0])}
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """One row a number of tokens and way."""
+    """Returns a table with one row a number of tokens and way."""
     lines = ["| tokens | way | seconds | time / plain torch (range) | peak beside heads, MiB | peak / plain torch |"]
     lines.append("|---|---|---|---|---|---|")
     for tokens, plain in rows[PLAIN].items():
-        for way, found in rows.items():
-            row = found[tokens]
+        for way, measured in rows.items():
+            row = measured[tokens]
             ratio = "{median:.2f} ({min:.2f} to {max:.2f})".format(**row["ratio"])
             share = row["peak_bytes"] / plain["peak_bytes"]
             peak = f"{row['peak_bytes'] / 2**20:,.0f} | {share:.2f}"

@@ -11,6 +11,7 @@ from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.distill.teacher import Teacher
 from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.targets import Targets
+from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
@@ -57,13 +58,11 @@ def evaluate_kd_loss(
         def visit(idx: int, hidden_SBH: Tensor, first: int = first, targets: list[Targets] = targets) -> Tensor:
             labels_SB = context_share(share.batches[first + idx][:, 1:], mesh).T
             counts_B = share.counted(first + idx, mesh.dp_rank).to(labels_SB.device)
-            weight_VH, mask_N = student.head_weight, counts_B.float().expand_as(labels_SB).flatten()
-            got = linear_kd(
-                hidden_SBH.flatten(0, 1), weight_VH, targets[idx], labels_SB.flatten(), mask_N, loss=LossConfig(),
-                chunk_tokens=chunk_tokens, vocab_size=dims.vocab_size,
-                vocab_start=mesh.tp_rank * weight_VH.shape[0], tp_group=mesh.tp_group,
-            )  # fmt: skip
-            return torch.stack([got.ce_sum, got.terms["forward_kl"], mask_N.sum()]).double()
+            mask_N = counts_B.float().expand_as(labels_SB).flatten()
+            head = Head.on_mesh(student.head_weight, mesh, vocab_size=dims.vocab_size, chunk_tokens=chunk_tokens)
+            hidden_NH, labels_N = hidden_SBH.flatten(0, 1), labels_SB.flatten()
+            losses = linear_kd(hidden_NH, head, targets[idx], labels_N, mask_N, loss=LossConfig())
+            return torch.stack([losses.ce_sum, losses.terms["forward_kl"], mask_N.sum()]).double()
 
         sums += sum(forward_each(student, mesh, [batch[:, :-1] for batch in batches], visit), torch.zeros_like(sums))
     lm_loss, kl, tokens = last_stage_total(sums, mesh).tolist()

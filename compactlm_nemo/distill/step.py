@@ -19,6 +19,7 @@ from compactlm_nemo.distill.teacher import NoTeacher, Teacher
 from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.logit_losses import weighted_losses
 from compactlm_nemo.losses.targets import Targets
+from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import context_share, positions_of
 from compactlm_nemo.parallel.collectives import last_stage_total
@@ -134,16 +135,12 @@ class StudentPass:
         labels_N = context_share(self.batches[idx].tokens_BT[:, 1:], self.mesh).T.flatten()
         terms = linear_kd(
             hidden_SBH.flatten(0, 1),
-            weight_VH,
+            Head.on_mesh(weight_VH, self.mesh, vocab_size=self.dims.vocab_size, chunk_tokens=self.chunk_tokens),
             self.targets[idx],
             labels_N,
             torch.ones_like(labels_N, dtype=torch.float32),
             loss=self.loss,
             temperature=self.temperature,
-            chunk_tokens=self.chunk_tokens,
-            vocab_size=self.dims.vocab_size,
-            vocab_start=self.mesh.tp_rank * weight_VH.shape[0],
-            tp_group=self.mesh.tp_group,
             backward_once=True,
         )
         num_tokens = torch.full((), labels_N.numel(), dtype=torch.int, device=labels_N.device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.losses.linear_ce import linear_ce
+from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
 from compactlm_nemo.parallel.collectives import last_stage_total
@@ -45,20 +46,13 @@ def evaluate_lm_loss(
 
     def loss_of(idx: int, hidden_SBH: Tensor) -> tuple[Tensor, int]:
         labels_SB = context_share(share.batches[idx][:, 1:], mesh).T
-        labels = labels_SB.flatten()
+        labels_N = labels_SB.flatten()
         progress(share.num_counted(idx))
-        per_token = linear_ce(
-            hidden_SBH.flatten(0, 1),
-            model.head_weight,
-            labels,
-            torch.ones_like(labels, dtype=torch.float32),
-            chunk_tokens=chunk_tokens,
-            vocab_size=dims.vocab_size,
-            vocab_start=mesh.tp_rank * model.head_weight.shape[0],
-            tp_group=mesh.tp_group,
-        )
-        kept_SB = per_token.view_as(labels_SB)[:, share.counted(idx, mesh.dp_rank).to(labels.device)]
-        return kept_SB.double().sum(), kept_SB.numel()
+        head = Head.on_mesh(model.head_weight, mesh, vocab_size=dims.vocab_size, chunk_tokens=chunk_tokens)
+        everywhere_N = torch.ones_like(labels_N, dtype=torch.float32)
+        losses_N = linear_ce(hidden_SBH.flatten(0, 1), head, labels_N, everywhere_N)
+        counted_SB = losses_N.view_as(labels_SB)[:, share.counted(idx, mesh.dp_rank).to(labels_N.device)]
+        return counted_SB.double().sum(), counted_SB.numel()
 
     model.eval()
     start = time.perf_counter()

@@ -1,5 +1,8 @@
 """The logit losses of distillation, by name: values and gradients on a chunk of tokens, with the vocabulary sharded.
 
+To add a loss: a class with the three methods of `LogitLoss`, its entry in `weighted_losses`, and its weight, under that
+entry's name, in `LossConfig` of config/loss.py (also in `names` there); tests/losses/reference.py takes its definition.
+
 Every loss compares the student's distribution ``q = softmax(x)`` with the teacher's ``p = softmax(y)``, where ``x`` and
 ``y`` are logits divided by the temperature T, and is multiplied by ``T**2``, so that the gradient keeps its size when
 T grows. A loss is computed in three steps, because the vocabulary may lie on several ranks: sums over this rank's
@@ -18,90 +21,75 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.config.loss import LossConfig
+from compactlm_nemo.losses.vocabulary import LogProbs
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Student and teacher on a chunk of tokens, both over this rank's entries of the vocabulary."""
+class Comparison:
+    """A comparison holds both models' log-probabilities of the same tokens, over this rank's entries."""
 
-    log_q_NV: Tensor
-    """Student's log-probabilities at T."""
-    log_p_NV: Tensor
-    """Teacher's."""
-    q_NV: Tensor
-    """Student's probabilities at T."""
-    p_NV: Tensor
-    """Teacher's."""
-    student_shift_N1: Tensor
-    """What the student's logits, divided by T, are above `log_q_NV`."""
-    teacher_shift_N1: Tensor
-    """The same of the teacher's."""
+    student: LogProbs
+    """q of the formulas below."""
+    teacher: LogProbs
+    """p of the formulas below."""
     vocab_size: int
     """Entries over all ranks."""
-    mixtures: dict[float, Tensor] = field(default_factory=dict)
-    """What `log_mixture_NV` has made."""
+    log_mixtures: dict[float, Tensor] = field(default_factory=dict)
+    """Results of `log_mixture_NV` by the teacher's share: losses of one share, and their gradients, need them again."""
 
     def log_mixture_NV(self, teacher_share: float) -> Tensor:
-        """``log(share p + (1 - share) q)`` for a share in [0, 1), made once; not to be overwritten."""
+        """Returns ``log(share p + (1 - share) q)`` for a share in [0, 1), made once; not to be overwritten."""
         if not teacher_share:
-            return self.log_q_NV
-        if teacher_share not in self.mixtures:
-            student_NV = self.log_q_NV + math.log1p(-teacher_share)
-            self.mixtures[teacher_share] = torch.logaddexp(self.log_p_NV + math.log(teacher_share), student_NV)
-        return self.mixtures[teacher_share]
-
-    @property
-    def x_NV(self) -> Tensor:
-        """Student's logits divided by T."""
-        return self.log_q_NV + self.student_shift_N1
-
-    @property
-    def y_NV(self) -> Tensor:
-        """Teacher's logits divided by T."""
-        return self.log_p_NV + self.teacher_shift_N1
+            return self.student.log_prob_NV
+        if teacher_share not in self.log_mixtures:
+            student_NV = self.student.log_prob_NV + math.log1p(-teacher_share)
+            teacher_NV = self.teacher.log_prob_NV + math.log(teacher_share)
+            self.log_mixtures[teacher_share] = torch.logaddexp(teacher_NV, student_NV)
+        return self.log_mixtures[teacher_share]
 
 
 class LogitLoss(Protocol):
-    """One loss; ``sums_KN`` below are those of `sums`, added over the ranks that share the vocabulary."""
+    """A loss has three steps; ``sums_KN`` below are those of `sums`, added over the ranks that share the vocabulary."""
 
-    def sums(self, pair: Pair) -> Tensor:
-        """``[K, N]``: sums over this rank's entries."""
+    def sums(self, both: Comparison) -> Tensor:
+        """Returns ``[K, N]``: sums over this rank's entries."""
 
     def value(self, sums_KN: Tensor) -> Tensor:
-        """``[N]``: the loss of each token, without the factor ``T**2``."""
+        """Returns ``[N]``: the loss of each token, without the factor ``T**2``."""
 
-    def gradient(self, pair: Pair, sums_KN: Tensor) -> Tensor:
-        """``[N, V]``: derivative of the value with respect to ``x_NV``, in memory of its own."""
+    def gradient(self, both: Comparison, sums_KN: Tensor) -> Tensor:
+        """Returns ``[N, V]``: the derivative of the value with respect to ``x_NV``, in memory of its own."""
 
 
 class ForwardKL:
     """``sum_v p_v (log p_v - log q_v)``; gradient ``q - p``. Source: Hinton et al. 2015, arXiv:1503.02531."""
 
-    def sums(self, pair: Pair) -> Tensor:
-        return torch.linalg.vecdot(pair.p_NV, pair.log_p_NV - pair.log_q_NV)[None]
+    def sums(self, both: Comparison) -> Tensor:
+        student, teacher = both.student, both.teacher
+        return torch.linalg.vecdot(teacher.prob_NV, teacher.log_prob_NV - student.log_prob_NV)[None]
 
     def value(self, sums_KN: Tensor) -> Tensor:
         return sums_KN[0]
 
-    def gradient(self, pair: Pair, sums_KN: Tensor) -> Tensor:
-        return pair.q_NV - pair.p_NV
+    def gradient(self, both: Comparison, sums_KN: Tensor) -> Tensor:
+        return both.student.prob_NV - both.teacher.prob_NV
 
 
 class ReverseKL:
     """``R = sum_v q_v (log q_v - log p_v)``; gradient ``q_v (log q_v - log p_v - R)``. Source: arXiv:2306.08543."""
 
-    def sums(self, pair: Pair) -> Tensor:
-        return self._terms(pair).sum(dim=-1)[None]
+    def sums(self, both: Comparison) -> Tensor:
+        return self._terms(both).sum(dim=-1)[None]
 
     def value(self, sums_KN: Tensor) -> Tensor:
         return sums_KN[0]
 
-    def gradient(self, pair: Pair, sums_KN: Tensor) -> Tensor:
-        return self._terms(pair).sub_(pair.q_NV * sums_KN[0, :, None])
+    def gradient(self, both: Comparison, sums_KN: Tensor) -> Tensor:
+        return self._terms(both).sub_(both.student.prob_NV * sums_KN[0, :, None])
 
     @staticmethod
-    def _terms(pair: Pair) -> Tensor:
-        return (pair.log_q_NV - pair.log_p_NV).mul_(pair.q_NV)
+    def _terms(both: Comparison) -> Tensor:
+        return (both.student.log_prob_NV - both.teacher.log_prob_NV).mul_(both.student.prob_NV)
 
 
 class JensenShannon:
@@ -114,18 +102,18 @@ class JensenShannon:
     def __init__(self, beta: float) -> None:
         self.beta = beta
 
-    def sums(self, pair: Pair) -> Tensor:
-        log_m_NV = pair.log_mixture_NV(self.beta)
-        teacher_N = (pair.log_p_NV - log_m_NV).mul_(pair.p_NV).sum(dim=-1)
-        student_N = (pair.log_q_NV - log_m_NV).mul_(pair.q_NV).sum(dim=-1)
+    def sums(self, both: Comparison) -> Tensor:
+        log_m_NV = both.log_mixture_NV(self.beta)
+        teacher_N = (both.teacher.log_prob_NV - log_m_NV).mul_(both.teacher.prob_NV).sum(dim=-1)
+        student_N = (both.student.log_prob_NV - log_m_NV).mul_(both.student.prob_NV).sum(dim=-1)
         return torch.stack([self.beta * teacher_N, (1 - self.beta) * student_N])
 
     def value(self, sums_KN: Tensor) -> Tensor:
         return sums_KN.sum(dim=0)
 
-    def gradient(self, pair: Pair, sums_KN: Tensor) -> Tensor:
-        gap_NV = pair.log_q_NV - pair.log_mixture_NV(self.beta)
-        return gap_NV.mul_(1 - self.beta).sub_(sums_KN[1, :, None]).mul_(pair.q_NV)
+    def gradient(self, both: Comparison, sums_KN: Tensor) -> Tensor:
+        gap_NV = both.student.log_prob_NV - both.log_mixture_NV(self.beta)
+        return gap_NV.mul_(1 - self.beta).sub_(sums_KN[1, :, None]).mul_(both.student.prob_NV)
 
 
 class SkewedKL:
@@ -138,59 +126,62 @@ class SkewedKL:
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
 
-    def sums(self, pair: Pair) -> Tensor:
-        log_m_NV = pair.log_mixture_NV(self.alpha)
-        value_N = (pair.log_p_NV - log_m_NV).mul_(pair.p_NV).sum(dim=-1)
-        return torch.stack([value_N, self._pull(pair, log_m_NV).sum(dim=-1)])
+    def sums(self, both: Comparison) -> Tensor:
+        log_m_NV = both.log_mixture_NV(self.alpha)
+        value_N = (both.teacher.log_prob_NV - log_m_NV).mul_(both.teacher.prob_NV).sum(dim=-1)
+        return torch.stack([value_N, self._pull(both).sum(dim=-1)])
 
     def value(self, sums_KN: Tensor) -> Tensor:
         return sums_KN[0]
 
-    def gradient(self, pair: Pair, sums_KN: Tensor) -> Tensor:
-        return pair.q_NV * sums_KN[1, :, None] - self._pull(pair, pair.log_mixture_NV(self.alpha))
+    def gradient(self, both: Comparison, sums_KN: Tensor) -> Tensor:
+        return both.student.prob_NV * sums_KN[1, :, None] - self._pull(both)
 
-    def _pull(self, pair: Pair, log_m_NV: Tensor) -> Tensor:
-        # In logarithms: the quotient of two probabilities that both underflow is still right.
-        return (pair.log_p_NV + pair.log_q_NV).sub_(log_m_NV).exp_().mul_(1 - self.alpha)
+    def _pull(self, both: Comparison) -> Tensor:
+        """Returns ``r_v``."""
+        # In logarithms, because two probabilities that both underflow still have a quotient.
+        log_product_NV = both.teacher.log_prob_NV + both.student.log_prob_NV
+        return log_product_NV.sub_(both.log_mixture_NV(self.alpha)).exp_().mul_(1 - self.alpha)
 
 
 class LogitMSE:
     """``mean_v (x_v - y_v)**2``; gradient ``2 (x_v - y_v) / V``. With the factor T**2 it is the same at every T."""
 
-    def sums(self, pair: Pair) -> Tensor:
-        return self._gap(pair).square_().sum(dim=-1)[None] / pair.vocab_size
+    def sums(self, both: Comparison) -> Tensor:
+        return self._gap(both).square_().sum(dim=-1)[None] / both.vocab_size
 
     def value(self, sums_KN: Tensor) -> Tensor:
         return sums_KN[0]
 
-    def gradient(self, pair: Pair, sums_KN: Tensor) -> Tensor:
-        return self._gap(pair).mul_(2 / pair.vocab_size)
+    def gradient(self, both: Comparison, sums_KN: Tensor) -> Tensor:
+        return self._gap(both).mul_(2 / both.vocab_size)
 
     @staticmethod
-    def _gap(pair: Pair) -> Tensor:
-        return (pair.log_q_NV - pair.log_p_NV).add_(pair.student_shift_N1 - pair.teacher_shift_N1)
+    def _gap(both: Comparison) -> Tensor:
+        student, teacher = both.student, both.teacher
+        return (student.log_prob_NV - teacher.log_prob_NV).add_(student.shift_N1 - teacher.shift_N1)
 
 
 class LogitCosine:
     """``1 - x.y / (|x| |y|)``; gradient ``(x_v x.y / |x|**2 - y_v) / (|x| |y|)``. Not defined for a zero vector."""
 
-    def sums(self, pair: Pair) -> Tensor:
-        x_NV, y_NV = pair.x_NV, pair.y_NV
+    def sums(self, both: Comparison) -> Tensor:
+        x_NV, y_NV = both.student.scaled_logits_NV, both.teacher.scaled_logits_NV
         return torch.stack([(x_NV * y_NV).sum(dim=-1), x_NV.square().sum(dim=-1), y_NV.square().sum(dim=-1)])
 
     def value(self, sums_KN: Tensor) -> Tensor:
         product_N, student_N, teacher_N = sums_KN
         return 1 - product_N * (student_N * teacher_N).rsqrt()
 
-    def gradient(self, pair: Pair, sums_KN: Tensor) -> Tensor:
+    def gradient(self, both: Comparison, sums_KN: Tensor) -> Tensor:
         product_N, student_N, teacher_N = sums_KN
-        share_N1 = (product_N / student_N)[:, None]
-        return (pair.x_NV * share_N1).sub_(pair.y_NV).mul_((student_N * teacher_N).rsqrt()[:, None])
+        share_N1, scale_N1 = (product_N / student_N)[:, None], (student_N * teacher_N).rsqrt()[:, None]
+        return both.student.scaled_logits_NV.mul_(share_N1).sub_(both.teacher.scaled_logits_NV).mul_(scale_N1)
 
 
 def weighted_losses(cfg: LossConfig) -> dict[str, tuple[float, LogitLoss]]:
-    """The losses that compare with the teacher and count, by the name of their setting."""
-    every: dict[str, LogitLoss] = {
+    """Returns the weight and the loss of every setting that compares with the teacher and is not 0, by its name."""
+    losses: dict[str, LogitLoss] = {
         "forward_kl": ForwardKL(),
         "reverse_kl": ReverseKL(),
         "jsd": JensenShannon(cfg.jsd_beta),
@@ -198,4 +189,4 @@ def weighted_losses(cfg: LossConfig) -> dict[str, tuple[float, LogitLoss]]:
         "mse": LogitMSE(),
         "cosine": LogitCosine(),
     }
-    return {name: (getattr(cfg, name), loss) for name, loss in every.items() if getattr(cfg, name)}
+    return {name: (getattr(cfg, name), loss) for name, loss in losses.items() if getattr(cfg, name)}

@@ -1,19 +1,23 @@
 """Logits, log-probabilities and labels on the rows of the vocabulary that this rank holds.
 
-Shape suffixes: N tokens, V vocabulary rows of this rank, H hidden width, M models.
+Shape suffixes: N tokens, V vocabulary rows of this rank, H hidden width, M models, K ids a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.parallel.collectives import all_reduce_max, all_reduce_sum
+
+if TYPE_CHECKING:
+    from compactlm_nemo.parallel.mesh import Mesh
 
 NUM_BUFFERS = 3
 """Tensors `[N, V]` in wide dtype that a chunk holds at once: logits of both models, a product not yet widened."""
@@ -28,7 +32,7 @@ BLOCK_BYTES = 2**22
 
 
 class LogProbs(NamedTuple):
-    """One model on a chunk of tokens, at a temperature T."""
+    """`LogProbs` holds the distributions of one model over the vocabulary, of a chunk of tokens, at a temperature T."""
 
     log_prob_NV: Tensor
     """Log-probabilities at T."""
@@ -41,14 +45,24 @@ class LogProbs(NamedTuple):
     ce_N: Tensor
     """Language-model loss at T = 1, in nats; NaN where the label is no entry of the vocabulary."""
 
+    @property
+    def scaled_logits_NV(self) -> Tensor:
+        """The logits divided by T, in memory of their own."""
+        return self.log_prob_NV + self.shift_N1
+
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The rows of the vocabulary that this rank holds; ids from `vocab_size` on are padding, and in no softmax."""
+    """A shard is the rows of the vocabulary that this rank holds; ids from `vocab_size` on are padding, in no softmax.
+
+    Heads of several models that share a vocabulary share the shard.
+    """
 
     vocab_size: int
-    vocab_start: int
-    tp_group: ProcessGroup | None
+    """Entries of the vocabulary without padding, over all ranks."""
+    vocab_start: int = 0
+    """Global id of row 0 of the shard."""
+    tp_group: ProcessGroup | None = None
     """Ranks that hold the other rows; None where this one holds all, which a group of one rank becomes."""
 
     def __post_init__(self) -> None:
@@ -56,18 +70,19 @@ class VocabShard:
             object.__setattr__(self, "tp_group", None)
 
     def num_valid(self, weight_VH: Tensor) -> int:
-        """Leading rows of the shard that are no padding; 0 where the whole shard is padding."""
+        """Counts the leading rows of the shard that are no padding; 0 where the whole shard is padding."""
         return min(max(self.vocab_size - self.vocab_start, 0), weight_VH.shape[0])
 
     def logits(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        """Unpadded logits of this shard in wide dtype, in memory of their own."""
+        """Returns the unpadded logits of this shard, at least in float32, in memory of their own."""
         logits_NV = hidden_NH @ weight_VH[: self.num_valid(weight_VH)].T
-        return logits_NV.to(wide(logits_NV))
+        return logits_NV.to(at_least_float32(logits_NV))
 
     def log_probs(self, logits: list[Tensor], labels_N: Tensor, temperature: float) -> list[LogProbs]:
-        """Of each model's `[N, V]`, which stay as they are. All models share one maximum and one sum over the ranks.
+        """Returns the `LogProbs` of every model from its logits `[N, V]`, which stay as they are.
 
-        Not by `log_softmax`, whose vectorised sum over the vocabulary is off by several roundings.
+        All models share one maximum and one sum over the ranks. Not by `log_softmax`, whose vectorised sum over the
+        vocabulary is off by several roundings.
         """
         tops_MN = all_reduce_max(torch.stack([_row_max(logits_NV) for logits_NV in logits]), self.tp_group)
         shifted, sums = [], []
@@ -76,52 +91,91 @@ class VocabShard:
             label_N = self.at(x_NV, labels_N[:, None])[:, 0]
             plain_N = None if temperature == 1 else x_NV.exp().sum(dim=-1)
             e_NV = x_NV.exp() if temperature == 1 else x_NV.div_(temperature).exp()
-            own_N = e_NV.sum(dim=-1)
-            sums.append(torch.stack([own_N if plain_N is None else plain_N, label_N, own_N]))
+            sum_N = e_NV.sum(dim=-1)
+            sums.append(torch.stack([sum_N if plain_N is None else plain_N, label_N, sum_N]))
             shifted.append((x_NV, e_NV))
         results = []
         is_label_N = (labels_N >= 0) & (labels_N < self.vocab_size)
         totals = all_reduce_sum(torch.stack(sums), self.tp_group)
-        for (x_NV, e_NV), top_N, (plain_N, label_N, own_N) in zip(shifted, tops_MN, totals, strict=True):
-            log_own_N, log_plain_N = own_N.log(), plain_N.log()
+        for (x_NV, e_NV), top_N, (plain_N, label_N, sum_N) in zip(shifted, tops_MN, totals, strict=True):
+            log_sum_N, log_plain_N = sum_N.log(), plain_N.log()
             results.append(
                 LogProbs(
-                    x_NV.sub_(log_own_N[:, None]),
-                    e_NV.div_(own_N[:, None]),
-                    (log_own_N + top_N / temperature)[:, None],
-                    (temperature * log_own_N - log_plain_N)[:, None],
-                    torch.where(is_label_N, log_plain_N - label_N, torch.nan),
+                    log_prob_NV=x_NV.sub_(log_sum_N[:, None]),
+                    prob_NV=e_NV.div_(sum_N[:, None]),
+                    shift_N1=(log_sum_N + top_N / temperature)[:, None],
+                    plain_shift_N1=(temperature * log_sum_N - log_plain_N)[:, None],
+                    ce_N=torch.where(is_label_N, log_plain_N - label_N, torch.nan),
                 )
             )
         return results
 
+    def ce_gradient(self, model: LogProbs, labels_N: Tensor, temperature: float) -> Tensor:
+        """Returns the ``[N, V]`` gradient of `model.ce_N` to the logits: ``softmax(z)_v - [v = label]`` at T = 1."""
+        if temperature == 1:
+            prob_NV = model.prob_NV.clone()
+        else:
+            prob_NV = (model.log_prob_NV * temperature).add_(model.plain_shift_N1).exp_()
+        ones_N1 = torch.ones_like(labels_N, dtype=prob_NV.dtype)[:, None]
+        return self.add_at(prob_NV, labels_N[:, None], -ones_N1)
+
     def at(self, values_NV: Tensor, ids_NK: Tensor) -> Tensor:
-        """``[N, K]``: entries of global ids where this shard holds them, else 0; their sum over ranks is the entry."""
+        """Returns ``[N, K]``: entries of global ids in this shard, 0 for others; their sum over ranks is the entry."""
         if values_NV.shape[-1] == 0:
             return values_NV.new_zeros(ids_NK.shape)
-        places_NK, held_NK = self.places(ids_NK, values_NV.shape[-1])
-        return torch.where(held_NK, values_NV.gather(-1, places_NK), 0)
+        columns_NK, is_here_NK = self._columns(ids_NK, values_NV.shape[-1])
+        return torch.where(is_here_NK, values_NV.gather(-1, columns_NK), 0)
 
     def add_at(self, values_NV: Tensor, ids_NK: Tensor, added_NK: Tensor) -> Tensor:
-        """Adds to the entries of global ids, distinct in each row, that this shard holds; overwrites `values_NV`."""
+        """Adds to the entries of global ids, distinct in each row, that lie in this shard; overwrites `values_NV`."""
         if values_NV.shape[-1] == 0:
             return values_NV
-        places_NK, held_NK = self.places(ids_NK, values_NV.shape[-1])
-        return values_NV.scatter_add_(-1, places_NK, torch.where(held_NK, added_NK.to(values_NV.dtype), 0))
+        columns_NK, is_here_NK = self._columns(ids_NK, values_NV.shape[-1])
+        return values_NV.scatter_add_(-1, columns_NK, torch.where(is_here_NK, added_NK.to(values_NV.dtype), 0))
 
-    def places(self, ids_NK: Tensor, num_held: int) -> tuple[Tensor, Tensor]:
-        """Column of each global id in this shard (any column if it is not here), and whether it is here."""
-        local_NK = ids_NK - self.vocab_start
-        return local_NK.clamp(0, num_held - 1), (local_NK >= 0) & (local_NK < num_held)
+    def _columns(self, ids_NK: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+        """Returns the column of each global id in this shard, any column if the id is elsewhere, and if it is here."""
+        column_NK = ids_NK - self.vocab_start
+        return column_NK.clamp(0, num_columns - 1), (column_NK >= 0) & (column_NK < num_columns)
 
 
-def wide(tensor: Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A head is this rank's rows of a model's output weights, where they lie in the vocabulary, and the chunk size."""
+
+    weight_VH: Tensor
+    """``[V, H]``, of the dtype of the hidden states. Rows whose id is >= ``vocab_size`` get zero gradient."""
+    shard: VocabShard
+    chunk_tokens: int
+    """Tokens whose logits exist at the same time."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens <= 0:
+            raise ConfigError(f"chunk_tokens={self.chunk_tokens} must be > 0; try 512.")
+
+    @classmethod
+    def on_mesh(cls, weight_VH: Tensor, mesh: Mesh, *, vocab_size: int, chunk_tokens: int) -> Head:
+        """Returns the head of a model whose output weights tensor parallelism splits into equally many rows a rank."""
+        shard = VocabShard(vocab_size, mesh.tp_rank * weight_VH.shape[0], mesh.tp_group)
+        return cls(weight_VH, shard, chunk_tokens)
+
+    @property
+    def num_valid(self) -> int:
+        """The number of leading rows that are no padding."""
+        return self.shard.num_valid(self.weight_VH)
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Returns the unpadded logits ``[N, V]`` of this shard, at least in float32, in memory of their own."""
+        return self.shard.logits(hidden_NH, self.weight_VH)
+
+
+def at_least_float32(tensor: Tensor) -> torch.dtype:
+    """Returns float32, or float64 for a float64 tensor."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def chunk_tokens(memory_mib: int | None, rows: int, width: int) -> int:
-    """Tokens whose logits of both models fit in so much memory beside a head `[rows, width]` of this rank; at least 1.
+    """Returns how many tokens' logits of both models fit in the memory, for a head `[rows, width]`; at least 1.
 
     None takes half of the head's float32 gradient, and `LEAST_MIB` at least: every chunk is added to all of that
     gradient, which costs more than the chunk's own products where it has few tokens for its width.
@@ -131,16 +185,19 @@ def chunk_tokens(memory_mib: int | None, rows: int, width: int) -> int:
     return max(1, memory_bytes // (NUM_BUFFERS * row_bytes))
 
 
-def blocks(logits_NV: Tensor, shard: VocabShard) -> Iterator[slice]:
-    """Rows that are compared at a time: all, where every step is a kernel's start or a message to other ranks."""
-    rows, row_bytes = logits_NV.shape[0], logits_NV.shape[1] * logits_NV.itemsize
-    whole = shard.tp_group is not None or logits_NV.is_cuda
-    return chunks(rows, rows if whole else max(1, BLOCK_BYTES // max(1, row_bytes)))
-
-
-def chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    """Slices of at most so many tokens."""
+def token_chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    """Yields slices of at most `chunk_tokens` tokens."""
     return (slice(start, start + chunk_tokens) for start in range(0, num_tokens, max(1, chunk_tokens)))
+
+
+def cache_blocks(logits_NV: Tensor, shard: VocabShard) -> Iterator[slice]:
+    """Yields the tokens of a chunk that are compared at a time: as many as a CPU's cache holds all buffers of.
+
+    On a GPU, or with other ranks, one block is the whole chunk: every step is a kernel's start, or a message.
+    """
+    num_tokens, row_bytes = logits_NV.shape[0], logits_NV.shape[1] * logits_NV.itemsize
+    is_whole = shard.tp_group is not None or logits_NV.is_cuda
+    return token_chunks(num_tokens, num_tokens if is_whole else max(1, BLOCK_BYTES // max(1, row_bytes)))
 
 
 def _row_max(logits_NV: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def left_out(scoring: Scoring, removed: frozenset[int], block: int | None = None
 
     def token_losses(hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
         everywhere_N = torch.ones_like(labels_N, dtype=torch.float32)
-        return linear_ce(hidden_NH, scoring.teacher.head_weight, labels_N, everywhere_N, **scoring.head())
+        return linear_ce(hidden_NH, scoring.head(), labels_N, everywhere_N)
 
     def measure(part_NS: Tensor, advance: Callable[[int], None]) -> Tensor:
         return layer_sums(

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +25,7 @@ from compactlm_nemo.importance.score_state import STATE, ScoreState
 from compactlm_nemo.importance.scores import load_scores
 from compactlm_nemo.importance.taylor import Gradients, taylor_scores
 from compactlm_nemo.losses.linear_ce import linear_ce_sum
+from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import barrier, broadcast_object
@@ -65,14 +65,10 @@ class Scoring:
         """A bar over so many samples."""
         return progress_bar(label, samples, self.windows_NS.shape[1])
 
-    def head(self) -> dict[str, Any]:
-        """What the chunked losses need to know about this rank's part of the vocabulary. Last stage only."""
-        return {
-            "chunk_tokens": self.run.chunk_tokens(self.dims),
-            "vocab_size": self.dims.vocab_size,
-            "vocab_start": self.run.mesh.tp_rank * self.teacher.head_weight.shape[0],
-            "tp_group": self.run.mesh.tp_group,
-        }
+    def head(self) -> Head:
+        """Returns the teacher's head, for the chunked losses. Last stage only."""
+        weight_VH, chunk_tokens = self.teacher.head_weight, self.run.chunk_tokens(self.dims)
+        return Head.on_mesh(weight_VH, self.run.mesh, vocab_size=self.dims.vocab_size, chunk_tokens=chunk_tokens)
 
     def measure_activations(self, folder: Path) -> None:
         """One forward pass over the samples not yet measured: every width metric, block importance, second moments."""
@@ -128,7 +124,7 @@ class Scoring:
         """First-order Taylor importance, on the main rank: one forward and backward pass over all samples."""
 
         def loss_sum(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor) -> Tensor:
-            return linear_ce_sum(hidden_NH, self.teacher.head_weight, labels_N, mask_N, **self.head())
+            return linear_ce_sum(hidden_NH, self.head(), labels_N, mask_N)
 
         ddps = wrap_data_parallel(self.teacher, shard_gradients=False)
         gradients = Gradients(ddps, self.run.mesh, loss_sum, self.cfg.micro_batch)

@@ -16,6 +16,7 @@ from torch import Tensor
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.importance.depth import LayerSums, layer_sums, lm_loss_rise, logit_mse, logit_mse_iterative
 from compactlm_nemo.losses.linear_ce import linear_ce
+from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.mesh import Mesh
@@ -91,17 +92,8 @@ def measure(
     """Both metrics, of the two halves of the windows."""
 
     def token_losses(hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
-        head = model.head_weight
-        return linear_ce(
-            hidden_NH,
-            head,
-            labels_N,
-            torch.ones_like(labels_N),
-            chunk_tokens=chunk_tokens + 2,
-            vocab_size=dims.vocab_size,
-            vocab_start=mesh.tp_rank * len(head),
-            tp_group=mesh.tp_group,
-        )
+        head = Head.on_mesh(model.head_weight, mesh, vocab_size=dims.vocab_size, chunk_tokens=chunk_tokens + 2)
+        return linear_ce(hidden_NH, head, labels_N, torch.ones_like(labels_N))
 
     first, second = (
         layer_sums(

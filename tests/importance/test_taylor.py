@@ -12,6 +12,7 @@ from torch import Tensor
 from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.importance.taylor import Gradients, LossSum, taylor_scores
 from compactlm_nemo.losses.linear_ce import linear_ce_sum
+from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.mesh import Mesh
@@ -42,10 +43,8 @@ def loss_sum_of(chunks: ModelChunks, dims: Dims, mesh: Mesh, chunk_tokens: int =
     """Cross-entropy of a model's own output layer."""
 
     def loss_sum(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor) -> Tensor:
-        return linear_ce_sum(
-            hidden_NH, chunks.head_weight, labels_N, mask_N, chunk_tokens=chunk_tokens, vocab_size=dims.vocab_size,
-            vocab_start=mesh.tp_rank * chunks.head_weight.shape[0], tp_group=mesh.tp_group,
-        )  # fmt: skip
+        head = Head.on_mesh(chunks.head_weight, mesh, vocab_size=dims.vocab_size, chunk_tokens=chunk_tokens)
+        return linear_ce_sum(hidden_NH, head, labels_N, mask_N)
 
     return loss_sum
 

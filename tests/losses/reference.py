@@ -18,7 +18,7 @@ BETA, SKEW = 0.3, 0.2
 
 
 class Case(NamedTuple):
-    """A head, a teacher's, and tokens; of the rows of the heads some may be padding."""
+    """A case holds student and teacher, each hidden states and a head, and tokens; some rows may be padding."""
 
     hidden_NH: Tensor
     weight_VH: Tensor
@@ -28,7 +28,7 @@ class Case(NamedTuple):
     mask_N: Tensor
 
     def leaves(self) -> Case:
-        """A copy whose hidden states and head want gradients."""
+        """Returns a copy whose hidden states and head want gradients."""
         return self._replace(
             hidden_NH=self.hidden_NH.detach().clone().requires_grad_(),
             weight_VH=self.weight_VH.detach().clone().requires_grad_(),
@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
 
 def make(tokens: int, vocab: int, rows: int, width: int = 31, teacher_width: int = 37, scale: float = 0.3) -> Case:
-    """Random, three tenths of the tokens masked and labelled -100."""
+    """Makes a random case; three tenths of the tokens are masked and labelled -100."""
     rng = torch.Generator().manual_seed(tokens * 1000 + vocab)
 
     def normal(*shape: int) -> Tensor:
@@ -65,7 +65,7 @@ def kl(log_p: list[float], log_q: list[float]) -> float:
 
 
 def mixture(log_p: list[float], log_q: list[float], share: float) -> list[float]:
-    """log(share p + (1 - share) q), with the larger factored out."""
+    """Returns log(share p + (1 - share) q), with the larger factored out."""
     tops = [max(p, q) for p, q in zip(log_p, log_q, strict=True)]
     return [
         top + math.log(share * math.exp(p - top) + (1 - share) * math.exp(q - top))
@@ -74,7 +74,7 @@ def mixture(log_p: list[float], log_q: list[float], share: float) -> list[float]
 
 
 def loss_of(name: str, student: list[float], teacher: list[float]) -> float:
-    """A loss of one token's logits, already divided by the temperature."""
+    """Returns a loss of one token's logits, already divided by the temperature."""
     log_q, log_p = log_softmax(student), log_softmax(teacher)
     if name == "forward_kl":
         return kl(log_p, log_q)
@@ -93,7 +93,7 @@ def loss_of(name: str, student: list[float], teacher: list[float]) -> float:
 
 
 def rows(case: Case, vocab: int) -> list[tuple[list[float], list[float], int, float]]:
-    """(student logits, teacher logits, label, mask) of the tokens that count."""
+    """Returns (student logits, teacher logits, label, mask) of the tokens that count."""
     every = zip(
         (case.hidden_NH @ case.weight_VH[:vocab].T).tolist(),
         (case.teacher_NG @ case.teacher_VG[:vocab].T).tolist(),
@@ -105,7 +105,7 @@ def rows(case: Case, vocab: int) -> list[tuple[list[float], list[float], int, fl
 
 
 def loss_sum(name: str, case: Case, vocab: int, temperature: float) -> float:
-    """The masked sum of a loss, with the factor T**2."""
+    """Returns the masked sum of a loss, with the factor T**2."""
     return math.fsum(
         mask * temperature**2 * loss_of(name, [x / temperature for x in student], [x / temperature for x in teacher])
         for student, teacher, _, mask in rows(case, vocab)
@@ -113,14 +113,14 @@ def loss_sum(name: str, case: Case, vocab: int, temperature: float) -> float:
 
 
 def ce_sums(case: Case, vocab: int) -> tuple[float, float]:
-    """Masked sums of both models' language-model losses."""
+    """Returns the masked sums of both models' language-model losses."""
     student = math.fsum(-mask * log_softmax(s)[label] for s, _, label, mask in rows(case, vocab))
     teacher = math.fsum(-mask * log_softmax(t)[label] for _, t, label, mask in rows(case, vocab))
     return student, teacher
 
 
 def _autograd_loss(name: str, x: Tensor, y: Tensor) -> Tensor:
-    """`[N]`: the same for autograd, of logits divided by the temperature."""
+    """Returns `[N]`: `loss_of` as autograd can differentiate it, of logits divided by the temperature."""
     log_q, log_p = torch.log_softmax(x, -1), torch.log_softmax(y, -1)
     q, p = log_q.exp(), log_p.exp()
     if name == "forward_kl":
@@ -138,7 +138,7 @@ def _autograd_loss(name: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def gradients(weights: dict[str, float], ce_weight: float, case: Case, vocab: int, temperature: float) -> list[Tensor]:
-    """Autograd of the plain formula over the whole unpadded vocabulary, to hidden states and head."""
+    """Returns autograd's gradients of the plain formula over the unpadded vocabulary, to hidden states and head."""
     leaf = case.leaves()
     z = leaf.hidden_NH @ leaf.weight_VH[:vocab].T
     y = case.teacher_NG @ case.teacher_VG[:vocab].T / temperature

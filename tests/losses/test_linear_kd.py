@@ -21,23 +21,30 @@ from compactlm_nemo.errors import ConfigError, DataError
 from compactlm_nemo.losses.linear_ce import linear_ce, linear_ce_sum
 from compactlm_nemo.losses.linear_kd import LinearKD, linear_kd
 from compactlm_nemo.losses.targets import TeacherHead
-from compactlm_nemo.losses.vocabulary import VocabShard, blocks
+from compactlm_nemo.losses.vocabulary import Head, VocabShard, cache_blocks
 from compactlm_nemo.parallel.collectives import all_reduce_max, all_reduce_sum, broadcast_object, gather_objects
 from tests.losses.reference import BETA, LOSSES, SKEW, Case, ce_sums, gradients, log_softmax, loss_sum, make, rows
 from tests.support.ranks import run_ranks
 
 
-def kd(case: Case, temperature: float = 1.0, loss: LossConfig | None = None, **settings: Any) -> LinearKD:
-    """`linear_kd` of a case; the forward KL without a `loss`."""
+def head_of(case: Case, *, chunk_tokens: int, **shard: Any) -> Head:
+    """Returns the student's head of a case; `shard` are the fields of `VocabShard`."""
+    return Head(case.weight_VH, VocabShard(**shard), chunk_tokens)
+
+
+def kd(
+    case: Case, temperature: float = 1.0, loss: LossConfig | None = None, *, backward_once: bool = False, **head: Any
+) -> LinearKD:
+    """Calls `linear_kd` on a case, with the forward KL where no `loss` is given."""
     targets = TeacherHead(case.teacher_NG, case.teacher_VG)
     return linear_kd(
-        case.hidden_NH, case.weight_VH, targets, case.labels_N, case.mask_N,
-        loss=loss or LossConfig(), temperature=temperature, **settings,
+        case.hidden_NH, head_of(case, **head), targets, case.labels_N, case.mask_N,
+        loss=loss or LossConfig(), temperature=temperature, backward_once=backward_once,
     )  # fmt: skip
 
 
 def only(name: str, weight: float = 1.0) -> LossConfig:
-    """One loss, and nothing else."""
+    """Returns the settings of one loss alone."""
     return LossConfig(**{"forward_kl": 0.0, name: weight}, jsd_beta=BETA, skew=SKEW)
 
 
@@ -93,9 +100,9 @@ def test_a_backward_that_runs_once_copies_nothing() -> None:
     often, once = (make(47, 123, 128).leaves() for _ in range(2))
     (3 * kd(often, chunk_tokens=10, vocab_size=123).loss_sum).backward()
     got = 3 * kd(once, chunk_tokens=10, vocab_size=123, backward_once=True).loss_sum
-    kept = [each.data_ptr() for each in got.grad_fn.next_functions[0][0].own]
+    made = [each.data_ptr() for each in got.grad_fn.next_functions[0][0].input_gradients]
     got.backward(retain_graph=True)
-    assert [once.hidden_NH.grad.data_ptr(), once.weight_VH.grad.data_ptr()] == kept
+    assert [once.hidden_NH.grad.data_ptr(), once.weight_VH.grad.data_ptr()] == made
     assert once.hidden_NH.grad.equal(often.hidden_NH.grad) and once.weight_VH.grad.equal(often.weight_VH.grad)
     with pytest.raises(RuntimeError, match=r"this backward has run; .* with backward_once=False"):
         got.backward()
@@ -131,15 +138,15 @@ def test_gradcheck(temperature: float, name: str) -> None:
 def test_linear_ce_sum_is_cross_entropy_with_its_gradient(tokens: int, vocab: int, rows: int, chunk: int) -> None:
     case = make(tokens, vocab, rows)
     leaf = case._replace(mask_N=case.mask_N * torch.linspace(0.5, 1, tokens).double()).leaves()
-    rest = (leaf.labels_N, leaf.mask_N)
-    got = linear_ce_sum(leaf.hidden_NH, leaf.weight_VH, *rest, chunk_tokens=chunk, vocab_size=vocab)
+    head = head_of(leaf, chunk_tokens=chunk, vocab_size=vocab)
+    got = linear_ce_sum(leaf.hidden_NH, head, leaf.labels_N, leaf.mask_N)
     assert_close(got.item(), ce_sums(leaf, vocab)[0], rtol=1e-12, atol=1e-12)
     (3 * got).backward()
     grad_hidden, grad_weight = gradients({}, 3.0, leaf, vocab, 1.0)
     assert_close(leaf.hidden_NH.grad, grad_hidden, rtol=1e-10, atol=1e-12)
     assert_close(leaf.weight_VH.grad, grad_weight, rtol=1e-10, atol=1e-12)
     with torch.no_grad(), Recorder() as seen:
-        linear_ce_sum(leaf.hidden_NH, leaf.weight_VH, *rest, chunk_tokens=chunk, vocab_size=vocab)
+        linear_ce_sum(leaf.hidden_NH, head, leaf.labels_N, leaf.mask_N)
     assert seen.products == -(-tokens // chunk)
 
 
@@ -212,7 +219,7 @@ def test_bf16_weight_gradient_is_summed_in_float32() -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Counts matrix products and keeps the largest tensor any operation made."""
+    """A recorder counts matrix products and takes the size of the largest tensor that any operation made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,14 +252,14 @@ def test_inputs_stay_as_they_are() -> None:
     before = [x.clone() for x in case]
     cfg = LossConfig(**dict.fromkeys(LOSSES, 1.0), cross_entropy=1.0)
     kd(case.leaves(), 2.0, cfg, chunk_tokens=10, vocab_size=123).loss_sum.backward()
-    linear_ce(case.hidden_NH, case.weight_VH, case.labels_N, case.mask_N, chunk_tokens=10, vocab_size=123)
+    linear_ce(case.hidden_NH, head_of(case, chunk_tokens=10, vocab_size=123), case.labels_N, case.mask_N)
     assert_close(list(case), before, rtol=0, atol=0)
 
 
 def test_linear_ce_is_cross_entropy() -> None:
     case = make(47, 123, 128)
     case.weight_VH.requires_grad_()
-    got = linear_ce(case.hidden_NH, case.weight_VH, case.labels_N, case.mask_N, chunk_tokens=10, vocab_size=123)
+    got = linear_ce(case.hidden_NH, head_of(case, chunk_tokens=10, vocab_size=123), case.labels_N, case.mask_N)
     want = [-log_softmax(student)[label] for student, _, label, _ in rows(case, 123)]
     assert_close(got[case.mask_N > 0], torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12)
     assert not got[case.mask_N == 0].any()
@@ -288,8 +295,8 @@ def test_a_label_outside_the_vocabulary_is_no_number(label: int) -> None:
     settings = {"chunk_tokens": 2, "vocab_size": 9}
     got = kd(case, **settings)
     assert got.ce_sum.isnan() and got.teacher_ce_sum.isnan() and got.terms["forward_kl"].isfinite()
-    per_token = linear_ce(case.hidden_NH, case.weight_VH, case.labels_N, case.mask_N, **settings)
-    assert per_token.isnan().tolist() == [False, False, False, True, False]
+    losses_N = linear_ce(case.hidden_NH, head_of(case, **settings), case.labels_N, case.mask_N)
+    assert losses_N.isnan().tolist() == [False, False, False, True, False]
 
 
 def _tp_matches(rank: int, world: int, vocab: int, temperature: float) -> None:
@@ -309,9 +316,10 @@ def _tp_matches(rank: int, world: int, vocab: int, temperature: float) -> None:
         assert_close(leaf.hidden_NH.grad, grad_hidden, rtol=1e-9, atol=1e-11)
         assert_close(leaf.weight_VH.grad, grad_weight[shard], rtol=1e-9, atol=1e-11)
     alone = case._replace(weight_VH=case.weight_VH[shard]).leaves()
-    ce_N = linear_ce(case.hidden_NH, alone.weight_VH, case.labels_N, case.mask_N, **where)
+    head = head_of(alone, **where)
+    ce_N = linear_ce(case.hidden_NH, head, case.labels_N, case.mask_N)
     assert_close(ce_N.sum(), want[1], rtol=1e-12, atol=1e-12)
-    got = linear_ce_sum(alone.hidden_NH, alone.weight_VH, alone.labels_N, alone.mask_N, **where)
+    got = linear_ce_sum(alone.hidden_NH, head, alone.labels_N, alone.mask_N)
     got.backward()
     assert_close(got.detach(), want[1], rtol=1e-12, atol=1e-12)
     grad_hidden, grad_weight = gradients({}, 1.0, case, vocab, 1.0)
@@ -319,7 +327,7 @@ def _tp_matches(rank: int, world: int, vocab: int, temperature: float) -> None:
     assert_close(alone.weight_VH.grad, grad_weight[shard], rtol=1e-10, atol=1e-12)
     # The same collectives with logits far apart between the ranks: a local maximum would overflow or vanish.
     far = case._replace(hidden_NH=case.hidden_NH * 3e3)
-    ce_N = linear_ce(far.hidden_NH, alone.weight_VH, far.labels_N, far.mask_N, **where)
+    ce_N = linear_ce(far.hidden_NH, head, far.labels_N, far.mask_N)
     assert_close(ce_N.sum().item(), ce_sums(far, vocab)[0], rtol=1e-10, atol=0)
 
 
@@ -330,12 +338,12 @@ def test_tensor_parallel_matches_one_rank(tmp_path: Path, world: int, vocab: int
 
 
 def _collectives(rank: int, world: int) -> None:
-    mine = torch.arange(6.0).view(2, 3).T * (rank + 1)  # not contiguous
-    before = mine.clone()
+    tensor = torch.arange(6.0).view(2, 3).T * (rank + 1)  # not contiguous
+    before = tensor.clone()
     base = torch.arange(6.0).view(2, 3).T
-    assert_close(all_reduce_sum(mine, dist.group.WORLD), base * 3, rtol=0, atol=0)
-    assert_close(all_reduce_max(mine, dist.group.WORLD), base * 2, rtol=0, atol=0)
-    assert_close(mine, before, rtol=0, atol=0)
+    assert_close(all_reduce_sum(tensor, dist.group.WORLD), base * 3, rtol=0, atol=0)
+    assert_close(all_reduce_max(tensor, dist.group.WORLD), base * 2, rtol=0, atol=0)
+    assert_close(tensor, before, rtol=0, atol=0)
     assert broadcast_object({"rank": rank}, src=1) == {"rank": 1}
     assert gather_objects(rank) == ([0, 1] if rank == 0 else [])
 
@@ -349,7 +357,8 @@ def test_collectives(tmp_path: Path) -> None:
 
 def _blocks(rank: int, world: int) -> None:
     logits_NV = torch.zeros(100, 2**18)
-    rows = [block.stop - block.start for block in blocks(logits_NV, VocabShard(2**18 * world, 0, dist.group.WORLD))]
+    shard = VocabShard(2**18 * world, 0, dist.group.WORLD)
+    rows = [block.stop - block.start for block in cache_blocks(logits_NV, shard)]
     assert rows == ([4] * 25 if world == 1 else [100])  # 4 MiB; every block more is a message to the other ranks
 
 
