@@ -19,7 +19,7 @@ from compactlm_nemo.importance.scores import (
     shared_expert_key,
 )
 from compactlm_nemo.importance.selection import check_scores, keep_heads, keep_layers, top_units
-from compactlm_nemo.models.axes import SIZES
+from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 
 PLAN = "plan.json"
@@ -140,8 +140,8 @@ def _merged(score_E: Tensor, kept: Tensor, teacher: Dims, student: Dims) -> list
 
 
 def _check_student(teacher: Dims, student: Dims) -> None:
-    for name in SIZES:
-        value, largest = getattr(student, name), getattr(teacher, name)
+    for axis, value in student.shape().items():
+        name, largest = AXES[axis].size, teacher.shape()[axis]
         if not min(1, largest) <= value <= largest:
             raise ConfigError(f"student {name}={value} must be in [1, {largest}] (the teacher's); pick a smaller one.")
     per_group = teacher.num_heads // teacher.num_query_groups
@@ -160,7 +160,7 @@ def _check_student(teacher: Dims, student: Dims) -> None:
             f"student num_experts={student.num_experts} must be at least the {teacher.experts_per_token} that a token "
             "is sent to; raise search.experts."
         )
-    cut = teacher.with_shape(**{argument: getattr(student, name) for name, argument in SIZES.items()})
+    cut = teacher.with_shape(**student.shape())
     changed = [name for name, value in vars(cut).items() if getattr(student, name) != value]
     if changed:
         raise ConfigError(f"student {', '.join(changed)} must be the teacher's: pruning cuts sizes only; restore them.")

@@ -22,6 +22,7 @@ from compactlm_nemo.importance.scores import (
     shared_expert_key,
 )
 from compactlm_nemo.importance.selection import check_scores, keep_heads, keep_layers, kept_share
+from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import counts
 
@@ -59,15 +60,7 @@ class Candidate:
 
     def dims(self, teacher: Dims) -> Dims:
         """The teacher's architecture in this candidate's sizes."""
-        return teacher.with_shape(
-            layers=self.layers,
-            hidden=self.hidden,
-            ffn=self.ffn,
-            heads=self.heads,
-            groups=self.groups,
-            experts=self.experts,
-            shared_expert_ffn=self.shared_expert_ffn,
-        )
+        return teacher.with_shape(**{axis: getattr(self, axis) for axis in AXES})
 
 
 def candidates_json(ranked: list[Candidate]) -> str:
@@ -138,13 +131,7 @@ def rank_candidates(
     count, kept = counts(cfg), kept_importance(teacher, scores)
     ranked = [
         Candidate(
-            layers=dims.num_layers,
-            hidden=dims.hidden_size,
-            ffn=dims.ffn_hidden_size,
-            heads=dims.num_heads,
-            groups=dims.num_query_groups,
-            experts=dims.num_experts,
-            shared_expert_ffn=dims.shared_expert_ffn,
+            **dims.shape(),
             params=count["params"](dims),
             active_params=count["active_params"](dims),
             memory_bytes=count["memory_bytes"](dims),

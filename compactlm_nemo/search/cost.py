@@ -7,6 +7,7 @@ from collections.abc import Callable
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 
 
@@ -88,14 +89,9 @@ def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[in
     """
     tp, pp = layout.tp, layout.pp
     problems = [
-        f"parallel.tp={tp} must divide {name}={value}"
-        for name, value in (
-            ("num_heads", dims.num_heads),
-            ("num_query_groups", dims.num_query_groups),
-            ("ffn_hidden_size", dims.ffn_hidden_size),
-            ("shared_expert_ffn", dims.shared_expert_ffn),
-        )
-        if value % tp
+        f"parallel.tp={tp} must divide {axis.size}={getattr(dims, axis.size)}"
+        for axis in AXES.values()
+        if axis.split_by_tp and getattr(dims, axis.size) % tp
     ]
     if dims.num_experts % layout.ep:
         problems.append(f"parallel.ep={layout.ep} must divide num_experts={dims.num_experts}")

@@ -28,14 +28,7 @@ Sizes = tuple[int, ...]
 
 def sizes_of(part: str, dims: Dims) -> Sizes:
     """What the time of a part depends on, in the order of `PARTS`."""
-    sizes = {
-        "hidden": dims.hidden_size,
-        "groups": dims.num_query_groups,
-        "heads_per_group": dims.num_heads // dims.num_query_groups,
-        "ffn": dims.ffn_hidden_size,
-        "experts": dims.num_experts,
-        "shared_expert_ffn": dims.shared_expert_ffn,
-    }
+    sizes = dims.shape() | {"heads_per_group": dims.num_heads // dims.num_query_groups}
     return tuple(sizes[axis] for axis in PARTS[part])
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError, listed
-from compactlm_nemo.models.axes import AXES, SPLIT_BY_TP
+from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import counts
 
@@ -65,12 +65,9 @@ def enumerate_space(teacher: Dims, cfg: SearchConfig, tp: int = 1) -> list[Dims]
     values = {axis: _values(axis, teacher, cfg, tp) for axis in AXES}
     _check_axes(teacher, cfg, values)
     shapes = {
-        (layers, hidden, ffn, heads, *rest)
-        for layers, hidden, heads, *rest in product(*(values[axis] for axis in AXES if axis != "ffn"))
-        for ffn in ([round(m * hidden) for m in cfg.ffn_multiples] or values["ffn"])
-        if _heads_fit(teacher, heads, rest[0])
+        tuple(shape.values()) for shape in _shapes(values, cfg) if _heads_fit(teacher, shape["heads"], shape["groups"])
     }
-    space = [teacher.with_shape(**dict(zip(AXES, shape, strict=True))) for shape in sorted(shapes, reverse=True)]
+    space = [teacher.with_shape(**dict(zip(AXES, sizes, strict=True))) for sizes in sorted(shapes, reverse=True)]
     if not space:
         most = max(values["groups"]) * (teacher.num_heads // teacher.num_query_groups)
         raise ConfigError(
@@ -80,6 +77,14 @@ def enumerate_space(teacher: Dims, cfg: SearchConfig, tp: int = 1) -> list[Dims]
     return within(space, budgets(cfg))
 
 
+def _shapes(values: dict[str, list[int]], cfg: SearchConfig) -> Iterator[dict[str, int]]:
+    """Every combination of the axes' values; `search.ffn_multiples` give the MLP widths of each hidden size."""
+    for sizes in product(*values.values()):
+        shape = dict(zip(values, sizes, strict=True))
+        widths = [round(multiple * shape["hidden"]) for multiple in cfg.ffn_multiples] or [shape["ffn"]]
+        yield from (shape | {"ffn": ffn} for ffn in widths)
+
+
 def _heads_fit(teacher: Dims, heads: int, groups: int) -> bool:
     """Whether so many heads can be so many groups of the teacher with equally many each."""
     return heads % groups == 0 and heads // groups <= teacher.num_heads // teacher.num_query_groups
@@ -87,12 +92,12 @@ def _heads_fit(teacher: Dims, heads: int, groups: int) -> bool:
 
 def _values(axis: str, teacher: Dims, cfg: SearchConfig, tp: int) -> list[int]:
     """The values of an axis: given, by rule between `search.smallest` and the teacher's, or the teacher's."""
-    size = getattr(teacher, AXES[axis])
+    size = getattr(teacher, AXES[axis].size)
     given: list[int] = getattr(cfg, axis)
     if axis not in cfg.multiples and axis not in cfg.divisors:
         return given or [size]
     step = cfg.multiples.get(axis, 1)
-    unit = math.lcm(step, tp) if axis in SPLIT_BY_TP else step
+    unit = math.lcm(step, tp) if AXES[axis].split_by_tp else step
     least = max(cfg.smallest * size, teacher.experts_per_token if axis == "experts" else 0)
     found = [value for value in range(unit, size + 1, unit) if value >= least]
     if axis in cfg.divisors:
@@ -127,7 +132,9 @@ def _nearest(space: list[Dims], limits: list[Budget]) -> str:
 
 def _check_axes(teacher: Dims, cfg: SearchConfig, values: dict[str, list[int]]) -> None:
     """One ConfigError that lists every value the teacher cannot be cut to."""
-    problems = [problem for axis in AXES for problem in _out_of_range(axis, values[axis], getattr(teacher, AXES[axis]))]
+    problems = [
+        problem for axis, largest in teacher.shape().items() for problem in _out_of_range(axis, values[axis], largest)
+    ]
     groups = values["groups"]
     per_group = teacher.num_heads // teacher.num_query_groups
     problems += [
