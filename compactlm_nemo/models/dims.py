@@ -59,7 +59,8 @@ class Dims:
 
     def with_shape(self, **sizes: int) -> Dims:
         """The architecture with other sizes, given by axis of `AXES`: ``dims.with_shape(layers=16, hidden=3072)``."""
-        return replace(self, **{AXES[name].size: size for name, size in sizes.items()})
+        changes: dict[str, Any] = {AXES[name].size: size for name, size in sizes.items()}
+        return replace(self, **changes)
 
     def padded_vocab(self, tp: int, multiple: int) -> int:
         """The smallest multiple of `tp * multiple` that holds the vocabulary."""

@@ -1,4 +1,4 @@
-"""The architectures of a search space that fit the budgets."""
+"""A search space is every combination of the axes' values; budgets choose the architectures that fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from compactlm_nemo.search.cost import counts
 
 @dataclass(frozen=True)
 class Budget:
-    """One constraint on a candidate."""
+    """A budget is one constraint on a candidate."""
 
     name: str
     target: float
@@ -25,7 +25,7 @@ class Budget:
     """Accepted relative distance; None: the target is an upper limit."""
 
     def excess(self, dims: Dims) -> float:
-        """Relative distance beyond what is accepted; 0 when met."""
+        """The relative distance beyond what is accepted; 0 when the budget is met."""
         away = self.cost(dims) / self.target - 1
         return max(0.0, away) if self.band is None else max(0.0, abs(away) - self.band)
 
@@ -35,11 +35,11 @@ class Budget:
 
 
 LIMITS = ("memory_bytes", "flops")
-"""Budgets that are upper limits; the others are targets with a band."""
+"""Budgets that are upper limits; all others are targets with a band."""
 
 
 def budgets(cfg: SearchConfig) -> list[Budget]:
-    """The constraints that are set and can be counted; latency has to be measured."""
+    """List the budgets that are set and can be counted; latency has to be measured."""
     return [
         Budget(name, getattr(cfg, name), count, None if name in LIMITS else cfg.band)
         for name, count in counts(cfg).items()
@@ -48,7 +48,7 @@ def budgets(cfg: SearchConfig) -> list[Budget]:
 
 
 def within(space: list[Dims], limits: list[Budget]) -> list[Dims]:
-    """The architectures that meet all budgets, in order; ConfigError when there is none."""
+    """Choose the architectures that meet all budgets, in order; ConfigError when there is none."""
     feasible = [dims for dims in space if not any(limit.excess(dims) for limit in limits)]
     if not feasible:
         raise ConfigError(_nearest(space, limits))
@@ -56,7 +56,7 @@ def within(space: list[Dims], limits: list[Budget]) -> list[Dims]:
 
 
 def enumerate_space(teacher: Dims, cfg: SearchConfig, tp: int = 1) -> list[Dims]:
-    """Every combination of the axes that meets all budgets.
+    """List every combination of the axes that meets all budgets.
 
     An empty axis keeps the teacher's value; values by rule (`search.multiples`, `search.divisors`) are those that `tp`
     ranks can split. Order: more layers first, then larger hidden size, MLP width, heads, groups and experts; no
@@ -78,7 +78,7 @@ def enumerate_space(teacher: Dims, cfg: SearchConfig, tp: int = 1) -> list[Dims]
 
 
 def _shapes(values: dict[str, list[int]], cfg: SearchConfig) -> Iterator[dict[str, int]]:
-    """Every combination of the axes' values; `search.ffn_multiples` give the MLP widths of each hidden size."""
+    """Yield every combination of the axes' values; `search.ffn_multiples` give the MLP widths of each hidden size."""
     for sizes in product(*values.values()):
         shape = dict(zip(values, sizes, strict=True))
         widths = [round(multiple * shape["hidden"]) for multiple in cfg.ffn_multiples] or [shape["ffn"]]
@@ -86,12 +86,12 @@ def _shapes(values: dict[str, list[int]], cfg: SearchConfig) -> Iterator[dict[st
 
 
 def _heads_fit(teacher: Dims, heads: int, groups: int) -> bool:
-    """Whether so many heads can be so many groups of the teacher with equally many each."""
+    """Whether `heads` can be divided equally among `groups`, with at most the teacher's heads in each group."""
     return heads % groups == 0 and heads // groups <= teacher.num_heads // teacher.num_query_groups
 
 
 def _values(axis: str, teacher: Dims, cfg: SearchConfig, tp: int) -> list[int]:
-    """The values of an axis: given, by rule between `search.smallest` and the teacher's, or the teacher's."""
+    """The values of an axis: those given, those by rule from `search.smallest` on, or the teacher's."""
     size = getattr(teacher, AXES[axis].size)
     given: list[int] = getattr(cfg, axis)
     if axis not in cfg.multiples and axis not in cfg.divisors:
@@ -99,19 +99,19 @@ def _values(axis: str, teacher: Dims, cfg: SearchConfig, tp: int) -> list[int]:
     step = cfg.multiples.get(axis, 1)
     unit = math.lcm(step, tp) if AXES[axis].split_by_tp else step
     least = max(cfg.smallest * size, teacher.experts_per_token if axis == "experts" else 0)
-    found = [value for value in range(unit, size + 1, unit) if value >= least]
+    values = [value for value in range(unit, size + 1, unit) if value >= least]
     if axis in cfg.divisors:
-        found = [value for value in found if size % value == 0]
-    if not found:
+        values = [value for value in values if size % value == 0]
+    if not values:
         raise ConfigError(
             f"search.{'divisors' if axis in cfg.divisors else 'multiples'} of {axis} has no value between "
             f"search.smallest={cfg.smallest:g} and 1 times {size} that parallel.tp={tp} divides; lower search.smallest."
         )
-    return found
+    return values
 
 
 def shape_of(dims: Dims) -> str:
-    """The sizes that a search chooses, in words."""
+    """Write the sizes that a search chooses in words."""
     return (
         f"{dims.num_layers} layers, hidden {dims.hidden_size}, heads {dims.num_heads}/{dims.num_query_groups}, "
         f"MLP {dims.ffn_hidden_size}"
@@ -121,17 +121,17 @@ def shape_of(dims: Dims) -> str:
 
 
 def _nearest(space: list[Dims], limits: list[Budget]) -> str:
-    """Which budgets no architecture meets, else that all together are too much, and what comes closest."""
+    """Say which budgets no architecture meets, or that all together are too much, and what comes closest."""
     impossible = [limit for limit in limits if all(limit.excess(dims) for dims in space)]
-    asked = " and ".join(map(str, impossible or limits))
+    named = " and ".join(map(str, impossible or limits))
     met = f"is met by none of {len(space)} architectures" if impossible else f"is more than any of {len(space)} meets"
     best = min(space, key=lambda dims: sum(limit.excess(dims) for limit in limits))
     has = ", ".join(f"{limit.cost(best):.10g} {limit.name.replace('params', 'parameters')}" for limit in limits)
-    return f"{asked} {met}; the nearest has {has} ({shape_of(best)}): aim there or widen the axes."
+    return f"{named} {met}; the nearest has {has} ({shape_of(best)}): aim there or widen the axes."
 
 
 def _check_axes(teacher: Dims, cfg: SearchConfig, values: dict[str, list[int]]) -> None:
-    """One ConfigError that lists every value the teacher cannot be cut to."""
+    """Raise one ConfigError that lists every value the teacher cannot be cut to."""
     problems = [
         problem for axis, largest in teacher.shape().items() for problem in _out_of_range(axis, values[axis], largest)
     ]

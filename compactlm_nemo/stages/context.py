@@ -102,7 +102,7 @@ class Run:
     def ranking(self) -> dict[str, torch.Tensor]:
         """The scores that decide the cut, of this run's teacher."""
         scores, teacher = load_scores(self.dir / "score"), read_manifest(self.dir / "teacher")["fingerprint"]
-        if scores.about.get("model") != teacher:
+        if scores.metadata.get("model") != teacher:
             raise CheckpointError(f"{self.dir / 'score'} holds scores of another model; delete it and score again.")
         return scores.ranking(self.config.search.width, self.config.search.depth)
 

@@ -15,8 +15,9 @@ from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.score import DepthMetric, ScoreConfig, WidthMetric
 from compactlm_nemo.data.windows import calibration_windows
 from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.importance.names import DEPTH
 from compactlm_nemo.importance.score_state import STATE, ScoreState
-from compactlm_nemo.importance.scores import DEPTH, FILE, Scores, load_scores, save_scores
+from compactlm_nemo.importance.scores import FILE, Scores, load_scores, save_scores
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.launch import is_main_rank, main_rank_writes
@@ -47,10 +48,10 @@ def _score_problems(config: Config) -> list[str]:
 
 
 def score(run: Run, folder: Path) -> dict[str, Any]:
-    """Teacher + calibration windows -> scores.safetensors, and the statistics it was made from."""
+    """Score the teacher on calibration windows: scores.safetensors, and the state that the scores were made from."""
     config, cfg, dims = run.config, run.config.score, run.dims("teacher")
     windows_NS = calibration_windows(run.train_prefixes(), cfg.samples, config.data.sequence_length, config.run.seed)
-    about = {
+    metadata = {
         "model": read_manifest(run.dir / "teacher")["fingerprint"],
         "calibration": tokens_hash(windows_NS),
         "sequence_length": str(config.data.sequence_length),
@@ -63,18 +64,18 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
     open_progress(
         state,
         settings_of(
-            {"score": result_settings(cfg), "evaluate": result_settings(config.evaluate), "about": about} | layout
+            {"score": result_settings(cfg), "evaluate": result_settings(config.evaluate), "metadata": metadata} | layout
         ),
     )
     teacher = run.load("teacher").eval()
-    scoring = Scoring(run, teacher, dims, windows_NS.to(device()), _start(run, state, windows_NS, about), state)
+    scoring = Scoring(run, teacher, dims, windows_NS.to(device()), _start(run, state, windows_NS, metadata), state)
     scoring.measure_activations(folder)
     tensors = scoring.running.rankings(dims, cfg) if is_main_rank() else {}
     tensors |= {f"{DEPTH}.{name}": x.float() for name, x in measure_layers(scoring).items()}
     if WidthMetric.taylor in cfg.width:
         tensors |= {f"{WidthMetric.taylor.name}.{name}": x for name, x in scoring.taylor().items()}
     samples = broadcast_object(scoring.running.samples) or cfg.samples
-    about |= {
+    metadata |= {
         "samples": str(samples),
         "calibration": tokens_hash(windows_NS[:samples]),
         "width": ",".join(metric.name for metric in cfg.width),
@@ -83,9 +84,9 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
     with main_rank_writes() as writes:
         if writes:
             scoring.running.save(folder / STATE)
-            save_scores(folder / FILE, Scores(tensors, about))
+            save_scores(folder / FILE, Scores(tensors, metadata))
             shutil.rmtree(state)
-    return {"samples": samples, "tokens": samples * config.data.sequence_length, "calibration": about["calibration"]}
+    return {"samples": samples, "tokens": samples * config.data.sequence_length, "calibration": metadata["calibration"]}
 
 
 def tokens_hash(windows_NS: Tensor) -> str:
@@ -93,26 +94,26 @@ def tokens_hash(windows_NS: Tensor) -> str:
     return hashlib.sha256(windows_NS.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def _start(run: Run, state: Path, windows_NS: Tensor, about: dict[str, str]) -> ScoreState:
-    """Statistics to go on from: those of an interrupted run, or of `score.start_from`; on the main rank."""
+def _start(run: Run, state: Path, windows_NS: Tensor, metadata: dict[str, str]) -> ScoreState:
+    """The state to go on from: that of an interrupted run, or of `score.start_from`; on the main rank."""
     running = ScoreState()
     with main_rank_writes() as writes:
         if writes:
             running = ScoreState.load(state / STATE)
             if not running.samples and run.config.score.start_from is not None:
-                running = _finished(Path(run.config.score.start_from), run.config.score, windows_NS, about)
+                running = _finished(Path(run.config.score.start_from), run.config.score, windows_NS, metadata)
     return running
 
 
-def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[str, str]) -> ScoreState:
-    """The statistics of a finished stage, after checking that they are of the first of these windows."""
-    old = load_scores(folder).about
+def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, metadata: dict[str, str]) -> ScoreState:
+    """The state of a finished stage, after a check that the state is of the first of these windows."""
+    old = load_scores(folder).metadata
     running = ScoreState.load(folder / STATE)
     if running.samples > cfg.samples:
         raise ConfigError(
             f"score.samples={cfg.samples} is less than the {running.samples} of score.start_from={folder}; raise it."
         )
-    expected = about | {"calibration": tokens_hash(windows_NS[: running.samples])}
+    expected = metadata | {"calibration": tokens_hash(windows_NS[: running.samples])}
     differing = [name for name in expected if old.get(name) != expected[name]]
     if differing or not running.samples:
         raise ConfigError(

@@ -1,6 +1,6 @@
 """The score stage: calibration windows through the teacher, part by part, into one scores file.
 
-Progress lives in `run.dir/scoring` until the stage is complete. Every `score.save_every` samples the statistics of all
+Progress lives in `run.dir/scoring` until the stage is complete. Every `score.save_every` samples the states of all
 ranks are merged and saved; a killed run goes on from the last save.
 """
 
@@ -111,7 +111,7 @@ class Scoring:
         return self.state / f"{kind}_{samples}_rank_{launch_rank()}.safetensors"
 
     def _save_rank(self, kind: str, state: dict[str, Tensor], before: int, after: int) -> None:
-        """Each rank keeps what is its own; the file that the saved statistics go with is there at every instant."""
+        """Each rank keeps what is its own; the file that the saved states go with is there at every instant."""
         path = self._rank_file(kind, after)
         save_file({name: block.cpu() for name, block in state.items()}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)

@@ -16,11 +16,11 @@ from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.devices import device, device_name
 from compactlm_nemo.parallel.launch import is_main_rank, launch_world_size, main_rank_writes
 from compactlm_nemo.progress import progress_bar
-from compactlm_nemo.pruning.elimination import FILE as SPARE
+from compactlm_nemo.pruning.elimination import FILE as ELIMINATION
 from compactlm_nemo.search.candidates import candidates_json, rank_candidates
-from compactlm_nemo.search.damage import predicted_damage
 from compactlm_nemo.search.latency import FILE as LATENCY
 from compactlm_nemo.search.latency import LatencyTable
+from compactlm_nemo.search.predicted_loss import predicted_loss
 from compactlm_nemo.search.space import Budget, enumerate_space, within
 from compactlm_nemo.search.timing import time_layers
 from compactlm_nemo.stages.context import Run
@@ -53,11 +53,11 @@ def search(run: Run, folder: Path) -> dict[str, Any]:
     if timed is not None:
         ranked = [replace(c, latency_ms=timed.milliseconds(c.dims(dims))) for c in ranked]
     if is_predicted:
-        damage = predicted_damage(dims, run.ranking(), load_file(folder / SPARE))
-        ranked = [replace(c, damage=damage(c.dims(dims))) for c in ranked]
-        ranked.sort(key=lambda c: (c.damage, c.params))
-    best = [replace(c, zero_shot=cutting.candidate_loss(c.dims(dims), folder)) for c in ranked[: cfg.top]]
-    ranked[: len(best)] = sorted(best, key=lambda c: c.zero_shot or 0.0)
+        predict = predicted_loss(dims, run.ranking(), load_file(folder / ELIMINATION))
+        ranked = [replace(c, predicted_loss=predict(c.dims(dims))) for c in ranked]
+        ranked.sort(key=lambda c: (c.predicted_loss, c.params))
+    best = [replace(c, zero_shot_loss=cutting.candidate_loss(c.dims(dims), folder)) for c in ranked[: cfg.top]]
+    ranked[: len(best)] = sorted(best, key=lambda c: c.zero_shot_loss or 0.0)
     with main_rank_writes() as writes:
         if writes:
             atomic_write_text(folder / "candidates.json", candidates_json(ranked))
@@ -69,7 +69,7 @@ def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | N
     cfg, layout = run.config.search, run.config.parallel
     if cfg.latency_ms is None:
         return None
-    about = {
+    metadata = {
         "device": device_name(),
         "precision": run.config.model.precision.name,
         "batch": cfg.batch,
@@ -77,7 +77,7 @@ def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | N
         "model": read_manifest(run.dir / "teacher")["fingerprint"],
         "parallel": vars(layout) | {"world": launch_world_size()},
     }
-    known = broadcast_object(LatencyTable.load(run.dir / LATENCY, about))
+    known = broadcast_object(LatencyTable.load(run.dir / LATENCY, metadata))
     tokens_BS = torch.randint(found[0].vocab_size, (cfg.batch, cfg.context), generator=torch.Generator().manual_seed(0))
 
     def keep(table: LatencyTable) -> None:
