@@ -123,7 +123,7 @@ class State(NamedTuple):
         )
 
     def result(self, agg: Aggregator) -> Tensor:
-        """Aggregate `[E]` float64: ``(1/n) sum v``, ``sqrt(sum v^2)`` or ``(1/n) sum (v - mean)^2``; |v| = v."""
+        """Aggregate `[E]` float64: ``(1/n) sum v``, ``sqrt(sum v^2)`` or ``(1/n) sum (v - mean)^2``, as v >= 0."""
         if float(self.num) == 0:
             raise DataError("score.samples: no calibration sample reached an aggregator; give more text or samples.")
         if agg is Aggregator.mean:

@@ -4,8 +4,8 @@
 
 e are the shares of a layer's attention output, of its MLP output and of the normed residual stream that are lost by
 the cut after refitting (`pruning.elimination`), s_i what the whole layer is worth: its score by `search.depth`. By
-`lm_loss` the sum is the rise of the loss in nats; by another metric the sum has no unit and only orders candidates. In
-either case it is a proxy and no measured loss. Query groups and experts, of which no second moments exist, lose the
+`lm_loss` the sum is in nats; by another metric the sum has no unit and only orders candidates. In either case the sum
+is a proxy and no measured loss. Query groups and experts, of which no second moments exist, lose the
 share of their score mass. The losses by all axes are added, as if each were small.
 """
 
