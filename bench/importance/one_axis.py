@@ -19,7 +19,7 @@ class OneAxis(ActivationHooks):
 
     def __init__(self, axis: str, sequence_length: int, chunk: Any, *args: Any) -> None:
         super().__init__(chunk, *args)
-        self.length = sequence_length  # the norms tell it otherwise
+        self.length = sequence_length  # otherwise the hooks of the norms set it
         modules = [module for name, module in chunk.named_modules() if name.split(".")[-1] in AXES[axis]]
         tables = [table for module in modules for table in (module._forward_hooks, module._forward_pre_hooks)]
         wanted = [handle for handle in self.handles if any(handle.hooks_dict_ref() is table for table in tables)]

@@ -1,6 +1,6 @@
 """This package's scoring, timed: the passes that `bench.importance` compares with the bare forward of the same model.
 
-A pass is everything between the loaded model and the scores: hooks on, all batches, hooks off, statistics merged and
+A pass is everything between the loaded model and the scores: hooks on, all batches, hooks off, states merged and
 turned into the vectors of the scores file. Reading the teacher and writing files are not part of it.
 """
 
@@ -20,7 +20,7 @@ from bench.importance.agreement import UNNORMED
 from bench.importance.one_axis import AXES, OneAxis
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.score import Aggregator, DepthMetric, ScoreConfig, WidthMetric
-from compactlm_nemo.importance import activations as collecting
+from compactlm_nemo.importance import activations
 from compactlm_nemo.importance.moments import MomentCollector
 from compactlm_nemo.importance.score_state import ScoreState
 from compactlm_nemo.models.forward import forward_each
@@ -83,22 +83,22 @@ class Subject:
         return plain | ({"depth": scores["depth.bi"]} if "depth.bi" in scores else {})
 
     def one_axis(self, axis: str, tokens: Tensor) -> None:
-        """The default pair with the hooks of one axis only, up to its statistics."""
-        with mock.patch.object(collecting, "Collector", partial(OneAxis, axis, tokens.shape[1])):
+        """The default pair with the hooks of one axis only, up to its states."""
+        with mock.patch.object(activations, "ActivationHooks", partial(OneAxis, axis, tokens.shape[1])):
             self._collect(self._config([DEFAULT], NO_DEPTH), tokens)
 
     def moments(self, tokens: Tensor) -> None:
         """Second moments of all inputs, without scores."""
-        collector = MomentCollector(self.chunks, self.mesh, self.dims)
-        collector.on_batch(self.micro_batch)
+        moments = MomentCollector(self.chunks, self.mesh, self.dims)
+        moments.on_batch(self.micro_batch)
         self.bare(tokens)
-        collector.reduce()
+        moments.reduce()
 
     def _config(self, width: list[WidthMetric], depth: list[DepthMetric]) -> ScoreConfig:
         return ScoreConfig(samples=len(self.tokens), micro_batch=self.micro_batch, width=width, depth=depth)
 
-    def _collect(self, cfg: ScoreConfig, tokens: Tensor) -> dict[collecting.StateKey, collecting.State]:
-        return collecting.collect(self.chunks, self.mesh, self.dims, tokens, cfg, lambda _: None)
+    def _collect(self, cfg: ScoreConfig, tokens: Tensor) -> dict[activations.StateKey, activations.State]:
+        return activations.collect(self.chunks, self.mesh, self.dims, tokens, cfg, lambda _: None)
 
 
 def main() -> None:

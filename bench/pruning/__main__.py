@@ -133,7 +133,7 @@ def measure(config: Config, done: dict[str, Any], seed: str, ways: dict[str, Way
     """The losses of every way and cut that are not there yet."""
     with launched(config.parallel, config.run.seed) as mesh:
         search = Path(config.run.dir) / "search"
-        if not (search / "spare.safetensors").exists():
+        if not (search / "elimination.safetensors").exists():
             search.mkdir(exist_ok=True)
             Pruner(Run(replace(config, prune=_BEST), mesh, prune.STAGE)).eliminate_units(search)
         run = Run(config, mesh, prune.STAGE)

@@ -1,4 +1,4 @@
-"""Running statistics of one chunk's elements, from micro-batches to samples."""
+"""An accumulator holds the aggregator states of one chunk's elements and adds to them micro-batch by micro-batch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ final one last), `depth.{i}`, `experts.{i}.{e}`, `expert_mlp.{i}.{e}`, `shared_e
 
 
 SHARDED = ("heads", "groups", "mlp", "expert_mlp", "shared_expert")
-"""Elements of which each tensor-parallel rank has a part; of the others all ranks have the same."""
+"""Elements of which each tensor-parallel rank has a part; of the others all ranks have equal values."""
 
 
 class Accumulator:
-    """Elements of one chunk whose values cover the same samples and the same part of a sequence."""
+    """Elements of one chunk whose values cover one set of samples and one part of a sequence."""
 
     def __init__(self, groups: list[ProcessGroup]) -> None:
         self.groups = groups
+        """Ranks that hold other tokens of the sequences, group by group."""
         self.pending: dict[str, Parts] = {}
         self.widths: dict[str, int] = {}
         self.states: dict[Aggregator, State] = {}
 
     def put(self, element: str, parts: Parts) -> None:
+        """Keep the parts of one element until the micro-batch ends."""
         self.pending[element] = parts
 
     def flush(self, length: int, counted_B: Tensor | None) -> None:
@@ -36,8 +38,9 @@ class Accumulator:
         if not pending or counted_B is None:
             return
         self.widths = {element: next(iter(parts.values())).shape[1] for element, parts in pending.items()}
-        names = next(iter(pending.values()))
-        joined = {name: torch.cat([parts[name] for parts in pending.values()], dim=1) for name in names}
+        joined = {
+            name: torch.cat([parts[name] for parts in pending.values()], dim=1) for name in next(iter(pending.values()))
+        }
         for group in self.groups:
             joined = join_parts(joined, length, group)
             length *= group.size()
@@ -45,8 +48,8 @@ class Accumulator:
             state = state_of(values_BE[counted_B])
             self.states[agg] = self.states[agg].merged(state) if agg in self.states else state
 
-    def take(self) -> dict[StateKey, State]:
-        """What was gathered since the last call, an element each, on the CPU."""
+    def pop(self) -> dict[StateKey, State]:
+        """Give the states since the last call, element by element, on the CPU, and start anew."""
         states, self.states = self.states, {}
         return {
             (element, agg): State(state.num.cpu(), mean, m2)
@@ -55,9 +58,10 @@ class Accumulator:
         }
 
     def _split(self, values_E: Tensor) -> list[Tensor]:
-        """An element each, in memory of its own: a view would be sent to the main rank with all it is a view of."""
+        """Split into elements and copy each: a view would be sent to the main rank with all that the view is of."""
         return [part.clone() for part in values_E.cpu().split(list(self.widths.values()))]
 
 
-def _is_sharded(element: str) -> bool:
+def is_sharded(element: str) -> bool:
+    """Whether each tensor-parallel rank has a part of the element."""
     return element.split(".")[0] in SHARDED

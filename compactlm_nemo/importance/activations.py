@@ -1,4 +1,4 @@
-"""One forward pass over calibration samples -> running statistics of heads, groups, neurons, channels and layers.
+"""One forward pass over calibration samples measures heads, groups, neurons, channels and layers.
 
 Source: Minitron (arXiv 2407.14679), section 2.2. Activations only:
 
@@ -8,9 +8,9 @@ Source: Minitron (arXiv 2407.14679), section 2.2. Activations only:
 - layers: block importance `BI_i = 1 - E[cos(x_i, x_{i+1})]`, x_i the input of layer i, E over all tokens;
 - experts: `experts.py`.
 
-The sequence aggregator is applied within a sample, the batch aggregator over samples. Ranks that hold parts of the
-same sequences (sequence and context parallel) add up small sums once a micro-batch; all else is merged at the end, so
-every layout gives the same numbers. Nothing waits for the device before that.
+The sequence aggregator is applied within a sample, the batch aggregator over samples. Ranks that hold parts of one
+sequence (sequence and context parallel) add up small sums once a micro-batch; all else is merged at the end, so every
+layout gives equal numbers. Nothing waits for the device before that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.config.score import DepthMetric, Neurons, ScoreConfig
-from compactlm_nemo.importance.accumulator import Accumulator, StateKey, _is_sharded
+from compactlm_nemo.importance.accumulator import Accumulator, StateKey, is_sharded
 from compactlm_nemo.importance.aggregators import State, blocks_of, sequence_parts
 from compactlm_nemo.importance.experts import hook_experts
 from compactlm_nemo.models.build import HiddenStateModel, ModelChunks
@@ -33,7 +33,7 @@ from compactlm_nemo.parallel.mesh import Mesh
 
 
 class ActivationHooks:
-    """Hooks on the layers of one model chunk."""
+    """Hooks on the layers of one model chunk fill accumulators with what the layers compute."""
 
     def __init__(self, chunk: HiddenStateModel, mesh: Mesh, dims: Dims, cfg: ScoreConfig) -> None:
         self.mesh, self.dims, self.cfg = mesh, dims, cfg
@@ -76,7 +76,7 @@ class ActivationHooks:
             self._on_output(mlp.linear_fc1, lambda x_SBF: put(self.before_activation(x_SBF)))
 
     def before_activation(self, x: Tensor) -> Tensor:
-        """What the activation is applied to: all of fc1's output, or the gate's half of this rank's shard."""
+        """The part of fc1's output that goes through the activation: all of the output, or its gate's half."""
         return x.chunk(2, dim=-1)[0] if self.dims.gated_mlp else x
 
     def _heads(self, idx: int) -> Callable[[Tensor], None]:
@@ -116,19 +116,19 @@ class ActivationHooks:
         self.handles.append(module.register_forward_hook(hook))
 
     def finish(self, counted_B: Tensor | None, counted_by_experts: Tensor | None) -> None:
-        """Close a micro-batch: which of its samples count; None for one that only fills the schedule."""
+        """Close a micro-batch; the masks say which samples count and are None where a batch only fills the schedule."""
         whole = self.length * (self.mesh.tp_size if self.mesh.is_sequence_parallel else 1)
         self.whole.flush(whole, counted_B)
         self.norms.flush(self.length, counted_B)
         self.depth.flush(self.length, counted_B)
         self.experts.flush(whole, counted_by_experts)
 
-    def take(self) -> dict[StateKey, State]:
-        """The states since the last call that this rank has to report: replicated elements come from one rank."""
-        states = self.whole.take() | self.norms.take() | self.depth.take() | self.experts.take()
+    def pop(self) -> dict[StateKey, State]:
+        """Give the states since the last call that this rank has to report: replicated elements come from one rank."""
+        states = self.whole.pop() | self.norms.pop() | self.depth.pop() | self.experts.pop()
         if self.mesh.cp_rank > 0:
             return {}
-        return {key: state for key, state in states.items() if self.mesh.tp_rank == 0 or _is_sharded(key[0])}
+        return {key: state for key, state in states.items() if self.mesh.tp_rank == 0 or is_sharded(key[0])}
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -137,7 +137,7 @@ class ActivationHooks:
 
 
 def _cosine(x_SBH: Tensor, y_SBH: Tensor) -> Tensor:
-    """`[S, B]`; a third of the time of torch's own, which divides both vectors first."""
+    """Cosine of each token, `[S, B]`; torch's own takes three times as long, as torch divides both vectors first."""
     norms = torch.linalg.vector_norm(x_SBH, dim=-1) * torch.linalg.vector_norm(y_SBH, dim=-1)
     return (x_SBH * y_SBH).sum(dim=-1) / norms
 
@@ -151,46 +151,50 @@ def collect(
     progress: Callable[[int], None],
     on_batch: Callable[[int], None] = lambda counted: None,
 ) -> dict[StateKey, State]:
-    """Statistics of these samples, whole vectors, on the main rank; empty on the others. Collective.
+    """Run the samples and gather the states, whole vectors, on the main rank; empty on the others. Collective.
 
-    `windows_NS` are the same tokens on every rank; data-parallel ranks take every dp-th sample. `on_batch` is told
-    before a chunk runs a micro-batch how many of its samples, the leading ones, count: for other hooks in the pass.
+    Args:
+        windows_NS: Equal on every rank; data-parallel ranks take every dp-th sample.
+        progress: Called with the number of samples of each finished batch over all data-parallel ranks.
+        on_batch: Called before a chunk runs a micro-batch with the number of samples, the leading ones, that count; for
+            other hooks in the pass.
     """
-    share = DataParallelSamples(windows_NS, mesh, cfg.micro_batch)
-    collectors = [ActivationHooks(chunk, mesh, dims, cfg) for chunk in chunks]
+    samples = DataParallelSamples(windows_NS, mesh, cfg.micro_batch)
+    hooks = [ActivationHooks(chunk, mesh, dims, cfg) for chunk in chunks]
     current: list[int | None] = [None]
-    for chunk, collector in zip(chunks, collectors, strict=True):
-        collector.handles.append(
+    for chunk, of_chunk in zip(chunks, hooks, strict=True):
+        of_chunk.handles.append(
             chunk.register_forward_hook(
-                lambda *_, collector=collector: collector.finish(*_counted(share, current[0], mesh))
+                lambda *_, of_chunk=of_chunk: of_chunk.finish(*_counted(samples, current[0], mesh))
             )
         )
 
     def start(idx: int | None) -> None:
         current[0] = idx
-        on_batch(0 if idx is None else int(share.counted(idx, mesh.dp_rank).sum()))
+        on_batch(0 if idx is None else int(samples.counted(idx, mesh.dp_rank).sum()))
 
     try:
-        forward_each(chunks, mesh, share.batches, lambda idx, hidden: progress(share.num_counted(idx)), start)
+        forward_each(chunks, mesh, samples.batches, lambda idx, hidden: progress(samples.num_counted(idx)), start)
         states: dict[StateKey, State] = {}
-        for collector in collectors:
-            states |= collector.take()
+        for of_chunk in hooks:
+            states |= of_chunk.pop()
     finally:
-        for collector in collectors:
-            collector.remove()
+        for of_chunk in hooks:
+            of_chunk.remove()
     return merge_ranks(gather_objects((mesh.dp_rank, mesh.tp_rank, states)))
 
 
-def _counted(share: DataParallelSamples, idx: int | None, mesh: Mesh) -> tuple[Tensor | None, Tensor | None]:
-    """Masks over this rank's samples of a batch, and over those of all ranks that share its experts."""
+def _counted(samples: DataParallelSamples, idx: int | None, mesh: Mesh) -> tuple[Tensor | None, Tensor | None]:
+    """Give two masks of a batch: over this rank's samples, and over those of all ranks that share its experts."""
     if idx is None:
         return None, None
     first = mesh.dp_rank - mesh.ep_rank
-    return share.counted(idx, mesh.dp_rank), torch.cat([share.counted(idx, first + r) for r in range(mesh.ep_size)])
+    of_experts = torch.cat([samples.counted(idx, first + rank) for rank in range(mesh.ep_size)])
+    return samples.counted(idx, mesh.dp_rank), of_experts
 
 
 def merge_ranks(gathered: list[tuple[int, int, dict[StateKey, State]]]) -> dict[StateKey, State]:
-    """Whole vectors over all samples: tensor-parallel parts one after another, data-parallel ranks merged in order."""
+    """Make whole vectors over all samples: tensor-parallel parts one after another, data-parallel ranks in order."""
     by_rank: dict[tuple[StateKey, int], list[State]] = {}
     for dp_rank, _, states in sorted(gathered, key=lambda item: item[:2]):
         for key, state in states.items():

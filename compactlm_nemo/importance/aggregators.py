@@ -1,4 +1,8 @@
-"""Pure aggregates: the tokens of a sample first, then the samples.
+"""Aggregators turn the values of a unit into one number: first over the tokens of a sample, then over the samples.
+
+To add an aggregator, write: its member of `Aggregator` (and its pairs in `WidthMetric`, config/score.py), its sums in
+`_block_parts` and `experts.routed_parts`, how parts join in `_appended` and `join_parts`, its value over a sequence in
+`over_sequence`, and its result over samples in `State.result`.
 
 Shape suffixes: B samples, S tokens, E scored elements (heads, neurons or channels).
 """
@@ -17,23 +21,23 @@ from compactlm_nemo.errors import DataError
 from compactlm_nemo.parallel.collectives import all_reduce_sum
 
 Parts = dict[str, Tensor]
-"""What a part of a sequence contributes, `[B, E]` each, float32 or wider: `abs` = sum|x|, `sq` = sum x^2, and
+"""Sums over a part of a sequence, `[B, E]` each, float32 or wider: `abs` = sum|x|, `sq` = sum x^2, and
 `mean` with `m2` = sum (x - mean)^2."""
 
 
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
-"""Activations widened to float32 at the same time: what fits a core's cache, or a small part of a GPU's memory."""
+"""Most activations that are widened to float32 at once: they fit a core's cache, or a small part of a GPU's memory."""
 
 
 def blocks_of(x_SBE: Tensor) -> Iterator[Tensor]:
-    """Consecutive tokens of `[S, B, E]`, float32 or wider, a few at a time, so that no whole copy exists."""
+    """Yield consecutive tokens of `[S, B, E]`, float32 or wider, a few at a time, so that no whole copy exists."""
     rows = max(1, BLOCK_ELEMENTS[x_SBE.device.type] // max(1, x_SBE[0].numel()))
     dtype = torch.promote_types(x_SBE.dtype, torch.float32)
     return (block_SBE.to(dtype) for block_SBE in x_SBE.detach().split(rows))
 
 
 def sequence_parts(x_SBE: Tensor, aggs: Collection[Aggregator]) -> Parts:
-    """Sums over dim 0 of `[S, B, E]` that the aggregators need; E may be a shard, S a part of the sequence."""
+    """Sum over dim 0 of `[S, B, E]` what the aggregators need; E may be a shard, S a part of the sequence."""
     parts: Parts = {}
     seen = 0
     for block_SBE in blocks_of(x_SBE):
@@ -51,14 +55,14 @@ def _block_parts(x_SBE: Tensor, aggs: Collection[Aggregator]) -> Parts:
         parts["mean"] = x_SBE.mean(dim=0)
         parts["m2"] = (x_SBE - parts["mean"]).square_().sum(dim=0)
     if Aggregator.l2 in aggs:
-        # From the other two where they are there: a sum of terms >= 0, so nothing cancels.
+        # From `mean` and `m2` where these are known: a sum of terms >= 0, so nothing cancels.
         is_known = "m2" in parts
         parts["sq"] = parts["m2"] + len(x_SBE) * parts["mean"].square() if is_known else x_SBE.square().sum(dim=0)
     return parts
 
 
 def _appended(parts: Parts, seen: int, more: Parts, length: int) -> Parts:
-    """The parts of `seen` tokens and of the `length` tokens after them together (as `State.merged`)."""
+    """Join the parts of the first `seen` tokens and of the `length` tokens after these (formulas: `State.merged`)."""
     joined: Parts = {name: parts[name] + more[name] for name in ("abs", "sq") if name in parts}
     if "m2" in parts:
         gap, share = more["mean"] - parts["mean"], length / (seen + length)
@@ -68,9 +72,9 @@ def _appended(parts: Parts, seen: int, more: Parts, length: int) -> Parts:
 
 
 def join_parts(parts: Parts, length: int, group: ProcessGroup) -> Parts:
-    """The parts of whole sequences from those of the ranks of `group`, each of which saw `length` tokens of every one.
+    """Join the parts of all ranks of `group`, each of which saw `length` tokens of every sequence.
 
-    ``M2 = sum_r M2_r + length * (mean_r - mean)^2``, ``mean = (1/R) sum_r mean_r``; the others add up.
+    ``M2 = sum_r M2_r + length * (mean_r - mean)^2``, ``mean = (1/R) sum_r mean_r``; the other parts add up.
     """
     joined: Parts = {name: all_reduce_sum(parts[name], group) for name in ("abs", "sq") if name in parts}
     if "m2" in parts:
@@ -81,7 +85,7 @@ def join_parts(parts: Parts, length: int, group: ProcessGroup) -> Parts:
 
 
 def over_sequence(parts: Parts, length: int) -> dict[Aggregator, Tensor]:
-    """`[B, E]` for each aggregator that the parts allow, of sequences of `length` tokens.
+    """Compute each aggregator that the parts allow, `[B, E]`, over sequences of `length` tokens.
 
     ``mean = (1/S) sum|x|``, ``l2 = sqrt(sum x^2)``, ``var = (1/S) sum (x - x_mean)^2``, sums over S.
     Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.2.
@@ -97,14 +101,14 @@ def over_sequence(parts: Parts, length: int) -> dict[Aggregator, Tensor]:
 
 
 class State(NamedTuple):
-    """Samples seen so far: their number [], mean [E] and `m2` = ``sum (v - mean)^2`` [E]; float64."""
+    """A state describes the samples so far: their number [], mean [E], `m2` = ``sum (v - mean)^2`` [E]; float64."""
 
     num: Tensor
     mean: Tensor
     m2: Tensor
 
     def merged(self, other: State) -> State:
-        """The state of both sets of samples.
+        """Merge the states of two sets of samples.
 
         ``M2 = M2_a + M2_b + d^2 n_a n_b / n``, ``mean = mean_a + d n_b / n``, ``d = mean_b - mean_a``.
         Source: Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance".
@@ -119,9 +123,9 @@ class State(NamedTuple):
         )
 
     def result(self, agg: Aggregator) -> Tensor:
-        """`[E]` float64: ``(1/n) sum v``, ``sqrt(sum v^2)`` or ``(1/n) sum (v - mean)^2``; v >= 0, so |v| = v."""
+        """Aggregate `[E]` float64: ``(1/n) sum v``, ``sqrt(sum v^2)`` or ``(1/n) sum (v - mean)^2``, as v >= 0."""
         if float(self.num) == 0:
-            raise DataError("score.samples: no calibration sample reached an aggregate; give more text or samples.")
+            raise DataError("score.samples: no calibration sample reached an aggregator; give more text or samples.")
         if agg is Aggregator.mean:
             return self.mean
         if agg is Aggregator.l2:
@@ -130,7 +134,7 @@ class State(NamedTuple):
 
 
 def state_of(values_BE: Tensor) -> State:
-    """The state of `[B, E]` finished sample values, one row a sample; B may be 0."""
+    """Start a state from the values `[B, E]` of finished samples, one row a sample; B may be 0."""
     if values_BE.ndim != 2:
         raise ValueError(f"values_BE has shape {list(values_BE.shape)}, must be [samples, elements].")
     x_BE = values_BE.detach().to(torch.float64)

@@ -1,8 +1,7 @@
-"""How far two sets of scores order the same units alike: rank correlations, for they alone decide what a cut keeps."""
+"""Rank correlations say how far two sets of scores order a model's units alike; the order alone decides a cut."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from statistics import fmean
 
@@ -11,27 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from compactlm_nemo.errors import DataError, NumericsError
-from compactlm_nemo.importance.scores import DEPTH, HIDDEN
-
-NAME_PATTERNS = {
-    HIDDEN: HIDDEN,
-    "heads": r"layers\.\d+\.heads",
-    "groups": r"layers\.\d+\.groups",
-    "mlp": r"layers\.\d+\.mlp",
-    "experts": r"layers\.\d+\.experts",
-    "expert_mlp": r"layers\.\d+\.experts\.\d+\.mlp",
-    "shared_expert": r"layers\.\d+\.shared_expert\.mlp",
-    DEPTH: DEPTH,
-}
-"""Axis -> what the names of its vectors look like (importance/scores.py makes them)."""
-
-
-def axis_of(name: str) -> str:
-    """The axis that a vector's name, without the prefix of a metric, belongs to."""
-    for axis, pattern in NAME_PATTERNS.items():
-        if re.fullmatch(pattern, name):
-            return axis
-    raise DataError(f"{name} is not the name of a score vector; give those of one metric, without its prefix.")
+from compactlm_nemo.importance.names import NAME_PATTERNS, axis_of
 
 
 def kendall_tau(a: Tensor, b: Tensor) -> float:
@@ -41,7 +20,7 @@ def kendall_tau(a: Tensor, b: Tensor) -> float:
     opposite way, T_a and T_b tied in a and in b.
 
     Where the formula has no value: two vectors that order alike agree fully, so two constants (and so two vectors of
-    length 0 or 1) give 1.0; a constant says nothing about the order of a vector that is none, which gives 0.0.
+    length 0 or 1) give 1.0; a constant says nothing about the order of a vector that is not constant, which gives 0.0.
 
     Raises:
         DataError: the shapes differ or are not those of vectors.
@@ -85,12 +64,12 @@ def per_vector(
         DataError: a vector is missing in one or has another length there.
     """
     for name in sorted(first.keys() ^ second.keys()):
-        held, lacking = ("first", "second") if name in first else ("second", "first")
+        holder, other = ("first", "second") if name in first else ("second", "first")
         length = (first | second)[name].numel()
         raise DataError(
-            f"axis {axis_of(name)}: {name} ({length} values) is in the {held} scores, not in the {lacking}."
+            f"axis {axis_of(name)}: {name} ({length} values) is in the {holder} scores, not in the {other}."
         )
-    found: dict[str, list[float]] = {axis: [] for axis in NAME_PATTERNS}
+    correlations: dict[str, list[float]] = {axis: [] for axis in NAME_PATTERNS}
     for name, a in first.items():
         axis, b = axis_of(name), second[name]
         if a.shape != b.shape:
@@ -98,8 +77,8 @@ def per_vector(
                 f"axis {axis}: {name} has {a.numel()} values in the first scores and {b.numel()} in the second; "
                 "they are of different models."
             )
-        found[axis].append(measure(a, b))
-    return {axis: values for axis, values in found.items() if values}
+        correlations[axis].append(measure(a, b))
+    return {axis: values for axis, values in correlations.items() if values}
 
 
 def agreement(

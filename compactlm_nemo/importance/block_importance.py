@@ -1,4 +1,4 @@
-"""Block importance of every contiguous block of layers, from one forward pass.
+"""One forward pass gives the block importance of every contiguous block of layers.
 
 ``BI(i, n) = 1 - E[cos(x_i, x_{i+n})]``, x_i the input of layer i, x_L the output of the last layer, E over all tokens:
 what the residual stream changes over the n layers from i on. All blocks together are one Gram matrix of the normalised
@@ -24,7 +24,7 @@ from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
 
 CHUNK_TOKENS = 1024
-"""Tokens whose states exist in float32 at the same time."""
+"""Most tokens whose states exist in float32 at once."""
 
 
 @torch.no_grad()
@@ -37,20 +37,20 @@ def state_cosines(
     micro_batch: int,
     progress: Callable[[int], None],
 ) -> Tensor:
-    """``[L + 1, L + 1]`` float64 on every rank: sums over all tokens of ``cos(x_i, x_j)``. Collective.
+    """Sum ``cos(x_i, x_j)`` over all tokens, ``[L + 1, L + 1]`` float64 on every rank. Collective.
 
     The states of one micro-batch are kept on their stages and exchanged after its pass, a few tokens at a time.
     """
-    share = DataParallelSamples(windows_NS, mesh, micro_batch)
+    samples = DataParallelSamples(windows_NS, mesh, micro_batch)
     total = torch.zeros(dims.num_layers + 1, dims.num_layers + 1, dtype=torch.float64, device=windows_NS.device)
-    for idx, tokens_BS in enumerate(share.batches):
+    for idx, tokens_BS in enumerate(samples.batches):
         states = _states_of(chunks, mesh, tokens_BS)
-        counted_BS = share.counted(idx, mesh.dp_rank).to(tokens_BS.device)[:, None].expand_as(tokens_BS)
+        counted_BS = samples.counted(idx, mesh.dp_rank).to(tokens_BS.device)[:, None].expand_as(tokens_BS)
         counted_SB = context_share(counted_BS, mesh).T
         if mesh.is_sequence_parallel:
             counted_SB = counted_SB.chunk(mesh.tp_size)[mesh.tp_rank]
         total += _gram(states, counted_SB.flatten(), mesh, dims)
-        progress(share.num_counted(idx))
+        progress(samples.num_counted(idx))
     if mesh.is_sequence_parallel:
         total = all_reduce_sum(total, mesh.tp_group)
     return all_reduce_sum(total, mesh.dp_cp_group).cpu()
@@ -66,7 +66,7 @@ def block_importance(cosines_PP: Tensor, tokens: int) -> Tensor:
 
 
 def _states_of(chunks: ModelChunks, mesh: Mesh, tokens_BS: Tensor) -> list[Tensor]:
-    """Inputs of this rank's layers in its order, on the last stage also the output of the last; `[S, B, H]` each."""
+    """Run a batch, keep the inputs of this rank's layers and on the last stage the last output; `[S, B, H]` each."""
     states: list[Tensor] = []
 
     def keep_input(layer: Any, args: Any, kwargs: Any) -> None:
@@ -86,42 +86,42 @@ def _states_of(chunks: ModelChunks, mesh: Mesh, tokens_BS: Tensor) -> list[Tenso
 
 
 def _first_passes(states: list[Tensor], chunks: ModelChunks, mesh: Mesh) -> list[Tensor]:
-    """Without the repetitions: a schedule runs each chunk on the batch `pp_size` times where stages are virtual."""
+    """Drop the repetitions: a schedule runs each chunk on the batch `pp_size` times where stages are virtual."""
     if len(chunks) == 1:
         return states
-    kept, start = [], 0
+    first, start = [], 0
     for chunk in chunks:
         num = len(chunk.decoder.layers) + chunk.post_process
-        kept += states[start : start + num]
+        first += states[start : start + num]
         start += num * mesh.pp_size
-    return kept
+    return first
 
 
 def _gram(states: list[Tensor], counted_N: Tensor, mesh: Mesh, dims: Dims) -> Tensor:
-    """Sum over the counted tokens of the products of all normalised states, `[L + 1, L + 1]`."""
+    """Sum the products of all normalised states over the counted tokens, `[L + 1, L + 1]`."""
     flat = [state.flatten(0, 1) for state in states]
     order, most = _order(mesh, dims)
     gram = torch.zeros(dims.num_layers + 1, dims.num_layers + 1, dtype=torch.float64, device=counted_N.device)
     for start in range(0, len(counted_N), CHUNK_TOKENS):
         rows = slice(start, start + CHUNK_TOKENS)
-        own_PNH = torch.stack([F.normalize(x[rows].float(), dim=-1) * counted_N[rows, None] for x in flat])
+        states_PNH = torch.stack([F.normalize(x[rows].float(), dim=-1) * counted_N[rows, None] for x in flat])
         if mesh.pp_size > 1:
-            padded = F.pad(own_PNH, (0, 0, 0, 0, 0, most - len(own_PNH)))
-            own_PNH = all_gather(padded, mesh.pp_group, dim=0)[order]
-        points = own_PNH.flatten(1)
+            padded = F.pad(states_PNH, (0, 0, 0, 0, 0, most - len(states_PNH)))
+            states_PNH = all_gather(padded, mesh.pp_group, dim=0)[order]
+        points = states_PNH.flatten(1)
         gram += (points @ points.T).double()
     return gram
 
 
 def _order(mesh: Mesh, dims: Dims) -> tuple[Tensor, int]:
-    """Where each state stands among the gathered ones, and how many places a stage has."""
+    """The index of each state among the gathered ones, and the most states that a stage has."""
     counts = split_layers(dims.num_layers, mesh.layout)
-    held = [sum(counts[rank :: mesh.pp_size]) + (rank == mesh.pp_size - 1) for rank in range(mesh.pp_size)]
-    next_place = [rank * max(held) for rank in range(mesh.pp_size)]
-    places: list[int] = []
+    nums = [sum(counts[rank :: mesh.pp_size]) + (rank == mesh.pp_size - 1) for rank in range(mesh.pp_size)]
+    next_index = [rank * max(nums) for rank in range(mesh.pp_size)]
+    order: list[int] = []
     for chunk, count in enumerate(counts):
         rank = chunk % mesh.pp_size
         num = count + (chunk == len(counts) - 1)
-        places += range(next_place[rank], next_place[rank] + num)
-        next_place[rank] += num
-    return torch.tensor(places), max(held)
+        order += range(next_index[rank], next_index[rank] + num)
+        next_index[rank] += num
+    return torch.tensor(order), max(nums)

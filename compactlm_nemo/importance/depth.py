@@ -1,4 +1,4 @@
-"""Importance of layers by what the model's output loses without them: language-model loss, and error of the logits.
+"""Layers are as important as what the output loses without them: language-model loss, or error of the logits.
 
 All metrics come from one walk (`layer_sums`), part by part if wanted, as the sums add up.
 
@@ -28,7 +28,7 @@ TokenLosses = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSums:
-    """What the metrics are made of, over some calibration samples; `+` takes in those of further samples."""
+    """Sums that the metrics are made of, over some calibration samples; `+` adds the sums of further samples."""
 
     sums: Tensor
     """`[L + 1, 3]`: as `LeftOut.sums`; loss in nats, squared error of the logits, and in row L their squares."""
@@ -62,31 +62,31 @@ def layer_sums(
     block: int = 1,
     progress: Callable[[int], None],
 ) -> LayerSums:
-    """The sums of all metrics from one walk over calibration windows, equal on every rank. Collective.
+    """Measure the sums of all metrics in one walk over calibration windows, equal on every rank. Collective.
 
     Args:
-        windows_NS: `[n, S]`, the same on every rank; data-parallel ranks take every dp-th. A window has no target
+        windows_NS: `[n, S]`, equal on every rank; data-parallel ranks take every dp-th. A window has no target
             column: tokens 1 to S - 1 are predicted.
-        chunk_tokens: Tokens whose logits exist at the same time.
+        chunk_tokens: Most tokens whose logits exist at once.
         token_losses: For `lm_loss_rise`; None leaves the loss out.
         logits: For `logit_mse`; False leaves the logits out.
         removed: Layers left out of every run but the whole model's, to which logits are compared.
         block: Layers left out together, from each layer on.
-        progress: Told the number of samples of every finished batch over all data-parallel ranks, on every rank.
+        progress: Called with the number of samples of every finished batch over all data-parallel ranks, on every rank.
     """
-    share = DataParallelSamples(windows_NS, mesh, micro_batch)
+    samples = DataParallelSamples(windows_NS, mesh, micro_batch)
 
     def measure(idx: int, left_out: int | None, hidden_SBH: Tensor, whole_SBH: Tensor) -> Tensor:
-        counted = int(share.counted(idx, mesh.dp_rank).sum())  # the leading ones
+        counted = int(samples.counted(idx, mesh.dp_rank).sum())  # the leading ones
         hidden_SBH, whole_SBH = hidden_SBH[:, :counted], whole_SBH[:, :counted]
         sums = hidden_SBH.new_zeros(3, dtype=torch.float64)
         if token_losses is not None:
-            labels_N, mask_N = _targets(share.batches[idx][:counted], mesh)
+            labels_N, mask_N = _targets(samples.batches[idx][:counted], mesh)
             sums[0] = (token_losses(hidden_SBH.flatten(0, 1), labels_N).double() * mask_N).sum()
         if logits:
             weight_VH = _unpadded(chunks.head_weight, dims, mesh)
             wide = torch.promote_types(hidden_SBH.dtype, torch.float32)
-            # Linear, so the logits of the difference: what both have in common does not hide it.
+            # The head is linear, so these are the logits of the difference: nothing that both have in common hides it.
             gap_SBH = (whole_SBH.to(wide) - hidden_SBH.to(wide)).to(hidden_SBH.dtype)
             sums[1] = _logit_squares(gap_SBH, weight_VH, chunk_tokens)
             if left_out is None:
@@ -98,12 +98,12 @@ def layer_sums(
         chunks,
         mesh,
         dims,
-        share.batches,
+        samples.batches,
         measure,
         num_sums=3,
         removed=removed,
         block=block,
-        progress=lambda idx: progress(share.num_counted(idx)),
+        progress=lambda idx: progress(samples.num_counted(idx)),
     )
     return LayerSums(
         sums=left.sums,
@@ -114,7 +114,7 @@ def layer_sums(
 
 
 def _targets(tokens_BS: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
-    """Next tokens of this context-parallel rank's positions, and 0 where there is none, both `[N]` as hidden states."""
+    """Give the next tokens of this context-parallel rank's positions and a mask, 0 where none follows; both `[N]`."""
     labels_BS, mask_BS = tokens_BS.roll(-1, dims=1), torch.ones_like(tokens_BS, dtype=torch.float64)
     mask_BS[:, -1] = 0
     labels, mask = (context_share(x, mesh).T.flatten() for x in (labels_BS, mask_BS))
@@ -122,12 +122,12 @@ def _targets(tokens_BS: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
 
 
 def _unpadded(weight_VH: Tensor, dims: Dims, mesh: Mesh) -> Tensor:
-    """The rows of this rank's part of the output layer that are of the vocabulary."""
+    """The rows of this rank's part of the output layer without those that pad the vocabulary."""
     return weight_VH[: max(dims.vocab_size - mesh.tp_rank * len(weight_VH), 0)]
 
 
 def _logit_squares(hidden_SBH: Tensor, weight_VH: Tensor, chunk_tokens: int) -> Tensor:
-    """``sum_nv (hidden_n . weight_v)^2``, squared in float32 or wider and summed in float64."""
+    """Sum ``sum_nv (hidden_n . weight_v)^2``, squared in float32 or wider and added up in float64."""
     total = hidden_SBH.new_zeros((), dtype=torch.float64)
     for rows_NH in hidden_SBH.flatten(0, 1).split(chunk_tokens):
         logits_NV = rows_NH @ weight_VH.T
@@ -139,7 +139,7 @@ def _logit_squares(hidden_SBH: Tensor, weight_VH: Tensor, chunk_tokens: int) -> 
 def lm_loss_rise(measured: LayerSums) -> Tensor:
     """`[L]` float64: loss without layer j minus that of the model, nats a token, mean over predicted tokens.
 
-    Source: Minitron (arXiv 2407.14679), section 2.2, which ranks by the perplexity: the same order.
+    Source: Minitron (arXiv 2407.14679), section 2.2, which ranks by the perplexity: the order is equal.
     """
     loss = measured.sums[:, 0] / measured.tokens
     return _finite(loss[:-1] - loss[-1], measured.removed)
@@ -154,7 +154,7 @@ def logit_mse(measured: LayerSums) -> Tensor:
 
 
 def _finite(scores_L: Tensor, removed: frozenset[int]) -> Tensor:
-    """The scores; NumericsError where one that was measured is no number."""
+    """Pass the scores on; raise NumericsError where a measured one is not finite."""
     for layer, score in enumerate(scores_L.tolist()):
         if layer not in removed and not math.isfinite(score):
             raise NumericsError(
@@ -173,7 +173,7 @@ def logit_mse_iterative(
         measure: Removed layers -> `logit_mse` of the others.
         iterations: Layers to remove, in [1, L - 1].
     Returns:
-        `[L]` float32, and (layer, its s when it went) in order of removal. Ascending, the vector first gives the
+        `[L]` float32, and (layer, its s when it was removed) in order of removal. Ascending, the vector first gives the
         removed layers in that order, then the others by their s of the last round. As s may fall from one round to
         the next, a value is the largest s up to there; a tie is broken upwards by the smallest float32 step.
     """
@@ -182,8 +182,8 @@ def logit_mse_iterative(
         raise ConfigError(f"score.iterations={iterations} must be in [1, {len(s_L) - 1}] for {len(s_L)} layers.")
     removed: list[tuple[int, float]] = []
     while True:
-        gone = {layer for layer, _ in removed}
-        others = sorted((float(s), j) for j, s in enumerate(s_L) if j not in gone)
+        removed_layers = {layer for layer, _ in removed}
+        others = sorted((float(s), j) for j, s in enumerate(s_L) if j not in removed_layers)
         removed.append((others[0][1], others[0][0]))
         if len(removed) == iterations:
             break

@@ -1,14 +1,14 @@
-"""Experts and their neurons: each token counts where the router sent it, with its gate's weight.
+"""Experts and their neurons are measured by hooks: a token counts where the router sent it, with its gate's weight.
 
-Quantities per token, 0 for a token that was routed elsewhere, so that every expert is measured over the same tokens:
+Quantities per token, 0 for a token that was routed elsewhere, so that every expert is measured over all tokens:
 
 - expert e: L2 norm of ``g_e(x) * expert_e(x)``, g the gate weight: what the expert adds to the residual stream;
 - neuron j of expert e: ``g_e(x) * h_j(x)``, the input of the expert's fc2 (after the activation), or the output of its
   fc1 without the gate weight (before);
 - neuron of a shared expert: as in a dense MLP.
 
-Under expert parallelism a rank's experts see the tokens of all ranks of the group: the samples of a statistic are
-those of the group, ordered by rank, and no rank reports a sample of an expert twice.
+Under expert parallelism a rank's experts see the tokens of all ranks of the group: the samples of an
+element are those of the group, ordered by rank, and no rank reports a sample of an expert twice.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from compactlm_nemo.importance.activations import ActivationHooks
 
 
-def hook_experts(collector: ActivationHooks, moe: Any, layer_idx: int) -> None:
+def hook_experts(hooks: ActivationHooks, moe: Any, layer_idx: int) -> None:
     """Measure a Megatron MoE layer with the all-gather dispatcher, which keeps the place of every token."""
-    place = TokenPlaces(collector.mesh, moe)
-    collector.handles += place.follow()
+    places = TokenPlaces(hooks.mesh, moe)
+    hooks.handles += places.follow()
     for local, expert in enumerate(moe.experts.local_experts):
         number = moe.local_expert_indices[local]
-        _hook_expert(collector, place, expert, local, f"{layer_idx}.{number}")
+        _hook_expert(hooks, places, expert, local, f"{layer_idx}.{number}")
     if moe.shared_experts is not None:
-        collector.on_neurons(moe.shared_experts, f"shared_expert.{layer_idx}")
+        hooks.on_neurons(moe.shared_experts, f"shared_expert.{layer_idx}")
 
 
 class TokenPlaces:
-    """Which sample each dispatched token belongs to: number ``ep_rank * batch + b`` of the group's."""
+    """Knows which sample each dispatched token belongs to: number ``ep_rank * batch + b`` of the group's samples."""
 
     def __init__(self, mesh: Mesh, moe: Any) -> None:
         self.mesh, self.moe = mesh, moe
@@ -47,17 +47,18 @@ class TokenPlaces:
         self.samples: tuple[Tensor, ...] = ()
 
     def follow(self) -> list[Any]:
-        """Hooks by which it knows of every batch; the handles take them off again."""
+        """Hook the layer, so that every batch updates the places; the handles remove the hooks."""
         return [
             self.moe.register_forward_pre_hook(lambda _, args: self.start(args[0])),
             self.moe.experts.register_forward_pre_hook(lambda _, args: self.dispatch(args[1])),
         ]
 
     def start(self, hidden_SBH: Tensor) -> None:
+        """Keep the length and the number of samples of a batch, before the tokens are dispatched."""
         self.shape = (hidden_SBH.shape[0], hidden_SBH.shape[1])
 
     def dispatch(self, tokens_per_expert: Tensor) -> None:
-        """The rows an expert sees are numbered `(rank in the group, place in the sequence, sample)`."""
+        """Work out the samples; rows that an expert sees are numbered `(rank in the group, position, sample)`."""
         length, batch = self.shape
         rows = self.moe.token_dispatcher.reversed_local_input_permutation_mapping
         ep_rank = rows // (length * batch) // self.tp_ranks
@@ -76,30 +77,30 @@ class TokenPlaces:
         return self.shape[0] * self.tp_ranks
 
 
-def _hook_expert(collector: ActivationHooks, place: TokenPlaces, expert: Any, local: int, name: str) -> None:
+def _hook_expert(hooks: ActivationHooks, places: TokenPlaces, expert: Any, local: int, name: str) -> None:
     def put(element: str, x_NE: Tensor) -> None:
-        parts = routed_parts(x_NE, place.samples[local], place.num_samples, place.length, collector.aggs)
-        collector.experts.put(f"{element}.{name}", parts)
+        parts = routed_parts(x_NE, places.samples[local], places.num_samples, places.length, hooks.aggs)
+        hooks.experts.put(f"{element}.{name}", parts)
 
     def neurons_before(module: Any, args: Any, out: Any) -> None:
-        put("expert_mlp", collector.before_activation(out[0]))
+        put("expert_mlp", hooks.before_activation(out[0]))
 
     def norm(module: Any, args: Any, out: Any) -> None:
         whole_NH = out[0].detach().float()
-        if place.mesh.tp_size > 1:  # the ranks hold parts of the sum over the expert's neurons
-            whole_NH = all_reduce_sum(whole_NH, place.mesh.tp_group)
+        if places.mesh.tp_size > 1:  # the ranks hold parts of the sum over the expert's neurons
+            whole_NH = all_reduce_sum(whole_NH, places.mesh.tp_group)
         put("experts", whole_NH.square().sum(dim=-1, keepdim=True).sqrt())
 
-    if collector.cfg.neurons is Neurons.after:
+    if hooks.cfg.neurons is Neurons.after:
         fc2 = expert.linear_fc2
-        collector.handles.append(fc2.register_forward_pre_hook(lambda _, args: put("expert_mlp", args[0])))
+        hooks.handles.append(fc2.register_forward_pre_hook(lambda _, args: put("expert_mlp", args[0])))
     else:
-        collector.handles.append(expert.linear_fc1.register_forward_hook(neurons_before))
-    collector.handles.append(expert.register_forward_hook(norm))
+        hooks.handles.append(expert.linear_fc1.register_forward_hook(neurons_before))
+    hooks.handles.append(expert.register_forward_hook(norm))
 
 
 def routed_parts(x_NE: Tensor, sample_N: Tensor, num_samples: int, length: int, aggs: set[Aggregator]) -> Parts:
-    """As `sequence_parts`, of N routed tokens that belong to the given samples; the other tokens are zeros."""
+    """Sum as `sequence_parts` does, over N routed tokens of the given samples; all other tokens count as zeros."""
     x_NE = x_NE.detach().to(torch.promote_types(x_NE.dtype, torch.float32))
 
     def summed(values_NE: Tensor) -> Tensor:

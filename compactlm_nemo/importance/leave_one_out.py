@@ -1,10 +1,10 @@
-"""Forward passes without one layer at a time; the activations before that layer are computed once.
+"""Forward passes leave out one layer at a time; the activations before that layer are computed once.
 
 For each batch the model runs whole first and keeps the input of every layer. The run without layer j starts from the
-kept input of j, so L layers take ``L + L(L - 1) / 2`` layer passes and not ``L + L(L - 1)``. All runs of a batch are
+stored input of j, so L layers take ``L + L(L - 1) / 2`` layer passes and not ``L + L(L - 1)``. All runs of a batch are
 micro-batches of one pipeline schedule: a stage before layer j runs nothing and sends its output of the whole model,
-which the stage of j does not read; that one starts in its middle, and later stages run as usual. For the time of a
-batch a rank keeps the inputs of all its layers.
+which the stage of j does not read; the stage of j starts in its middle, and later stages run as usual. For the time of
+a batch a rank keeps the inputs of all its layers.
 
 Shape suffixes: S sequence, B batch, H width.
 """
@@ -30,38 +30,39 @@ Measure = Callable[[int, int | None, Tensor, Tensor], Tensor]
 
 
 class LeftOut(NamedTuple):
-    """Sums of a leave-one-out, and its cost."""
+    """Sums of a leave-one-out, and how many layers ran."""
 
     sums: Tensor
-    """`[L + 1, k]` float64 on the CPU, equal on every rank. Row j: without layer j; row L: with it."""
+    """`[L + 1, k]` float64 on the CPU, equal on every rank. Row j: without layer j; row L: with every layer."""
     layers_run: int
     """Layers run on batches by the ranks of one pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One micro-batch: from the kept input of layer `start` through all later layers that are not in `skipped`."""
+    """One micro-batch runs from the stored input of layer `start` through all later layers but those in `skipped`."""
 
     start: int
     skipped: frozenset[int] = frozenset()
-    keeps: bool = False
+    stores: bool = False
+    """Whether inputs of layers and the output are stored."""
     left_out: int | None = None
     row: int | None = None
-    """Where its sums go; None: nowhere."""
+    """Row of the sums that the run adds to; None: no row."""
 
 
 def _plan(num_layers: int, removed: frozenset[int], block: int) -> list[_Run]:
-    """The whole model; that without `removed`, from the first of them; then without each further block of layers."""
-    runs = [_Run(start=0, keeps=True)]
+    """Plan the runs: the whole model, the model without `removed`, then without each further block of layers too."""
+    runs = [_Run(start=0, stores=True)]
     if removed:
-        runs.append(_Run(start=min(removed), skipped=removed, keeps=True))
+        runs.append(_Run(start=min(removed), skipped=removed, stores=True))
     runs[-1] = replace(runs[-1], row=num_layers)
     firsts = [j for j in range(num_layers - block + 1) if j not in removed]
     return runs + [_Run(start=j, skipped=removed | set(range(j, j + block)), left_out=j, row=j) for j in firsts]
 
 
 class PartialChunk(torch.nn.Module):
-    """A model chunk that does what `run` says, in place of the chunk in a pipeline schedule."""
+    """A model chunk that runs the layers of `run`, in place of the whole chunk in a pipeline schedule."""
 
     def __init__(self, chunk: HiddenStateModel) -> None:
         super().__init__()
@@ -70,10 +71,10 @@ class PartialChunk(torch.nn.Module):
         self.run = _Run(start=0)
         self.layers_run = 0
         self.forget()
-        self.handles = [layer.register_forward_pre_hook(self._keep, with_kwargs=True) for layer in self.layers]
+        self.handles = [layer.register_forward_pre_hook(self._store, with_kwargs=True) for layer in self.layers]
 
     def forget(self) -> None:
-        """Give up what was kept of a batch."""
+        """Free the stored activations of a batch."""
         self.inputs: dict[int, Tensor] = {}
         self.output: Any = None
 
@@ -82,18 +83,18 @@ class PartialChunk(torch.nn.Module):
         if run.start > _index(self.layers[-1]):
             return self.output
         wanted = [x for x in self.layers if _index(x) >= run.start and _index(x) not in run.skipped]
-        start = self.inputs.get(run.start)  # None: the embedding, or what the stage before has sent
+        start = self.inputs.get(run.start)  # None: the embedding, or the output of the stage before
         if start is not None and not chunk.pre_process:
             chunk.set_input_tensor(start)
         with only_layers(chunk, wanted):
             hidden = chunk(tokens_BS, positions_BS, mask, decoder_input=start)
         self.layers_run += len(wanted)
-        if run.keeps:
+        if run.stores:
             self.output = hidden
         return hidden
 
-    def _keep(self, layer: Any, args: Any, kwargs: Any) -> None:
-        if self.run.keeps:
+    def _store(self, layer: Any, args: Any, kwargs: Any) -> None:
+        if self.run.stores:
             self.inputs[_index(layer)] = args[0] if args else kwargs["hidden_states"]
 
 
@@ -103,7 +104,7 @@ def _index(layer: Any) -> int:
 
 @contextmanager
 def only_layers(chunk: HiddenStateModel, layers: list[Any]) -> Iterator[None]:
-    """The chunk with some of its layers, possibly none."""
+    """Reduce the chunk to some of its layers, possibly none, while the context lasts."""
     decoder: Any = chunk.decoder
     whole, decoder.layers = decoder.layers, torch.nn.ModuleList(layers)
     try:
@@ -130,12 +131,12 @@ def leave_one_out(
     With `block` > 1 row j is of the model without the `block` layers from j on.
 
     Args:
-        batches: This data-parallel rank's tokens, `[B, S]` each; expert-parallel ranks need equally many of the same
+        batches: This data-parallel rank's tokens, `[B, S]` each; expert-parallel ranks need equally many of equal
             shapes.
-        measure: Called on the last stage for every run; the whole model includes `removed`. Sums over the tokens of a
-            context-parallel rank, equal on tensor-parallel ranks.
+        measure: Called on the last stage for every run; the whole model includes `removed`. It returns sums over the
+            tokens of a context-parallel rank, equal on tensor-parallel ranks.
         num_sums: Numbers that `measure` returns, k.
-        progress: Told the index of every finished batch, on every rank.
+        progress: Called with the index of every finished batch, on every rank.
     Returns:
         Sums over all batches and ranks; rows of `removed`, and where no block begins, are NaN.
     """

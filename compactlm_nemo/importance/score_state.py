@@ -1,8 +1,8 @@
-"""What has been measured so far: kept on disk every few samples, continued, and turned into scores.
+"""The state of a scoring run is kept on disk every few samples, continued after a kill, and turned into scores.
 
-The statistics are those of whole vectors over all ranks, so a run may go on in another layout, and samples can be
-added to a finished file. Continuing in the same layout gives the same bits as never having stopped, because the
-uninterrupted run merges at the same places.
+Aggregator states are of whole vectors over all ranks, so a run may go on in another layout, and samples can be added to
+a finished file. A run that is continued in its layout ends with the bits of one that never stopped, because both merge
+after equal numbers of samples.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from compactlm_nemo.config.score import Aggregator, DepthMetric, ScoreConfig, WidthMetric
 from compactlm_nemo.errors import NumericsError
-from compactlm_nemo.importance import scores as names
+from compactlm_nemo.importance import names
 from compactlm_nemo.importance.accumulator import StateKey
 from compactlm_nemo.importance.aggregators import State
 from compactlm_nemo.importance.agreement import settled
@@ -31,7 +31,7 @@ STATE = "state.safetensors"
 
 @dataclass
 class ScoreState:
-    """Statistics over the first `samples` calibration windows."""
+    """Aggregator states and sums over the first `samples` calibration windows."""
 
     samples: int = 0
     states: dict[StateKey, State] = field(default_factory=dict)
@@ -43,21 +43,21 @@ class ScoreState:
     """Samples in each of `sums`."""
 
     def add(self, states: dict[StateKey, State], samples: int) -> None:
-        """Take in the statistics of the next samples."""
+        """Merge the states of the next samples."""
         for key, state in states.items():
             self.states[key] = self.states[key].merged(state) if key in self.states else state
         self.samples += samples
 
     def add_sum(self, name: str, value: Tensor, samples: int) -> None:
-        """Take in a further measurement's sum over its next samples."""
+        """Add to the measurement `name` its sum over the next samples."""
         self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.summed[name] = self.summed.get(name, 0) + samples
 
     def check_finite(self, dims: Dims) -> None:
-        """NumericsError naming the first layer, in the model's order, that has NaN or infinite activations."""
+        """Raise NumericsError with the first layer, in the model's order, that has NaN or infinite activations."""
         bad = [key for key, state in self.states.items() if not bool((state.mean + state.m2).isfinite().all())]
         if bad:
-            (element, _) = min(bad, key=lambda key: _place(key[0], dims))
+            (element, _) = min(bad, key=lambda key: _position(key[0]))
             raise NumericsError(
                 f"score: {_described(element, dims)} activations are NaN or infinite; check the teacher's weights, or "
                 "score with model.precision=fp32."
@@ -69,20 +69,20 @@ class ScoreState:
         for (element, agg), state in self.states.items():
             tensors |= {f"{element}/{agg.name}/{part}": x.clone() for part, x in state._asdict().items()}
         tensors |= {f"sum/{name}": x.clone() for name, x in self.sums.items()}
-        about = {"samples": self.samples, "settled_checks": self.settled_checks, "summed": self.summed}
+        metadata = {"samples": self.samples, "settled_checks": self.settled_checks, "summed": self.summed}
         temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"about": json.dumps(about, sort_keys=True)})
+        save_file(tensors, temporary, metadata={"metadata": json.dumps(metadata, sort_keys=True)})
         os.replace(temporary, path)
 
     @staticmethod
     def load(path: Path) -> ScoreState:
-        """What `save` wrote; nothing measured yet without a file."""
+        """Read the state that `save` wrote; without a file the state is empty."""
         if not path.is_file():
             return ScoreState()
         states: dict[StateKey, dict[str, Tensor]] = {}
         sums: dict[str, Tensor] = {}
         with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["about"])
+            metadata = json.loads(file.metadata()["metadata"])
             for name in file.keys():  # noqa: SIM118  (not a dict)
                 if name.startswith("sum/"):
                     sums[name.removeprefix("sum/")] = file.get_tensor(name)
@@ -90,10 +90,10 @@ class ScoreState:
                 element, agg, part = name.split("/")
                 states.setdefault((element, Aggregator[agg]), {})[part] = file.get_tensor(name)
         merged = {key: State(**parts) for key, parts in states.items()}
-        return ScoreState(about["samples"], merged, about["settled_checks"], sums, about["summed"])
+        return ScoreState(metadata["samples"], merged, metadata["settled_checks"], sums, metadata["summed"])
 
     def rankings(self, dims: Dims, cfg: ScoreConfig) -> dict[str, Tensor]:
-        """The vectors of all activation metrics and block importance, under the names of the scores file."""
+        """Compute the vectors of all activation metrics and of block importance, under the names of the scores file."""
         scores: dict[str, Tensor] = {}
         for metric in cfg.width:
             if metric.pair:
@@ -130,7 +130,7 @@ class ScoreState:
         return scores
 
     def has_converged(self, before: dict[str, Tensor], after: dict[str, Tensor], cfg: ScoreConfig) -> bool:
-        """Count a save; whether the rankings of every metric have stood still for `score.stop_checks` of them."""
+        """Count a save; True when every metric's rankings have stood still for `score.stop_checks` saves in a row."""
         if cfg.stop_tolerance is None or not before:
             return False
         moved = max(settled(_of(before, metric), _of(after, metric)) for metric in {n.split(".")[0] for n in after})
@@ -139,13 +139,13 @@ class ScoreState:
 
 
 def _of(scores: dict[str, Tensor], metric: str) -> dict[str, Tensor]:
-    """One metric's vectors; the depth metric's under the name that an axis has."""
-    own = {name.removeprefix(f"{metric}."): x for name, x in scores.items() if name.startswith(f"{metric}.")}
-    return {names.DEPTH: own["bi"]} if metric == names.DEPTH else own
+    """Pick one metric's vectors; block importance gets the name of the depth axis."""
+    vectors = {name.removeprefix(f"{metric}."): x for name, x in scores.items() if name.startswith(f"{metric}.")}
+    return {names.DEPTH: vectors["bi"]} if metric == names.DEPTH else vectors
 
 
-def _place(element: str, dims: Dims) -> float:
-    """Where in the forward pass an element stands, in layers."""
+def _position(element: str) -> float:
+    """The position of an element in the forward pass, in layers."""
     kind, number, *_ = element.split(".")
     if kind == "norm":
         return int(number) / 2

@@ -1,6 +1,6 @@
-"""The scores file: whole vectors of the model, one set a metric, and what they were measured on.
+"""The scores file holds whole vectors of the model, one set a metric, and says what was scored on which tokens.
 
-Names in `scores.safetensors`, float32, layers 0-based and global::
+Names in `scores.safetensors`, float32, layers 0-based and global (`importance.names` makes them)::
 
     {width metric}.hidden                         [H]         channels of the residual stream
     {width metric}.layers.{i}.heads               [heads]     query heads
@@ -13,7 +13,7 @@ Names in `scores.safetensors`, float32, layers 0-based and global::
     depth.{bi_blocks, lm_loss_blocks}             [layers, layers]   block of n layers from layer i at [i, n - 1],
                                                                      NaN where it does not fit or was not measured
 
-They belong to the model and not to a layout. The header says which model, metrics and calibration tokens they are of.
+Scores belong to the model and not to a layout. The header says which model, metrics and calibration tokens they are of.
 """
 
 from __future__ import annotations
@@ -28,40 +28,9 @@ from torch import Tensor
 
 from compactlm_nemo.config.score import DepthMetric, WidthMetric
 from compactlm_nemo.errors import CheckpointError, ConfigError
+from compactlm_nemo.importance.names import DEPTH
 
 FILE = "scores.safetensors"
-HIDDEN = "hidden"
-DEPTH = "depth"
-
-
-def mlp_key(layer_idx: int) -> str:
-    """Name of a layer's neuron scores."""
-    return f"layers.{layer_idx}.mlp"
-
-
-def heads_key(layer_idx: int) -> str:
-    """Name of a layer's query head scores."""
-    return f"layers.{layer_idx}.heads"
-
-
-def groups_key(layer_idx: int) -> str:
-    """Name of a layer's query group scores."""
-    return f"layers.{layer_idx}.groups"
-
-
-def experts_key(layer_idx: int) -> str:
-    """Name of a layer's expert scores."""
-    return f"layers.{layer_idx}.experts"
-
-
-def expert_mlp_key(layer_idx: int, expert: int) -> str:
-    """Name of the neuron scores of one expert."""
-    return f"layers.{layer_idx}.experts.{expert}.mlp"
-
-
-def shared_expert_key(layer_idx: int) -> str:
-    """Name of the neuron scores of a layer's shared expert."""
-    return f"layers.{layer_idx}.shared_expert.mlp"
 
 
 @dataclass(frozen=True)
@@ -69,28 +38,28 @@ class Scores:
     """A scores file in memory."""
 
     tensors: dict[str, Tensor]
-    about: dict[str, str]
-    """Header: `model` (fingerprint of the teacher), `calibration` (SHA-256 of the tokens), `samples`,
+    metadata: dict[str, str]
+    """The header: `model` (fingerprint of the teacher), `calibration` (SHA-256 of the tokens), `samples`,
     `sequence_length`, `neurons`, and the metrics as `width` and `depth`."""
 
     @property
     def width_metrics(self) -> list[str]:
         """Names of the width metrics in the order of `score.width`."""
-        found = {name.split(".")[0] for name in self.tensors}
-        return self._in_order("width", [metric.name for metric in WidthMetric if metric.name in found])
+        prefixes = {name.split(".")[0] for name in self.tensors}
+        return self._in_order("width", [metric.name for metric in WidthMetric if metric.name in prefixes])
 
     @property
     def depth_metrics(self) -> list[str]:
         """Names of the depth metrics in the order of `score.depth`."""
-        held = [metric.name for metric in DepthMetric if f"{DEPTH}.{metric.name}" in self.tensors]
-        return self._in_order("depth", held)
+        metrics = [metric.name for metric in DepthMetric if f"{DEPTH}.{metric.name}" in self.tensors]
+        return self._in_order("depth", metrics)
 
-    def _in_order(self, kind: str, held: list[str]) -> list[str]:
-        asked = self.about.get(kind, "").split(",")
-        return sorted(held, key=lambda name: asked.index(name) if name in asked else len(asked))
+    def _in_order(self, kind: str, metrics: list[str]) -> list[str]:
+        order = self.metadata.get(kind, "").split(",")
+        return sorted(metrics, key=lambda name: order.index(name) if name in order else len(order))
 
     def width(self, metric: str) -> dict[str, Tensor]:
-        """`hidden`, `layers.{i}.heads`, ... of one metric, without its prefix."""
+        """The vectors `hidden`, `layers.{i}.heads`, ... of one metric, without its prefix."""
         self._require("width", metric, self.width_metrics)
         return {name.removeprefix(f"{metric}."): x for name, x in self.tensors.items() if name.startswith(f"{metric}.")}
 
@@ -100,36 +69,38 @@ class Scores:
         return self.tensors[f"{DEPTH}.{metric}"]
 
     def ranking(self, width: WidthMetric | None, depth: DepthMetric | None) -> dict[str, Tensor]:
-        """What decides a cut: the vectors of one width metric, and the depth metric's as `depth`; None is the first.
+        """The vectors that decide a cut: those of one width metric, and the depth metric's as `depth`; None: the first.
 
         `depth` holds one number a layer, or one a block (`DepthMetric` of blocks).
         """
-        held = self.depth_metrics
-        chosen = depth.name if depth else (held[0] if held else "")
-        if chosen not in held:
-            raise ConfigError(f"search.depth={chosen or None} must be one of {held}; add it to score.depth.")
+        metrics = self.depth_metrics
+        chosen = depth.name if depth else (metrics[0] if metrics else "")
+        if chosen not in metrics:
+            raise ConfigError(f"search.depth={chosen or None} must be one of {metrics}; add it to score.depth.")
         return self.width(width.name if width else self.width_metrics[0]) | {DEPTH: self.depth(chosen)}
 
-    def _require(self, kind: str, metric: str, held: list[str]) -> None:
-        if metric not in held:
-            raise ConfigError(f"search.{kind}={metric} is not in the scores, they hold {held}; add it to score.{kind}.")
+    def _require(self, kind: str, metric: str, metrics: list[str]) -> None:
+        if metric not in metrics:
+            raise ConfigError(
+                f"search.{kind}={metric} is not in the scores, which hold {metrics}; add it to score.{kind}."
+            )
 
 
 def save_scores(path: Path, scores: Scores) -> None:
     """Write the file; the caller replaces a file atomically by renaming."""
-    about = json.dumps(scores.about, sort_keys=True)  # one entry: safetensors writes several in no fixed order
-    save_file({name: x.contiguous() for name, x in scores.tensors.items()}, path, metadata={"about": about})
+    entry = json.dumps(scores.metadata, sort_keys=True)  # one entry: safetensors writes several in no fixed order
+    save_file({name: x.contiguous() for name, x in scores.tensors.items()}, path, metadata={"metadata": entry})
 
 
 def load_scores(path: Path) -> Scores:
-    """Read a scores file, or the one in a folder; CheckpointError when it is missing, damaged or of another kind."""
+    """Read a scores file, or that of a folder; CheckpointError when it is missing, damaged or of another kind."""
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; run the score stage first.")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            scores = Scores({name: file.get_tensor(name) for name in sorted(file.keys())}, about)
+            metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
+            scores = Scores({name: file.get_tensor(name) for name in sorted(file.keys())}, metadata)
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); run the score stage again.") from None
     if not scores.width_metrics and not scores.depth_metrics:

@@ -1,4 +1,4 @@
-"""Which units and layers stay: those with the highest scores."""
+"""Selection keeps the units and layers with the highest scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.errors import ConfigError, NumericsError
-from compactlm_nemo.importance.scores import (
+from compactlm_nemo.importance.names import (
     DEPTH,
     HIDDEN,
     expert_mlp_key,
@@ -20,7 +20,7 @@ from compactlm_nemo.models.dims import Dims
 
 
 def check_scores(teacher: Dims, scores: dict[str, Tensor]) -> None:
-    """ConfigError unless every score vector is there in the teacher's length; NumericsError on NaN or infinity.
+    """Raise ConfigError unless every score vector has the teacher's length; NumericsError on NaN or infinity.
 
     Scores of query groups may be missing: only a cut of groups needs them.
     """
@@ -43,7 +43,7 @@ def check_scores(teacher: Dims, scores: dict[str, Tensor]) -> None:
 
 
 def _lengths(teacher: Dims) -> dict[str, int]:
-    """The vectors that every cut needs."""
+    """The length of every vector that a cut needs."""
     expected = {HIDDEN: teacher.hidden_size, DEPTH: teacher.num_layers}
     for i in range(teacher.num_layers):
         expected[heads_key(i)] = teacher.num_heads
@@ -58,13 +58,13 @@ def _lengths(teacher: Dims) -> dict[str, int]:
 
 
 def top_units(score_E: Tensor, k: int) -> Tensor:
-    """Indices of the k highest scores, ascending, int64 on the CPU; of equal scores the lower index stays."""
+    """Choose the units with the k highest scores, ascending int64 on the CPU; of equal scores the lower stays."""
     order = torch.sort(score_E.cpu(), descending=True, stable=True).indices
     return order[:k].sort().values
 
 
 def keep_layers(depth: Tensor, num: int) -> Tensor:
-    """The layers that stay, ascending.
+    """Choose the layers that stay, ascending.
 
     By scores `[L]` the `num` highest, scattered; by scores of blocks `[L, L]` (the block of n layers from layer i at
     ``[i, n - 1]``) all but the block that matters least, the first of equals.
@@ -72,23 +72,23 @@ def keep_layers(depth: Tensor, num: int) -> Tensor:
     if depth.dim() == 1:
         return top_units(depth, num)
     layers = torch.arange(len(depth))
-    gone = len(depth) - num
-    if not gone:
+    num_removed = len(depth) - num
+    if not num_removed:
         return layers
-    block_L = depth[:, gone - 1].cpu()
+    block_L = depth[:, num_removed - 1].cpu()
     if bool(block_L.isnan().all()):
         raise ConfigError(
-            f"search.depth scores no blocks of {gone} layers, which search.layers={num} takes out; add {gone} to "
-            "score.block_lengths."
+            f"search.depth scores no blocks of {num_removed} layers, which search.layers={num} takes out; add "
+            f"{num_removed} to score.block_lengths."
         )
     start = int(block_L.nan_to_num(torch.inf).argmin())
-    return layers[(layers < start) | (layers >= start + gone)]
+    return layers[(layers < start) | (layers >= start + num_removed)]
 
 
 def keep_heads(layer: int, teacher: Dims, student: Dims, scores: dict[str, Tensor]) -> Tensor:
-    """Indices of the query heads of a layer that stay, ascending: the best of each kept group.
+    """Choose the query heads of a layer that stay, ascending: the best of each group that stays.
 
-    Whole groups go by their own scores. Head h belongs to group ``h // (heads / groups)``.
+    Whole groups are chosen by the scores of groups. Head h belongs to group ``h // (heads / groups)``.
     """
     groups = torch.arange(teacher.num_query_groups)
     if student.num_query_groups < len(groups):
@@ -100,8 +100,11 @@ def keep_heads(layer: int, teacher: Dims, student: Dims, scores: dict[str, Tenso
     return torch.cat([top_units(by_group[g], num_kept) + g * by_group.shape[1] for g in groups.tolist()])
 
 
-def kept_share(score_E: Tensor, kept: Tensor) -> float:
-    """``sum over kept of s / sum of s``, negative scores counted as 0; 1 when there is nothing to lose."""
+def kept_share(score_E: Tensor, units: Tensor) -> float:
+    """The share of the scores that the kept units hold, ``sum over units of s / sum of s``.
+
+    Negative scores count as 0; the share is 1 when there is nothing to lose.
+    """
     mass_E = score_E.cpu().double().clamp(min=0)
     total = float(mass_E.sum())
-    return float(mass_E[kept].sum()) / total if total > 0 else 1.0
+    return float(mass_E[units].sum()) / total if total > 0 else 1.0

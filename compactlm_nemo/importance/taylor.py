@@ -1,4 +1,4 @@
-"""First-order Taylor importance of heads, query groups, neurons, channels and experts.
+"""First-order Taylor importance is measured of heads, query groups, neurons, channels and experts.
 
 ``I_u = sum over the weights w of unit u of |w * dL/dw|``, L the mean language-model loss over all calibration tokens:
 the gradient is that of all samples before the absolute value is taken. This is LLM-Pruner's first-order, element-wise
@@ -29,7 +29,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from compactlm_nemo.errors import NumericsError
-from compactlm_nemo.importance import scores as names
+from compactlm_nemo.importance import names
 from compactlm_nemo.models.build import global_names
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import DataParallelSamples, context_share, fill_schedule, positions_of
@@ -42,7 +42,7 @@ gradient; called on the last stage."""
 
 
 class Gradients:
-    """The gradient of the summed loss over the samples so far, float32: this rank's share of it.
+    """This rank's share of the gradient of the summed loss over the samples so far, float32.
 
     Args:
         ddps: Megatron DDP around each chunk that leaves all gradients on every data-parallel rank.
@@ -61,25 +61,25 @@ class Gradients:
             yield from ((f"{idx}.{name}", parameter) for name, parameter in ddp.module.named_parameters())
 
     def add(self, windows_NS: Tensor, progress: Callable[[int], None]) -> None:
-        """Take in further samples. Collective.
+        """Add the gradient of further samples. Collective.
 
         Args:
-            windows_NS: The same on every rank; data-parallel ranks take every dp-th. S - 1 tokens of each count.
-            progress: Told the samples, over all ranks, of each micro-batch that is through the model; last stage only.
+            windows_NS: Equal on every rank; data-parallel ranks take every dp-th. S - 1 tokens of each count.
+            progress: Called with the number of samples, over all ranks, of each finished micro-batch; last stage only.
         """
         batches = _batches(windows_NS, self.mesh, self.micro_batch)
         _accumulate_gradients(self.ddps, self.mesh, batches, self.loss_sum, progress)
         tokens = windows_NS.shape[0] * (windows_NS.shape[1] - 1)
-        for name, parameter in self._parameters():  # they are of the mean over these tokens
+        for name, parameter in self._parameters():  # a main_grad is that of the mean over these tokens
             self.sums[name].add_(parameter.main_grad, alpha=tokens)
         self.tokens += tokens
 
     def state(self) -> dict[str, Tensor]:
-        """All of it, for a file of this rank."""
+        """The sums and the number of tokens, for a file of this rank."""
         return self.sums | {"tokens": torch.tensor(self.tokens)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave on the same layout."""
+        """Go on from the state that this rank gave in this layout."""
         for name, total in self.sums.items():
             total.copy_(state[name])
         self.tokens = int(state["tokens"])
@@ -91,10 +91,10 @@ class Gradients:
 
 
 def taylor_scores(gradients: Gradients, dims: Dims) -> dict[str, Tensor]:
-    """Importance of every unit, float32 under the names of `scores`, on the main rank; empty on the others. Collective.
+    """Score every unit, float32 under the names of `importance.names`, on the main rank; empty elsewhere. Collective.
 
     Args:
-        gradients: Of all calibration samples.
+        gradients: The gradient over all calibration samples.
     """
     gradients.finish()
     mesh = gradients.mesh
@@ -116,15 +116,15 @@ class _Batch(NamedTuple):
 
 
 def _batches(windows_NS: Tensor, mesh: Mesh, micro_batch: int) -> list[_Batch]:
-    """This data-parallel rank's samples in batches of one shape, as many as the schedule takes."""
-    share = DataParallelSamples(windows_NS, mesh, micro_batch)
-    size = len(share.batches[0])
+    """Put this data-parallel rank's samples into batches of one shape, as many as the schedule takes."""
+    samples = DataParallelSamples(windows_NS, mesh, micro_batch)
+    size = len(samples.batches[0])
     batches = []
-    for idx, tokens_BS in enumerate(share.batches):
+    for idx, tokens_BS in enumerate(samples.batches):
         missing = size - len(tokens_BS)
-        counted_B = F.pad(share.counted(idx, mesh.dp_rank).float(), (0, missing))
+        counted_B = F.pad(samples.counted(idx, mesh.dp_rank).float(), (0, missing))
         whole_BS = torch.cat([tokens_BS, tokens_BS[-1:].expand(missing, -1)])
-        batches.append(_Batch(whole_BS, counted_B.to(tokens_BS.device), share.num_counted(idx)))
+        batches.append(_Batch(whole_BS, counted_B.to(tokens_BS.device), samples.num_counted(idx)))
     tokens_BS, counted_B, _ = batches[-1]
     return fill_schedule(batches, _Batch(tokens_BS, torch.zeros_like(counted_B), 0), mesh)
 
@@ -163,7 +163,7 @@ def _accumulate_gradients(
 
 
 def _unit_sums(ddps: list[Any], dims: Dims, mesh: Mesh) -> dict[str, Tensor]:
-    """What this rank's parameters add to each unit it has a part of; nothing that another rank adds as well."""
+    """Sum what this rank's parameters add to each of their units, without parameters that another rank reports."""
     units = _Units(dims, mesh)
     for name, parameter in global_names(ddp.module for ddp in ddps):
         if units.are_from_here(name):
@@ -183,9 +183,9 @@ class _Units:
         self.sums: dict[str, Tensor] = {}
 
     def are_from_here(self, name: str) -> bool:
-        """Whether this rank reports a parameter: the first of those that hold the same one."""
+        """Whether this rank reports a parameter: of ranks with equal copies the first one does."""
         if name == "output_layer.weight" and self.dims.tied_embeddings:
-            return False  # a copy of the embedding, with the same gradient
+            return False  # a copy of the embedding, with an equal gradient
         # Expert-parallel ranks are neighbours among the data- and context-parallel ones.
         copy = self.mesh.dp_cp_group.rank()
         return copy < self.mesh.ep_size if ".local_experts." in name else copy == 0
@@ -210,7 +210,7 @@ class _Units:
             self._neurons(layer, module, _over(product, 0))
         elif module.endswith(("q_layernorm", "k_layernorm")):
             pass
-        elif self.mesh.tp_rank == 0:  # the same on every tensor-parallel rank: norms, biases of writers, gates
+        elif self.mesh.tp_rank == 0:  # equal on every tensor-parallel rank: norms, biases of writers, gates
             self._hidden(product.double() if product.ndim == 1 else _over(product, 0))
 
     def _qkv(self, layer: int, product: Tensor) -> None:
@@ -220,7 +220,7 @@ class _Units:
         self._heads(layer, product.double().view(-1, self.heads_of_group + 2, self.dims.head_dim))
 
     def _heads(self, layer: int, values_GPD: Tensor) -> None:
-        """The query heads of each group, and after them its key and value where there are any, which are no head's."""
+        """Add to heads and groups: behind a group's query heads may come its key and value, which belong to no head."""
         values_GP = values_GPD.sum(dim=-1)
         self._to(names.heads_key(layer), values_GP[:, : self.heads_of_group].flatten())
         self._to(names.groups_key(layer), values_GP.sum(dim=-1))
@@ -264,7 +264,7 @@ def _parsed(name: str) -> tuple[int, str, str]:
 
 
 def _assembled(gathered: list[tuple[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    """Whole vectors: channels and experts are sums over the ranks, the parts of all others follow one another."""
+    """Make whole vectors: channels and experts are summed over the ranks, the parts of all other units are joined."""
     parts: dict[str, list[Tensor]] = {}
     for _, sums in sorted(gathered, key=lambda item: item[0]):
         for name, x in sums.items():

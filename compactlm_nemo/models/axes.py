@@ -1,30 +1,30 @@
-"""The axes along which a model can be cut."""
+"""The axes along which a model can be cut: the one table that spaces, candidates, budgets, rounds and checks read."""
 
 from __future__ import annotations
 
-SIZES = {
-    "num_layers": "layers",
-    "hidden_size": "hidden",
-    "ffn_hidden_size": "ffn",
-    "num_heads": "heads",
-    "num_query_groups": "groups",
-    "num_experts": "experts",
-    "shared_expert_ffn": "shared_expert_ffn",
-}
-"""Sizes that a cut may change -> the setting of `search` and the argument of `Dims.with_shape`."""
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a cut."""
+
+    size: str
+    """Field of `models.dims.Dims` that the axis changes."""
+    words: str
+    """What messages call the size."""
+    split_by_tp: bool = False
+    """Whether tensor parallelism splits the axis: `parallel.tp` must then divide its size."""
 
 
 AXES = {
-    "layers": "num_layers",
-    "hidden": "hidden_size",
-    "ffn": "ffn_hidden_size",
-    "heads": "num_heads",
-    "groups": "num_query_groups",
-    "experts": "num_experts",
-    "shared_expert_ffn": "shared_expert_ffn",
+    "layers": Axis("num_layers", "layers"),
+    "hidden": Axis("hidden_size", "hidden size"),
+    "ffn": Axis("ffn_hidden_size", "MLP width", split_by_tp=True),
+    "heads": Axis("num_heads", "heads", split_by_tp=True),
+    "groups": Axis("num_query_groups", "query groups", split_by_tp=True),
+    "experts": Axis("num_experts", "experts"),
+    "shared_expert_ffn": Axis("shared_expert_ffn", "shared expert's width", split_by_tp=True),
 }
-"""Setting of `search` and argument of `Dims.with_shape` -> the size of an architecture."""
-
-
-SPLIT_BY_TP = ("ffn", "heads", "groups", "shared_expert_ffn")
-"""Axes that tensor parallelism splits: values by rule are multiples of `parallel.tp`."""
+"""Setting of `search` -> its axis. The name is also the argument of `Dims.with_shape` and a field of a `Candidate`; a
+search sorts its space by the axes in this order."""

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from compactlm_nemo.models.axes import AXES
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dims:
@@ -51,28 +53,14 @@ class Dims:
     shared_expert_ffn: int = 0
     """Width of the expert that sees every token and has a sigmoid gate of its own; 0 is none."""
 
-    def with_shape(
-        self,
-        *,
-        layers: int | None = None,
-        hidden: int | None = None,
-        ffn: int | None = None,
-        heads: int | None = None,
-        groups: int | None = None,
-        experts: int | None = None,
-        shared_expert_ffn: int | None = None,
-    ) -> Dims:
-        """Return the same architecture with other widths and depth; None keeps a size."""
-        sizes: dict[str, Any] = {
-            "num_layers": layers,
-            "hidden_size": hidden,
-            "ffn_hidden_size": ffn,
-            "num_heads": heads,
-            "num_query_groups": groups,
-            "num_experts": experts,
-            "shared_expert_ffn": shared_expert_ffn,
-        }
-        return replace(self, **{name: size for name, size in sizes.items() if size is not None})
+    def shape(self) -> dict[str, int]:
+        """Return the size on every axis of `AXES`, by the axis's name."""
+        return {name: getattr(self, axis.size) for name, axis in AXES.items()}
+
+    def with_shape(self, **sizes: int) -> Dims:
+        """Return the architecture with other sizes by axis of `AXES`: ``dims.with_shape(layers=16, hidden=3072)``."""
+        changes: dict[str, Any] = {AXES[name].size: size for name, size in sizes.items()}
+        return replace(self, **changes)
 
     def padded_vocab(self, tp: int, multiple: int) -> int:
         """Return the smallest multiple of `tp * multiple` that holds the vocabulary."""

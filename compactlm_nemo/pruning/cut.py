@@ -1,7 +1,7 @@
-"""`ParameterSource`s that cut another one: the student's parameters from the teacher's, one at a time.
+"""A cut is a `ParameterSource` over another one: it makes the student's parameters from the teacher's, one at a time.
 
-Every rank of the student's mesh reads what it needs from the teacher's checkpoint, so the result is the same in
-every layout and the extra memory is one whole parameter.
+Every rank of the student's mesh reads its parameters from the teacher's checkpoint, so the result is equal in every
+layout and the extra memory is one whole parameter.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor
 
-from compactlm_nemo.importance.moments import FINAL_NORM, attention_norm_key, mlp_norm_key
+from compactlm_nemo.importance.names import FINAL_NORM, attention_norm_key, mlp_norm_key
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.pruning.least_squares import columns_of
@@ -19,7 +19,7 @@ from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.residual_stream import HiddenCut
 
 EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
-"""Parameter of a routed expert in its layer; the second group is the expert's number."""
+"""Matches the parameter of a routed expert in its layer; the second group is the expert's number."""
 
 
 class CutSource:
@@ -27,7 +27,7 @@ class CutSource:
 
     Kept layers and experts are renumbered; kept heads, groups and neurons stay in the teacher's order. Of the router
     the rows of kept experts stay: where gates are scaled to sum to 1 over the picked experts the softmax does the rest,
-    elsewhere the softmax over fewer experts gives each a larger gate.
+    elsewhere the softmax over fewer experts gives each expert a larger gate.
     """
 
     def __init__(self, teacher: Dims, plan: Plan, source: ParameterSource) -> None:
@@ -56,7 +56,7 @@ class CutSource:
         return full
 
     def _cut_qkv(self, layer: int, full: Tensor) -> Tensor:
-        """Per kept group its kept query heads, then its key and value head; merged query heads as the plan says.
+        """Take per kept group its kept query heads, merged as the plan says, then its key and value head.
 
         The paper's merge adds to a kept head what a removed one differs by, ``head_i + (head_i - head_j)``. Heads of
         one group share keys and values and differ in their queries alone, and a head's output is linear in its query
@@ -65,27 +65,28 @@ class CutSource:
         """
         heads_per_group = self.teacher.num_heads // self.teacher.num_query_groups
         blocks = full.unflatten(0, (-1, self.teacher.head_dim))  # one for each query, key and value head
-        place = lambda head: head + 2 * (head // heads_per_group)  # noqa: E731
-        merged = {kept: 2 * blocks[place(kept)] - blocks[place(gone)] for kept, gone in self.plan.merge.get(layer, [])}
+        block_of = lambda head: head + 2 * (head // heads_per_group)  # noqa: E731
+        pairs = self.plan.merge.get(layer, [])
+        merged = {head: 2 * blocks[block_of(head)] - blocks[block_of(removed)] for head, removed in pairs}
         rows: list[Tensor] = []
         heads: list[int] = self.plan.heads[layer].tolist()
         for group in sorted({head // heads_per_group for head in heads}):
-            mine = [head for head in heads if head // heads_per_group == group]
-            rows += [merged.get(head, blocks[place(head)]) for head in mine]
+            of_group = [head for head in heads if head // heads_per_group == group]
+            rows += [merged.get(head, blocks[block_of(head)]) for head in of_group]
             first_kv = (group + 1) * (heads_per_group + 2) - 2
             rows += [blocks[first_kv], blocks[first_kv + 1]]
         return torch.cat(rows)
 
 
-def _cut_mlp(rest: str, full: Tensor, kept: Tensor, width: int) -> Tensor:
-    """fc1 keeps rows (of the gate and of the other half), fc2 columns; the bias of fc2 is of the stream."""
+def _cut_mlp(rest: str, full: Tensor, neurons: Tensor, width: int) -> Tensor:
+    """Keep rows of fc1 (of the gate and of the other half) and columns of fc2, whose bias belongs to the stream."""
     if "linear_fc1" in rest:
-        return full[torch.cat([kept + width * half for half in range(full.shape[0] // width)])]
-    return full.index_select(1, kept) if rest.endswith("linear_fc2.weight") else full
+        return full[torch.cat([neurons + width * half for half in range(full.shape[0] // width)])]
+    return full.index_select(1, neurons) if rest.endswith("linear_fc2.weight") else full
 
 
 class NarrowedSource:
-    """A model whose residual stream is narrowed; `layers` are the teacher's numbers of its layers."""
+    """A model whose residual stream is narrowed; `layers` are the teacher's numbers of the model's layers."""
 
     def __init__(self, source: ParameterSource, layers: list[int], hidden: HiddenCut) -> None:
         self.source, self.layers, self.hidden = source, layers, hidden
@@ -114,6 +115,6 @@ class NarrowedSource:
 
 
 def split_name(name: str) -> tuple[int, str]:
-    """Layer number and the rest of a parameter's name."""
+    """Split the name of a parameter into layer number and rest."""
     _, _, layer, rest = name.split(".", 3)
     return int(layer), rest

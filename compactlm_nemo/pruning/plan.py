@@ -1,4 +1,4 @@
-"""Which layers, channels, heads, neurons and experts of the teacher become the student."""
+"""A plan says which layers, channels, heads, neurons and experts of the teacher become the student."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.errors import CheckpointError, ConfigError
-from compactlm_nemo.importance.scores import (
+from compactlm_nemo.importance.names import (
     DEPTH,
     HIDDEN,
     expert_mlp_key,
@@ -19,21 +19,21 @@ from compactlm_nemo.importance.scores import (
     shared_expert_key,
 )
 from compactlm_nemo.importance.selection import check_scores, keep_heads, keep_layers, top_units
-from compactlm_nemo.models.axes import SIZES
+from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 
 PLAN = "plan.json"
-"""File of a student's folder."""
+"""Name of the plan's file in a student's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Kept indices, all 0-based, ascending and in the teacher's numbering; int64 tensors on the CPU."""
+    """A plan holds kept indices, all 0-based, ascending and in the teacher's numbering; int64 tensors on the CPU."""
 
     layers: list[int]
     """Kept layers; the student's layer j is the teacher's ``layers[j]``."""
     hidden: Tensor
-    """Kept channels of the residual stream, the same in every layer."""
+    """Kept channels of the residual stream, for all layers."""
     heads: dict[int, Tensor]
     """Teacher layer -> kept query heads, equally many of each kept query group, for the kept layers."""
     mlp: dict[int, Tensor] = field(default_factory=dict)
@@ -41,24 +41,24 @@ class Plan:
     experts: dict[int, Tensor] = field(default_factory=dict)
     """Teacher layer -> kept experts."""
     expert_mlp: dict[int, dict[int, Tensor]] = field(default_factory=dict)
-    """Teacher layer -> kept expert in the teacher's numbering -> its kept neurons, equally many of each."""
+    """Teacher layer -> kept expert in the teacher's numbering -> kept neurons of the expert, equally many of each."""
     shared_expert: dict[int, Tensor] = field(default_factory=dict)
     """Teacher layer -> kept neurons of the expert that sees every token."""
     merge: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    """Teacher layer -> (kept head, removed head whose difference it takes in), of one group each."""
+    """Teacher layer -> pairs (kept head, removed head that is merged into it), each within one group."""
 
     def to_json(self) -> dict[str, Any]:
-        """Lists and string keys only."""
+        """Write the plan as lists and dictionaries with string keys."""
         values: dict[str, Any] = _plain(vars(self))
         return values
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Plan:
-        """The plan that `to_json` wrote; CheckpointError when it is not one."""
+        """Read the plan that `to_json` wrote; CheckpointError when the values are no plan."""
         try:
             return Plan(
                 layers=[int(i) for i in values["layers"]],
-                hidden=_kept(values["hidden"]),
+                hidden=_indices(values["hidden"]),
                 expert_mlp={int(i): _by_number(experts) for i, experts in values["expert_mlp"].items()},
                 merge={int(i): [(int(a), int(b)) for a, b in pairs] for i, pairs in values["merge"].items()},
                 **{name: _by_number(values[name]) for name in ("heads", "mlp", "experts", "shared_expert")},
@@ -73,12 +73,12 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def _kept(indices: list[int]) -> Tensor:
+def _indices(indices: list[int]) -> Tensor:
     return torch.tensor(indices, dtype=torch.int64)
 
 
 def _by_number(values: dict[str, list[int]]) -> dict[int, Tensor]:
-    return {int(number): _kept(indices) for number, indices in values.items()}
+    return {int(number): _indices(indices) for number, indices in values.items()}
 
 
 def make_plan(teacher: Dims, student: Dims, scores: dict[str, Tensor], *, merge_heads: bool = False) -> Plan:
@@ -87,12 +87,12 @@ def make_plan(teacher: Dims, student: Dims, scores: dict[str, Tensor], *, merge_
     Args:
         teacher: The model that was scored.
         student: Its sizes cut; everything else must be the teacher's.
-        scores: What `importance.scores` names, without a metric's prefix; whole vectors. `layers.{i}.groups` is needed
+        scores: Whole vectors under `importance.names`, without a metric's prefix. `layers.{i}.groups` is needed
             when query groups are cut. `depth` holds one number a layer, or one a block.
         merge_heads: Fold removed query heads into kept ones of their group.
     Returns:
-        The plan. Whole query groups are chosen first, then heads inside each kept group, so that every group keeps the
-        same number; experts are chosen first, then the neurons of each.
+        The plan. Whole query groups are chosen first, then heads inside each kept group, so that every group keeps
+        equally many; experts are chosen first, then the neurons of each.
     Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.3.
     """
     _check_student(teacher, student)
@@ -119,8 +119,8 @@ def make_plan(teacher: Dims, student: Dims, scores: dict[str, Tensor], *, merge_
     )
 
 
-def _merged(score_E: Tensor, kept: Tensor, teacher: Dims, student: Dims) -> list[tuple[int, int]]:
-    """Pairs (i, 2K - i + 1) of a group's L heads, best first and counted from 1, for i from 2K - L + 1 to K.
+def _merged(score_E: Tensor, kept_heads: Tensor, teacher: Dims, student: Dims) -> list[tuple[int, int]]:
+    """Pair heads (i, 2K - i + 1) of a group's L heads, best first and counted from 1, for i from 2K - L + 1 to K.
 
     Source: arXiv:2407.14679, section 2.3.
     """
@@ -131,17 +131,18 @@ def _merged(score_E: Tensor, kept: Tensor, teacher: Dims, student: Dims) -> list
             "them; keep more in search.heads, or set prune.heads=cut."
         )
     pairs = []
-    for group in sorted({head // per_group for head in kept.tolist()}):
+    for group in sorted({head // per_group for head in kept_heads.tolist()}):
         heads = range(group * per_group, (group + 1) * per_group)
-        best_first = sorted(heads, key=lambda head: (head not in kept, -float(score_E[head]), head))
+        best_first = sorted(heads, key=lambda head: (head not in kept_heads, -float(score_E[head]), head))
         first = 2 * num_kept - per_group + 1
         pairs += [(best_first[i - 1], best_first[2 * num_kept - i]) for i in range(first, num_kept + 1)]
     return pairs
 
 
 def _check_student(teacher: Dims, student: Dims) -> None:
-    for name in SIZES:
-        value, largest = getattr(student, name), getattr(teacher, name)
+    """Raise ConfigError unless the student is the teacher with smaller sizes that fit together."""
+    for axis, value in student.shape().items():
+        name, largest = AXES[axis].size, teacher.shape()[axis]
         if not min(1, largest) <= value <= largest:
             raise ConfigError(f"student {name}={value} must be in [1, {largest}] (the teacher's); pick a smaller one.")
     per_group = teacher.num_heads // teacher.num_query_groups
@@ -160,7 +161,7 @@ def _check_student(teacher: Dims, student: Dims) -> None:
             f"student num_experts={student.num_experts} must be at least the {teacher.experts_per_token} that a token "
             "is sent to; raise search.experts."
         )
-    cut = teacher.with_shape(**{argument: getattr(student, name) for name, argument in SIZES.items()})
+    cut = teacher.with_shape(**student.shape())
     changed = [name for name, value in vars(cut).items() if getattr(student, name) != value]
     if changed:
         raise ConfigError(f"student {', '.join(changed)} must be the teacher's: pruning cuts sizes only; restore them.")

@@ -1,16 +1,16 @@
-"""Refitting layer by layer: each on what its already pruned predecessors produce, towards what the teacher has there.
+"""Sequential reconstruction refits each layer on what the pruned layers before it produce, towards the teacher.
 
-The student, already cut and refitted, is walked from its first layer on. In layer j, which is layer i of the teacher
-(and n the next one that stays), in this order:
+The student, already cut and refitted, is refitted again from its first layer on. In layer j, which is layer i of the
+teacher (and n the next one that stays), in this order:
 
     qkv     z W'^T -> W_i y         z the student's, y the teacher's normed stream; only where the stream is narrowed
     proj    x W'^T -> T(r_i) - h    x the heads' outputs, h the stream before the layer, r_i the teacher's after it
     fc1     as qkv, behind the second norm
     fc2     x W'^T -> T(h_n) - r    r the student's stream before its MLP, h_n the teacher's before layer n
 
-by ridge regression from the weight there is, ``W' = W + ((G + D)^-1 (B - G W^T))^T`` with G = sum x x^T and
+by ridge regression from the present weight, ``W' = W + ((G + D)^-1 (B - G W^T))^T`` with G = sum x x^T and
 B = sum x t^T; T takes the teacher's stream to the student's. Tokens of proj and fc2 have the weight 1 / mean(T(.)^2).
-What earlier layers got wrong is thus made up for where it can be. Experts keep the refit on their own tokens.
+Errors of earlier layers are thus made up for where they can be. Experts keep the refit on the tokens they were sent.
 
 Shape suffixes: S sequence, B batch, N tokens, E inputs, O outputs, H and K hidden size of teacher and student.
 """
@@ -18,7 +18,7 @@ Shape suffixes: S sequence, B batch, N tokens, E inputs, O outputs, H and K hidd
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from compactlm_nemo.importance.leave_one_out import only_layers
 from compactlm_nemo.models.build import HiddenStateModel, ModelChunks, ParameterSource, tp_share
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import DataParallelSamples, forward_each
+from compactlm_nemo.models.taps import Taps, on_every_stage, whole_over_tp
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.pruning.least_squares import damped
@@ -35,11 +36,11 @@ from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.residual_stream import HiddenCut
 
 Targets = dict[tuple[int, str, int], Tensor]
-"""(student layer, what, micro-batch) -> `[N, K]` or, of `y` behind a norm, `[N, H]`, on the CPU of the layer's rank."""
+"""(student layer, map, micro-batch) -> `[N, K]` or, of `y` behind a norm, `[N, H]`, on the CPU of the layer's rank."""
 
 
 class SingleLayer(torch.nn.Module):
-    """A student's chunk that runs one layer on kept inputs, in place of the chunk in a pipeline schedule."""
+    """A student's chunk that runs one layer on stored inputs, in place of the chunk in a pipeline schedule."""
 
     def __init__(self, chunk: HiddenStateModel) -> None:
         super().__init__()
@@ -54,7 +55,7 @@ class SingleLayer(torch.nn.Module):
         chunk = self.module
         if self.layer > self.numbers[-1]:
             return self.outputs[self.batch]
-        if self.layer < self.numbers[0]:  # what comes from the stage before is this chunk's input one day
+        if self.layer < self.numbers[0]:  # what comes from the stage before will be this chunk's input
             self.inputs[self.batch] = chunk.decoder.input_tensor
             with only_layers(chunk, []):
                 return chunk(tokens_BS, positions_BS, mask)
@@ -62,48 +63,25 @@ class SingleLayer(torch.nn.Module):
         start = self.inputs.get(self.batch)  # None: the embedding
         if start is not None and not chunk.pre_process:
             chunk.set_input_tensor(start)
-        handle = layer.register_forward_hook(self._keep)
+        handle = layer.register_forward_hook(self._store)
         with only_layers(chunk, [layer]):
             hidden = chunk(tokens_BS, positions_BS, mask, decoder_input=start)
         handle.remove()
-        # A chunk with further layers passes on what nobody reads; the last layer's output is what follows.
+        # A chunk with further layers passes on what nobody reads; the output of its last layer is read.
         return hidden if chunk.post_process else self.outputs[self.batch]
 
-    def _keep(self, layer: Any, args: Any, output: Any) -> None:
+    def _store(self, layer: Any, args: Any, output: Any) -> None:
         self.outputs[self.batch] = output[0] if isinstance(output, tuple) else output
 
     def advance(self) -> None:
-        """The layer is done: its outputs are the inputs of the next."""
+        """Make the outputs of the finished layer the inputs of the next."""
         if self.numbers[0] <= self.layer < self.numbers[-1]:
             self.inputs = dict(self.outputs)
 
 
-@dataclass
-class _Taps:
-    """Hooks that keep the last micro-batch's inputs or outputs of modules."""
-
-    seen: dict[str, Tensor] = field(default_factory=dict)
-    handles: list[Any] = field(default_factory=list)
-
-    def input(self, module: Any, name: str) -> None:
-        keep = lambda _, args: self.seen.__setitem__(name, args[0].detach())  # noqa: E731
-        self.handles.append(module.register_forward_pre_hook(keep))
-
-    def output(self, module: Any, name: str) -> None:
-        def keep(module: Any, args: Any, out: Any) -> None:
-            self.seen[name] = (out[0] if isinstance(out, tuple) else out).detach()
-
-        self.handles.append(module.register_forward_hook(keep))
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
-
-
 @dataclass(frozen=True, kw_only=True)
 class SequentialReconstruction:
-    """What the walk works on."""
+    """A walk over the student's layers, which `run` refits one after another."""
 
     student: ModelChunks
     teacher: ModelChunks
@@ -113,7 +91,7 @@ class SequentialReconstruction:
     mesh: Mesh
     hidden: HiddenCut
     wide: ParameterSource
-    """The student's parameters before its stream was narrowed: rows of readers over the teacher's channels."""
+    """The parameters of the student before the stream was narrowed: rows of readers over the teacher's channels."""
     windows_NS: Tensor
     micro_batch: int
     ridge: float
@@ -124,19 +102,19 @@ class SequentialReconstruction:
 
     @torch.no_grad()
     def run(self, progress: Callable[[int], None]) -> None:
-        """Refit the student in place; `progress` is told one for each finished layer. Collective."""
-        share = DataParallelSamples(self.windows_NS, self.mesh, self.micro_batch)
-        targets = self._teacher_targets(share)
-        steppers: Any = [SingleLayer(chunk) for chunk in self.student.eval()]
+        """Refit the student in place; `progress` is called with 1 for each finished layer. Collective."""
+        samples = DataParallelSamples(self.windows_NS, self.mesh, self.micro_batch)
+        targets = self._teacher_targets(samples)
+        chunks: Any = [SingleLayer(chunk) for chunk in self.student.eval()]
         for layer in range(self.dims.num_layers):
-            mine = [s for s in steppers if layer in s.numbers]
-            for stepper in steppers:
-                stepper.layer = layer
+            of_layer = next((chunk for chunk in chunks if layer in chunk.numbers), None)
+            for chunk in chunks:
+                chunk.layer = layer
             for part in self._parts():
-                self._fit(part, layer, steppers, mine[0] if mine else None, share, targets)
-            self._pass(steppers, share, lambda batch: None)
-            for stepper in steppers:
-                stepper.advance()
+                self._fit(part, layer, chunks, of_layer, samples, targets)
+            self._pass(chunks, samples, lambda batch: None)
+            for chunk in chunks:
+                chunk.advance()
             for key in [key for key in targets if key[0] == layer]:
                 del targets[key]
             progress(1)
@@ -147,22 +125,22 @@ class SequentialReconstruction:
             return attention
         return [*attention, "fc1", "fc2"] if self.is_narrowed else [*attention, "fc2"]
 
-    def _pass(self, steppers: Any, share: DataParallelSamples, visit: Callable[[int], None]) -> None:
-        """The current layer on every micro-batch; `visit` is told its number after each, on every rank."""
-        for batch, tokens_BS in enumerate(share.batches):
-            for stepper in steppers:
-                stepper.batch = batch
-            forward_each(steppers, self.mesh, [tokens_BS], lambda *_: None)
+    def _pass(self, chunks: Any, samples: DataParallelSamples, visit: Callable[[int], None]) -> None:
+        """Run the current layer on every micro-batch and call `visit` with the number of each, on every rank."""
+        for batch, tokens_BS in enumerate(samples.batches):
+            for chunk in chunks:
+                chunk.batch = batch
+            forward_each(chunks, self.mesh, [tokens_BS], lambda *_: None)
             visit(batch)
 
     def _fit(
-        self, part: str, layer: int, steppers: Any, mine: Any, share: DataParallelSamples, targets: Targets
+        self, part: str, layer: int, chunks: Any, of_layer: Any, samples: DataParallelSamples, targets: Targets
     ) -> None:
-        """Sum up over the tokens and write the refitted weight of one linear map."""
-        taps, sums = _Taps(), _Sums()
+        """Sum up over the tokens and write the refitted weight of one linear map, on the rank that has the layer."""
+        taps, sums = Taps(), _Sums()
         module = None
-        if mine is not None:
-            block = mine.layers[layer - mine.numbers[0]]
+        if of_layer is not None:
+            block = of_layer.layers[layer - of_layer.numbers[0]]
             attention, mlp = block.self_attention, block.mlp
             module = {
                 "qkv": attention.linear_qkv, "proj": attention.linear_proj,
@@ -174,36 +152,30 @@ class SequentialReconstruction:
         def visit(batch: int) -> None:
             if module is None:
                 return
-            counted = int(share.counted(batch, self.mesh.dp_rank).sum())  # the leading ones
+            counted = int(samples.counted(batch, self.mesh.dp_rank).sum())  # the leading ones
             x_NE = self._tokens(taps.seen["x"], counted, is_sharded=part in ("proj", "fc2"))
             target = targets[layer, part, batch].to(x_NE.device)
             if part in ("proj", "fc2"):
-                done_NK = self._tokens(taps.seen["stream"], counted, is_sharded=False)
+                stream_NK = self._tokens(taps.seen["stream"], counted, is_sharded=False)
                 if module.bias is not None:
-                    done_NK = done_NK + module.bias.double()
-                sums.add(x_NE, target - done_NK, 1 / target.square().mean(dim=-1, keepdim=True))
+                    stream_NK = stream_NK + module.bias.double()
+                sums.add(x_NE, target - stream_NK, 1 / target.square().mean(dim=-1, keepdim=True))
             else:
                 sums.add(x_NE, target, torch.ones_like(x_NE[:, :1]))
 
-        self._pass(steppers, share, visit)
+        self._pass(chunks, samples, visit)
         taps.remove()
         if module is not None:
             self._write(part, layer, module, *sums.reduced(self.mesh))
 
     def _tokens(self, x_SBE: Tensor, counted: int, *, is_sharded: bool) -> Tensor:
-        """`[N, E]` float64 of whole sequences (of a context-parallel rank) and whole inputs."""
-        if is_sharded:
-            x_SBE = all_gather(x_SBE, self.mesh.tp_group, dim=-1)
-        elif self.mesh.is_sequence_parallel:
-            x_SBE = all_gather(x_SBE, self.mesh.tp_group, dim=0)
-        return x_SBE[:, :counted].flatten(0, 1).double()
+        """Flatten the samples that count, `[N, E]` float64 of whole sequences (of a context-parallel rank)."""
+        return whole_over_tp(x_SBE, self.mesh, is_sharded=is_sharded)[:, :counted].flatten(0, 1).double()
 
     def _write(self, part: str, layer: int, module: Any, gram_EE: Tensor, target_EO: Tensor) -> None:
-        """Solve for the whole weight, which all tensor-parallel ranks do alike, and keep this rank's share."""
-        place = {"qkv": "self_attention.linear_qkv", "proj": "self_attention.linear_proj"}.get(
-            part, f"mlp.linear_{part}"
-        )
-        name = f"decoder.layers.{layer}.{place}.weight"
+        """Solve for the whole weight, on every tensor-parallel rank alike, and keep this rank's share."""
+        block = "self_attention" if part in ("qkv", "proj") else "mlp"
+        name = f"decoder.layers.{layer}.{block}.linear_{part}.weight"
         is_reader = part in ("qkv", "fc1")
         weight_OE = self._whole(module.weight, part)
         if is_reader:
@@ -222,7 +194,7 @@ class SequentialReconstruction:
         module.weight.copy_(share)
 
     def _whole(self, weight: Tensor, part: str) -> Tensor:
-        """The whole weight, float64, from the shares of the tensor-parallel ranks."""
+        """Gather the whole weight, float64, from the shares of the tensor-parallel ranks."""
         if self.mesh.tp_size == 1:
             return weight.double()
         if part in ("proj", "fc2"):
@@ -232,54 +204,45 @@ class SequentialReconstruction:
             return torch.cat(halves).double()
         return all_gather(weight, self.mesh.tp_group, dim=0).double()
 
-    def _teacher_targets(self, share: DataParallelSamples) -> Targets:
-        """One pass of the teacher; each student layer's rank keeps what its layers aim at."""
-        taps, wanted = _Taps(), self._wanted(_held(self.teacher))
-        for tap, module, name in wanted:
-            getattr(taps, tap)(module, name)
-        held, targets = {layer.layer_number - 1 for layer in self.student.layers()}, {}
-        for batch, tokens_BS in enumerate(share.batches):
-            taps.seen.clear()
+    def _teacher_targets(self, samples: DataParallelSamples) -> Targets:
+        """Run the teacher once; each rank of the student keeps the targets of its layers."""
+        taps = self._tapped_teacher()
+        student_layers = {layer.layer_number - 1 for layer in self.student.layers()}
+        targets: Targets = {}
+        for batch, tokens_BS in enumerate(samples.batches):
             forward_each(self.teacher, self.mesh, [tokens_BS], lambda *_: None)
-            counted = int(share.counted(batch, self.mesh.dp_rank).sum())
+            counted = int(samples.counted(batch, self.mesh.dp_rank).sum())
             for layer, part in [(layer, part) for layer in range(self.dims.num_layers) for part in self._parts()]:
-                value_NH = self._everywhere(taps.seen.get(f"{layer}.{part}"), tokens_BS)[:, :counted].flatten(0, 1)
-                if layer in held:
+                value_SBH = on_every_stage(
+                    taps.pop(f"{layer}.{part}"), self.mesh, tokens_BS=tokens_BS, width=self.teacher_dims.hidden_size
+                )
+                if layer in student_layers:
+                    value_NH = value_SBH[:, :counted].flatten(0, 1)
                     is_stream = part in ("proj", "fc2")
                     value_NH = self.hidden.write(value_NH.T).T if is_stream else value_NH
                     targets[layer, part, batch] = value_NH.double().cpu()
         taps.remove()
         return targets
 
-    def _wanted(self, held: dict[int, Any]) -> list[tuple[str, Any, str]]:
-        """Where this rank's part of the teacher is tapped: (input or output, module, `{student layer}.{part}`)."""
-        wanted = []
+    def _tapped_teacher(self) -> Taps:
+        """Tap this rank's part of the teacher, under `{student layer}.{part}`."""
+        taps, layers = Taps(), {layer.layer_number - 1: layer for layer in self.teacher.layers()}
         ends = [*self.plan.layers[1:], self.teacher_dims.num_layers]
-        for layer, (own, end) in enumerate(zip(self.plan.layers, ends, strict=True)):
-            if own in held:
-                wanted.append(("input", held[own].pre_mlp_layernorm, f"{layer}.proj"))
-                wanted.append(("output", held[own].input_layernorm, f"{layer}.qkv"))
-                wanted.append(("output", held[own].pre_mlp_layernorm, f"{layer}.fc1"))
-            if end in held:
-                wanted.append(("input", held[end].input_layernorm, f"{layer}.fc2"))
+        for number, (start, end) in enumerate(zip(self.plan.layers, ends, strict=True)):
+            if start in layers:
+                taps.input(layers[start].pre_mlp_layernorm, f"{number}.proj")
+                taps.output(layers[start].input_layernorm, f"{number}.qkv")
+                taps.output(layers[start].pre_mlp_layernorm, f"{number}.fc1")
+            if end in layers:
+                taps.input(layers[end].input_layernorm, f"{number}.fc2")
             elif end == self.teacher_dims.num_layers and self.teacher[-1].post_process:
-                wanted.append(("input", self.teacher[-1].decoder.final_layernorm, f"{layer}.fc2"))
-        return wanted
-
-    def _everywhere(self, own: Tensor | None, tokens_BS: Tensor) -> Tensor:
-        """`[S / cp, B, H]` float32 on every stage, from the one that has it."""
-        if own is None:
-            batch, length = tokens_BS.shape
-            shape = (length // self.mesh.cp_size, batch, self.teacher_dims.hidden_size)
-            return all_reduce_sum(torch.zeros(shape, device=tokens_BS.device), self.mesh.pp_group)
-        if self.mesh.is_sequence_parallel:
-            own = all_gather(own, self.mesh.tp_group, dim=0)
-        return all_reduce_sum(own.float(), self.mesh.pp_group)
+                taps.input(self.teacher[-1].decoder.final_layernorm, f"{number}.fc2")
+        return taps
 
 
 @dataclass
 class _Sums:
-    """``sum weight x x^T`` and ``sum weight x t^T`` in float64."""
+    """The sums ``sum weight x x^T`` and ``sum weight x t^T``, float64."""
 
     gram_EE: Tensor | None = None
     target_EO: Tensor | None = None
@@ -291,10 +254,6 @@ class _Sums:
         self.target_EO = target if self.target_EO is None else self.target_EO + target
 
     def reduced(self, mesh: Mesh) -> tuple[Tensor, Tensor]:
-        """Over all data- and context-parallel ranks."""
+        """Add up the sums of all data- and context-parallel ranks."""
         assert self.gram_EE is not None and self.target_EO is not None
         return all_reduce_sum(self.gram_EE, mesh.dp_cp_group), all_reduce_sum(self.target_EO, mesh.dp_cp_group)
-
-
-def _held(chunks: ModelChunks) -> dict[int, Any]:
-    return {layer.layer_number - 1: layer for layer in chunks.layers()}

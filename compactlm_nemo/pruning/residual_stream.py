@@ -1,8 +1,8 @@
-"""What becomes of the parameters that touch the residual stream when it is narrowed from H to K channels.
+"""The residual stream is narrowed from H to K channels by changing the parameters that read or write the stream.
 
-Three ways: `Selection` keeps K channels as they are, `RefittedSelection` also refits all that reads them, and
+Three ways: `Selection` keeps K channels as they are, `RefittedSelection` also refits the readers, and
 `RotatedStream` turns the stream first. Readers are the linear maps behind a norm; each norm has the name of its second
-moments (`importance.moments`). Results are in the dtype of what was given.
+moments (`importance.names`). Results are in the dtype of the arguments.
 """
 
 from __future__ import annotations
@@ -13,91 +13,91 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compactlm_nemo.importance.moments import FINAL_NORM, attention_norm_key, mlp_norm_key
+from compactlm_nemo.importance.names import FINAL_NORM, attention_norm_key, mlp_norm_key
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.pruning.least_squares import refit
 from compactlm_nemo.pruning.rotation import Rotation, normed_moment, principal_rotation
 
 TABLE_ROWS = 16384
-"""Rows of an embedding table in float64 at the same time."""
+"""Most rows of an embedding table that are in float64 at once."""
 
 
 class HiddenCut(Protocol):
-    """How each kind of parameter is narrowed."""
+    """A cut of the residual stream narrows each kind of parameter."""
 
     def embed(self, table_VH: Tensor) -> Tensor:
-        """The embedding table, `[V, K]`."""
+        """Narrow the embedding table, `[V, K]`."""
 
     def write(self, weight: Tensor) -> Tensor:
-        """What is added to the stream: `[H, E]` -> `[K, E]`, or a bias `[H]` -> `[K]`."""
+        """Narrow a writer of the stream: `[H, E]` -> `[K, E]`, or a bias `[H]` -> `[K]`."""
 
     def norm(self, name: str, weight_H: Tensor) -> Tensor:
-        """The weight of a norm, `[K]`."""
+        """Narrow the weight of a norm, `[K]`."""
 
     def norm_bias(self, bias_H: Tensor) -> Tensor:
-        """The bias of a norm, `[K]`."""
+        """Narrow the bias of a norm, `[K]`."""
 
     def read(self, name: str, weight_OH: Tensor) -> Tensor:
-        """A linear map behind the norm `name`, `[O, K]`."""
+        """Narrow a linear map behind the norm `name`, `[O, K]`."""
 
 
 class Selection:
-    """The kept channels, nothing else changed."""
+    """Selection keeps channels and changes nothing else."""
 
-    def __init__(self, kept: Tensor) -> None:
-        self.kept = kept
+    def __init__(self, channels: Tensor) -> None:
+        self.channels = channels
 
     def embed(self, table_VH: Tensor) -> Tensor:
-        return table_VH.index_select(1, self.kept)
+        return table_VH.index_select(1, self.channels)
 
     def write(self, weight: Tensor) -> Tensor:
-        return weight.index_select(0, self.kept)
+        return weight.index_select(0, self.channels)
 
     def norm(self, name: str, weight_H: Tensor) -> Tensor:
-        return weight_H.index_select(0, self.kept)
+        return weight_H.index_select(0, self.channels)
 
     def norm_bias(self, bias_H: Tensor) -> Tensor:
-        return bias_H.index_select(0, self.kept)
+        return bias_H.index_select(0, self.channels)
 
     def read(self, name: str, weight_OH: Tensor) -> Tensor:
-        return weight_OH.index_select(1, self.kept)
+        return weight_OH.index_select(1, self.channels)
 
 
 class NormedStream:
-    """Second moments of the stream behind its norms, read one at a time."""
+    """Reads second moments of the stream behind its norms, one at a time."""
 
     def __init__(self, moment: Callable[[str], Tensor], tokens: int, norm_weight: Callable[[str], Tensor]) -> None:
         self.moment, self.tokens, self.norm_weight = moment, tokens, norm_weight
 
     def normed(self, name: str) -> Tensor:
-        """``M = E[x^ x^^T]`` before the norm's weight, float64."""
+        """Read ``M = E[x^ x^^T]`` before the norm's weight, float64."""
         return normed_moment(self.moment(name), self.tokens, self.norm_weight(name))
 
 
 class RefittedSelection(Selection):
-    """The kept channels; readers make up for the others, and norms for their smaller root mean square.
+    """Selection where readers make up for the removed channels, and norms for the smaller root mean square.
 
     An RMSNorm over fewer channels divides by another number, so its weight is scaled by the root mean square of the
     kept channels of ``x / rms(x)`` over the calibration tokens. A LayerNorm's output is left to the readers' refit.
     """
 
-    def __init__(self, kept: Tensor, stream: NormedStream, ridge: float, *, is_rms: bool) -> None:
-        super().__init__(kept)
+    def __init__(self, channels: Tensor, stream: NormedStream, ridge: float, *, is_rms: bool) -> None:
+        super().__init__(channels)
         self.stream, self.ridge, self.is_rms = stream, ridge, is_rms
 
     def norm(self, name: str, weight_H: Tensor) -> Tensor:
-        kept_K = super().norm(name, weight_H)
+        weight_K = super().norm(name, weight_H)
         if not self.is_rms:
-            return kept_K
-        return (kept_K.double() * self.stream.normed(name).diagonal()[self.kept].mean().sqrt()).to(weight_H.dtype)
+            return weight_K
+        return (weight_K.double() * self.stream.normed(name).diagonal()[self.channels].mean().sqrt()).to(weight_H.dtype)
 
     def read(self, name: str, weight_OH: Tensor) -> Tensor:
-        return refit(weight_OH, self.stream.moment(name), self.kept, self.ridge).to(weight_OH.dtype)
+        return refit(weight_OH, self.stream.moment(name), self.channels, self.ridge).to(weight_OH.dtype)
 
 
 class RotatedStream:
-    """The stream in its principal directions: `pruning.rotation` has the formulas."""
+    """The stream is turned to its principal directions: `pruning.rotation` has the formulas."""
 
     def __init__(self, rotation: Rotation, stream: NormedStream, ridge: float) -> None:
         self.rotation, self.stream, self.ridge = rotation, stream, ridge
@@ -137,20 +137,20 @@ Moment = Callable[[str], Tensor]
 
 
 def norm_weight_name(moment: str) -> str:
-    """Parameter of the norm that has these second moments."""
+    """The parameter of the norm that has these second moments."""
     if moment == FINAL_NORM:
         return FINAL_NORM_WEIGHT
-    _, layer, place = moment.split(".")
-    return f"decoder.layers.{layer}.{'input' if place == 'attention_norm' else 'pre_mlp'}_layernorm.weight"
+    _, layer, kind = moment.split(".")
+    return f"decoder.layers.{layer}.{'input' if kind == 'attention_norm' else 'pre_mlp'}_layernorm.weight"
 
 
 def normed_stream(source: ParameterSource, moment: Moment, tokens: int) -> NormedStream:
-    """Second moments behind the norms of the teacher whose parameters `source` gives."""
+    """Read second moments behind the norms of the teacher whose parameters `source` gives."""
     return NormedStream(moment, tokens, lambda name: source(norm_weight_name(name)))
 
 
 def stream_energy(teacher: Dims, layers: list[int], stream: NormedStream) -> Tensor:
-    """Sum of ``E[x^ x^^T]`` over the norms of these layers and the final one, `[H, H]` float64."""
+    """Sum ``E[x^ x^^T]`` over the norms of these layers and the final one, `[H, H]` float64."""
     total_HH = torch.zeros(teacher.hidden_size, teacher.hidden_size, dtype=torch.float64)
     for name in [key(layer) for layer in layers for key in (attention_norm_key, mlp_norm_key)] + [FINAL_NORM]:
         total_HH += stream.normed(name)
@@ -158,6 +158,6 @@ def stream_energy(teacher: Dims, layers: list[int], stream: NormedStream) -> Ten
 
 
 def stream_rotation(teacher: Dims, layers: list[int], num: int, stream: NormedStream) -> Rotation:
-    """The `num` directions that hold most of what the norms of these layers see."""
+    """Find the `num` directions that hold most of what the norms of these layers see."""
     final_norm_H = stream.norm_weight(FINAL_NORM) if teacher.tied_embeddings else None
     return principal_rotation(stream_energy(teacher, layers, stream), final_norm_H, num)

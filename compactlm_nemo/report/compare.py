@@ -14,8 +14,9 @@ from compactlm_nemo.artifacts import differences
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.score import WidthMetric
 from compactlm_nemo.errors import ConfigError, DataError
-from compactlm_nemo.importance.agreement import axis_of, per_vector, spearman
-from compactlm_nemo.importance.scores import DEPTH, Scores, load_scores
+from compactlm_nemo.importance.agreement import per_vector, spearman
+from compactlm_nemo.importance.names import DEPTH, axis_of
+from compactlm_nemo.importance.scores import Scores, load_scores
 from compactlm_nemo.report.tables import rich_table
 
 DIGEST_LETTERS = 12
@@ -36,7 +37,7 @@ def compare(config: CompareConfig, console: Console) -> None:
 
 def check_same_model(config: CompareConfig, a: Scores, b: Scores) -> None:
     """DataError unless both files are of one model: the ranks of others' units have nothing to do with each other."""
-    first, second = (scores.about.get("model", "(unknown)") for scores in (a, b))
+    first, second = (scores.metadata.get("model", "(unknown)") for scores in (a, b))
     if first != second:
         raise DataError(
             f"scores of different models cannot be compared: a={config.a} is of model {first[:DIGEST_LETTERS]}, "
@@ -63,8 +64,8 @@ def _require_metric(key: str, metric: WidthMetric, path: str, scores: Scores) ->
 
 def header_lines(a: Scores, b: Scores) -> list[str]:
     """The model of both, and each circumstance of the measurement that differs."""
-    lines = [f"model {a.about.get('model', '(unknown)')[:DIGEST_LETTERS]}"]
-    return lines + (differences(a.about, b.about, "differs: ") or ["measured under the same circumstances"])
+    lines = [f"model {a.metadata.get('model', '(unknown)')[:DIGEST_LETTERS]}"]
+    return lines + (differences(a.metadata, b.metadata, "differs: ") or ["measured under the same circumstances"])
 
 
 def comparison_rows(a: Scores, b: Scores, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:

@@ -16,8 +16,17 @@ from torch import Tensor
 
 from compactlm_nemo.config.score import DepthMetric
 from compactlm_nemo.errors import DataError
-from compactlm_nemo.importance.agreement import NAME_PATTERNS, agreement, axis_of
-from compactlm_nemo.importance.scores import HIDDEN, Scores, experts_key, groups_key, heads_key, mlp_key
+from compactlm_nemo.importance.agreement import agreement
+from compactlm_nemo.importance.names import (
+    HIDDEN,
+    NAME_PATTERNS,
+    axis_of,
+    experts_key,
+    groups_key,
+    heads_key,
+    mlp_key,
+)
+from compactlm_nemo.importance.scores import Scores
 from compactlm_nemo.report.plots import save
 
 TITLES = {

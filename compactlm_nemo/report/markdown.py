@@ -85,12 +85,12 @@ def _search(run_dir: Path, folder: Path) -> list[str]:
     ranking = run_dir / "rank" / "ranking.json"
     ranked = json.loads(ranking.read_text()) if ranking.is_file() else []
     text: list[str] = []
-    if ranked or any("zero_shot" in candidate for candidate in candidates):
+    if ranked or any("zero_shot_loss" in candidate for candidate in candidates):
         plot_pareto(ranked or candidates, folder / "pareto.png")
         text += ["What candidates lose for their size:", "", "![Loss against cost of candidates](pareto.png)", ""]
-    if sum("zero_shot" in candidate and "damage" in candidate for candidate in candidates) > 1:
+    if sum("zero_shot_loss" in candidate and "predicted_loss" in candidate for candidate in candidates) > 1:
         plot_prediction(candidates, folder / "prediction.png")
-        text += ["Predicted damage and measured loss:", "", "![Prediction](prediction.png)", ""]
+        text += ["Predicted and measured loss:", "", "![Prediction](prediction.png)", ""]
     if ranked:
         curves = {int(path.parts[-3]): _losses(path) for path in sorted(ranking.parent.glob(f"*/distill/{METRICS}"))}
         curves |= {

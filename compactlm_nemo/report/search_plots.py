@@ -1,4 +1,4 @@
-"""Plots of a search: what candidates cost and lose, how well the damage was predicted, how ranks settle."""
+"""Plots of a search: what candidates cost and lose, how well the loss was predicted, how ranks settle."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def plot_pareto(candidates: list[dict[str, Any]], path: Path) -> Figure:
     """Loss against cost, the front drawn as a line; latency is the cost where it was measured, else parameters.
 
     Args:
-        candidates: Lines of candidates.json or ranking.json with a `loss` or `zero_shot`; others are left out.
+        candidates: Lines of candidates.json or ranking.json with a `loss` or `zero_shot_loss`; others are left out.
         path: PNG to write.
     """
-    kind = "loss" if any(c.get("loss") is not None for c in candidates) else "zero_shot"
+    kind = "loss" if any(c.get("loss") is not None for c in candidates) else "zero_shot_loss"
     measured = [c for c in candidates if c.get(kind) is not None]
     if not measured:
         raise DataError(f"{path.name}: no candidate has a loss; set search.top or rank.candidates.")
@@ -66,22 +66,28 @@ def plot_pareto(candidates: list[dict[str, Any]], path: Path) -> Figure:
 
 
 def plot_prediction(candidates: list[dict[str, Any]], path: Path) -> Figure:
-    """Measured zero-shot loss against predicted damage; the title gives Spearman's rank correlation.
+    """Measured zero-shot loss against the predicted loss, a proxy; the title gives Spearman's rank correlation.
 
     Args:
-        candidates: Lines of candidates.json; those without `damage` or `zero_shot` are left out.
+        candidates: Lines of candidates.json; those without `predicted_loss` or `zero_shot_loss` are left out.
         path: PNG to write.
     """
-    points = [(c["damage"], c["zero_shot"]) for c in candidates if c.get("zero_shot") is not None and "damage" in c]
+    points = [
+        (c["predicted_loss"], c["zero_shot_loss"])
+        for c in candidates
+        if c.get("zero_shot_loss") is not None and "predicted_loss" in c
+    ]
     if len(points) < 2:
-        raise DataError(f"{path.name}: fewer than two candidates have a damage and a zero-shot loss; raise search.top.")
-    damage, loss = (torch.tensor(values, dtype=torch.float64) for values in zip(*points, strict=True))
+        raise DataError(
+            f"{path.name}: fewer than two candidates have a predicted and a zero-shot loss; raise search.top."
+        )
+    predicted, loss = (torch.tensor(values, dtype=torch.float64) for values in zip(*points, strict=True))
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(damage, loss, color="C0")
+    axes.scatter(predicted, loss, color="C0")
     axes.set(
-        title=f"Predicted and measured, {len(points)} candidates: rank correlation {spearman(damage, loss):.2f}",
-        xlabel="predicted damage",
+        title=f"Predicted and measured, {len(points)} candidates: rank correlation {spearman(predicted, loss):.2f}",
+        xlabel="predicted loss (a proxy)",
         ylabel="zero-shot loss, nats per token",
     )
     axes.grid(alpha=0.3)

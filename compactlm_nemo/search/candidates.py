@@ -1,4 +1,4 @@
-"""Candidates: architectures with what they cost and how much of the measured importance they keep."""
+"""A candidate is an architecture with its costs and the share of the measured importance that it keeps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.config.search import SearchConfig
-from compactlm_nemo.importance.scores import (
+from compactlm_nemo.importance.names import (
     DEPTH,
     HIDDEN,
     expert_mlp_key,
@@ -22,13 +22,14 @@ from compactlm_nemo.importance.scores import (
     shared_expert_key,
 )
 from compactlm_nemo.importance.selection import check_scores, keep_heads, keep_layers, kept_share
+from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import counts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One architecture with its rank information; `dataclasses.asdict` gives its JSON form."""
+    """One architecture with the numbers that rank it; `dataclasses.asdict` gives the JSON form."""
 
     layers: int
     hidden: int
@@ -40,54 +41,46 @@ class Candidate:
     params: int
     active_params: int
     memory_bytes: int
-    """As the budget of that name counts them."""
+    """Bytes as the budget `search.memory_bytes` counts them."""
     flops_per_token: int
-    """The same."""
+    """FLOPs as the budget `search.flops` counts them."""
     kept_importance: float
     """Share of the teacher's importance that the cut keeps, in [0, 1]."""
     latency_ms: float | None = None
-    """From timed layers; None without a budget."""
-    damage: float | None = None
-    """Predicted damage (`search.damage`); None without second moments."""
-    zero_shot: float | None = None
+    """Milliseconds from timed layers; None without a budget."""
+    predicted_loss: float | None = None
+    """A proxy (`search.predicted_loss`), in nats only by `search.depth=lm_loss`; None without second moments."""
+    zero_shot_loss: float | None = None
     """LM loss in nats right after the cut; None where it was not measured."""
 
     candidate: int | None = None
-    """Its place in candidates.json, in a ranking."""
+    """Index into candidates.json, in a ranking."""
     loss: float | None = None
     """Validation loss in nats after a short distillation, in a ranking."""
 
     def dims(self, teacher: Dims) -> Dims:
-        """The teacher's architecture in this candidate's sizes."""
-        return teacher.with_shape(
-            layers=self.layers,
-            hidden=self.hidden,
-            ffn=self.ffn,
-            heads=self.heads,
-            groups=self.groups,
-            experts=self.experts,
-            shared_expert_ffn=self.shared_expert_ffn,
-        )
+        """Give the teacher's architecture the sizes of this candidate."""
+        return teacher.with_shape(**{axis: getattr(self, axis) for axis in AXES})
 
 
 def candidates_json(ranked: list[Candidate]) -> str:
-    """A list with one line a candidate; what is not known is left out."""
+    """Write a list with one line a candidate; numbers that are not known are left out."""
     rows = [{name: value for name, value in asdict(c).items() if value is not None} for c in ranked]
     return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]\n"
 
 
 def depth_share(depth: Tensor, num: int) -> float:
-    """How much of the importance of layers stays: as `kept_share`; of blocks exp(-score of the removed one)."""
-    kept = keep_layers(depth, num)
+    """The share of the importance of layers that stays (`kept_share`); of blocks exp(-score of the removed one)."""
+    layers = keep_layers(depth, num)
     if depth.dim() == 1:
-        return kept_share(depth, kept)
+        return kept_share(depth, layers)
     if num == len(depth):
         return 1.0
     return math.exp(-max(0.0, float(depth[:, len(depth) - num - 1].nan_to_num(torch.inf).min())))
 
 
 def kept_importance(teacher: Dims, scores: dict[str, Tensor]) -> Callable[[Dims], float]:
-    """A function of the student: ``share(hidden) * mean_l share(heads_l) * mean_l share(MLP_l) * share(depth)``.
+    """Make a function of the student: ``share(hidden) * mean_l share(heads_l) * mean_l share(MLP_l) * share(depth)``.
 
     share is the part of the score mass held by the units that stay and l runs over all layers of the teacher. Of a
     layer with experts the MLP's share is that of its experts times the mean share of their neurons (and of the shared
@@ -97,11 +90,11 @@ def kept_importance(teacher: Dims, scores: dict[str, Tensor]) -> Callable[[Dims]
 
     @cache
     def curve(name: str) -> list[float]:
-        """Share that the best n units hold, for n from 0 on."""
+        """The share that the best n units hold, for n from 0 on."""
         mass_E = scores[name].cpu().double().clamp(min=0).sort(descending=True).values
-        kept_E = torch.cat([mass_E.new_zeros(1), mass_E.cumsum(0)])
-        held: list[float] = (kept_E / kept_E[-1]).tolist() if kept_E[-1] > 0 else [1.0] * len(kept_E)
-        return held
+        sum_E = torch.cat([mass_E.new_zeros(1), mass_E.cumsum(0)])
+        shares: list[float] = (sum_E / sum_E[-1]).tolist() if sum_E[-1] > 0 else [1.0] * len(sum_E)
+        return shares
 
     def mlp_of(layer: int, ffn: int, experts: int, shared: int) -> float:
         if not teacher.num_experts:
@@ -118,8 +111,8 @@ def kept_importance(teacher: Dims, scores: dict[str, Tensor]) -> Callable[[Dims]
     @cache
     def heads(count: int, groups: int) -> float:
         cut = teacher.with_shape(heads=count, groups=groups)
-        kept = [kept_share(scores[heads_key(i)], keep_heads(i, teacher, cut, scores)) for i in layers]
-        return sum(kept) / len(layers)
+        shares = [kept_share(scores[heads_key(i)], keep_heads(i, teacher, cut, scores)) for i in layers]
+        return sum(shares) / len(layers)
 
     depth = cache(lambda num: depth_share(scores[DEPTH], num))
     return lambda student: (
@@ -133,23 +126,17 @@ def kept_importance(teacher: Dims, scores: dict[str, Tensor]) -> Callable[[Dims]
 def rank_candidates(
     teacher: Dims, candidates: list[Dims], scores: dict[str, Tensor], cfg: SearchConfig
 ) -> list[Candidate]:
-    """Candidates by `kept_importance`, best first; of equals the smaller model, then the order given."""
+    """Rank the candidates by `kept_importance`, best first; of equals the smaller model, then the order given."""
     check_scores(teacher, scores)
-    count, kept = counts(cfg), kept_importance(teacher, scores)
+    count, share = counts(cfg), kept_importance(teacher, scores)
     ranked = [
         Candidate(
-            layers=dims.num_layers,
-            hidden=dims.hidden_size,
-            ffn=dims.ffn_hidden_size,
-            heads=dims.num_heads,
-            groups=dims.num_query_groups,
-            experts=dims.num_experts,
-            shared_expert_ffn=dims.shared_expert_ffn,
+            **dims.shape(),
             params=count["params"](dims),
             active_params=count["active_params"](dims),
             memory_bytes=count["memory_bytes"](dims),
             flops_per_token=count["flops"](dims),
-            kept_importance=kept(dims),
+            kept_importance=share(dims),
         )
         for dims in candidates
     ]

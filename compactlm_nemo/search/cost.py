@@ -1,4 +1,4 @@
-"""What an architecture costs, in exact integers: parameters, bytes, FLOPs, key/value cache."""
+"""The cost of an architecture is counted in exact integers: parameters, bytes, FLOPs, key/value cache."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Callable
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 
 
 def _norm_params(dims: Dims) -> int:
-    """One norm over the hidden size; LayerNorm has a bias, RMSNorm none."""
+    """Parameters of one norm over the hidden size; LayerNorm has a bias, RMSNorm none."""
     return dims.hidden_size * (2 if dims.layer_norm_1p else 1)
 
 
@@ -74,28 +75,23 @@ def active_params(dims: Dims) -> int:
 
 
 def _params_with(dims: Dims, experts: int) -> int:
-    """Parameters of the model with so many of the experts of each layer."""
+    """Parameters of the model with `experts` of the experts of each layer."""
     layer = _sharded_layer_params(dims) + _replicated_layer_params(dims)
     layer += experts * _mlp_weights(dims, dims.ffn_hidden_size)
     return embedding_params(dims) + dims.num_layers * layer + _norm_params(dims)
 
 
 def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[int], vocab_multiple: int) -> list[int]:
-    """Parameters a rank of each pipeline stage holds; the vocabulary is padded to `tp * vocab_multiple`.
+    """Parameters that a rank of each pipeline stage holds; the vocabulary is padded to `tp * vocab_multiple`.
 
     `chunk_layers` are the layers of each model chunk in pipeline order (`models.layout.split_layers`). With tied
     embeddings and ``pp > 1`` the first and the last stage each hold a copy of the table.
     """
     tp, pp = layout.tp, layout.pp
     problems = [
-        f"parallel.tp={tp} must divide {name}={value}"
-        for name, value in (
-            ("num_heads", dims.num_heads),
-            ("num_query_groups", dims.num_query_groups),
-            ("ffn_hidden_size", dims.ffn_hidden_size),
-            ("shared_expert_ffn", dims.shared_expert_ffn),
-        )
-        if value % tp
+        f"parallel.tp={tp} must divide {axis.size}={getattr(dims, axis.size)}"
+        for axis in AXES.values()
+        if axis.split_by_tp and getattr(dims, axis.size) % tp
     ]
     if dims.num_experts % layout.ep:
         problems.append(f"parallel.ep={layout.ep} must divide num_experts={dims.num_experts}")
@@ -104,17 +100,17 @@ def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[in
     table = dims.padded_vocab(tp, vocab_multiple) // tp * dims.hidden_size
     experts = dims.num_experts // layout.ep * _mlp_weights(dims, dims.ffn_hidden_size)
     layer = (_sharded_layer_params(dims) + experts) // tp + _replicated_layer_params(dims)
-    held = []
+    params = []
     for stage in range(pp):
         first, last = stage == 0, stage == pp - 1
-        shared = dims.tied_embeddings and first  # the output layer reads the input table of the same rank
-        held.append(
+        shared = dims.tied_embeddings and first  # the output layer reads the input table of this rank
+        params.append(
             sum(chunk_layers[stage::pp]) * layer
             + table * first
             + table * (last and not shared)
             + _norm_params(dims) * last  # final norm
         )
-    return held
+    return params
 
 
 def flops_per_token_forward(dims: Dims, seq: int) -> int:
@@ -122,7 +118,7 @@ def flops_per_token_forward(dims: Dims, seq: int) -> int:
 
     ``2 * (weights of all linear layers and of the output layer) + layers * 4 * heads * head_dim * context``, where
     context is the mean number of keys a causal query reads: ``(seq + 1) / 2``, less with a sliding window. Of the
-    experts only those count that a token is sent to, and the router. Norms, softmax, activations and the embedding
+    experts only those that a token is sent to count, and the router. Norms, softmax, activations and the embedding
     look-up are not counted.
     """
     if seq < 1:
@@ -141,17 +137,17 @@ def kv_cache_bytes_per_token(dims: Dims, bytes_per_value: int) -> int:
 
 
 def memory_bytes(dims: Dims, tokens: int, bytes_per_value: int) -> int:
-    """Weights, and keys and values of so many tokens."""
+    """Bytes of the weights, and of keys and values of `tokens` tokens."""
     return weight_bytes(dims, bytes_per_value) + tokens * kv_cache_bytes_per_token(dims, bytes_per_value)
 
 
 def weight_bytes(dims: Dims, bytes_per_value: int) -> int:
-    """``num_params * bytes_per_value``."""
+    """Bytes of the weights, ``num_params * bytes_per_value``."""
     return num_params(dims) * bytes_per_value
 
 
 def counts(cfg: SearchConfig) -> dict[str, Callable[[Dims], int]]:
-    """Budget of `search` -> what it limits, at the batch, context and bytes per value that `search` names."""
+    """Map each budget of `search` to the count it limits, at the batch, context and bytes per value of `search`."""
     return {
         "params": num_params,
         "non_embedding_params": non_embedding_params,

@@ -1,22 +1,22 @@
-"""The architectures of a search space that fit the budgets."""
+"""A search space is every combination of the axes' values; budgets choose the architectures that fit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError, listed
-from compactlm_nemo.models.axes import AXES, SPLIT_BY_TP
+from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import counts
 
 
 @dataclass(frozen=True)
 class Budget:
-    """One constraint on a candidate."""
+    """A budget is one constraint on a candidate."""
 
     name: str
     target: float
@@ -25,7 +25,7 @@ class Budget:
     """Accepted relative distance; None: the target is an upper limit."""
 
     def excess(self, dims: Dims) -> float:
-        """Relative distance beyond what is accepted; 0 when met."""
+        """The relative distance beyond what is accepted; 0 when the budget is met."""
         away = self.cost(dims) / self.target - 1
         return max(0.0, away) if self.band is None else max(0.0, abs(away) - self.band)
 
@@ -35,11 +35,11 @@ class Budget:
 
 
 LIMITS = ("memory_bytes", "flops")
-"""Budgets that are upper limits; the others are targets with a band."""
+"""Budgets that are upper limits; all others are targets with a band."""
 
 
 def budgets(cfg: SearchConfig) -> list[Budget]:
-    """The constraints that are set and can be counted; latency has to be measured."""
+    """List the budgets that are set and can be counted; latency has to be measured."""
     return [
         Budget(name, getattr(cfg, name), count, None if name in LIMITS else cfg.band)
         for name, count in counts(cfg).items()
@@ -48,7 +48,7 @@ def budgets(cfg: SearchConfig) -> list[Budget]:
 
 
 def within(space: list[Dims], limits: list[Budget]) -> list[Dims]:
-    """The architectures that meet all budgets, in order; ConfigError when there is none."""
+    """Choose the architectures that meet all budgets, in order; ConfigError when there is none."""
     feasible = [dims for dims in space if not any(limit.excess(dims) for limit in limits)]
     if not feasible:
         raise ConfigError(_nearest(space, limits))
@@ -56,7 +56,7 @@ def within(space: list[Dims], limits: list[Budget]) -> list[Dims]:
 
 
 def enumerate_space(teacher: Dims, cfg: SearchConfig, tp: int = 1) -> list[Dims]:
-    """Every combination of the axes that meets all budgets.
+    """List every combination of the axes that meets all budgets.
 
     An empty axis keeps the teacher's value; values by rule (`search.multiples`, `search.divisors`) are those that `tp`
     ranks can split. Order: more layers first, then larger hidden size, MLP width, heads, groups and experts; no
@@ -65,12 +65,9 @@ def enumerate_space(teacher: Dims, cfg: SearchConfig, tp: int = 1) -> list[Dims]
     values = {axis: _values(axis, teacher, cfg, tp) for axis in AXES}
     _check_axes(teacher, cfg, values)
     shapes = {
-        (layers, hidden, ffn, heads, *rest)
-        for layers, hidden, heads, *rest in product(*(values[axis] for axis in AXES if axis != "ffn"))
-        for ffn in ([round(m * hidden) for m in cfg.ffn_multiples] or values["ffn"])
-        if _heads_fit(teacher, heads, rest[0])
+        tuple(shape.values()) for shape in _shapes(values, cfg) if _heads_fit(teacher, shape["heads"], shape["groups"])
     }
-    space = [teacher.with_shape(**dict(zip(AXES, shape, strict=True))) for shape in sorted(shapes, reverse=True)]
+    space = [teacher.with_shape(**dict(zip(AXES, sizes, strict=True))) for sizes in sorted(shapes, reverse=True)]
     if not space:
         most = max(values["groups"]) * (teacher.num_heads // teacher.num_query_groups)
         raise ConfigError(
@@ -80,33 +77,41 @@ def enumerate_space(teacher: Dims, cfg: SearchConfig, tp: int = 1) -> list[Dims]
     return within(space, budgets(cfg))
 
 
+def _shapes(values: dict[str, list[int]], cfg: SearchConfig) -> Iterator[dict[str, int]]:
+    """Yield every combination of the axes' values; `search.ffn_multiples` give the MLP widths of each hidden size."""
+    for sizes in product(*values.values()):
+        shape = dict(zip(values, sizes, strict=True))
+        widths = [round(multiple * shape["hidden"]) for multiple in cfg.ffn_multiples] or [shape["ffn"]]
+        yield from (shape | {"ffn": ffn} for ffn in widths)
+
+
 def _heads_fit(teacher: Dims, heads: int, groups: int) -> bool:
-    """Whether so many heads can be so many groups of the teacher with equally many each."""
+    """Whether `heads` can be divided equally among `groups`, with at most the teacher's heads in each group."""
     return heads % groups == 0 and heads // groups <= teacher.num_heads // teacher.num_query_groups
 
 
 def _values(axis: str, teacher: Dims, cfg: SearchConfig, tp: int) -> list[int]:
-    """The values of an axis: given, by rule between `search.smallest` and the teacher's, or the teacher's."""
-    size = getattr(teacher, AXES[axis])
+    """The values of an axis: those given, those by rule from `search.smallest` on, or the teacher's."""
+    size = getattr(teacher, AXES[axis].size)
     given: list[int] = getattr(cfg, axis)
     if axis not in cfg.multiples and axis not in cfg.divisors:
         return given or [size]
     step = cfg.multiples.get(axis, 1)
-    unit = math.lcm(step, tp) if axis in SPLIT_BY_TP else step
+    unit = math.lcm(step, tp) if AXES[axis].split_by_tp else step
     least = max(cfg.smallest * size, teacher.experts_per_token if axis == "experts" else 0)
-    found = [value for value in range(unit, size + 1, unit) if value >= least]
+    values = [value for value in range(unit, size + 1, unit) if value >= least]
     if axis in cfg.divisors:
-        found = [value for value in found if size % value == 0]
-    if not found:
+        values = [value for value in values if size % value == 0]
+    if not values:
         raise ConfigError(
             f"search.{'divisors' if axis in cfg.divisors else 'multiples'} of {axis} has no value between "
             f"search.smallest={cfg.smallest:g} and 1 times {size} that parallel.tp={tp} divides; lower search.smallest."
         )
-    return found
+    return values
 
 
 def shape_of(dims: Dims) -> str:
-    """The sizes that a search chooses, in words."""
+    """Write the sizes that a search chooses in words."""
     return (
         f"{dims.num_layers} layers, hidden {dims.hidden_size}, heads {dims.num_heads}/{dims.num_query_groups}, "
         f"MLP {dims.ffn_hidden_size}"
@@ -116,18 +121,20 @@ def shape_of(dims: Dims) -> str:
 
 
 def _nearest(space: list[Dims], limits: list[Budget]) -> str:
-    """Which budgets no architecture meets, else that all together are too much, and what comes closest."""
+    """Say which budgets no architecture meets, or that all together are too much, and what comes closest."""
     impossible = [limit for limit in limits if all(limit.excess(dims) for dims in space)]
-    asked = " and ".join(map(str, impossible or limits))
+    named = " and ".join(map(str, impossible or limits))
     met = f"is met by none of {len(space)} architectures" if impossible else f"is more than any of {len(space)} meets"
     best = min(space, key=lambda dims: sum(limit.excess(dims) for limit in limits))
     has = ", ".join(f"{limit.cost(best):.10g} {limit.name.replace('params', 'parameters')}" for limit in limits)
-    return f"{asked} {met}; the nearest has {has} ({shape_of(best)}): aim there or widen the axes."
+    return f"{named} {met}; the nearest has {has} ({shape_of(best)}): aim there or widen the axes."
 
 
 def _check_axes(teacher: Dims, cfg: SearchConfig, values: dict[str, list[int]]) -> None:
-    """One ConfigError that lists every value the teacher cannot be cut to."""
-    problems = [problem for axis in AXES for problem in _out_of_range(axis, values[axis], getattr(teacher, AXES[axis]))]
+    """Raise one ConfigError that lists every value the teacher cannot be cut to."""
+    problems = [
+        problem for axis, largest in teacher.shape().items() for problem in _out_of_range(axis, values[axis], largest)
+    ]
     groups = values["groups"]
     per_group = teacher.num_heads // teacher.num_query_groups
     problems += [

@@ -1,4 +1,4 @@
-"""The time of single decoder layers, embedding and output layer on the present device, for `search.latency`."""
+"""Single decoder layers, embedding and output layer are timed on the present device, for `search.latency`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.search.latency import PARTS, LatencyTable, sizes_of
 
 WARM_UP = 2
-
-
+"""Runs before the timing."""
 RUNS = 5
-"""Runs of which the median counts, after the warm-up."""
+"""Timed runs after the warm-up, of which the median counts."""
 
 
 OUTPUT_TOKENS = 1024
-"""Tokens whose logits exist at once."""
+"""Most tokens whose logits exist at once."""
 
 
 def time_layers(
@@ -41,22 +40,22 @@ def time_layers(
     keep: Callable[[LatencyTable], None],
     progress: Callable[[int], None],
 ) -> LatencyTable:
-    """The times that these candidates need, from `table` where it has them; equal on every rank. Collective.
+    """Time what these candidates need and `table` lacks; the result is equal on every rank. Collective.
 
     Args:
-        build: This rank's share of a model of these sizes.
-        tokens_BS: ``[B, S]`` of one forward pass, the same on every rank.
-        keep: Called after each timed model with all that is known, so that nothing is timed twice.
-        progress: Called with the number of models timed.
+        build: Makes this rank's share of a model of these sizes.
+        tokens_BS: ``[B, S]`` of one forward pass, equal on every rank.
+        keep: Called after each timed model with the table so far, so that nothing is timed twice.
+        progress: Called with 1 for each timed model.
     """
     for dims in table.missing(candidates):
         chunks = build(dims.with_shape(layers=mesh.layout.num_chunks))
         needs_head = sizes_of("head", dims) not in table.times["head"]
-        found = time_parts(chunks, mesh, tokens_BS, with_output=needs_head)
+        ms = time_parts(chunks, mesh, tokens_BS, with_output=needs_head)
         times = {part: dict(table.times[part]) for part in PARTS}
         for part in PARTS if needs_head else ("attention", "mlp"):
-            times[part].setdefault(sizes_of(part, dims), found[part])
-        table = LatencyTable(table.about, times)
+            times[part].setdefault(sizes_of(part, dims), ms[part])
+        table = LatencyTable(table.metadata, times)
         keep(table)
         progress(1)
     return table.only(candidates)
@@ -64,12 +63,12 @@ def time_layers(
 
 @torch.no_grad()
 def time_parts(chunks: ModelChunks, mesh: Mesh, tokens_BS: Tensor, *, with_output: bool) -> dict[str, float]:
-    """Median milliseconds of the parts of `search.latency.PARTS`, of the slowest rank. Collective.
+    """Measure the median milliseconds of `search.latency.PARTS`, of the slowest rank. Collective.
 
     Every chunk holds one layer; the weights are overwritten by random ones. Without output the head is not complete.
     """
     for parameter in chunks.parameters():
-        parameter.normal_(std=0.02)  # memory as it was found may hold NaNs and numbers that take longer
+        parameter.normal_(std=0.02)  # memory that was not written may hold NaNs and numbers that take longer
     watch = Stopwatch()
     handles = [handle for chunk in chunks.eval() for handle in watch.attach(chunk)]
 
@@ -86,20 +85,20 @@ def time_parts(chunks: ModelChunks, mesh: Mesh, tokens_BS: Tensor, *, with_outpu
     for handle in handles:
         handle.remove()
     ranks = gather_objects(watch.milliseconds())
-    slowest = {lap: max(held.get(lap, 0.0) for held in ranks) for lap in {lap for held in ranks for lap in held}}
+    slowest = {lap: max(laps.get(lap, 0.0) for laps in ranks) for lap in {lap for laps in ranks for lap in laps}}
     ms = broadcast_object(slowest)
     return {"attention": ms["attention"], "mlp": ms["mlp"], "head": ms["embedding"] + ms["output"]}
 
 
 class Stopwatch:
-    """Laps of a forward pass, by the device's own clock: nothing waits for a GPU until they are read."""
+    """Takes the laps of a forward pass by the device's clock: nothing waits for a GPU until the laps are read."""
 
     def __init__(self) -> None:
         self.laps: list[tuple[str, Any, Any]] = []
         self._last: Any = None
 
     def lap(self, name: str | None) -> None:
-        """Now ends what is called so and began at the last call; None only begins."""
+        """End the lap `name` that began at the last call and begin the next; None only begins one."""
         if torch.cuda.is_available():
             now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -121,10 +120,10 @@ class Stopwatch:
         ]
 
     def milliseconds(self) -> dict[str, float]:
-        """Lap -> median over its repetitions."""
-        found: dict[str, list[float]] = defaultdict(list)
+        """Map each lap to the median over its repetitions."""
+        times: dict[str, list[float]] = defaultdict(list)
         if torch.cuda.is_available():
             torch.cuda.synchronize(device())
         for name, start, end in self.laps:
-            found[name].append(start.elapsed_time(end) if torch.cuda.is_available() else 1000 * (end - start))
-        return {name: median(values) for name, values in found.items()}
+            times[name].append(start.elapsed_time(end) if torch.cuda.is_available() else 1000 * (end - start))
+        return {name: median(values) for name, values in times.items()}

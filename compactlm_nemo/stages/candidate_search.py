@@ -16,11 +16,11 @@ from compactlm_nemo.parallel.devices import device, device_name
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.progress import progress_bar
-from compactlm_nemo.pruning.elimination import FILE as SPARE
+from compactlm_nemo.pruning.elimination import FILE as ELIMINATION
 from compactlm_nemo.search.candidates import candidates_json, rank_candidates
-from compactlm_nemo.search.damage import predicted_damage
 from compactlm_nemo.search.latency import FILE as LATENCY
 from compactlm_nemo.search.latency import LatencyTable
+from compactlm_nemo.search.predicted_loss import predicted_loss
 from compactlm_nemo.search.space import Budget, enumerate_space, within
 from compactlm_nemo.search.timing import time_layers
 from compactlm_nemo.stages.context import Run
@@ -28,25 +28,25 @@ from compactlm_nemo.stages.pruner import Pruner
 
 
 def search(run: Run, folder: Path) -> dict[str, Any]:
-    """Scores + budgets -> candidates.json, best first."""
+    """Write candidates.json, best first, from scores and budgets."""
     dims, cfg = run.dims("teacher"), run.config.search
     found = enumerate_space(dims, cfg, run.config.parallel.tp)
     timed = _timed_layers(run, found, folder)
     if timed is not None and cfg.latency_ms is not None:
         found = within(found, [Budget("latency_ms", cfg.latency_ms, timed.milliseconds)])
-    cutting = Pruner(run)
-    is_predicted = cutting.moments is not None and len(found) > 1
+    pruner = Pruner(run)
+    is_predicted = pruner.moments is not None and len(found) > 1
     if is_predicted or run.config.prune.by_error:
-        cutting.eliminate_units(folder)
+        pruner.eliminate_units(folder)
     ranked = rank_candidates(dims, found, run.unit_scores(), cfg)
     if timed is not None:
         ranked = [replace(c, latency_ms=timed.milliseconds(c.dims(dims))) for c in ranked]
     if is_predicted:
-        damage = predicted_damage(dims, run.unit_scores(), load_file(folder / SPARE))
-        ranked = [replace(c, damage=damage(c.dims(dims))) for c in ranked]
-        ranked.sort(key=lambda c: (c.damage, c.params))
-    best = [replace(c, zero_shot=cutting.candidate_loss(c.dims(dims), folder)) for c in ranked[: cfg.top]]
-    ranked[: len(best)] = sorted(best, key=lambda c: c.zero_shot or 0.0)
+        predict = predicted_loss(dims, run.unit_scores(), load_file(folder / ELIMINATION))
+        ranked = [replace(c, predicted_loss=predict(c.dims(dims))) for c in ranked]
+        ranked.sort(key=lambda c: (c.predicted_loss, c.params))
+    best = [replace(c, zero_shot_loss=pruner.candidate_loss(c.dims(dims), folder)) for c in ranked[: cfg.top]]
+    ranked[: len(best)] = sorted(best, key=lambda c: c.zero_shot_loss or 0.0)
     with main_rank_writes() as writes:
         if writes:
             atomic_write_text(folder / "candidates.json", candidates_json(ranked))
@@ -58,7 +58,7 @@ def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | N
     cfg, layout = run.config.search, run.config.parallel
     if cfg.latency_ms is None:
         return None
-    about = {
+    metadata = {
         "device": device_name(),
         "precision": run.config.model.precision.name,
         "batch": cfg.batch,
@@ -67,7 +67,7 @@ def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | N
         "parallel": vars(layout) | {"world": launch_world_size()},
     }
     path = run.progress / LATENCY
-    known = broadcast_object(LatencyTable.load(path, about))
+    known = broadcast_object(LatencyTable.load(path, metadata))
     tokens_BS = torch.randint(found[0].vocab_size, (cfg.batch, cfg.context), generator=torch.Generator().manual_seed(0))
 
     def keep(table: LatencyTable) -> None:

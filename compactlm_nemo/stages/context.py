@@ -100,7 +100,7 @@ class Run:
     def unit_scores(self) -> dict[str, torch.Tensor]:
         """Return the scores that decide the cut, of this run's teacher."""
         scores = load_scores(self.path("score"))
-        if scores.about.get("model") != self.fingerprint("teacher"):
+        if scores.metadata.get("model") != self.fingerprint("teacher"):
             raise CheckpointError(f"{self.path('score')} holds scores of another model; delete it and score again.")
         return scores.ranking(self.config.search.width, self.config.search.depth)
 

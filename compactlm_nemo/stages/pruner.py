@@ -13,7 +13,8 @@ from torch import Tensor
 from compactlm_nemo.config.prune import HeadCut, PruneConfig, Reconstruct, Stream
 from compactlm_nemo.data.windows import calibration_windows
 from compactlm_nemo.importance.moments import MomentSource
-from compactlm_nemo.importance.scores import HIDDEN, load_scores
+from compactlm_nemo.importance.names import HIDDEN
+from compactlm_nemo.importance.scores import load_scores
 from compactlm_nemo.models.build import ModelChunks, ParameterSource, fill
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
@@ -22,8 +23,8 @@ from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.parallel.world import is_main_rank, launch_rank, launch_world_size
 from compactlm_nemo.progress import progress_bar
-from compactlm_nemo.pruning import elimination as spare
-from compactlm_nemo.pruning.block_replacement import BlockReplacement, gaps_of, measure_bridges
+from compactlm_nemo.pruning import elimination
+from compactlm_nemo.pruning.block_replacement import BlockReplacement, measure_replacements, removed_blocks
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.plan import Plan, make_plan
 from compactlm_nemo.pruning.reconstruct import RefittedWriters
@@ -37,14 +38,14 @@ from compactlm_nemo.pruning.residual_stream import (
     stream_energy,
     stream_rotation,
 )
-from compactlm_nemo.search.damage import HIDDEN_ERROR
+from compactlm_nemo.search.predicted_loss import HIDDEN_ERROR
 from compactlm_nemo.stages.context import Run, validation_loss
 from compactlm_nemo.stages.score_pass import MOMENTS
 
 
 @dataclass(frozen=True)
 class Pruner:
-    """What cutting the teacher of a run needs."""
+    """Cuts the teacher of a run to students of any sizes."""
 
     run: Run
 
@@ -69,25 +70,25 @@ class Pruner:
         return MomentSource(self.run.path("score") / MOMENTS)
 
     def eliminate_units(self, folder: Path) -> None:
-        """Write what each layer can best spare into `folder`; nothing without second moments. Collective."""
+        """Write the eliminations of all layers into `folder`; nothing without second moments. Collective."""
         moments = self.moments
         if moments is None:
             return
-        mine = range(launch_rank(), self.teacher.num_layers, launch_world_size())
-        found: dict[str, Tensor] = {}
-        with progress_bar("eliminate", len(mine), 1) as advance:
-            for layer in mine:
-                found |= spare.spare_layer(layer, self.teacher, self.source, moments.whole, self.cfg.ridge)
+        layers = range(launch_rank(), self.teacher.num_layers, launch_world_size())
+        tensors: dict[str, Tensor] = {}
+        with progress_bar("eliminate", len(layers), 1) as advance:
+            for layer in layers:
+                tensors |= elimination.eliminate_layer(layer, self.teacher, self.source, moments.whole, self.cfg.ridge)
                 advance(1)
-        everyone = gather_objects(found)
+        gathered = gather_objects(tensors)
         with main_rank_writes() as writes:
             if writes:
-                merged = {name: x for part in everyone for name, x in part.items()}
-                save_file(merged | {HIDDEN_ERROR: self._hidden_error()}, folder / spare.FILE)
+                merged = {name: x for part in gathered for name, x in part.items()}
+                save_file(merged | {HIDDEN_ERROR: self._hidden_error()}, folder / elimination.FILE)
         barrier()
 
     def _hidden_error(self) -> Tensor:
-        """`[H + 1]` share of the normed stream of all norms that is lost with the channels or directions that go."""
+        """Return what all normed streams lose without n channels or directions, a share, `[H + 1]`."""
         assert self.moments is not None
         stream, size = normed_stream(self.source, self.moments.whole, self.moments.tokens), self.teacher.hidden_size
         if self.cfg.hidden is Stream.rotate:
@@ -99,27 +100,29 @@ class Pruner:
         return torch.cat([lost.new_zeros(1), lost])
 
     def ranking(self, folder: Path) -> dict[str, Tensor]:
-        """What decides which units stay; `folder` is that of the search stage."""
+        """Return the scores that decide which units stay; `folder` is that of the search stage."""
         scores = self.run.unit_scores()
         if not self.cfg.by_error:
             return scores
-        return spare.ranking(load_file(folder / spare.FILE), scores, [axis.name for axis in self.cfg.by_error])
+        return elimination.ranking(
+            load_file(folder / elimination.FILE), scores, [axis.name for axis in self.cfg.by_error]
+        )
 
     def plan(self, student: Dims, folder: Path) -> Plan:
-        """What stays for a student of these sizes; `folder` is that of the search stage."""
+        """Return the plan of a student of these sizes; `folder` is that of the search stage."""
         merges = self.cfg.heads is HeadCut.merge
         return make_plan(self.teacher, student, self.ranking(folder), merge_heads=merges)
 
     def candidate_loss(self, student: Dims, folder: Path) -> float:
-        """Zero-shot loss of a candidate, which is built in memory and given up again. Collective."""
+        """Return the zero-shot loss of a candidate, which is built in memory for it. Collective."""
         return validation_loss(self.run, self.student(student, self.plan(student, folder)), student, "candidate")
 
     def student(self, dims: Dims, plan: Plan) -> ModelChunks:
-        """The student's share of this rank, in evaluation mode. Collective."""
+        """Return this rank's share of the student, in evaluation mode. Collective."""
         source: ParameterSource = self.source
         if self.moments is not None:
-            bridges = self._bridges(plan)
-            source = RefittedWriters(self.teacher, plan, source, self.moments.whole, self.cfg.ridge, bridges)
+            replacements = self._replacements(plan)
+            source = RefittedWriters(self.teacher, plan, source, self.moments.whole, self.cfg.ridge, replacements)
         hidden, wide = self._hidden_cut(plan), CutSource(self.teacher, plan, source)
         model = self.run.build(dims)
         vocab_multiple = self.run.config.model.vocab_multiple
@@ -139,29 +142,29 @@ class Pruner:
         with progress_bar("refit layer by layer", dims.num_layers, 1) as advance:
             walk.run(advance)
 
-    def _bridges(self, plan: Plan) -> dict[int, BlockReplacement]:
-        """For every removed block, what the MLP before it needs to stand for it. Collective."""
-        gaps = gaps_of(plan.layers, self.teacher.num_layers)
-        if not gaps or self.teacher.num_experts:
+    def _replacements(self, plan: Plan) -> dict[int, BlockReplacement]:
+        """Measure for every removed block how the MLP before the block can replace it. Collective."""
+        blocks = removed_blocks(plan.layers, self.teacher.num_layers)
+        if not blocks or self.teacher.num_experts:
             return {}
         windows_NS = self.calibration
-        with progress_bar("bridge removed layers", len(windows_NS), windows_NS.shape[1]) as advance:
-            return measure_bridges(
-                self.run.load("teacher").eval(), self.run.mesh, self.teacher, windows_NS, gaps,
+        with progress_bar("replace removed layers", len(windows_NS), windows_NS.shape[1]) as advance:
+            return measure_replacements(
+                self.run.load("teacher").eval(), self.run.mesh, self.teacher, windows_NS, blocks,
                 micro_batch=self.run.config.score.micro_batch, progress=advance,
             )  # fmt: skip
 
     @cached_property
     def calibration(self) -> Tensor:
-        """The windows that were scored, `[N, S]`, the same on every rank."""
+        """The windows that were scored, `[N, S]`, equal on every rank."""
         config = self.run.config
-        samples = int(load_scores(self.run.path("score")).about["samples"])
+        samples = int(load_scores(self.run.path("score")).metadata["samples"])
         return calibration_windows(
             self.run.train_prefixes(), samples, config.data.sequence_length, config.run.seed
         ).to(device())  # fmt: skip
 
     def _hidden_cut(self, plan: Plan) -> HiddenCut:
-        """How the residual stream is narrowed."""
+        """Return how the residual stream is narrowed."""
         if self.moments is None or len(plan.hidden) == self.teacher.hidden_size:
             return Selection(plan.hidden)
         stream = normed_stream(self.source, self.moments.whole, self.moments.tokens)

@@ -39,8 +39,9 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
 
     from compactlm_nemo.artifacts import settings_of
     from compactlm_nemo.data.windows import calibration_windows
+    from compactlm_nemo.importance.names import DEPTH
     from compactlm_nemo.importance.score_state import STATE
-    from compactlm_nemo.importance.scores import DEPTH, FILE, Scores, save_scores
+    from compactlm_nemo.importance.scores import FILE, Scores, save_scores
     from compactlm_nemo.parallel.collectives import broadcast_object
     from compactlm_nemo.parallel.devices import device
     from compactlm_nemo.parallel.launch import main_rank_writes
@@ -50,7 +51,7 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
 
     config, cfg, dims = run.config, run.config.score, run.dims("teacher")
     windows_NS = calibration_windows(run.train_prefixes(), cfg.samples, config.data.sequence_length, config.run.seed)
-    about = {
+    metadata = {
         "model": run.fingerprint("teacher"),
         "calibration": tokens_hash(windows_NS),
         "sequence_length": str(config.data.sequence_length),
@@ -61,18 +62,18 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
     layout = {"parallel": config.parallel} if own else {}
     state = run.open_progress(
         settings_of(
-            {"score": result_settings(cfg), "evaluate": result_settings(config.evaluate), "about": about} | layout
+            {"score": result_settings(cfg), "evaluate": result_settings(config.evaluate), "metadata": metadata} | layout
         )
     )
     teacher = run.load("teacher").eval()
-    scoring = Scoring(run, teacher, dims, windows_NS.to(device()), start_state(run, state, windows_NS, about), state)
+    scoring = Scoring(run, teacher, dims, windows_NS.to(device()), start_state(run, state, windows_NS, metadata), state)
     scoring.measure_activations(folder)
     tensors = scoring.running.rankings(dims, cfg) if is_main_rank() else {}
     tensors |= {f"{DEPTH}.{name}": x.float() for name, x in measure_layers(scoring).items()}
     if WidthMetric.taylor in cfg.width:
         tensors |= {f"{WidthMetric.taylor.name}.{name}": x for name, x in scoring.taylor().items()}
     samples = broadcast_object(scoring.running.samples) or cfg.samples
-    about |= {
+    metadata |= {
         "samples": str(samples),
         "calibration": tokens_hash(windows_NS[:samples]),
         "width": ",".join(metric.name for metric in cfg.width),
@@ -81,9 +82,9 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
     with main_rank_writes() as writes:
         if writes:
             scoring.running.save(folder / STATE)
-            save_scores(folder / FILE, Scores(tensors, about))
+            save_scores(folder / FILE, Scores(tensors, metadata))
             shutil.rmtree(state)
-    return {"samples": samples, "tokens": samples * config.data.sequence_length, "calibration": about["calibration"]}
+    return {"samples": samples, "tokens": samples * config.data.sequence_length, "calibration": metadata["calibration"]}
 
 
 STAGE = Stage(

@@ -1,6 +1,6 @@
 """One pass of calibration windows through the teacher, part by part, for the score stage.
 
-Progress lives in `progress/score` until the stage is complete. Every `score.save_every` samples the statistics of all
+Progress lives in `progress/score` until the stage is complete. Every `score.save_every` samples the states of all
 ranks are merged and saved; a killed run goes on from the last save.
 """
 
@@ -111,7 +111,7 @@ class Scoring:
         return self.state / f"{kind}_{samples}_rank_{launch_rank()}.safetensors"
 
     def _save_rank(self, kind: str, state: dict[str, Tensor], before: int, after: int) -> None:
-        """Each rank keeps what is its own; the file that the saved statistics go with is there at every instant."""
+        """Each rank keeps what is its own; the file that the saved states go with is there at every instant."""
         path = self._rank_file(kind, after)
         save_file({name: block.cpu() for name, block in state.items()}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
@@ -149,26 +149,26 @@ def tokens_hash(windows_NS: Tensor) -> str:
     return hashlib.sha256(windows_NS.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def start_state(run: Run, state: Path, windows_NS: Tensor, about: dict[str, str]) -> ScoreState:
-    """Statistics to go on from: those of an interrupted run, or of `score.start_from`; on the main rank."""
+def start_state(run: Run, state: Path, windows_NS: Tensor, metadata: dict[str, str]) -> ScoreState:
+    """Return the state to go on from: that of an interrupted run, or of `score.start_from`; on the main rank."""
     running = ScoreState()
     with main_rank_writes() as writes:
         if writes:
             running = ScoreState.load(state / STATE)
             if not running.samples and run.config.score.start_from is not None:
-                running = _finished(Path(run.config.score.start_from), run.config.score, windows_NS, about)
+                running = _finished(Path(run.config.score.start_from), run.config.score, windows_NS, metadata)
     return running
 
 
-def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, about: dict[str, str]) -> ScoreState:
-    """The statistics of a finished stage, after checking that they are of the first of these windows."""
-    old = load_scores(folder).about
+def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, metadata: dict[str, str]) -> ScoreState:
+    """Return the state of a finished stage, after a check that it is of the first of these windows."""
+    old = load_scores(folder).metadata
     running = ScoreState.load(folder / STATE)
     if running.samples > cfg.samples:
         raise ConfigError(
             f"score.samples={cfg.samples} is less than the {running.samples} of score.start_from={folder}; raise it."
         )
-    expected = about | {"calibration": tokens_hash(windows_NS[: running.samples])}
+    expected = metadata | {"calibration": tokens_hash(windows_NS[: running.samples])}
     differing = [name for name in expected if old.get(name) != expected[name]]
     if differing or not running.samples:
         raise ConfigError(

@@ -6,6 +6,7 @@ from compactlm_nemo.config.prune import Reconstruct
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.errors import CompactLMError
+from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import export_problem
 from compactlm_nemo.models.layout import split_layers
@@ -143,10 +144,5 @@ def _teacher_layout_problems(config: Config, models: list[Dims]) -> list[str]:
 
 def undivided(models: list[Dims], tp: int) -> list[str]:
     """Return what tensor parallelism splits and `tp` does not divide, each with its size."""
-    sizes = {
-        "query groups": {model.num_query_groups for model in models},
-        "heads": {model.num_heads for model in models},
-        "MLP width": {model.ffn_hidden_size for model in models},
-        "shared expert's width": {model.shared_expert_ffn for model in models},
-    }
-    return [f"{name} {size}" for name, values in sizes.items() for size in sorted(values) if size % tp]
+    split = {axis.words: {getattr(model, axis.size) for model in models} for axis in AXES.values() if axis.split_by_tp}
+    return [f"{words} {size}" for words, sizes in split.items() for size in sorted(sizes) if size % tp]

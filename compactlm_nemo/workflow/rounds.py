@@ -27,28 +27,20 @@ from compactlm_nemo.workflow.runner import run_stages
 def size_between(teacher: Dims, target: Dims, share: float, tp: int = 1) -> Dims:
     """Return the sizes `share` of the way from teacher to target; what tensor parallelism splits stays divisible."""
 
-    def between(name: str, unit: int = 1) -> int:
-        start, end = getattr(teacher, name), getattr(target, name)
-        if start == end:
-            return int(start)
-        return int(round((start + (end - start) * share) / unit) * unit)
+    def between(axis: str) -> int:
+        start, end = teacher.shape()[axis], target.shape()[axis]
+        unit = tp if AXES[axis].split_by_tp else 1
+        return start if start == end else round((start + (end - start) * share) / unit) * unit
 
-    groups = between("num_query_groups", tp)
+    sizes = {axis: between(axis) for axis in AXES}
     per_group = [dims.num_heads // dims.num_query_groups for dims in (teacher, target)]
-    return teacher.with_shape(
-        layers=between("num_layers"),
-        hidden=between("hidden_size"),
-        ffn=between("ffn_hidden_size", tp),
-        groups=groups,
-        heads=groups * round(per_group[0] + (per_group[1] - per_group[0]) * share),
-        experts=between("num_experts"),
-        shared_expert_ffn=between("shared_expert_ffn", tp),
-    )
+    sizes["heads"] = sizes["groups"] * round(per_group[0] + (per_group[1] - per_group[0]) * share)
+    return teacher.with_shape(**sizes)
 
 
-def round_config(config: Config, number: int, shape: Dims, source: str) -> Config:
+def round_config(config: Config, number: int, student: Dims, source: str) -> Config:
     """Return the run of one round: one candidate, from the model in `source`."""
-    axes: dict[str, Any] = {axis: [getattr(shape, size)] for axis, size in AXES.items()}
+    axes: dict[str, Any] = {axis: [size] for axis, size in student.shape().items()}
     return replace(
         config,
         run=replace(config.run, dir=str(Path(config.run.dir) / f"round_{number}")),

@@ -1,4 +1,4 @@
-"""Aggregates against numpy's own definitions on all data at once."""
+"""Aggregators against numpy's own definitions on all data at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from compactlm_nemo.config.score import Aggregator
 from compactlm_nemo.errors import DataError
-from compactlm_nemo.importance import aggregators as statistics
+from compactlm_nemo.importance import aggregators
 from compactlm_nemo.importance.aggregators import State, join_parts, over_sequence, sequence_parts, state_of
 from compactlm_nemo.importance.experts import routed_parts
 from tests.support.ranks import run_ranks
@@ -30,7 +30,7 @@ def sequence(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("block", [1, 3 * 15, 2**18])
 def test_over_sequence_is_the_definition(aggs, dtype, block, monkeypatch):
     """In blocks of one token, of three of the eight, and of all."""
-    monkeypatch.setitem(statistics.BLOCK_ELEMENTS, "cpu", block)
+    monkeypatch.setitem(aggregators.BLOCK_ELEMENTS, "cpu", block)
     x = sequence(dtype)
     kept = x.clone()
     values = over_sequence(sequence_parts(x, aggs), 8)

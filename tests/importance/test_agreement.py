@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.errors import DataError, NumericsError
-from compactlm_nemo.importance import scores
-from compactlm_nemo.importance.agreement import agreement, axis_of, kendall_tau, per_vector, settled, spearman
+from compactlm_nemo.importance import names as unit_names
+from compactlm_nemo.importance.agreement import agreement, kendall_tau, per_vector, settled, spearman
 
 
 def naive_tau(a: list[float], b: list[float]) -> float:
@@ -93,11 +93,11 @@ def test_only_the_order_counts_and_the_same_order_is_exactly_one() -> None:
 
 def _scores() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    names = {scores.HIDDEN: 16, scores.DEPTH: 3}
+    names = {unit_names.HIDDEN: 16, unit_names.DEPTH: 3}
     for layer in range(3):
-        names |= {scores.heads_key(layer): 8, scores.groups_key(layer): 4, scores.mlp_key(layer): 12}
-        names |= {scores.experts_key(layer): 2, scores.shared_expert_key(layer): 6}
-        names |= {scores.expert_mlp_key(layer, expert): 10 for expert in range(2)}
+        names |= {unit_names.heads_key(layer): 8, unit_names.groups_key(layer): 4, unit_names.mlp_key(layer): 12}
+        names |= {unit_names.experts_key(layer): 2, unit_names.shared_expert_key(layer): 6}
+        names |= {unit_names.expert_mlp_key(layer, expert): 10 for expert in range(2)}
     return {name: torch.rand(length, generator=generator) for name, length in names.items()}
 
 
@@ -145,4 +145,4 @@ def test_vectors_that_do_not_match_are_named() -> None:
     with pytest.raises(DataError, match=r"axis hidden: hidden \(16 values\) is in the first scores, not in the second"):
         agreement(first, {name: x for name, x in first.items() if name != "hidden"})
     with pytest.raises(DataError, match="without its prefix"):
-        axis_of("l2_mean.hidden")
+        unit_names.axis_of("l2_mean.hidden")

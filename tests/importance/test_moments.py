@@ -43,16 +43,16 @@ def reference(model: Any) -> dict[str, Tensor]:
 
     def routed(name: str, x: Tensor) -> None:
         if re.fullmatch(r"layers\.\d+\.experts\.\d+\.mlp", name):
-            seen[name.removesuffix(".mlp")] = x  # 0 for a token that was sent elsewhere
+            seen[name] = x  # 0 for a token that was sent elsewhere
 
     for i, layer in enumerate(model.model.layers):
         if hasattr(layer.mlp, "experts"):
             layer.mlp.register_forward_pre_hook(experts_hook(layer.mlp, i, model.config, "after", routed))
-        layer.self_attn.o_proj.register_forward_pre_hook(before(f"layers.{i}.proj"))
+        layer.self_attn.o_proj.register_forward_pre_hook(before(f"layers.{i}.heads"))
         layer.input_layernorm.register_forward_hook(after(f"layers.{i}.attention_norm"))
         layer.post_attention_layernorm.register_forward_hook(after(f"layers.{i}.mlp_norm"))
         if hasattr(layer.mlp, "shared_expert"):
-            layer.mlp.shared_expert.down_proj.register_forward_pre_hook(before(f"layers.{i}.shared_expert"))
+            layer.mlp.shared_expert.down_proj.register_forward_pre_hook(before(f"layers.{i}.shared_expert.mlp"))
         elif hasattr(layer.mlp, "down_proj"):
             layer.mlp.down_proj.register_forward_pre_hook(before(f"layers.{i}.mlp"))
     model.model.norm.register_forward_hook(after("final_norm"))

@@ -76,10 +76,10 @@ def test_scores_file_names_its_metrics(tmp_path):
         "taylor.hidden": torch.ones(3), "l2_mean.hidden": torch.arange(3.0), "l2_mean.layers.0.mlp": torch.ones(2),
         "depth.bi_blocks": torch.ones(2, 2), "depth.lm_loss": torch.tensor([0.5, 0.25]),
     }  # fmt: skip
-    about = {"model": "m", "width": "taylor,l2_mean"}
-    save_scores(tmp_path / FILE, Scores(tensors, about))
+    metadata = {"model": "m", "width": "taylor,l2_mean"}
+    save_scores(tmp_path / FILE, Scores(tensors, metadata))
     scores = load_scores(tmp_path)
-    assert scores.about == about
+    assert scores.metadata == metadata
     assert Scores(tensors, {}).width_metrics == ["l2_mean", "taylor"]
     assert scores.width_metrics == ["taylor", "l2_mean"] and scores.depth_metrics == ["bi_blocks", "lm_loss"]
     ranking = scores.ranking(WidthMetric.l2_mean, None)

@@ -18,7 +18,12 @@ from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.hf import export_hf, open_hf
-from compactlm_nemo.pruning.block_replacement import BlockReplacement, bridge_weight, gaps_of, measure_bridges
+from compactlm_nemo.pruning.block_replacement import (
+    BlockReplacement,
+    measure_replacements,
+    removed_blocks,
+    replacement_weight,
+)
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.reconstruct import RefittedWriters
@@ -57,11 +62,11 @@ def calibration() -> Tensor:
 
 
 def activations(model: Any) -> dict[str, numpy.ndarray]:
-    """`[tokens, E]` float64 under the names of second moments; `r.{i}` and `h.{i}` are for bridges."""
+    """`[tokens, E]` float64 under the names of second moments; `r.{i}` and `h.{i}` are for replaced blocks."""
     seen: dict[str, Tensor] = {}
     put = seen.__setitem__
     for i, layer in enumerate(model.model.layers):
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, i=i: put(f"layers.{i}.proj", args[0]))
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, i=i: put(f"layers.{i}.heads", args[0]))
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=i: put(f"layers.{i}.mlp", args[0]))
         layer.input_layernorm.register_forward_hook(
             lambda _, args, out, i=i: (put(f"h.{i}", args[0]), put(f"layers.{i}.attention_norm", out))[0]
@@ -135,7 +140,7 @@ def _in_layer(layer: int, part: str, kind: str, full: numpy.ndarray, seen: Any, 
     if part in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
         return fitted(seen[norm], full[rows], HIDDEN, RIDGE)
     if part == "o_proj":
-        return fitted(seen[f"layers.{layer}.proj"], full, channels, RIDGE)[HIDDEN]
+        return fitted(seen[f"layers.{layer}.heads"], full, channels, RIDGE)[HIDDEN]
     if part == "down_proj":
         return fitted(seen[f"layers.{layer}.mlp"], full, MLP[layer], RIDGE)[HIDDEN]
     return full[HIDDEN] * (scale(norm, full) if kind == "weight" else 1)
@@ -164,11 +169,11 @@ def test_each_expert_is_fitted_on_the_tokens_it_was_sent(case, tmp_path):
     dims, source = open_hf(tmp_path / "teacher")
     plan = expert_plan(dims.shared_expert_ffn > 0)
     rng = numpy.random.default_rng(0)
-    widths = {"proj": dims.num_heads * dims.head_dim, "shared_expert": dims.shared_expert_ffn}
+    widths = {"heads": dims.num_heads * dims.head_dim, "shared_expert": dims.shared_expert_ffn}
     seen: dict[str, numpy.ndarray] = {}
 
     def moment(name: str) -> Tensor:
-        width = widths.get(name.split(".")[-1], dims.ffn_hidden_size)
+        width = widths.get(name.split(".")[2], dims.ffn_hidden_size)
         seen[name] = rng.normal(size=(70, width)) @ rng.normal(size=(width, width))
         return torch.from_numpy(seen[name].T @ seen[name])
 
@@ -188,12 +193,12 @@ def test_each_expert_is_fitted_on_the_tokens_it_was_sent(case, tmp_path):
             place = int(name.split(".experts.")[1].split(".")[0])
             expert = sorted(EXPERTS[layer])[place]
             x, w = (
-                seen[f"layers.{layer}.experts.{expert}"],
+                seen[f"layers.{layer}.experts.{expert}.mlp"],
                 full[old.replace(f"experts.{place}.", f"experts.{expert}.")],
             )
             want = fitted(x, w.double().numpy(), NEURONS[expert], RIDGE)[HIDDEN]
         elif ".shared_expert.down_proj" in name:
-            x = seen[f"layers.{layer}.shared_expert"]
+            x = seen[f"layers.{layer}.shared_expert.mlp"]
             want = fitted(x, full[old].double().numpy(), SHARED, RIDGE)[HIDDEN]
         elif ".o_proj.weight" in name:
             continue  # as of every family, above
@@ -310,41 +315,43 @@ def test_every_layout_makes_the_same_student(layout, teachers, tmp_path):
     run_ranks(_same_student, LAYOUTS[layout][0], tmp_path, layout, teachers, tmp_path / "out")
 
 
-def test_gaps_are_the_removed_blocks_that_have_a_layer_before_them():
-    assert gaps_of([0, 1, 2], 3) == []
-    assert gaps_of([2, 3, 6], 9) == [(4, 6), (7, 9)]
+def test_removed_blocks_are_those_that_have_a_layer_before_them():
+    assert removed_blocks([0, 1, 2], 3) == []
+    assert removed_blocks([2, 3, 6], 9) == [(4, 6), (7, 9)]
 
 
-def _bridges(rank: int, world: int, layout: str, root: Path) -> None:
+def _replacements(rank: int, world: int, layout: str, root: Path) -> None:
     mesh = mesh_of(**LAYOUTS[layout][1])
-    gaps = [(1, 2), (3, 4)]  # the last one ends at the final norm
+    blocks = [(1, 2), (3, 4)]  # the last one ends at the final norm
     for case in ("llama", "nemotron"):
         dims, model = filled(root / case, mesh)
         seen = torch.load(root / case / "seen.pt", weights_only=False)
         done: list[int] = []
-        found = measure_bridges(model.eval(), mesh, dims, calibration(), gaps, micro_batch=2, progress=done.append)
+        found = measure_replacements(
+            model.eval(), mesh, dims, calibration(), blocks, micro_batch=2, progress=done.append
+        )
         assert sum(done) == 5 and found.keys() == {0, 2}
-        for start, end in gaps:
+        for start, end in blocks:
             x, gap = seen[f"layers.{start - 1}.mlp"], seen[f"h.{end}"] - seen[f"r.{start - 1}"]
             weight = 1 / (seen[f"h.{end}"] ** 2).mean(axis=1, keepdims=True)
-            bridge = found[start - 1]
-            for got, want in ((bridge.gram_FF, (weight * x).T @ x), (bridge.target_FH, (weight * x).T @ gap)):
+            replacement = found[start - 1]
+            for got, want in ((replacement.gram_FF, (weight * x).T @ x), (replacement.target_FH, (weight * x).T @ gap)):
                 assert got.dtype == torch.float64
                 numpy.testing.assert_allclose(got.numpy(), want, rtol=1e-4, atol=1e-5 * numpy.abs(want).max())
 
 
 @pytest.mark.parametrize("layout", COMBINED)
-def test_bridges_are_measured_the_same_in_every_layout(layout, teachers, tmp_path):
-    run_ranks(_bridges, LAYOUTS[layout][0], tmp_path, layout, teachers)
+def test_replacements_are_equal_in_every_layout(layout, teachers, tmp_path):
+    run_ranks(_replacements, LAYOUTS[layout][0], tmp_path, layout, teachers)
 
 
-def test_a_bridge_is_weighted_least_squares(teachers):
+def test_a_replacement_is_weighted_least_squares(teachers):
     seen = torch.load(teachers / "llama" / "seen.pt", weights_only=False)
     weight = open_hf(teachers / "llama")[1]("decoder.layers.0.mlp.linear_fc2.weight")
     x, gap = seen["layers.0.mlp"], seen["h.2"] - seen["r.0"]
     root = 1 / numpy.sqrt((seen["h.2"] ** 2).mean(axis=1, keepdims=True))
 
-    bridge = BlockReplacement(
+    replacement = BlockReplacement(
         torch.from_numpy((root * x).T @ (root * x)), torch.from_numpy((root * x).T @ (root * gap))
     )
     kept = list(range(0, 80, 2))
@@ -352,5 +359,5 @@ def test_a_bridge_is_weighted_least_squares(teachers):
     rows = numpy.vstack([(root * x)[:, kept], damping * numpy.eye(40)])
     start = weight.double().numpy()[:, kept].T
     want = numpy.linalg.lstsq(rows, numpy.vstack([root * gap, damping * start]), rcond=None)[0].T
-    got = bridge_weight(weight, bridge, torch.tensor(kept), ridge=0.02)
+    got = replacement_weight(weight, replacement, torch.tensor(kept), ridge=0.02)
     numpy.testing.assert_allclose(got.numpy(), want, rtol=1e-6, atol=1e-8)

@@ -36,8 +36,8 @@ def _tensors(metric: str, sign: int = 1) -> dict[str, torch.Tensor]:
 
 
 def _about(**changes: str) -> dict[str, str]:
-    about = {"model": MODEL, "calibration": "12" * 32, "samples": "64", "sequence_length": "16", "neurons": "after"}
-    return about | changes
+    metadata = {"model": MODEL, "calibration": "12" * 32, "samples": "64", "sequence_length": "16", "neurons": "after"}
+    return metadata | changes
 
 
 def _blocks(*, last: float) -> torch.Tensor:

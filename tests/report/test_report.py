@@ -200,7 +200,7 @@ def finished_run(run: Path, scores: Scores, search: dict[str, str | None]) -> Pa
 def test_the_report_shows_the_search(tmp_path):
     run = finished_run(tmp_path / "a", three_metrics(), {"search.width": None, "search.depth": None})
     shape = {"layers": 2, "hidden": 32, "ffn": 48, "heads": 4}
-    found = [shape | {"params": 1000 - i, "damage": i, "zero_shot": 3.0 + i} for i in range(3)]
+    found = [shape | {"params": 1000 - i, "predicted_loss": i, "zero_shot_loss": 3.0 + i} for i in range(3)]
     (run / "search" / "candidates.json").write_text(json.dumps(found))
     (run / "rank").mkdir()
     (run / "rank" / "ranking.json").write_text(json.dumps([found[1] | {"candidate": 1, "loss": 2.0}]))

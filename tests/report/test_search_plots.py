@@ -23,9 +23,9 @@ def test_the_front_by_hand():
 
 def test_pareto_shows_the_trained_before_the_untrained(tmp_path):
     rows = [
-        SHAPE | {"params": 2e6, "zero_shot": 5.0, "loss": 3.0},
-        SHAPE | {"params": 1e6, "zero_shot": 4.0, "loss": 3.5},
-        SHAPE | {"params": 3e6, "zero_shot": 3.0},
+        SHAPE | {"params": 2e6, "zero_shot_loss": 5.0, "loss": 3.0},
+        SHAPE | {"params": 1e6, "zero_shot_loss": 4.0, "loss": 3.5},
+        SHAPE | {"params": 3e6, "zero_shot_loss": 3.0},
     ]
     axes = plot_pareto(rows, tmp_path / "a.png").axes[0]
     assert sorted(axes.collections[0].get_offsets().tolist()) == [[1.0, 3.5], [2.0, 3.0]]
@@ -41,8 +41,8 @@ def test_pareto_shows_the_trained_before_the_untrained(tmp_path):
 
 
 def test_prediction_names_the_rank_correlation(tmp_path):
-    rows = [{"damage": d, "zero_shot": z} for d, z in ((1, 3.0), (2, 3.5), (3, 3.2), (4, 4.0))]
-    axes = plot_prediction([*rows, {"damage": 9}], tmp_path / "a.png").axes[0]
+    rows = [{"predicted_loss": d, "zero_shot_loss": z} for d, z in ((1, 3.0), (2, 3.5), (3, 3.2), (4, 4.0))]
+    axes = plot_prediction([*rows, {"predicted_loss": 9}], tmp_path / "a.png").axes[0]
     assert "4 candidates: rank correlation 0.80" in axes.get_title()  # one swap of neighbours: 1 - 6 * 2 / (4 * 15)
     with pytest.raises(DataError, match="fewer than two"):
         plot_prediction(rows[:1], tmp_path / "b.png")

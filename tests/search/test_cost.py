@@ -110,7 +110,7 @@ def test_params_per_rank_are_the_shares_the_model_is_filled_with(name, tp, pp, e
 
 
 def test_params_per_rank_refuses_what_does_not_divide():
-    with pytest.raises(ConfigError, match="parallel.tp=4 must divide num_query_groups=2.*ffn_hidden_size=6"):
+    with pytest.raises(ConfigError, match="parallel.tp=4 must divide ffn_hidden_size=6.*num_query_groups=2"):
         cost.params_per_rank(TINY, layout=ParallelConfig(tp=4), chunk_layers=[2], vocab_multiple=1)
     odd = replace(TINY, num_experts=3, experts_per_token=2, shared_expert_ffn=5)
     with pytest.raises(

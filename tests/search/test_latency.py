@@ -48,7 +48,7 @@ def timed(table, candidates):
         assert dims.num_heads % dims.num_query_groups == 0
         for part, ms in made_up(dims).items():
             times[part][sizes_of(part, dims)] = ms
-    return LatencyTable(table.about, times)
+    return LatencyTable(table.metadata, times)
 
 
 @pytest.mark.parametrize(("teacher", "space"), [(TEACHER, SPACE), (MOE, MOE_SPACE)])
@@ -72,12 +72,12 @@ def test_three_values_of_an_axis_are_timed():
 
 def test_a_file_is_read_back_and_only_what_is_new_is_timed(tmp_path):
     candidates = enumerate_space(MOE, MOE_SPACE)
-    about = {"device": "made up", "batch": 1}
-    table = timed(LatencyTable.load(tmp_path / "t.json", about), candidates)
+    metadata = {"device": "made up", "batch": 1}
+    table = timed(LatencyTable.load(tmp_path / "t.json", metadata), candidates)
     table.save(tmp_path / "t.json")
-    again = LatencyTable.load(tmp_path / "t.json", about)
+    again = LatencyTable.load(tmp_path / "t.json", metadata)
     assert again == table and again.missing(candidates) == []
-    assert LatencyTable.load(tmp_path / "t.json", about | {"batch": 2}).missing(candidates) != []
+    assert LatencyTable.load(tmp_path / "t.json", metadata | {"batch": 2}).missing(candidates) != []
     # Widths of 10 are new for every hidden size; attention and head were timed.
     more = [replace(dims, ffn_hidden_size=10) for dims in candidates]
     assert {dims.ffn_hidden_size for dims in again.missing(more)} == {10}

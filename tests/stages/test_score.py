@@ -69,7 +69,7 @@ def test_scores_are_those_of_the_calibration_tokens_in_the_manifest(inputs: Path
     ids = _windows(scored, 24)
     manifest = json.loads((scored / "score" / "manifest.json").read_text())["results"]
     scores = load_scores(scored / "score")
-    assert scores.about["calibration"] == manifest["calibration"]
+    assert scores.metadata["calibration"] == manifest["calibration"]
     assert (
         manifest["calibration"]
         == hashlib.sha256(b"".join(int(t).to_bytes(8, "little") for t in ids.flatten())).hexdigest()
@@ -180,7 +180,7 @@ def test_it_stops_early_when_ranks_stand_still(inputs: Path, ready: Path, tmp_pa
     assert status == 0, errors
     assert json.loads((run / "score" / "manifest.json").read_text())["results"]["samples"] == want
     digest = hashlib.sha256(_windows(run, want).numpy().tobytes()).hexdigest()
-    assert load_scores(run / "score").about["calibration"] == digest
+    assert load_scores(run / "score").metadata["calibration"] == digest
 
 
 def test_tasks_rank_layers_by_the_accuracy_they_hold(inputs: Path, ready: Path, tmp_path: Path) -> None:
@@ -234,6 +234,6 @@ def test_bad_input_ends_in_one_line(inputs: Path, ready: Path, tmp_path: Path) -
 def test_scores_of_another_model_are_refused(inputs: Path, scored: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(scored, tmp_path / "run"))
     scores = load_file(run / "score" / "scores.safetensors")
-    save_file(scores, run / "score" / "scores.safetensors", metadata={"about": json.dumps({"model": "another"})})
+    save_file(scores, run / "score" / "scores.safetensors", metadata={"metadata": json.dumps({"model": "another"})})
     status, errors = _run(command(inputs, run, *FEW, recipe="search"))
     assert status == 2 and "holds scores of another model" in errors and len(errors.splitlines()) == 1, errors

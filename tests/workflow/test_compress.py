@@ -59,7 +59,7 @@ def test_layers_are_timed_for_a_latency_budget(finished: Path) -> None:
     [candidate] = json.loads((finished / "search" / "candidates.json").read_text())
     assert candidate["latency_ms"] == pytest.approx(2 * (ms["attention"] + ms["mlp"]) + ms["head"])
     assert table == json.loads((finished / "progress" / "search" / "latency.json").read_text())
-    assert table["about"]["context"] == 32 and table["about"]["device"]
+    assert table["metadata"]["context"] == 32 and table["metadata"]["device"]
 
 
 def test_the_exported_folder_is_the_trained_student(finished: Path) -> None:

@@ -70,14 +70,14 @@ def test_the_best_of_the_ranking_is_what_is_pruned(inputs: Path, ranked: Path, t
 
 def test_zero_shot_losses_of_the_search_are_those_of_the_cut(inputs: Path, ranked: Path, tmp_path: Path) -> None:
     found = json.loads((ranked / "search" / "candidates.json").read_text())
-    measured = [entry.get("zero_shot") for entry in found]
+    measured = [entry.get("zero_shot_loss") for entry in found]
     assert measured[0] <= measured[1] and measured[2:] == [None, None]
-    damages = [entry["damage"] for entry in found]
-    assert sorted(damages[:2]) + damages[2:] == sorted(damages)
+    predicted = [entry["predicted_loss"] for entry in found]
+    assert sorted(predicted[:2]) + predicted[2:] == sorted(predicted)
     for index, entry in enumerate(found[:2]):
         stage = ranked / "rank" / str(index) / "student"
-        assert entry["zero_shot"] == pytest.approx(loss_of(inputs, ranked, stage, tmp_path), abs=1e-5)
-        assert read_manifest(stage)["results"]["loss_after"] == pytest.approx(entry["zero_shot"], abs=1e-6)
+        assert entry["zero_shot_loss"] == pytest.approx(loss_of(inputs, ranked, stage, tmp_path), abs=1e-5)
+        assert read_manifest(stage)["results"]["loss_after"] == pytest.approx(entry["zero_shot_loss"], abs=1e-6)
 
 
 def test_one_task_a_candidate_gives_the_same_ranking(inputs: Path, ranked: Path, tmp_path: Path) -> None:
