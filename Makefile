@@ -39,7 +39,7 @@ format: $(STAMP)  ## Rewrite the code in the project's format
 
 docs: $(STAMP)  ## Remake docs/configuration.md and check the links of all pages
 	$(BIN)/python -m compactlm_nemo.workflow.manual > docs/configuration.md
-	@fail=0; for page in *.md docs/*.md slurm/*.md; do \
+	@fail=0; for page in *.md docs/*.md slurm/*.md bench/*.md; do \
 		[ -e "$$page" ] || continue; \
 		for link in $$(grep -oE '\]\([^)# ]+' "$$page" | sed 's/^](//' | grep -vE '^[a-z]+:'); do \
 			[ -e "$$(dirname "$$page")/$$link" ] || { echo "$$page: dead link $$link"; fail=1; }; \

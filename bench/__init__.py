@@ -1,1 +1,1 @@
-"""Measurements against other tools; nothing here is part of the package."""
+"""Measurements against other tools; nothing here is part of the package. bench/README.md lists the commands."""

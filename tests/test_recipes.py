@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from compactlm_nemo.config import load
 from compactlm_nemo.config.load import COMPARE, CONF, compose, compose_root, schema_reference
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.workflow.manual import reference_markdown
@@ -17,7 +20,7 @@ from compactlm_nemo.workflow.stage_table import STAGES, stages_of
 from tests.support import commands
 
 ROOT = CONF.parent
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+EXPERIMENTS, MODELS = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("experiment", "model"))
 # Published sizes: arXiv 2407.14679 tables 1 and 5 (15.6B, 8.27B, 4.19B), arXiv 2408.11796 (8.0B, 4.5B; 12.2B, 8.4B).
 PUBLISHED_BILLIONS = {
     "nemotron4_15b_to_8b": (15.6, 8.27),
@@ -94,6 +97,31 @@ def test_every_experiment_composes() -> None:
         assert compose(_dry(experiment)).dry_run
 
 
+def test_every_model_composes_alone_and_an_experiment_uses_it() -> None:
+    experiments = "".join((CONF / "experiment" / f"{name}.yaml").read_text() for name in EXPERIMENTS)
+    for model in MODELS:
+        assert f"- override /model: {model}\n" in experiments
+        architecture = compose([f"model={model}", "run.dir=x", "model.source=absent"]).model.architecture
+        assert architecture["num_hidden_layers"] > 0 and architecture["vocab_size"] > 0
+
+
+def test_a_model_yields_to_the_experiment_and_that_to_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    experiment = (
+        "# @package _global_\ndefaults:\n  - override /model: nemotron4_15b\n  - _self_\n"
+        "model:\n  architecture:\n    hidden_size: 2\n    num_hidden_layers: 2\n"
+    )
+    (tmp_path / "conf" / "experiment" / "small.yaml").write_text(experiment)
+    monkeypatch.setattr(load, "CONF", tmp_path / "conf")
+    words = [*_dry("small"), "run.dir=x", "model.architecture.num_hidden_layers=3"]
+    architecture = compose(words).model.architecture
+    # From the command line, the experiment and the model, in this order.
+    assert [architecture[key] for key in ("num_hidden_layers", "hidden_size", "vocab_size")] == [3, 2, 256000]
+    assert compose([*words, "model=llama31_8b"]).model.architecture["vocab_size"] == 128256
+
+
 def test_per_rank_sizes_add_up_under_another_layout(capsys: pytest.CaptureFixture[str]) -> None:
     run_stages(compose([*_dry("nemotron4_15b_to_8b"), "parallel.tp=1", "parallel.pp=4"]))
     out = capsys.readouterr().out.split("student")[0]
@@ -108,6 +136,8 @@ def test_per_rank_sizes_add_up_under_another_layout(capsys: pytest.CaptureFixtur
         (["experiment=smollm2_135m_cpu", "distill.lr=-1"], ["distill.lr=-1", "> 0"]),
         (["distill.steps=many"], ["many"]),
         (["experiment=nothing"], ["nothing"]),
+        (["experiment=null"], ["leave the override out"]),
+        (["model=nothing"], ["model/nothing", *MODELS]),
         (["run.dir=x"], ["model.source"]),
         (["run.dir=x", "model.source=absent", "data.train.a=gone"], ["model.source=absent", "data.train.a.path=gone"]),
         ([*_dry("llama31_8b_to_4b_width"), "parallel.tp=3"], ["parallel.tp=3"]),
@@ -117,7 +147,7 @@ def test_bad_input_is_one_useful_message(overrides: list[str], words: list[str])
     result = commands.run(["-m", "recipes.compress", *overrides])
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.startswith("error: ") and "provider=" not in result.stderr
     for word in words:
         assert word in result.stderr
     assert not (ROOT / "x").exists()
@@ -136,6 +166,7 @@ def test_help_names_every_setting() -> None:
     words = [sys.executable, "-m", "recipes.distill", "--help"]  # as from a shell
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0
+    assert f"experiments: {', '.join(EXPERIMENTS)}\nmodels: {', '.join(MODELS)}\n" in result.stdout
     for key, _, meaning, _ in schema_reference():
         assert key in result.stdout
         assert meaning, f"{key} has no docstring"

@@ -25,6 +25,7 @@ from compactlm_nemo.errors import CompactLMError, ConfigError
 
 OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture|search\.multiples)\.[^.=]+=")
 """A name of the user's choosing, as in `data.train.web=web.jsonl`; Hydra would ask for `++` before it."""
+_FOR_DEVELOPERS = ("full_key:", "object_type=", "reference_type=", "See ", "Config search path:", "provider=")
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ class Root(Generic[T]):
     """What follows `python -m ` on its help page."""
 
 
-RUN = Root(Config, "schema", "config", "recipes.RECIPE [experiment=NAME] [key=value ...] [dry_run=true]")
+RUN = Root(Config, "schema", "config", "recipes.RECIPE [experiment=NAME] [model=NAME] [key=value ...] [dry_run=true]")
 COMPARE = Root(
     CompareConfig,
     "compare_schema",
@@ -76,7 +77,13 @@ def compose_root(root: Root[T], overrides: list[str]) -> T:
     register_schema(root)
     overrides = ["++" + text if OPEN_KEY.match(text) else text for text in overrides]
     with hydra.initialize_config_dir(str(CONF), version_base=None):
-        return to_config(hydra.compose(root.file, overrides), root.schema)
+        try:
+            tree = hydra.compose(root.file, overrides)
+        except (HydraException, OmegaConfBaseException):
+            raise
+        except ValueError as error:  # Hydra's word on `experiment=null`, which names no file
+            raise ConfigError(f"{error}; name a file of conf/ or leave the override out.") from error
+        return to_config(tree, root.schema)
 
 
 def to_yaml(config: Any) -> str:
@@ -87,7 +94,7 @@ def to_yaml(config: Any) -> str:
 def one_line(error: BaseException) -> str:
     """Return an error's message without the parts that Hydra adds for its developers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type=", "See "))]
+    lines = [line for line in lines if not line.startswith(_FOR_DEVELOPERS)]
     if error.__cause__ is not None:
         lines.append(one_line(error.__cause__))
     return " ".join(lines)
@@ -123,14 +130,18 @@ def recipe_root(root: Root[T], run: Callable[[T], None], description: str | None
 
 
 def help_text(description: str, root: Root[Any] = RUN) -> str:
-    """Return what `--help` prints: the recipe, the experiments of a run, and every setting."""
+    """Return what `--help` prints: the recipe, the experiments and models of a run, and every setting."""
     lines = [description, "", f"usage: python -m {root.usage}", ""]
     if root is RUN:
-        experiments = ", ".join(sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
-        lines += [f"experiments: {experiments}", ""]
+        lines += [f"{group}s: {', '.join(group_names(group))}" for group in ("experiment", "model")] + [""]
     lines += ["settings (key = default):"]
     lines += [f"  {key} = {default}\n      {meaning}" for key, default, meaning, _ in schema_reference(root.schema)]
     return "\n".join(lines)
+
+
+def group_names(group: str) -> list[str]:
+    """Names of the files that conf/ has in a group, `experiment` or `model`."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def _user_cause(error: BaseException | None) -> CompactLMError | None:
