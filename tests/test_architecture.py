@@ -19,7 +19,7 @@ PACKAGE = sorted(CODE.rglob("*.py"))
 LONGEST_LINES = 400
 
 ORDER = [
-    "errors", "config", "artifacts", "parallel", "progress", "data", "models", "losses", "importance", "evaluation",
+    "errors", "config", "artifacts", "parallel", "progress", "data", "losses", "models", "importance", "evaluation",
     "training", "search", "pruning", "distill", "report", "stages", "workflow",
 ]  # fmt: skip
 """The rooms of the package, folders and the modules at its root; each imports only what stands above it here."""

@@ -55,8 +55,10 @@ def shipped_model(mesh: Mesh, dtype: torch.dtype) -> ModelChunks:
         position_embedding_type="rope",
         rotary_base=int(dims.rope_theta),
     )
-    chunks = ModelChunks([model.to(dtype)])  # torch's norms are float32 whatever the config says
-    fill(chunks, dims, mesh, load_file(CACHE / "teacher.safetensors").__getitem__, VOCAB_MULTIPLE)
+    chunks = ModelChunks(
+        [model.to(dtype)], dims, mesh, chunk_tokens=1
+    )  # torch's norms are float32 whatever the config says
+    fill(chunks, load_file(CACHE / "teacher.safetensors").__getitem__, VOCAB_MULTIPLE)
     return chunks.eval()
 
 
@@ -182,7 +184,7 @@ def lm_loss(chunks: ModelChunks, mesh: Mesh, batches: list[Tensor], vocab_size: 
     """Mean next-token loss in nats of a model that returns logits, over `[B, S]` batches, each sequence on its own."""
     total, count = 0.0, 0
     for tokens in batches:
-        (logits,) = forward_each(chunks, mesh, [tokens], lambda _, logits: logits)
+        (logits,) = forward_each(chunks, [tokens], lambda _, logits: logits)
         targets = tokens[:, 1:].flatten()
         own = logits[:, :-1, :vocab_size].flatten(0, 1).float()
         total += float(torch.nn.functional.cross_entropy(own, targets, reduction="sum"))
@@ -211,7 +213,7 @@ class Subject:
         self._forward(self.converted, self.batches[:1])
 
     def _forward(self, chunks: ModelChunks, batches: list[Tensor]) -> None:
-        forward_each(chunks, self.mesh, batches, lambda *_: None)
+        forward_each(chunks, batches, lambda *_: None)
 
 
 def main() -> None:

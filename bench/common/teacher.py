@@ -100,7 +100,7 @@ def our_model(mesh: Mesh, dtype: torch.dtype) -> tuple[Dims, ModelChunks]:
 
     dims, tensors = Dims.load(CACHE / "dims.json"), load_file(CACHE / "teacher.safetensors")
     model = build_model(dims, mesh, dtype=dtype, vocab_multiple=VOCAB_MULTIPLE)
-    fill(model, dims, mesh, tensors.__getitem__, VOCAB_MULTIPLE)
+    fill(model, tensors.__getitem__, VOCAB_MULTIPLE)
     return dims, model.eval()
 
 

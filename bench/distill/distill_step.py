@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,12 @@ import torch
 
 from bench.common.interleave import summary
 from bench.common.teacher import PRECISIONS, add_run_arguments, calibration_tokens, our_model
-from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.loss import CROSS_ENTROPY, LossConfig
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, Teacher
 from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.targets import TeacherHead
-from compactlm_nemo.losses.vocabulary import Head, chunk_tokens
 from compactlm_nemo.models.build import build_model
 from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.parallel.mesh import Mesh
@@ -50,24 +49,23 @@ class Subject:
         self.mesh, self.length = mesh, args.sequence_length
         self.teacher_dims, chunks = our_model(mesh, dtype)
         self.dims = self.teacher_dims.with_shape(**SHAPE)
-        self.teacher = LiveTeacher(chunks, mesh)
+        self.teacher = LiveTeacher(chunks)
         # Its weights decide no time: they stay as they were initialised.
         student = build_model(self.dims, mesh, dtype=dtype, vocab_multiple=128)
         self.ddps = wrap_data_parallel(student.train())
         tokens = calibration_tokens(args)
         tokens = torch.cat([tokens, tokens[:, :1]], dim=1)  # a label for the last input
         self.batches = [Batch(part, ()) for part in tokens.split(args.micro_batch)]
-        self.chunk = chunk_tokens(DistillConfig().loss_memory_mib, *student.head_weight.shape)
 
     def step(self, teacher: Teacher, loss: LossConfig) -> None:
         """Runs forward and backward over all batches."""
-        settings: dict[str, Any] = {"loss": loss, "temperature": 1.0, "chunk_tokens": self.chunk}
-        forward_backward(self.ddps, teacher, self.dims, self.mesh, self.batches, **settings)
+        settings: dict[str, Any] = {"loss": loss, "temperature": 1.0}
+        forward_backward(self.ddps, teacher, self.batches, **settings)
 
     def head(self) -> None:
         """Runs the loss head of a step alone, forward and backward, on hidden states of a step's sizes."""
-        weight_VH = self.ddps[-1].module.head_weight.detach().requires_grad_()
-        head = Head.on_mesh(weight_VH, self.mesh, vocab_size=self.dims.vocab_size, chunk_tokens=self.chunk)
+        weight_VH = self.ddps.head_weight.detach().requires_grad_()
+        head = replace(self.ddps.head(), weight_VH=weight_VH)
         for batch in self.batches:
             labels_N = batch.tokens_BT[:, 1:].T.flatten()
             student_NH, teacher_NG = (

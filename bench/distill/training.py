@@ -119,14 +119,14 @@ def _trained(config: Config, cfg: DistillConfig, way: Way) -> Curve:
 
 def _forget(run: Run, student: Path) -> None:
     """Replace the link to the student that was cut by a student of random weights."""
-    model, dims = run.load("student"), run.dims("student")
+    model = run.load("student")
     _initialise(model, run.config.run.seed)
     folder = run.path("student")
     folder.unlink()
     folder.mkdir()
     for path in student.glob("*.json"):
         shutil.copy(path, folder)
-    run.save(folder, model, dims)
+    run.save(folder, model)
 
 
 @torch.no_grad()

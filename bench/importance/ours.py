@@ -66,7 +66,7 @@ class Subject:
 
     def bare(self, tokens: Tensor) -> None:
         """The forward pass without hooks."""
-        forward_each(self.chunks, self.mesh, list(tokens.split(self.micro_batch)), lambda *_: None)
+        forward_each(self.chunks, list(tokens.split(self.micro_batch)), lambda *_: None)
 
     def scored(self, width: list[WidthMetric], depth: list[DepthMetric], tokens: Tensor) -> dict[str, Tensor]:
         """Vectors named as a tool with one metric has them: those of the default pair, and `depth`."""
@@ -89,7 +89,7 @@ class Subject:
 
     def moments(self, tokens: Tensor) -> None:
         """Second moments of all inputs, without scores."""
-        moments = MomentCollector(self.chunks, self.mesh, self.dims)
+        moments = MomentCollector(self.chunks)
         moments.on_batch(self.micro_batch)
         self.bare(tokens)
         moments.reduce()
@@ -98,7 +98,7 @@ class Subject:
         return ScoreConfig(samples=len(self.tokens), micro_batch=self.micro_batch, width=width, depth=depth)
 
     def _collect(self, cfg: ScoreConfig, tokens: Tensor) -> dict[activations.StateKey, activations.State]:
-        return activations.collect(self.chunks, self.mesh, self.dims, tokens, cfg, lambda _: None)
+        return activations.collect(self.chunks, tokens, cfg, lambda _: None)
 
 
 def main() -> None:

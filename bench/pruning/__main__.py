@@ -170,11 +170,10 @@ def losses(run: Run, model: Any, dims: Any) -> dict[str, float]:
     """LM loss on each held-out text, nats a token."""
     return {
         text: evaluate_lm_loss(
-            model, dims, run.mesh, heldout(run, text),
-            micro_batch=run.config.evaluate.micro_batch, chunk_tokens=2048, progress=lambda samples: None,
+            model, heldout(run, text), micro_batch=run.config.evaluate.micro_batch, progress=lambda samples: None
         ).loss_nats
         for text in TEXTS
-    }  # fmt: skip
+    }
 
 
 def measure_peer(config: Config, done: dict[str, Any], seed: str, args: argparse.Namespace) -> None:

@@ -17,7 +17,6 @@ from bench.common.minitron import lm_loss, prune, shipped_model
 from bench.common.teacher import CACHE
 from bench.common.worker import answers_only
 from compactlm_nemo.config.parallel import ParallelConfig
-from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each
 from compactlm_nemo.parallel.launch import launched
@@ -33,11 +32,12 @@ def main() -> None:
     with launched(ParallelConfig(), seed=1) as mesh, tempfile.TemporaryDirectory() as folder:
 
         def forward_loop(model: torch.nn.Module) -> None:
-            forward_each(ModelChunks([model]), mesh, list(calibration), lambda *_: None)
+            forward_each(teacher.wrapped([model]), list(calibration), lambda *_: None)
 
         for target, sizes in targets.items():
-            model = prune(shipped_model(mesh, torch.float32)[0], sizes, forward_loop, Path(folder) / "scores.pt")
-            chunks = ModelChunks([model]).eval()
+            teacher = shipped_model(mesh, torch.float32)
+            model = prune(teacher[0], sizes, forward_loop, Path(folder) / "scores.pt")
+            chunks = teacher.wrapped([model]).eval()
             found[target] = {
                 text: lm_loss(chunks, mesh, list(windows.split(MICRO_BATCH)), vocab_size)
                 for text, windows in sorted(tokens.items(), reverse=True)

@@ -87,15 +87,13 @@ def losses(run: Run, teacher: Dims, student: Dims, ranking: dict) -> dict[str, f
     plan = make_plan(teacher, student, ranking)
     cut = CutSource(teacher, plan, CheckpointSource(run.path("teacher"), teacher))
     source = NarrowedSource(cut, plan.layers, Selection(plan.hidden))
-    fill(model, student, run.mesh, source, run.config.model.vocab_multiple)
+    fill(model, source, run.config.model.vocab_multiple)
     found = {}
     for name in run.config.data.heldout:
         windows = heldout_windows(
             run.token_prefix(f"heldout.{name}"), run.config.data.sequence_length, run.config.evaluate.tokens
         )
-        result = evaluate_lm_loss(
-            model, student, run.mesh, windows, micro_batch=8, chunk_tokens=512, progress=lambda samples: None
-        )
+        result = evaluate_lm_loss(model, windows, micro_batch=8, progress=lambda samples: None)
         found[name] = result.loss_nats
     return found
 

@@ -11,12 +11,9 @@ from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.distill.teacher import Teacher
 from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.targets import Targets
-from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.models.build import ModelChunks
-from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
 from compactlm_nemo.parallel.collectives import last_stage_total
-from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.batches import Batch
 
 GROUP = 8
@@ -36,18 +33,16 @@ class KDLoss(NamedTuple):
 def evaluate_kd_loss(
     student: ModelChunks,
     teacher: Teacher,
-    dims: Dims,
-    mesh: Mesh,
     windows_NT: Tensor,
     *,
     micro_batch: int,
-    chunk_tokens: int,
 ) -> KDLoss:
     """Measure both losses over all predicted tokens of `windows_NT` `[N, S + 1]`; equal on every rank. Collective.
 
     Data-parallel ranks take every dp-th window and run in step; repetitions do not count, so the means are exact for
     any number of windows.
     """
+    mesh = student.mesh
     share = DataParallelSamples(windows_NT, mesh, micro_batch)
     student.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=windows_NT.device)
@@ -59,11 +54,10 @@ def evaluate_kd_loss(
             labels_SB = context_share(share.batches[first + idx][:, 1:], mesh).T
             counts_B = share.counted(first + idx, mesh.dp_rank).to(labels_SB.device)
             mask_N = counts_B.float().expand_as(labels_SB).flatten()
-            head = Head.on_mesh(student.head_weight, mesh, vocab_size=dims.vocab_size, chunk_tokens=chunk_tokens)
             hidden_NH, labels_N = hidden_SBH.flatten(0, 1), labels_SB.flatten()
-            losses = linear_kd(hidden_NH, head, targets[idx], labels_N, mask_N, loss=LossConfig())
+            losses = linear_kd(hidden_NH, student.head(), targets[idx], labels_N, mask_N, loss=LossConfig())
             return torch.stack([losses.ce_sum, losses.terms["forward_kl"], mask_N.sum()]).double()
 
-        sums += sum(forward_each(student, mesh, [batch[:, :-1] for batch in batches], visit), torch.zeros_like(sums))
+        sums += sum(forward_each(student, [batch[:, :-1] for batch in batches], visit), torch.zeros_like(sums))
     lm_loss, kl, tokens = last_stage_total(sums, mesh).tolist()
     return KDLoss(lm_loss / tokens, kl / tokens)

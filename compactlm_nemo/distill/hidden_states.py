@@ -31,7 +31,6 @@ from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.parallel.collectives import all_gather_objects, move, world_sum
 from compactlm_nemo.parallel.devices import device
-from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.callbacks import Callback, Metrics, ModelPass, Step
 from compactlm_nemo.training.tracker import LOSS
 
@@ -102,10 +101,9 @@ class HiddenStateLoss(Callback):
         pairs: list[LayerPair],
         teacher: ModelChunks,
         student: ModelChunks,
-        mesh: Mesh,
         projections: Projections | None,
     ) -> None:
-        self.cfg, self.pairs, self.mesh, self.projections = cfg, pairs, mesh, projections
+        self.cfg, self.pairs, self.mesh, self.projections = cfg, pairs, student.mesh, projections
         self.alpha = cfg.weight
         """Alpha of the next step; None until the first step has measured it."""
         self.width, self.dtype = teacher[0].config.hidden_size, teacher[0].config.params_dtype

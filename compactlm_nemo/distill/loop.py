@@ -10,8 +10,6 @@ from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Teacher
 from compactlm_nemo.models.build import ModelChunks
-from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.batches import step_batches
 from compactlm_nemo.training.callbacks import Callback, Step
 from compactlm_nemo.training.checkpoint import Checkpoints, TrainState
@@ -21,13 +19,10 @@ from compactlm_nemo.training.optimizer import TrainableModel
 def distill(
     student: ModelChunks,
     teacher: Teacher,
-    dims: Dims,
-    mesh: Mesh,
     sample: Callable[[int], Tensor],
     cfg: DistillConfig,
     callbacks: Sequence[Callback],
     *,
-    chunk_tokens: int,
     checkpoints: Checkpoints,
 ) -> TrainState:
     """Train the student from the newest checkpoint, or the start, to the last of `cfg.steps`. Collective.
@@ -45,12 +40,11 @@ def distill(
         for callback in callbacks:
             callback.before_step(state.step)
         model.advance_schedule()
-        batches = step_batches(sample, state.step + state.skipped_batches, cfg, mesh)
+        batches = step_batches(sample, state.step + state.skipped_batches, cfg, student.mesh)
         step = Step(number=state.step, model=model, batches=batches)
         step.metrics |= forward_backward(
-            model.ddps, teacher, dims, mesh, batches,
-            loss=cfg.loss, temperature=cfg.temperature, chunk_tokens=chunk_tokens, callbacks=callbacks,
-        )  # fmt: skip
+            model.ddps, teacher, batches, loss=cfg.loss, temperature=cfg.temperature, callbacks=callbacks
+        )
         if any([callback.must_rewind(step) for callback in callbacks]):
             state = _rewind(state, model, callbacks, checkpoints)
             continue

@@ -19,11 +19,9 @@ from compactlm_nemo.distill.teacher import NoTeacher, Teacher
 from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.logit_losses import weighted_losses
 from compactlm_nemo.losses.targets import Targets
-from compactlm_nemo.losses.vocabulary import Head
-from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.forward import context_share, positions_of
 from compactlm_nemo.parallel.collectives import last_stage_total
-from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.batches import Batch
 from compactlm_nemo.training.callbacks import Callback
 from compactlm_nemo.training.optimizer import finish_gathering
@@ -36,15 +34,12 @@ def term_names(loss: LossConfig) -> list[str]:
 
 
 def forward_backward(
-    students: list[Any],
+    students: ModelChunks,
     teacher: Teacher,
-    dims: Dims,
-    mesh: Mesh,
     batches: list[Batch],
     *,
     loss: LossConfig,
     temperature: float,
-    chunk_tokens: int,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, float]:
     """Accumulate the gradient of the mean loss over the global batch and return the loss terms. Collective.
@@ -64,10 +59,7 @@ def forward_backward(
         callback.before_teacher()
     targets = teacher.targets(batches)
     finish_gathering(students)
-    student_pass = StudentPass(
-        students, dims, mesh, batches, targets,
-        loss=loss, temperature=temperature, chunk_tokens=chunk_tokens, callbacks=callbacks,
-    )  # fmt: skip
+    student_pass = StudentPass(students, batches, targets, loss=loss, temperature=temperature, callbacks=callbacks)
     for callback in callbacks:
         callback.before_student(student_pass)
     terms = student_pass.run()
@@ -87,19 +79,16 @@ class StudentPass:
 
     def __init__(
         self,
-        students: list[Any],
-        dims: Dims,
-        mesh: Mesh,
+        students: ModelChunks,
         batches: list[Batch],
         targets: Sequence[Targets],
         *,
         loss: LossConfig,
         temperature: float,
-        chunk_tokens: int,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.students, self.dims, self.mesh, self.batches, self.targets = students, dims, mesh, batches, targets
-        self.loss, self.temperature, self.chunk_tokens = loss, temperature, chunk_tokens
+        self.students, self.mesh, self.batches, self.targets = students, students.mesh, batches, targets
+        self.loss, self.temperature = loss, temperature
         self.callbacks = callbacks
 
     def run(self, *, forward_only: bool = False) -> dict[str, float]:
@@ -131,11 +120,10 @@ class StudentPass:
 
     def _loss(self, idx: int, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Summed loss of micro-batch `idx`, its number of tokens, and the sums that `term_names` and tokens name."""
-        weight_VH = self.students[-1].module.head_weight
         labels_N = context_share(self.batches[idx].tokens_BT[:, 1:], self.mesh).T.flatten()
         terms = linear_kd(
             hidden_SBH.flatten(0, 1),
-            Head.on_mesh(weight_VH, self.mesh, vocab_size=self.dims.vocab_size, chunk_tokens=self.chunk_tokens),
+            self.students.head(),
             self.targets[idx],
             labels_N,
             torch.ones_like(labels_N, dtype=torch.float32),

@@ -37,13 +37,13 @@ class LiveTeacher:
             schedule.
     """
 
-    def __init__(self, chunks: ModelChunks, mesh: Mesh, on_input: Callable[[int | None], None] | None = None) -> None:
-        self.chunks, self.mesh, self.on_input = chunks.eval(), mesh, on_input
+    def __init__(self, chunks: ModelChunks, on_input: Callable[[int | None], None] | None = None) -> None:
+        self.chunks, self.on_input = chunks.eval(), on_input
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
         """The teacher's final normed hidden states with its output weights."""
         inputs = [batch.tokens_BT[:, :-1] for batch in batches]
-        hidden = forward_each(self.chunks, self.mesh, inputs, lambda idx, hidden_SBG: hidden_SBG, self.on_input)
+        hidden = forward_each(self.chunks, inputs, lambda idx, hidden_SBG: hidden_SBG, self.on_input)
         return [TeacherHead(hidden_SBG.flatten(0, 1), self.chunks.head_weight) for hidden_SBG in hidden]
 
 
@@ -55,14 +55,14 @@ class OwnMeshTeacher:
 
     Args:
         chunks: This rank's part of the teacher on its mesh.
-        teacher_mesh: The teacher's mesh.
         mesh: The student's mesh.
         head_weight: ``[V, G]``, the teacher's output weights as the student's mesh shards them; None before the
             student's last stage.
     """
 
-    def __init__(self, chunks: ModelChunks, teacher_mesh: Mesh, mesh: Mesh, head_weight: Tensor | None) -> None:
-        self.chunks, self.teacher_mesh, self.mesh, self.head_weight = chunks.eval(), teacher_mesh, mesh, head_weight
+    def __init__(self, chunks: ModelChunks, mesh: Mesh, head_weight: Tensor | None) -> None:
+        self.chunks, self.mesh, self.head_weight = chunks.eval(), mesh, head_weight
+        self.teacher_mesh = teacher_mesh = chunks.mesh
         ranks = all_gather_objects((teacher_mesh.is_last_stage and teacher_mesh.tp_rank == 0, teacher_mesh.dp_rank))
         self.source_rank = {dp_rank: rank for rank, (is_source, dp_rank) in enumerate(ranks) if is_source}
         """The teacher's data-parallel rank -> the global rank that sends its hidden states."""
@@ -84,7 +84,7 @@ class OwnMeshTeacher:
         dealt = [*batches, *batches[-1:] * missing][teacher_mesh.dp_rank :: teacher_mesh.dp_size]
         inputs = [batch_BT[:, :-1] for batch_BT in dealt]
         with teacher_mesh.active():
-            computed = forward_each(self.chunks, teacher_mesh, inputs, lambda idx, hidden_SBG: hidden_SBG)
+            computed = forward_each(self.chunks, inputs, lambda idx, hidden_SBG: hidden_SBG)
         config, (_, size, length) = self.chunks[0].config, tokens_MBT.shape
         blank_SBG = tokens_MBT.new_empty((length - 1, size, config.hidden_size), dtype=config.params_dtype)
         first = self.mesh.dp_rank * len(tokens_MBT)

@@ -12,8 +12,6 @@ from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import NoTeacher
 from compactlm_nemo.models.build import ModelChunks
-from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.batches import Batch
 from compactlm_nemo.training.callbacks import Callback, Metrics, Step
 from compactlm_nemo.training.checkpoint import Checkpoints, TrainState
@@ -36,15 +34,11 @@ class TeacherCorrection(Callback):
     def __init__(
         self,
         chunks: ModelChunks,
-        dims: Dims,
-        mesh: Mesh,
         cfg: DistillConfig,
         *,
-        chunk_tokens: int,
         checkpoints: Checkpoints,
     ) -> None:
-        self.dims, self.mesh, self.cfg, self.chunk_tokens = dims, mesh, cfg, chunk_tokens
-        self.chunks, self.checkpoints = chunks, checkpoints
+        self.cfg, self.chunks, self.checkpoints = cfg, chunks, checkpoints
         self.model = TrainableModel(chunks, cfg)
         self.non_finite = NonFiniteSteps(cfg.skip_limit)
 
@@ -60,9 +54,8 @@ class TeacherCorrection(Callback):
         self.model.advance_schedule()
         self.chunks.train()
         terms = forward_backward(
-            self.model.ddps, NoTeacher(self.mesh), self.dims, self.mesh, batches,
-            loss=self.cfg.loss, temperature=1.0, chunk_tokens=self.chunk_tokens,
-        )  # fmt: skip
+            self.model.ddps, NoTeacher(self.chunks.mesh), batches, loss=self.cfg.loss, temperature=1.0
+        )
         self.chunks.eval()
         metrics = {LOSS_NAME: terms[LOSS], NORM_NAME: self.model.gradient_norm()}
         if not self.non_finite.should_skip(Step(number=step, model=self.model, batches=batches, metrics=metrics)):

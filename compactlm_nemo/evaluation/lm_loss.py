@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from compactlm_nemo.losses.linear_ce import linear_ce
-from compactlm_nemo.losses.vocabulary import Head
-from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
 from compactlm_nemo.parallel.collectives import last_stage_total
-from compactlm_nemo.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,35 +25,32 @@ class LMLoss:
 
 
 def evaluate_lm_loss(
-    model: Any,
-    dims: Dims,
-    mesh: Mesh,
+    model: ModelChunks,
     windows_NT: Tensor,
     *,
     micro_batch: int,
-    chunk_tokens: int,
     progress: Callable[[int], None],
 ) -> LMLoss:
-    """Mean over all predicted tokens of `windows_NT` `[N, S + 1]`; equal on every rank. Collective.
+    """Measure the mean loss over all predicted tokens of `windows_NT` `[N, S + 1]`; equal on every rank. Collective.
 
     Data-parallel ranks take every dp-th window and run in step, as spread experts need; repetitions do not count and
     sum and count are reduced, so any number of windows is exact.
     """
+    mesh = model.mesh
     share = DataParallelSamples(windows_NT, mesh, micro_batch)
 
     def loss_of(idx: int, hidden_SBH: Tensor) -> tuple[Tensor, int]:
         labels_SB = context_share(share.batches[idx][:, 1:], mesh).T
         labels_N = labels_SB.flatten()
         progress(share.num_counted(idx))
-        head = Head.on_mesh(model.head_weight, mesh, vocab_size=dims.vocab_size, chunk_tokens=chunk_tokens)
         everywhere_N = torch.ones_like(labels_N, dtype=torch.float32)
-        losses_N = linear_ce(hidden_SBH.flatten(0, 1), head, labels_N, everywhere_N)
+        losses_N = linear_ce(hidden_SBH.flatten(0, 1), model.head(), labels_N, everywhere_N)
         counted_SB = losses_N.view_as(labels_SB)[:, share.counted(idx, mesh.dp_rank).to(labels_N.device)]
         return counted_SB.double().sum(), counted_SB.numel()
 
     model.eval()
     start = time.perf_counter()
-    results = forward_each(model, mesh, [batch[:, :-1] for batch in share.batches], loss_of)
+    results = forward_each(model, [batch[:, :-1] for batch in share.batches], loss_of)
     sums = [float(sum(part)) for part in zip(*results, strict=True)] or [0.0, 0.0]
     total = last_stage_total(torch.tensor(sums, dtype=torch.float64, device=windows_NT.device), mesh)
     seconds = time.perf_counter() - start

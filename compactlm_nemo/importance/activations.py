@@ -144,8 +144,6 @@ def _cosine(x_SBH: Tensor, y_SBH: Tensor) -> Tensor:
 
 def collect(
     chunks: ModelChunks,
-    mesh: Mesh,
-    dims: Dims,
     windows_NS: Tensor,
     cfg: ScoreConfig,
     progress: Callable[[int], None],
@@ -159,6 +157,7 @@ def collect(
         on_batch: Called before a chunk runs a micro-batch with the number of samples, the leading ones, that count; for
             other hooks in the pass.
     """
+    mesh, dims = chunks.mesh, chunks.dims
     samples = DataParallelSamples(windows_NS, mesh, cfg.micro_batch)
     hooks = [ActivationHooks(chunk, mesh, dims, cfg) for chunk in chunks]
     current: list[int | None] = [None]
@@ -174,7 +173,7 @@ def collect(
         on_batch(0 if idx is None else int(samples.counted(idx, mesh.dp_rank).sum()))
 
     try:
-        forward_each(chunks, mesh, samples.batches, lambda idx, hidden: progress(samples.num_counted(idx)), start)
+        forward_each(chunks, samples.batches, lambda idx, hidden: progress(samples.num_counted(idx)), start)
         states: dict[StateKey, State] = {}
         for of_chunk in hooks:
             states |= of_chunk.pop()

@@ -29,22 +29,17 @@ CHUNK_TOKENS = 1024
 
 @torch.no_grad()
 def state_cosines(
-    chunks: ModelChunks,
-    mesh: Mesh,
-    dims: Dims,
-    windows_NS: Tensor,
-    *,
-    micro_batch: int,
-    progress: Callable[[int], None],
+    chunks: ModelChunks, windows_NS: Tensor, *, micro_batch: int, progress: Callable[[int], None]
 ) -> Tensor:
     """Sum ``cos(x_i, x_j)`` over all tokens, ``[L + 1, L + 1]`` float64 on every rank. Collective.
 
     The states of one micro-batch are kept on their stages and exchanged after its pass, a few tokens at a time.
     """
+    mesh, dims = chunks.mesh, chunks.dims
     samples = DataParallelSamples(windows_NS, mesh, micro_batch)
     total = torch.zeros(dims.num_layers + 1, dims.num_layers + 1, dtype=torch.float64, device=windows_NS.device)
     for idx, tokens_BS in enumerate(samples.batches):
-        states = _states_of(chunks, mesh, tokens_BS)
+        states = _states_of(chunks, tokens_BS)
         counted_BS = samples.counted(idx, mesh.dp_rank).to(tokens_BS.device)[:, None].expand_as(tokens_BS)
         counted_SB = context_share(counted_BS, mesh).T
         if mesh.is_sequence_parallel:
@@ -65,7 +60,7 @@ def block_importance(cosines_PP: Tensor, tokens: int) -> Tensor:
     return result
 
 
-def _states_of(chunks: ModelChunks, mesh: Mesh, tokens_BS: Tensor) -> list[Tensor]:
+def _states_of(chunks: ModelChunks, tokens_BS: Tensor) -> list[Tensor]:
     """Run a batch, keep the inputs of this rank's layers and on the last stage the last output; `[S, B, H]` each."""
     states: list[Tensor] = []
 
@@ -79,13 +74,13 @@ def _states_of(chunks: ModelChunks, mesh: Mesh, tokens_BS: Tensor) -> list[Tenso
     handles = [layer.register_forward_pre_hook(keep_input, with_kwargs=True) for layer in layers]
     if chunks[-1].post_process:
         handles.append(layers[-1].register_forward_hook(keep_output))
-    forward_each(chunks, mesh, [tokens_BS], lambda *_: None)
+    forward_each(chunks, [tokens_BS], lambda *_: None)
     for handle in handles:
         handle.remove()
-    return _first_passes(states, chunks, mesh)
+    return _first_passes(states, chunks)
 
 
-def _first_passes(states: list[Tensor], chunks: ModelChunks, mesh: Mesh) -> list[Tensor]:
+def _first_passes(states: list[Tensor], chunks: ModelChunks) -> list[Tensor]:
     """Drop the repetitions: a schedule runs each chunk on the batch `pp_size` times where stages are virtual."""
     if len(chunks) == 1:
         return states
@@ -93,7 +88,7 @@ def _first_passes(states: list[Tensor], chunks: ModelChunks, mesh: Mesh) -> list
     for chunk in chunks:
         num = len(chunk.decoder.layers) + chunk.post_process
         first += states[start : start + num]
-        start += num * mesh.pp_size
+        start += num * chunks.mesh.pp_size
     return first
 
 

@@ -50,12 +50,9 @@ class LayerSums:
 
 def layer_sums(
     chunks: ModelChunks,
-    mesh: Mesh,
-    dims: Dims,
     windows_NS: Tensor,
     *,
     micro_batch: int,
-    chunk_tokens: int,
     token_losses: TokenLosses | None,
     logits: bool,
     removed: frozenset[int] = frozenset(),
@@ -67,13 +64,13 @@ def layer_sums(
     Args:
         windows_NS: `[n, S]`, equal on every rank; data-parallel ranks take every dp-th. A window has no target
             column: tokens 1 to S - 1 are predicted.
-        chunk_tokens: Most tokens whose logits exist at once.
         token_losses: For `lm_loss_rise`; None leaves the loss out.
         logits: For `logit_mse`; False leaves the logits out.
         removed: Layers left out of every run but the whole model's, to which logits are compared.
         block: Layers left out together, from each layer on.
         progress: Called with the number of samples of every finished batch over all data-parallel ranks, on every rank.
     """
+    mesh, dims = chunks.mesh, chunks.dims
     samples = DataParallelSamples(windows_NS, mesh, micro_batch)
 
     def measure(idx: int, left_out: int | None, hidden_SBH: Tensor, whole_SBH: Tensor) -> Tensor:
@@ -88,16 +85,14 @@ def layer_sums(
             wide = torch.promote_types(hidden_SBH.dtype, torch.float32)
             # The head is linear, so these are the logits of the difference: nothing that both have in common hides it.
             gap_SBH = (whole_SBH.to(wide) - hidden_SBH.to(wide)).to(hidden_SBH.dtype)
-            sums[1] = _logit_squares(gap_SBH, weight_VH, chunk_tokens)
+            sums[1] = _logit_squares(gap_SBH, weight_VH, chunks.chunk_tokens)
             if left_out is None:
-                sums[2] = _logit_squares(whole_SBH, weight_VH, chunk_tokens)
+                sums[2] = _logit_squares(whole_SBH, weight_VH, chunks.chunk_tokens)
             sums[1:] = all_reduce_sum(sums[1:], mesh.tp_group)
         return sums
 
     left = leave_one_out(
         chunks,
-        mesh,
-        dims,
         samples.batches,
         measure,
         num_sums=3,

@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.models.build import HiddenStateModel, ModelChunks
-from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each
 from compactlm_nemo.parallel.collectives import all_reduce_sum, last_stage_total
-from compactlm_nemo.parallel.mesh import Mesh
 
 Measure = Callable[[int, int | None, Tensor, Tensor], Tensor]
 """(batch, left-out layer or None, hidden `[S / cp, B, H]`, that of the whole model) -> float64 vector of sums."""
@@ -116,8 +114,6 @@ def only_layers(chunk: HiddenStateModel, layers: list[Any]) -> Iterator[None]:
 @torch.no_grad()
 def leave_one_out(
     chunks: ModelChunks,
-    mesh: Mesh,
-    dims: Dims,
     batches: list[Tensor],
     measure: Measure,
     *,
@@ -140,8 +136,9 @@ def leave_one_out(
     Returns:
         Sums over all batches and ranks; rows of `removed`, and where no block begins, are NaN.
     """
+    mesh, dims = chunks.mesh, chunks.dims
     runs, idle = _plan(dims.num_layers, removed, block), _Run(start=dims.num_layers)
-    parts: Any = [PartialChunk(chunk) for chunk in chunks]
+    parts = chunks.wrapped(PartialChunk(chunk) for chunk in chunks)
     sums = torch.zeros(dims.num_layers + 1, num_sums, dtype=torch.float64, device=next(chunks.parameters()).device)
 
     def start(number: int | None) -> None:
@@ -157,7 +154,7 @@ def leave_one_out(
             if (row := runs[number].row) is not None:
                 sums[row] += measure(idx, runs[number].left_out, hidden_SBH, whole[0])
 
-        forward_each(parts, mesh, [tokens_BS] * len(runs), visit, start)
+        forward_each(parts, [tokens_BS] * len(runs), visit, start)
 
     try:
         for idx, tokens_BS in enumerate(batches):

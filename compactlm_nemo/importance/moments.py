@@ -51,7 +51,6 @@ from compactlm_nemo.importance.names import (
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.checkpoint import read_box
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
-from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum, barrier
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.mesh import Mesh
@@ -88,7 +87,8 @@ class MomentCollector:
     Only the samples that `on_batch` announces count, none before the first call of `on_batch`.
     """
 
-    def __init__(self, chunks: ModelChunks, mesh: Mesh, dims: Dims, *, experts: bool = False) -> None:
+    def __init__(self, chunks: ModelChunks, *, experts: bool = False) -> None:
+        mesh, dims = chunks.mesh, chunks.dims
         self.mesh = mesh
         self.counted_rows = 0
         self.counted_of_group = torch.zeros(1)

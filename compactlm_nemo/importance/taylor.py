@@ -30,7 +30,7 @@ from torch import Tensor
 
 from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.importance import names
-from compactlm_nemo.models.build import global_names
+from compactlm_nemo.models.build import ModelChunks, global_names
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import DataParallelSamples, context_share, fill_schedule, positions_of
 from compactlm_nemo.parallel.collectives import broadcast_object, gather_objects
@@ -50,8 +50,8 @@ class Gradients:
         micro_batch: Samples of one forward and backward pass.
     """
 
-    def __init__(self, ddps: list[Any], mesh: Mesh, loss_sum: LossSum, micro_batch: int) -> None:
-        self.ddps, self.mesh, self.loss_sum, self.micro_batch = ddps, mesh, loss_sum, micro_batch
+    def __init__(self, ddps: ModelChunks, loss_sum: LossSum, micro_batch: int) -> None:
+        self.ddps, self.mesh, self.loss_sum, self.micro_batch = ddps, ddps.mesh, loss_sum, micro_batch
         self.tokens = 0
         """Predicted tokens so far, over all ranks."""
         self.sums = {name: torch.zeros_like(parameter.main_grad) for name, parameter in self._parameters()}
@@ -68,7 +68,7 @@ class Gradients:
             progress: Called with the number of samples, over all ranks, of each finished micro-batch; last stage only.
         """
         batches = _batches(windows_NS, self.mesh, self.micro_batch)
-        _accumulate_gradients(self.ddps, self.mesh, batches, self.loss_sum, progress)
+        _accumulate_gradients(self.ddps, batches, self.loss_sum, progress)
         tokens = windows_NS.shape[0] * (windows_NS.shape[1] - 1)
         for name, parameter in self._parameters():  # a main_grad is that of the mean over these tokens
             self.sums[name].add_(parameter.main_grad, alpha=tokens)
@@ -90,7 +90,7 @@ class Gradients:
             parameter.main_grad.copy_(self.sums[name] / self.tokens)
 
 
-def taylor_scores(gradients: Gradients, dims: Dims) -> dict[str, Tensor]:
+def taylor_scores(gradients: Gradients) -> dict[str, Tensor]:
     """Score every unit, float32 under the names of `importance.names`, on the main rank; empty elsewhere. Collective.
 
     Args:
@@ -98,7 +98,7 @@ def taylor_scores(gradients: Gradients, dims: Dims) -> dict[str, Tensor]:
     """
     gradients.finish()
     mesh = gradients.mesh
-    scores = _assembled(gather_objects((mesh.tp_rank, _unit_sums(gradients.ddps, dims, mesh))))
+    scores = _assembled(gather_objects((mesh.tp_rank, _unit_sums(gradients.ddps))))
     bad = broadcast_object(next((name for name, x in scores.items() if not bool(x.isfinite().all())), None))
     if bad is not None:
         raise NumericsError(
@@ -130,9 +130,10 @@ def _batches(windows_NS: Tensor, mesh: Mesh, micro_batch: int) -> list[_Batch]:
 
 
 def _accumulate_gradients(
-    ddps: list[Any], mesh: Mesh, batches: list[_Batch], loss_sum: LossSum, progress: Callable[[int], None]
+    ddps: ModelChunks, batches: list[_Batch], loss_sum: LossSum, progress: Callable[[int], None]
 ) -> None:
     """Leave the gradient of these batches' mean loss in every `main_grad`, by one schedule of Megatron. Collective."""
+    mesh = ddps.mesh
     for ddp in ddps:
         ddp.zero_grad_buffer()
     size, length = batches[0].tokens_BS.shape
@@ -162,9 +163,9 @@ def _accumulate_gradients(
     )
 
 
-def _unit_sums(ddps: list[Any], dims: Dims, mesh: Mesh) -> dict[str, Tensor]:
+def _unit_sums(ddps: ModelChunks) -> dict[str, Tensor]:
     """Sum what this rank's parameters add to each of their units, without parameters that another rank reports."""
-    units = _Units(dims, mesh)
+    units = _Units(ddps.dims, ddps.mesh)
     for name, parameter in global_names(ddp.module for ddp in ddps):
         if units.are_from_here(name):
             units.add(name, parameter)

@@ -21,6 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from compactlm_nemo.config.parallel import ParallelConfig
+from compactlm_nemo.losses.vocabulary import Head
+from compactlm_nemo.losses.vocabulary import chunk_tokens as tokens_that_fit
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.layout import context_positions, split_layers
 from compactlm_nemo.models.spec import block_spec
@@ -79,11 +81,24 @@ class HiddenStateModel(GPTModel):
         return self.output_layer.weight
 
 
-class ModelChunks(list[HiddenStateModel]):
+class ModelChunks(list[Any]):
     """The parts of the model that one rank holds, in pipeline order: one, or `parallel.virtual_stages`.
 
-    A list, because Megatron's schedules, optimizer and checkpoints take one.
+    A list, because Megatron's schedules, optimizer and checkpoints take one. Its members are `HiddenStateModel`s, or
+    what stands around each of them (`wrapped`) with the chunk as `module`.
     """
+
+    def __init__(self, chunks: Iterable[Any], dims: Dims, mesh: Mesh, chunk_tokens: int) -> None:
+        super().__init__(chunks)
+        self.dims, self.mesh, self.chunk_tokens = dims, mesh, chunk_tokens
+
+    def wrapped(self, wrappers: Iterable[Any]) -> ModelChunks:
+        """Return the same model with something around each chunk, in the chunks' order."""
+        return ModelChunks(wrappers, self.dims, self.mesh, self.chunk_tokens)
+
+    def plain(self) -> list[HiddenStateModel]:
+        """Return the chunks without what stands around them."""
+        return [getattr(chunk, "module", chunk) for chunk in self]
 
     def train(self, mode: bool = True) -> ModelChunks:
         for chunk in self:
@@ -96,11 +111,17 @@ class ModelChunks(list[HiddenStateModel]):
     @property
     def head_weight(self) -> Tensor:
         """`[V / tp, H]`: this rank's rows of the output layer. Last stage only."""
-        return self[-1].head_weight
+        return self.plain()[-1].head_weight
+
+    def head(self) -> Head:
+        """Return this rank's part of the output layer, for the losses. Last stage only."""
+        return Head.on_mesh(
+            self.head_weight, self.mesh, vocab_size=self.dims.vocab_size, chunk_tokens=self.chunk_tokens
+        )
 
     def layers(self) -> Iterator[Any]:
         """Return this rank's decoder layers in model order; `layer_number - 1` is the global 0-based index."""
-        for chunk in self:
+        for chunk in self.plain():
             yield from chunk.decoder.layers
 
     def parameters(self) -> Iterator[Tensor]:
@@ -184,12 +205,21 @@ def _expert_settings(dims: Dims) -> dict[str, Any]:
     }
 
 
-def build_model(dims: Dims, mesh: Mesh, *, dtype: torch.dtype, vocab_multiple: int) -> ModelChunks:
-    """Return this rank's share of the model, weights not yet meaningful: use `fill` or a checkpoint."""
+def build_model(
+    dims: Dims, mesh: Mesh, *, dtype: torch.dtype, vocab_multiple: int, chunk_tokens: int | None = None
+) -> ModelChunks:
+    """Return this rank's share of the model, weights not yet meaningful: use `fill` or a checkpoint.
+
+    `chunk_tokens` are the tokens whose logits exist at the same time; None takes what `tokens_that_fit` says.
+    """
     config = transformer_config(dims, mesh, dtype)
     counts = split_layers(dims.num_layers, mesh.layout)
     stages = mesh.layout.virtual_stages
-    return ModelChunks(
+    if chunk_tokens is None:
+        chunk_tokens = tokens_that_fit(
+            None, dims.padded_vocab(mesh.tp_size, vocab_multiple) // mesh.tp_size, dims.hidden_size
+        )
+    chunks = (
         _build_chunk(
             dims,
             mesh,
@@ -202,6 +232,7 @@ def build_model(dims: Dims, mesh: Mesh, *, dtype: torch.dtype, vocab_multiple: i
         )
         for stage in range(stages)
     )
+    return ModelChunks(chunks, dims, mesh, chunk_tokens)
 
 
 def _build_chunk(
@@ -285,8 +316,9 @@ def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padd
 
 
 @torch.no_grad()
-def fill(chunks: ModelChunks, dims: Dims, mesh: Mesh, source: ParameterSource, vocab_multiple: int) -> None:
+def fill(chunks: ModelChunks, source: ParameterSource, vocab_multiple: int) -> None:
     """Copy this rank's share of every parameter from a source, one whole parameter in memory at a time."""
+    dims, mesh = chunks.dims, chunks.mesh
     padded = dims.padded_vocab(mesh.tp_size, vocab_multiple)
     for name, parameter in global_names(chunks):
         if name == "output_layer.weight" and dims.tied_embeddings:

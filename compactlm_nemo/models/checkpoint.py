@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
@@ -32,23 +33,23 @@ def sharding_metadata(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def model_state(chunks: Sequence[Any], mesh: Mesh) -> dict[str, Any]:
+def model_state(chunks: ModelChunks) -> dict[str, Any]:
     """Return Megatron's sharded state of each chunk as `model{i}`; what is stored carries global layer numbers."""
-    metadata = sharding_metadata(mesh)
-    return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+    metadata = sharding_metadata(chunks.mesh)
+    return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks.plain())}
 
 
-def load_state(chunks: Sequence[Any], state: dict[str, Any]) -> None:
+def load_state(chunks: ModelChunks, state: dict[str, Any]) -> None:
     """Put what `model_state` describes, once loaded, into the chunks."""
-    for i, chunk in enumerate(chunks):
+    for i, chunk in enumerate(chunks.plain()):
         chunk.load_state_dict(state[f"model{i}"], strict=True)
 
 
-def save_model(folder: Path, chunks: Sequence[Any], mesh: Mesh) -> None:
+def save_model(folder: Path, chunks: ModelChunks) -> None:
     """Save the model's shards under `folder/weights`; collective over all ranks."""
     target = folder / WEIGHTS
     target.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(model_state(chunks, mesh), str(target))
+    dist_checkpointing.save(model_state(chunks), str(target))
 
 
 def load_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -58,11 +59,11 @@ def load_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     return loaded
 
 
-def load_model(folder: Path, chunks: Sequence[Any], mesh: Mesh) -> None:
+def load_model(folder: Path, chunks: ModelChunks) -> None:
     """Load weights saved in any layout; collective over all ranks."""
     if not (folder / WEIGHTS / ".metadata").is_file():
         raise CheckpointError(f"{folder} holds no model; run the stage that makes it.")
-    load_state(chunks, load_shards(model_state(chunks, mesh), folder / WEIGHTS))
+    load_state(chunks, load_shards(model_state(chunks), folder / WEIGHTS))
 
 
 class _Slice(LoadPlanner):

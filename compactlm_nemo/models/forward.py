@@ -45,7 +45,6 @@ def fill_schedule(numbered: list[Any], filler: Any, mesh: Mesh) -> list[Any]:
 @torch.no_grad()
 def forward_each(
     chunks: ModelChunks,
-    mesh: Mesh,
     batches: list[Tensor],
     visit: Callable[[int, Tensor], Any],
     on_input: Callable[[int | None], None] | None = None,
@@ -59,12 +58,12 @@ def forward_each(
     results: list[Any] = []
     for _, group in groupby(enumerate(batches), key=lambda numbered: numbered[1].shape):
         numbered: list[Numbered] = list(group)
-        results += _schedule(chunks, mesh, fill_schedule(numbered, (None, numbered[-1][1]), mesh), visit, on_input)
+        results += _schedule(chunks, fill_schedule(numbered, (None, numbered[-1][1]), chunks.mesh), visit, on_input)
     return results
 
 
 def _schedule(
-    chunks: ModelChunks, mesh: Mesh, numbered: list[Numbered], visit: Callable[[int, Tensor], Any], on_input: Any
+    chunks: ModelChunks, numbered: list[Numbered], visit: Callable[[int, Tensor], Any], on_input: Any
 ) -> list[Any]:
     batch_size, length = numbered[0][1].shape
 
@@ -72,7 +71,7 @@ def _schedule(
         idx, tokens_BS = next(iterator)
         if on_input is not None:
             on_input(idx)
-        tokens_BS = context_share(tokens_BS, mesh)
+        tokens_BS = context_share(tokens_BS, chunks.mesh)
         hidden = model(tokens_BS, positions_of(tokens_BS), None)
         return hidden, lambda hidden, non_loss_data: None if idx is None else visit(idx, hidden)
 

@@ -24,7 +24,6 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import DataParallelSamples, forward_each
 from compactlm_nemo.models.taps import Taps, on_every_stage
 from compactlm_nemo.parallel.collectives import all_reduce_sum
-from compactlm_nemo.parallel.mesh import Mesh
 
 RIDGE = 2e-2
 """The ridge of the refit is larger than that of a cut, as fc2 has to replace a whole block."""
@@ -60,8 +59,6 @@ def replacement_weight(
 @torch.no_grad()
 def measure_replacements(
     chunks: ModelChunks,
-    mesh: Mesh,
-    dims: Dims,
     windows_NS: Tensor,
     blocks: list[tuple[int, int]],
     *,
@@ -72,6 +69,7 @@ def measure_replacements(
 
     After the pass of a micro-batch the stages, each of which has some of the activations, add them up.
     """
+    mesh, dims = chunks.mesh, chunks.dims
     samples = DataParallelSamples(windows_NS, mesh, micro_batch)
     sums = {
         start - 1: [
@@ -88,7 +86,7 @@ def measure_replacements(
 
     try:
         for idx, tokens_BS in enumerate(samples.batches):
-            forward_each(chunks, mesh, [tokens_BS], lambda *_: None)
+            forward_each(chunks, [tokens_BS], lambda *_: None)
             counted = int(samples.counted(idx, mesh.dp_rank).sum())  # the leading ones
             for start, end in blocks:
                 x_NF = tokens_of(f"x.{start - 1}", dims.ffn_hidden_size, tokens_BS, counted)

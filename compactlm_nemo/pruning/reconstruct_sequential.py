@@ -85,16 +85,25 @@ class SequentialReconstruction:
 
     student: ModelChunks
     teacher: ModelChunks
-    dims: Dims
-    teacher_dims: Dims
     plan: Plan
-    mesh: Mesh
     hidden: HiddenCut
     wide: ParameterSource
     """The parameters of the student before the stream was narrowed: rows of readers over the teacher's channels."""
     windows_NS: Tensor
     micro_batch: int
     ridge: float
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.student.mesh
+
+    @property
+    def dims(self) -> Dims:
+        return self.student.dims
+
+    @property
+    def teacher_dims(self) -> Dims:
+        return self.teacher.dims
 
     @property
     def is_narrowed(self) -> bool:
@@ -105,7 +114,7 @@ class SequentialReconstruction:
         """Refit the student in place; `progress` is called with 1 for each finished layer. Collective."""
         samples = DataParallelSamples(self.windows_NS, self.mesh, self.micro_batch)
         targets = self._teacher_targets(samples)
-        chunks: Any = [SingleLayer(chunk) for chunk in self.student.eval()]
+        chunks = self.student.wrapped(SingleLayer(chunk) for chunk in self.student.eval())
         for layer in range(self.dims.num_layers):
             of_layer = next((chunk for chunk in chunks if layer in chunk.numbers), None)
             for chunk in chunks:
@@ -125,16 +134,16 @@ class SequentialReconstruction:
             return attention
         return [*attention, "fc1", "fc2"] if self.is_narrowed else [*attention, "fc2"]
 
-    def _pass(self, chunks: Any, samples: DataParallelSamples, visit: Callable[[int], None]) -> None:
+    def _pass(self, chunks: ModelChunks, samples: DataParallelSamples, visit: Callable[[int], None]) -> None:
         """Run the current layer on every micro-batch and call `visit` with the number of each, on every rank."""
         for batch, tokens_BS in enumerate(samples.batches):
             for chunk in chunks:
                 chunk.batch = batch
-            forward_each(chunks, self.mesh, [tokens_BS], lambda *_: None)
+            forward_each(chunks, [tokens_BS], lambda *_: None)
             visit(batch)
 
     def _fit(
-        self, part: str, layer: int, chunks: Any, of_layer: Any, samples: DataParallelSamples, targets: Targets
+        self, part: str, layer: int, chunks: ModelChunks, of_layer: Any, samples: DataParallelSamples, targets: Targets
     ) -> None:
         """Sum up over the tokens and write the refitted weight of one linear map, on the rank that has the layer."""
         taps, sums = Taps(), _Sums()
@@ -210,7 +219,7 @@ class SequentialReconstruction:
         student_layers = {layer.layer_number - 1 for layer in self.student.layers()}
         targets: Targets = {}
         for batch, tokens_BS in enumerate(samples.batches):
-            forward_each(self.teacher, self.mesh, [tokens_BS], lambda *_: None)
+            forward_each(self.teacher, [tokens_BS], lambda *_: None)
             counted = int(samples.counted(batch, self.mesh.dp_rank).sum())
             for layer, part in [(layer, part) for layer in range(self.dims.num_layers) for part in self._parts()]:
                 value_SBH = on_every_stage(

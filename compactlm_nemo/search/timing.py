@@ -51,7 +51,7 @@ def time_layers(
     for dims in table.missing(candidates):
         chunks = build(dims.with_shape(layers=mesh.layout.num_chunks))
         needs_head = sizes_of("head", dims) not in table.times["head"]
-        ms = time_parts(chunks, mesh, tokens_BS, with_output=needs_head)
+        ms = time_parts(chunks, tokens_BS, with_output=needs_head)
         times = {part: dict(table.times[part]) for part in PARTS}
         for part in PARTS if needs_head else ("attention", "mlp"):
             times[part].setdefault(sizes_of(part, dims), ms[part])
@@ -62,7 +62,7 @@ def time_layers(
 
 
 @torch.no_grad()
-def time_parts(chunks: ModelChunks, mesh: Mesh, tokens_BS: Tensor, *, with_output: bool) -> dict[str, float]:
+def time_parts(chunks: ModelChunks, tokens_BS: Tensor, *, with_output: bool) -> dict[str, float]:
     """Measure the median milliseconds of `search.latency.PARTS`, of the slowest rank. Collective.
 
     Every chunk holds one layer; the weights are overwritten by random ones. Without output the head is not complete.
@@ -81,7 +81,7 @@ def time_parts(chunks: ModelChunks, mesh: Mesh, tokens_BS: Tensor, *, with_outpu
     for run in range(WARM_UP + RUNS):
         if run == WARM_UP:
             watch.laps.clear()
-        forward_each(chunks, mesh, [tokens_BS], visit)
+        forward_each(chunks, [tokens_BS], visit)
     for handle in handles:
         handle.remove()
     ranks = gather_objects(watch.milliseconds())

@@ -74,28 +74,26 @@ class Run:
 
     def build(self, dims: Dims) -> ModelChunks:
         """Return this rank's part of a model of this run, weights not yet meaningful."""
-        model = build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=self.config.model.vocab_multiple)
+        vocab_multiple = self.config.model.vocab_multiple
+        rows = dims.padded_vocab(self.mesh.tp_size, vocab_multiple) // self.mesh.tp_size
+        tokens = chunk_tokens(self.config.distill.loss_memory_mib, rows, dims.hidden_size)
+        model = build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=vocab_multiple, chunk_tokens=tokens)
         if self.config.data.mask_documents:
             for chunk in model:
                 chunk.document_end = end_of_text(self.path("teacher") / HF)
         return model
 
-    def chunk_tokens(self, dims: Dims) -> int:
-        """Return how many tokens' logits `distill.loss_memory_mib` has room for."""
-        rows = dims.padded_vocab(self.mesh.tp_size, self.config.model.vocab_multiple) // self.mesh.tp_size
-        return chunk_tokens(self.config.distill.loss_memory_mib, rows, dims.hidden_size)
-
     def load(self, artifact: str) -> ModelChunks:
         """Return an artifact's model on this run's mesh."""
         model = self.build(self.dims(artifact))
-        load_model(self.path(artifact), model, self.mesh)
+        load_model(self.path(artifact), model)
         return model
 
-    def save(self, folder: Path, model: ModelChunks, dims: Dims) -> None:
+    def save(self, folder: Path, model: ModelChunks) -> None:
         """Write a model as an artifact. Collective."""
         if is_main_rank():
-            dims.save(folder / MODEL)
-        save_model(folder, model, self.mesh)
+            model.dims.save(folder / MODEL)
+        save_model(folder, model)
 
     def unit_scores(self) -> dict[str, torch.Tensor]:
         """Return the scores that decide the cut, of this run's teacher."""
@@ -129,19 +127,11 @@ class Run:
         return Path(configured.path) if configured.is_tokenised else self.path("tokens") / corpus
 
 
-def validation_loss(run: Run, model: ModelChunks, dims: Dims, label: str) -> float:
+def validation_loss(run: Run, model: ModelChunks, label: str) -> float:
     """Return the LM loss in nats on windows of the training text after the calibration samples. Collective."""
     config = run.config
     windows_NT = validation_windows(
         run.train_prefixes(), config.score.samples, config.prune.samples, config.data.sequence_length, config.run.seed
     ).to(device())
     with progress_bar(f"validate {label}", len(windows_NT), config.data.sequence_length) as advance:
-        return evaluate_lm_loss(
-            model,
-            dims,
-            run.mesh,
-            windows_NT,
-            micro_batch=config.evaluate.micro_batch,
-            chunk_tokens=run.chunk_tokens(dims),
-            progress=advance,
-        ).loss_nats
+        return evaluate_lm_loss(model, windows_NT, micro_batch=config.evaluate.micro_batch, progress=advance).loss_nats

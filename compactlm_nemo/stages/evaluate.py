@@ -58,22 +58,14 @@ def _heldout_losses(run: Run, label: str, artifact: str) -> dict[str, float]:
     from compactlm_nemo.parallel.devices import device
     from compactlm_nemo.progress import progress_bar
 
-    config, dims, model = run.config, run.dims(artifact), run.load(artifact)
+    config, model = run.config, run.load(artifact)
     row: dict[str, float] = {}
     speeds = []
     for name in config.data.heldout:
         prefix = run.token_prefix(f"heldout.{name}")
         windows = heldout_windows(prefix, config.data.sequence_length, config.evaluate.tokens).to(device())
         with progress_bar(f"evaluate {label} on {name}", len(windows), config.data.sequence_length) as advance:
-            result = evaluate_lm_loss(
-                model,
-                dims,
-                run.mesh,
-                windows,
-                micro_batch=config.evaluate.micro_batch,
-                chunk_tokens=run.chunk_tokens(dims),
-                progress=advance,
-            )
+            result = evaluate_lm_loss(model, windows, micro_batch=config.evaluate.micro_batch, progress=advance)
         row |= {f"loss_{name}": result.loss_nats, f"tokens_{name}": result.tokens}
         speeds.append(result.tokens_per_second)
     return row | {"forward_tokens_per_second": max(speeds)}

@@ -56,8 +56,8 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
         if writes:
             copy_hf_assets(hf_assets_folder(teacher), folder / HF)
     model = run.build(dims)
-    fill(model, dims, run.mesh, weights, run.config.model.vocab_multiple)
-    run.save(folder, model, dims)
+    fill(model, weights, run.config.model.vocab_multiple)
+    run.save(folder, model)
     with main_rank_writes() as writes:
         if writes:
             shutil.rmtree(converted, ignore_errors=True)

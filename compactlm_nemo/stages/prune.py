@@ -55,9 +55,9 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
     pruner = Pruner(run)
     teacher, student = pruner.teacher, Candidate(**candidates[chosen]).dims(pruner.teacher)
     plan = pruner.plan(student, run.path("search"))
-    before = validation_loss(run, run.load("teacher"), teacher, "teacher")
+    before = validation_loss(run, run.load("teacher"), "teacher")
     model = pruner.student(student, plan)
-    run.save(folder, model, student)
+    run.save(folder, model)
     with main_rank_writes() as writes:
         if writes:
             atomic_write_text(folder / PLAN, json.dumps(plan.to_json()) + "\n")
@@ -66,7 +66,7 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
         "teacher_params": num_params(teacher),
         "shape": candidates[chosen],
         "loss_before": before,
-        "loss_after": validation_loss(run, model, student, "student"),
+        "loss_after": validation_loss(run, model, "student"),
     }
 
 

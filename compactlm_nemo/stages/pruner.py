@@ -115,7 +115,7 @@ class Pruner:
 
     def candidate_loss(self, student: Dims, folder: Path) -> float:
         """Return the zero-shot loss of a candidate, which is built in memory for it. Collective."""
-        return validation_loss(self.run, self.student(student, self.plan(student, folder)), student, "candidate")
+        return validation_loss(self.run, self.student(student, self.plan(student, folder)), "candidate")
 
     def student(self, dims: Dims, plan: Plan) -> ModelChunks:
         """Return this rank's share of the student, in evaluation mode. Collective."""
@@ -126,7 +126,7 @@ class Pruner:
         hidden, wide = self._hidden_cut(plan), CutSource(self.teacher, plan, source)
         model = self.run.build(dims)
         vocab_multiple = self.run.config.model.vocab_multiple
-        fill(model, dims, self.run.mesh, NarrowedSource(wide, plan.layers, hidden), vocab_multiple)
+        fill(model, NarrowedSource(wide, plan.layers, hidden), vocab_multiple)
         if self.cfg.sequential:
             self._refit_sequentially(model, dims, plan, hidden, wide)
         return model.eval()
@@ -135,10 +135,15 @@ class Pruner:
         self, model: ModelChunks, dims: Dims, plan: Plan, hidden: HiddenCut, wide: ParameterSource
     ) -> None:
         walk = SequentialReconstruction(
-            student=model, teacher=self.run.load("teacher").eval(), dims=dims, teacher_dims=self.teacher, plan=plan,
-            mesh=self.run.mesh, hidden=hidden, wide=wide, windows_NS=self.calibration,
-            micro_batch=self.run.config.score.micro_batch, ridge=self.cfg.ridge,
-        )  # fmt: skip
+            student=model,
+            teacher=self.run.load("teacher").eval(),
+            plan=plan,
+            hidden=hidden,
+            wide=wide,
+            windows_NS=self.calibration,
+            micro_batch=self.run.config.score.micro_batch,
+            ridge=self.cfg.ridge,
+        )
         with progress_bar("refit layer by layer", dims.num_layers, 1) as advance:
             walk.run(advance)
 
@@ -150,9 +155,12 @@ class Pruner:
         windows_NS = self.calibration
         with progress_bar("replace removed layers", len(windows_NS), windows_NS.shape[1]) as advance:
             return measure_replacements(
-                self.run.load("teacher").eval(), self.run.mesh, self.teacher, windows_NS, blocks,
-                micro_batch=self.run.config.score.micro_batch, progress=advance,
-            )  # fmt: skip
+                self.run.load("teacher").eval(),
+                windows_NS,
+                blocks,
+                micro_batch=self.run.config.score.micro_batch,
+                progress=advance,
+            )
 
     @cached_property
     def calibration(self) -> Tensor:

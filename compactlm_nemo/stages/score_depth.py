@@ -70,10 +70,7 @@ def blocks(scoring: Scoring) -> Tensor:
     samples, length = scoring.windows_NS.shape
 
     def measure(part_NS: Tensor, advance: Callable[[int], None]) -> Tensor:
-        return state_cosines(
-            scoring.teacher, scoring.run.mesh, scoring.dims, part_NS,
-            micro_batch=scoring.cfg.micro_batch, progress=advance,
-        )  # fmt: skip
+        return state_cosines(scoring.teacher, part_NS, micro_batch=scoring.cfg.micro_batch, progress=advance)
 
     return block_importance(_in_parts(scoring, "bi_blocks", samples, measure), samples * length)
 
@@ -92,19 +89,19 @@ def left_out(scoring: Scoring, removed: frozenset[int], block: int | None = None
 
     def token_losses(hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
         everywhere_N = torch.ones_like(labels_N, dtype=torch.float32)
-        return linear_ce(hidden_NH, scoring.head(), labels_N, everywhere_N)
+        return linear_ce(hidden_NH, scoring.teacher.head(), labels_N, everywhere_N)
 
     def measure(part_NS: Tensor, advance: Callable[[int], None]) -> Tensor:
         return layer_sums(
-            scoring.teacher, scoring.run.mesh, scoring.dims, part_NS,
+            scoring.teacher,
+            part_NS,
             micro_batch=scoring.cfg.micro_batch,
-            chunk_tokens=scoring.run.chunk_tokens(scoring.dims),
             token_losses=token_losses if block or (DepthMetric.lm_loss in asked and not removed) else None,
             logits=not block and bool(asked & {DepthMetric.logit_mse, DepthMetric.logit_mse_iterative}),
             removed=removed,
             block=block or 1,
             progress=advance,
-        ).sums  # fmt: skip
+        ).sums
 
     name = ".".join([f"{block}_left_out" if block else "left_out", *map(str, sorted(removed))])
     sums = _in_parts(scoring, name, samples, measure)

@@ -25,7 +25,6 @@ from compactlm_nemo.importance.score_state import STATE, ScoreState
 from compactlm_nemo.importance.scores import load_scores
 from compactlm_nemo.importance.taylor import Gradients, taylor_scores
 from compactlm_nemo.losses.linear_ce import linear_ce_sum
-from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import barrier, broadcast_object
@@ -65,11 +64,6 @@ class Scoring:
         """A bar over so many samples."""
         return progress_bar(label, samples, self.windows_NS.shape[1])
 
-    def head(self) -> Head:
-        """Returns the teacher's head, for the chunked losses. Last stage only."""
-        weight_VH, chunk_tokens = self.teacher.head_weight, self.run.chunk_tokens(self.dims)
-        return Head.on_mesh(weight_VH, self.run.mesh, vocab_size=self.dims.vocab_size, chunk_tokens=chunk_tokens)
-
     def measure_activations(self, folder: Path) -> None:
         """One forward pass over the samples not yet measured: every width metric, block importance, second moments."""
         cfg = self.cfg
@@ -78,14 +72,14 @@ class Scoring:
         done, total = broadcast_object(self.running.samples), len(self.windows_NS)
         moments = None
         if cfg.second_moments:
-            moments = MomentCollector(self.teacher, self.run.mesh, self.dims, experts=cfg.expert_moments)
+            moments = MomentCollector(self.teacher, experts=cfg.expert_moments)
         if moments and done:
             moments.load_state(load_file(self._rank_file(MOMENTS, done)))
         on_batch = moments.on_batch if moments else lambda counted: None
         with self.progress("score", total - done) as advance:
             while done < total:
                 part_NS = self.windows_NS[done : done + cfg.save_every]
-                states = collect(self.teacher, self.run.mesh, self.dims, part_NS, cfg, advance, on_batch)
+                states = collect(self.teacher, part_NS, cfg, advance, on_batch)
                 if moments:
                     self._save_rank(MOMENTS, moments.state(), done, done + len(part_NS))
                 stop = self._take_in(states, len(part_NS))
@@ -124,10 +118,10 @@ class Scoring:
         """First-order Taylor importance, on the main rank: one forward and backward pass over all samples."""
 
         def loss_sum(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor) -> Tensor:
-            return linear_ce_sum(hidden_NH, self.head(), labels_N, mask_N)
+            return linear_ce_sum(hidden_NH, self.teacher.head(), labels_N, mask_N)
 
         ddps = wrap_data_parallel(self.teacher, shard_gradients=False)
-        gradients = Gradients(ddps, self.run.mesh, loss_sum, self.cfg.micro_batch)
+        gradients = Gradients(ddps, loss_sum, self.cfg.micro_batch)
         done, total = broadcast_object(self.running.summed.get(TAYLOR, 0)), len(self.windows_NS)
         if done:
             gradients.load_state(load_file(self._rank_file(TAYLOR, done)))
@@ -141,7 +135,7 @@ class Scoring:
                     if writes:
                         self.running.summed[TAYLOR] = done
                         self.running.save(self.state / STATE)
-        return taylor_scores(gradients, self.dims)
+        return taylor_scores(gradients)
 
 
 def tokens_hash(windows_NS: Tensor) -> str:

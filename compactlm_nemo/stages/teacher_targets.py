@@ -28,7 +28,6 @@ from compactlm_nemo.distill.stored_targets import (
     write_shard,
 )
 from compactlm_nemo.losses.targets import top_k_targets
-from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each, micro_batches
@@ -96,13 +95,12 @@ def _records(run: Run, teacher: ModelChunks, dims: Dims, tokens_NT: Tensor) -> l
             hidden_SBG = all_gather(hidden_SBG, mesh.cp_group, dim=0)[torch.cat(places).argsort().to(hidden_SBG.device)]
         if config.cache.kind is StoredKind.hidden:
             return [encode_hidden(hidden_SG.cpu()) for hidden_SG in hidden_SBG.unbind(dim=1)] if is_writer else []
-        chunk_tokens, labels_N = run.chunk_tokens(dims), batches[idx][:, 1:].flatten()
-        head = Head.on_mesh(teacher.head_weight, mesh, vocab_size=dims.vocab_size, chunk_tokens=chunk_tokens)
-        targets = top_k_targets(hidden_SBG.transpose(0, 1).flatten(0, 1), head, labels_N, k=config.cache.k)
+        labels_N = batches[idx][:, 1:].flatten()
+        targets = top_k_targets(hidden_SBG.transpose(0, 1).flatten(0, 1), teacher.head(), labels_N, k=config.cache.k)
         if not is_writer:
             return []
         fields = (field.cpu().unflatten(0, (-1, len(hidden_SBG))).unbind() for field in targets)
         return [encode_top_k(TopKRecord(*record)) for record in zip(*fields, strict=True)]
 
-    results = forward_each(teacher, mesh, [batch[:, :-1] for batch in batches], visit)
+    results = forward_each(teacher, [batch[:, :-1] for batch in batches], visit)
     return [record for batch in results for record in batch]

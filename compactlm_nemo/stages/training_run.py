@@ -60,9 +60,9 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     dims = run.dims(source)
     samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
     student, teacher = run.load(source), _teacher(run, cfg)
-    checkpoints = Checkpoints(state / "checkpoints", run.mesh, keep=cfg.keep_checkpoints, is_main=is_main_rank())
+    checkpoints = Checkpoints(state / "checkpoints", keep=cfg.keep_checkpoints, is_main=is_main_rank())
     best_weights = BestWeights(
-        _heldout_metrics(run, student, dims, teacher),
+        _heldout_metrics(run, student, teacher),
         every=cfg.eval_every, num_steps=cfg.steps, result=cfg.result, checkpoints=checkpoints,
     )  # fmt: skip
     start, shown = checkpoints.latest_step() or 0, settings_of(asdict(config))
@@ -79,20 +79,17 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
             PeakMemory(),
             MetricsLog(tracker.log, every=cfg.log_every, rewind=tracker.rewind),
         ]
-        end = distill(
-            student, teacher, dims, run.mesh, samples.sample, cfg, callbacks,
-            chunk_tokens=run.chunk_tokens(dims), checkpoints=checkpoints,
-        )  # fmt: skip
+        end = distill(student, teacher, samples.sample, cfg, callbacks, checkpoints=checkpoints)
     if end.step < cfg.steps:
         return None
-    run.save(folder, student, dims)
+    run.save(folder, student)
     with main_rank_writes() as writes:
         if writes:
             shutil.copyfile(state / METRICS, folder / METRICS)
     return {
         "tokens": cfg.num_samples * config.data.sequence_length,
         "best_step": best_weights.best_step,
-        "loss": validation_loss(run, student, dims, source),
+        "loss": validation_loss(run, student, source),
     }
 
 
@@ -109,11 +106,11 @@ def _teacher(run: Run, cfg: DistillConfig) -> Teacher:
     if cfg.teacher is TeacherSource.live:
         layout = run.config.teacher_parallel
         if layout == run.mesh.layout:
-            return LiveTeacher(run.load(run.teaching_artifact), run.mesh)
+            return LiveTeacher(run.load(run.teaching_artifact))
         teacher_mesh = second_mesh(layout, run.config.run.seed)
         with teacher_mesh.active():
             chunks = replace(run, mesh=teacher_mesh).load(run.teaching_artifact)
-        return OwnMeshTeacher(chunks, teacher_mesh, run.mesh, _head(run) if run.mesh.is_last_stage else None)
+        return OwnMeshTeacher(chunks, run.mesh, _head(run) if run.mesh.is_last_stage else None)
     store = StoredTargets(run.path("targets"))
     if run.config.cache.kind is StoredKind.top_k:
         return StoredTopK(store, run.mesh)
@@ -124,10 +121,9 @@ def _teacher_correction(run: Run, teacher: Teacher, state: Path) -> list[Callbac
     """Teacher correction while distilling, if it is on; correct_teacher itself has no live teacher, so none there."""
     if not run.config.correct.while_distilling or not isinstance(teacher, LiveTeacher):
         return []
-    dims, cfg = run.dims("teacher"), run.config.correction
-    checkpoints = Checkpoints(state / "teacher", run.mesh, keep=cfg.keep_checkpoints + 1, is_main=is_main_rank())
-    chunk_tokens = run.chunk_tokens(dims)
-    return [TeacherCorrection(teacher.chunks, dims, run.mesh, cfg, chunk_tokens=chunk_tokens, checkpoints=checkpoints)]
+    cfg = run.config.correction
+    checkpoints = Checkpoints(state / "teacher", keep=cfg.keep_checkpoints + 1, is_main=is_main_rank())
+    return [TeacherCorrection(teacher.chunks, cfg, checkpoints=checkpoints)]
 
 
 def _hidden_state_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teacher: Teacher) -> list[Callback]:
@@ -144,7 +140,7 @@ def _hidden_state_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teach
         kept = Plan.from_json(json.loads((run.path("student") / PLAN).read_text())).hidden
         start_GH = torch.eye(dims.hidden_size, device=device())[:, kept.to(device())]
         projections = Projections(len(pairs), cfg.hidden.projection is Projection.shared, start_GH, cfg)
-    loss = HiddenStateLoss(cfg.hidden, pairs, teacher.chunks, student, run.mesh, projections)
+    loss = HiddenStateLoss(cfg.hidden, pairs, teacher.chunks, student, projections)
     teacher.on_input = loss.before_teacher_micro_batch
     return [loss]
 
@@ -159,10 +155,10 @@ def _head(run: Run) -> Tensor:
     return own.to(device(), run.dtype)
 
 
-def _heldout_metrics(run: Run, student: ModelChunks, dims: Dims, teacher: Teacher) -> Callable[[], dict[str, float]]:
+def _heldout_metrics(run: Run, student: ModelChunks, teacher: Teacher) -> Callable[[], dict[str, float]]:
     """LM loss and, with a live teacher, KL of the student as it is, for each held-out text and in the mean."""
     config = run.config
-    settings = {"micro_batch": config.evaluate.micro_batch, "chunk_tokens": run.chunk_tokens(dims)}
+    micro_batch = config.evaluate.micro_batch
 
     def measure() -> dict[str, float]:
         values: dict[str, float] = {}
@@ -170,10 +166,10 @@ def _heldout_metrics(run: Run, student: ModelChunks, dims: Dims, teacher: Teache
             prefix = run.token_prefix(f"heldout.{name}")
             windows = heldout_windows(prefix, config.data.sequence_length, config.distill.eval_tokens).to(device())
             if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)):
-                got = evaluate_kd_loss(student, teacher, dims, run.mesh, windows, **settings)
+                got = evaluate_kd_loss(student, teacher, windows, micro_batch=micro_batch)
                 values |= {f"eval/{name}_lm_loss_nats": got.lm_loss, f"eval/{name}_kl_nats": got.kl}
             else:
-                loss = evaluate_lm_loss(student, dims, run.mesh, windows, progress=lambda samples: None, **settings)
+                loss = evaluate_lm_loss(student, windows, micro_batch=micro_batch, progress=lambda samples: None)
                 values[f"eval/{name}_lm_loss_nats"] = loss.loss_nats
         return values | {EVAL_LOSS: sum(v for k, v in values.items() if "lm_loss" in k) / len(config.data.heldout)}
 

@@ -21,7 +21,6 @@ from compactlm_nemo.artifacts import atomic_write_text
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.checkpoint import load_shards, load_state, model_state, sharding_metadata
 from compactlm_nemo.parallel.collectives import barrier
-from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.callbacks import Callback
 from compactlm_nemo.training.optimizer import TrainableModel
 
@@ -43,7 +42,6 @@ class Checkpoints:
     """The checkpoints of one training in a folder; all ranks call every method."""
 
     folder: Path
-    mesh: Mesh
     keep: int
     """Newest checkpoints that are kept, besides those that callbacks keep."""
     is_main: bool
@@ -67,7 +65,7 @@ class Checkpoints:
         barrier()
         _allocate_adam(model.optimizer)
         dist_checkpointing.save(
-            _model_state(model, self.mesh, is_loading=False)
+            _model_state(model, is_loading=False)
             | {
                 "rng": torch.get_rng_state(),
                 "train_state": asdict(state),
@@ -89,8 +87,8 @@ class Checkpoints:
         if step is None or not (self._step_folder(step) / "metadata.json").is_file():
             raise CheckpointError(f"{self.folder} names no complete checkpoint; delete the folder to start again.")
         _allocate_adam(model.optimizer)
-        loaded = load_shards(_model_state(model, self.mesh, is_loading=True), self._step_folder(step))
-        load_state([ddp.module for ddp in model.ddps], loaded)
+        loaded = load_shards(_model_state(model, is_loading=True), self._step_folder(step))
+        load_state(model.ddps, loaded)
         _load_optimizer(model.optimizer, loaded["optimizer"])
         model.schedule.num_steps = 0  # Megatron adds the loaded steps to those it has
         model.schedule.load_state_dict(loaded["schedule"])
@@ -103,8 +101,7 @@ class Checkpoints:
 
     def load_weights(self, model: TrainableModel, step: int) -> None:
         """Load the weights, and nothing else, of the checkpoint of `step` finished steps."""
-        chunks = [ddp.module for ddp in model.ddps]
-        load_state(chunks, load_shards(model_state(chunks, self.mesh), self._step_folder(step)))
+        load_state(model.ddps, load_shards(model_state(model.ddps), self._step_folder(step)))
 
     def _step_folder(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}"
@@ -118,12 +115,12 @@ class Checkpoints:
                 shutil.rmtree(old)
 
 
-def _model_state(model: TrainableModel, mesh: Mesh, is_loading: bool) -> dict[str, Any]:
+def _model_state(model: TrainableModel, is_loading: bool) -> dict[str, Any]:
     """Megatron's sharded state of weights, optimizer and schedule."""
-    weights = model_state([ddp.module for ddp in model.ddps], mesh)
+    weights = model_state(model.ddps)
     # Megatron looks up the shards by parameter and takes the first chunk's entry as `model`.
     by_chunk = weights if len(model.ddps) > 1 else weights["model0"]
-    metadata = sharding_metadata(mesh)
+    metadata = sharding_metadata(model.ddps.mesh)
     with _padding_counted(model.ddps):
         moments = model.optimizer.sharded_state_dict(by_chunk, is_loading=is_loading, metadata=metadata)
     return weights | {"optimizer": moments, "schedule": model.schedule.state_dict()}

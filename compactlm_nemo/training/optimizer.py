@@ -13,14 +13,14 @@ from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.models.build import ModelChunks, recompute_activations
 
 
-def wrap_data_parallel(chunks: ModelChunks, *, shard_gradients: bool = True, overlap: bool = False) -> list[Any]:
+def wrap_data_parallel(chunks: ModelChunks, *, shard_gradients: bool = True, overlap: bool = False) -> ModelChunks:
     """Put Megatron's DDP around each chunk, which sums gradients in float32 and scales them by the token count.
 
     With `shard_gradients` each data-parallel rank ends with the gradients that its share of the optimizer needs, else
     with all gradients. With `overlap` gradients are summed bucket by bucket while backward goes on, and new weights may
     travel while other work runs between `start_gathering` and `finish_gathering`.
     """
-    ddps = [
+    ddps = chunks.wrapped(
         DistributedDataParallel(
             config=chunk.config,
             ddp_config=DistributedDataParallelConfig(
@@ -33,7 +33,7 @@ def wrap_data_parallel(chunks: ModelChunks, *, shard_gradients: bool = True, ove
             disable_bucketing=idx > 0,  # as Megatron does: only the first chunk's reduction can overlap
         )
         for idx, chunk in enumerate(chunks)
-    ]
+    )
     for ddp, chunk in zip(ddps, chunks, strict=True):
         ddp.broadcast_params()
         chunk.config.finalize_model_grads_func = finalize_model_grads

@@ -41,7 +41,7 @@ def _matches(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:
     mesh = mesh_of(**layout)
     _, student = filled(root / "student", mesh)
     dims, teacher = filled(root / "teacher", mesh)
-    got = evaluate_kd_loss(student, LiveTeacher(teacher, mesh), dims, mesh, windows(), micro_batch=1, chunk_tokens=5)
+    got = evaluate_kd_loss(student, LiveTeacher(teacher), windows(), micro_batch=1)
     assert tuple(got) == pytest.approx(torch.load(root / "wanted.pt"), rel=1e-5)
 
 

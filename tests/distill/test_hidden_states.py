@@ -135,8 +135,8 @@ def built(folder: Path, mesh: Mesh, cfg: HiddenConfig) -> tuple[Dims, Any, LiveT
     teacher_dims, teacher = filled(folder / "teacher", mesh)
     pairs = layer_pairs(cfg, teacher_dims, dims)
     projections = Projections(len(pairs), cfg.projection is Projection.shared, start(), TRAINING)
-    loss = HiddenStateLoss(cfg, pairs, teacher, student, mesh, projections)
-    return dims, student, LiveTeacher(teacher, mesh, loss.before_teacher_micro_batch), loss
+    loss = HiddenStateLoss(cfg, pairs, teacher, student, projections)
+    return dims, student, LiveTeacher(teacher, loss.before_teacher_micro_batch), loss
 
 
 def _matches(rank: int, world: int, layout: dict[str, Any], root: Path, names: list[str], recompute: bool) -> None:
@@ -150,10 +150,7 @@ def _matches(rank: int, world: int, layout: dict[str, Any], root: Path, names: l
             ddps = wrap_data_parallel(student.train())
             batches = [Batch(part, ()) for part in samples()[mesh.dp_rank :: mesh.dp_size].split(1)]
             for _ in range(2):  # the second must not see anything of the first
-                terms = forward_backward(
-                    ddps, teacher, dims, mesh, batches,
-                    loss=LossConfig(), temperature=1.0, chunk_tokens=7, callbacks=[loss],
-                )  # fmt: skip
+                terms = forward_backward(ddps, teacher, batches, loss=LossConfig(), temperature=1.0, callbacks=[loss])
             want = torch.load(root / case / f"{name}.pt")
             assert {key: terms[key] for key in want["terms"]} == pytest.approx(want["terms"], rel=2e-5), (case, name)
             assert loss.projections is not None and not loss.teacher_states and not any(loss.recomputed)
@@ -199,9 +196,13 @@ def train(root: Path, mesh: Mesh, folder: Path, stop_after: int | None) -> dict[
     seen: dict[int, dict[str, float]] = {}
     log = MetricsLog(lambda step, values: seen.update({step: values}), every=1)
     distill(
-        student, teacher, dims, mesh, sample, TRAINING, [StopAfter(stop_after), loss, log], chunk_tokens=7,
-        checkpoints=Checkpoints(folder, mesh, keep=2, is_main=torch.distributed.get_rank() == 0),
-    )  # fmt: skip
+        student,
+        teacher,
+        sample,
+        TRAINING,
+        [StopAfter(stop_after), loss, log],
+        checkpoints=Checkpoints(folder, keep=2, is_main=torch.distributed.get_rank() == 0),
+    )
     return seen
 
 

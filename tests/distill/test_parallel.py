@@ -111,7 +111,7 @@ def separate(folder: Path, mesh: Mesh, layout: ParallelConfig) -> tuple[Dims, Ow
     name = "embedding.word_embeddings.weight" if dims.tied_embeddings else "output_layer.weight"
     padded = dims.padded_vocab(mesh.tp_size, VOCAB_MULTIPLE)
     head = tp_share(name, source(name), rank=mesh.tp_rank, size=mesh.tp_size, gated=False, padded_vocab=padded)
-    return dims, OwnMeshTeacher(chunks, teacher_mesh, mesh, head.float() if mesh.is_last_stage else None)
+    return dims, OwnMeshTeacher(chunks, mesh, head.float() if mesh.is_last_stage else None)
 
 
 def _step(
@@ -132,17 +132,17 @@ def _step(
     live: LiveTeacher | OwnMeshTeacher
     if own_layout is None:
         dims, teacher = filled(root / "teacher", mesh)
-        live = LiveTeacher(teacher, mesh)
+        live = LiveTeacher(teacher)
     else:
         dims, live = separate(root / "teacher", mesh, own_layout)
     if root.name in DOCUMENT_CASES:
         for chunk in [*learner, *live.chunks]:
             chunk.document_end = DOCUMENT_END
     batches = [Batch(part, ()) for part in samples()[mesh.dp_rank :: mesh.dp_size].split(micro_batch)]
-    settings: dict[str, Any] = {"loss": LossConfig(), "temperature": TEMPERATURE, "chunk_tokens": 7}
+    settings: dict[str, Any] = {"loss": LossConfig(), "temperature": TEMPERATURE}
     # Twice: the second must not see anything of the first.
-    forward_backward(ddps, live, dims, mesh, batches, **settings)
-    terms = forward_backward(ddps, live, dims, mesh, batches, **settings)
+    forward_backward(ddps, live, batches, **settings)
+    terms = forward_backward(ddps, live, batches, **settings)
     return ddps, dims, terms
 
 

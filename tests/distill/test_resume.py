@@ -58,7 +58,7 @@ def train(
     def evaluate() -> dict[str, float]:
         return {EVAL_LOSS: float(sum(x.detach().double().square().sum() for x in student.parameters()))}
 
-    checkpoints = Checkpoints(folder, mesh, keep=cfg.keep_checkpoints, is_main=rank == 0)
+    checkpoints = Checkpoints(folder, keep=cfg.keep_checkpoints, is_main=rank == 0)
     callbacks = [
         StopAfter(stop_after),
         LossSpikes(cfg.spike_factor, cfg.spike_limit),
@@ -66,10 +66,7 @@ def train(
         BestWeights(evaluate, every=cfg.eval_every, num_steps=cfg.steps, result=cfg.result, checkpoints=checkpoints),
         MetricsLog(lambda step, values: seen.update({step: values}), every=cfg.log_every),
     ]
-    finished = distill(
-        student, LiveTeacher(teacher, mesh), dims, mesh, sample, cfg, callbacks,
-        chunk_tokens=7, checkpoints=checkpoints,
-    )  # fmt: skip
+    finished = distill(student, LiveTeacher(teacher), sample, cfg, callbacks, checkpoints=checkpoints)
     assert finished.step == (stop_after or CONFIG.steps)
     weights = {name: value.detach().clone() for name, value in global_names(student)}
     return weights, seen
@@ -196,9 +193,13 @@ def _grows(rank: int, world: int, root: Path) -> None:
 
     cfg = DistillConfig(steps=500, global_batch=2, checkpoint_every=1000, lr=1e-4)
     distill(
-        student, LiveTeacher(teacher, mesh), dims, mesh, sample, cfg, [MetricsLog(note, every=50)],
-        chunk_tokens=7, checkpoints=Checkpoints(root / "long", mesh, keep=2, is_main=True),
-    )  # fmt: skip
+        student,
+        LiveTeacher(teacher),
+        sample,
+        cfg,
+        [MetricsLog(note, every=50)],
+        checkpoints=Checkpoints(root / "long", keep=2, is_main=True),
+    )
     early, late = resident[149], resident[499]
     # A step makes some 30 KiB of logits and hidden states; were those of each micro-batch kept, it would be 20 MiB.
     assert late - early < 8 * 2**20, resident

@@ -37,9 +37,7 @@ def _matches(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ..
     mesh = mesh_of(**layout)
     for case in cases:
         dims, model = filled(root / case, mesh)
-        got = evaluate_lm_loss(
-            model, dims, mesh, windows(), micro_batch=2, chunk_tokens=7, progress=lambda samples: None
-        )
+        got = evaluate_lm_loss(model, windows(), micro_batch=2, progress=lambda samples: None)
         assert got.loss_nats == pytest.approx(torch.load(root / case / "loss.pt"), rel=1e-5)
         assert got.tokens == 5 * 12
         assert got.tokens_per_second > 0

@@ -76,7 +76,7 @@ def _matches(rank: int, world: int, layout: dict, cases: tuple[str, ...], root: 
             done: list[int] = []
             running = ScoreState()
             for part in windows().split([3, 2]):
-                running.add(collect(model.eval(), mesh, dims, part, cfg, done.append), len(part))
+                running.add(collect(model.eval(), part, cfg, done.append), len(part))
             assert rank or mesh.pp_size > 1 or sum(done) == 5
             if rank == 0:
                 want = torch.load(root / case / f"{neurons.name}.pt")

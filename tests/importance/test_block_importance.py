@@ -43,8 +43,7 @@ def check_blocks(model: ModelChunks, dims: Dims, mesh: Mesh, want: Tensor) -> No
     """The windows in two parts, as a run that keeps its progress measures them."""
     told: list[int] = []
     cosines = sum(
-        state_cosines(model, mesh, dims, part_NS, micro_batch=2, progress=told.append)
-        for part_NS in windows().split([3, 2])
+        state_cosines(model, part_NS, micro_batch=2, progress=told.append) for part_NS in windows().split([3, 2])
     )
     assert sum(told) == 5
     got = block_importance(cosines, 5 * 12)

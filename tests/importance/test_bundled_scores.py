@@ -84,26 +84,26 @@ def _score(rank: int, world: int, folder: Path) -> None:
     mesh = mesh_of()
     ids_NS = torch.load(folder / "ids.pt")
     dims, model = filled(folder, mesh, vocab_multiple=128)
-    model.eval()
+    model.eval().chunk_tokens = CHUNK
     scores: dict[str, Any] = {}
     for neurons in Neurons:
         cfg = ScoreConfig(samples=SAMPLES, micro_batch=2, width=PAIRS, neurons=neurons)
         running = ScoreState()
-        running.add(collect(model, mesh, dims, ids_NS, cfg, lambda _: None), SAMPLES)
+        running.add(collect(model, ids_NS, cfg, lambda _: None), SAMPLES)
         scores[neurons.name] = running.rankings(dims, cfg)
-    cosines = state_cosines(model, mesh, dims, ids_NS, micro_batch=2, progress=lambda _: None)
+    cosines = state_cosines(model, ids_NS, micro_batch=2, progress=lambda _: None)
     scores["blocks"] = block_importance(cosines, ids_NS.numel())
     left_NS = ids_NS[LEFT_OUT]
-    measured = measure(model, dims, mesh, left_NS, frozenset(), [], CHUNK)
+    measured = measure(model, dims, mesh, left_NS, frozenset(), [])
     scores |= {"lm_loss": lm_loss_rise(measured), "logit_mse": logit_mse(measured)}
     scores["iterative"] = logit_mse_iterative(
-        lambda removed: logit_mse(measure(model, dims, mesh, left_NS, removed, [], CHUNK) if removed else measured),
+        lambda removed: logit_mse(measure(model, dims, mesh, left_NS, removed, []) if removed else measured),
         iterations=2,
     )
     ddps = wrap_data_parallel(model.train(), shard_gradients=False)
-    gradients = Gradients(ddps, mesh, loss_sum_of(model, dims, mesh, CHUNK), micro_batch=2)
+    gradients = Gradients(ddps, loss_sum_of(model, dims, mesh, CHUNK), micro_batch=2)
     gradients.add(ids_NS, lambda samples: None)
-    scores["taylor"] = taylor_scores(gradients, dims)
+    scores["taylor"] = taylor_scores(gradients)
     torch.save(scores, folder / "scores.pt")
 
 

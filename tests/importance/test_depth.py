@@ -16,7 +16,6 @@ from torch import Tensor
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.importance.depth import LayerSums, layer_sums, lm_loss_rise, logit_mse, logit_mse_iterative
 from compactlm_nemo.losses.linear_ce import linear_ce
-from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.mesh import Mesh
@@ -86,23 +85,18 @@ def measure(
     windows_NS: Tensor,
     removed: frozenset[int],
     told: list[int],
-    chunk_tokens: int = 5,
     block: int = 1,
 ) -> LayerSums:
     """Both metrics, of the two halves of the windows."""
 
     def token_losses(hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
-        head = Head.on_mesh(model.head_weight, mesh, vocab_size=dims.vocab_size, chunk_tokens=chunk_tokens + 2)
-        return linear_ce(hidden_NH, head, labels_N, torch.ones_like(labels_N))
+        return linear_ce(hidden_NH, model.head(), labels_N, torch.ones_like(labels_N))
 
     first, second = (
         layer_sums(
             model,
-            mesh,
-            dims,
             part_NS,
             micro_batch=2,
-            chunk_tokens=chunk_tokens,
             token_losses=token_losses,
             logits=True,
             removed=removed,

@@ -75,7 +75,7 @@ def _run(collector: MomentCollector, model: ModelChunks, mesh: Mesh, samples: Te
     def start(idx: int | None) -> None:
         collector.on_batch(0 if idx is None else int(share.counted(idx, mesh.dp_rank).sum()))
 
-    forward_each(model, mesh, share.batches, lambda idx, hidden: None, start)
+    forward_each(model, share.batches, lambda idx, hidden: None, start)
 
 
 def _collect_and_save(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ...], root: Path, out: Path):
@@ -83,7 +83,7 @@ def _collect_and_save(rank: int, world: int, layout: dict[str, Any], cases: tupl
     for case in cases:
         dims, model = filled(root / case, mesh)
         first, rest = windows().split([3, 2])
-        collector = MomentCollector(model.eval(), mesh, dims, experts=True)
+        collector = MomentCollector(model.eval(), experts=True)
         _run(collector, model, mesh, first)
         stored = out / f"{case}-{rank}.pt"
         torch.save(collector.state(), stored)
@@ -92,7 +92,7 @@ def _collect_and_save(rank: int, world: int, layout: dict[str, Any], cases: tupl
         for name, block in blocks.items():
             assert block.shape[0] * mesh.tp_size == block.shape[1], f"{name} is not sharded"
 
-        continued = MomentCollector(model, mesh, dims, experts=True)
+        continued = MomentCollector(model, experts=True)
         continued.load_state(torch.load(stored))
         _run(continued, model, mesh, rest)
         again = continued.reduce()
@@ -159,7 +159,7 @@ def test_sums_of_massive_activations_are_accurate(spread: float, bound: float) -
 def _another_state(rank: int, world: int, root: Path, out: Path) -> None:
     mesh = mesh_of()
     dims, model = filled(root / "llama", mesh)
-    collector = MomentCollector(model, mesh, dims)
+    collector = MomentCollector(model)
     state = collector.state()
     for other in (
         {name: block for name, block in state.items() if name != "final_norm"},

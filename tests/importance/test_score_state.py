@@ -28,12 +28,12 @@ def _resumed(rank: int, world: int, root: Path) -> None:
 
     def measure(running: ScoreState, parts: list[Tensor], path: Path) -> dict[str, Tensor]:
         for part in parts:
-            running.add(collect(model.eval(), mesh, dims, part, CFG, lambda n: None), len(part))
+            running.add(collect(model.eval(), part, CFG, lambda n: None), len(part))
             running.save(path)
         return running.rankings(dims, CFG)
 
     parts = list(windows().split(2))
-    for state in collect(model.eval(), mesh, dims, parts[0], CFG, lambda n: None).values():
+    for state in collect(model.eval(), parts[0], CFG, lambda n: None).values():
         for x in state:  # what a rank sends is no larger than what it holds
             assert x.untyped_storage().nbytes() == x.nbytes
     whole = measure(ScoreState(), parts, root / "whole")
@@ -46,7 +46,7 @@ def _resumed(rank: int, world: int, root: Path) -> None:
     with torch.no_grad():  # a neuron of layer 2: what comes before stays finite, all that comes after does not
         model[0].decoder.layers[2].mlp.linear_fc1.weight[3] = float("nan")
     spoilt = ScoreState()
-    spoilt.add(collect(model, mesh, dims, parts[0], CFG, lambda n: None), 2)
+    spoilt.add(collect(model, parts[0], CFG, lambda n: None), 2)
     with pytest.raises(NumericsError, match="layer 2 mlp activations are NaN or infinite"):
         spoilt.check_finite(dims)
 

@@ -57,13 +57,13 @@ def _matches(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ..
         loss_sum = loss_sum_of(chunks, dims, mesh)
         done: list[int] = []
         for micro_batch in (3, 2):  # twice: the second must not see anything of the first
-            gradients = Gradients(ddps, mesh, loss_sum, micro_batch)
+            gradients = Gradients(ddps, loss_sum, micro_batch)
             for part_NS in windows().split([2, 3]):
                 gradients.add(part_NS, done.append)
-                again = Gradients(ddps, mesh, loss_sum, micro_batch)
+                again = Gradients(ddps, loss_sum, micro_batch)
                 again.load_state(gradients.state())
                 gradients = again  # as after a restart
-            got = taylor_scores(gradients, dims)
+            got = taylor_scores(gradients)
         assert sum(done) == (10 if mesh.is_last_stage else 0)
         if rank > 0:
             assert not got
@@ -93,9 +93,9 @@ def _is_refused(rank: int, world: int, root: Path) -> None:
     dims, chunks = filled(root / "llama", mesh)
     ddps = wrap_data_parallel(chunks, shard_gradients=False)
     with pytest.raises(NumericsError, match="taylor .* is NaN or infinite"):
-        gradients = Gradients(ddps, mesh, lambda hidden, *_: hidden.sum() * torch.nan, micro_batch=2)
+        gradients = Gradients(ddps, lambda hidden, *_: hidden.sum() * torch.nan, micro_batch=2)
         gradients.add(windows(), lambda samples: None)
-        taylor_scores(gradients, dims)
+        taylor_scores(gradients)
 
 
 def test_a_gradient_that_is_not_finite_is_an_error_on_every_rank(root: Path, tmp_path: Path) -> None:

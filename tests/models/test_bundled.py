@@ -41,7 +41,7 @@ def _compare(rank: int, world: int, tp: int, pp: int, folder: Path, out: Path) -
     if got is not None:
         # Logits reach 35: 1e-4 is about 25 units in the last place of float32.
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
-    save_model(out, model, mesh)
+    save_model(out, model)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2)])

@@ -44,7 +44,7 @@ def _compare_and_save(rank: int, world: int, layout: dict[str, Any], root: Path,
         if got is not None:
             want = torch.load(root / case / "logits.pt")[mine]
             torch.testing.assert_close(got, want, rtol=0, atol=1e-4, msg=lambda m, case=case: f"{case}: {m}")
-        save_model(out / case, model, mesh)
+        save_model(out / case, model)
 
 
 def _load_and_compare(rank: int, world: int, layout: dict[str, Any], root: Path, saved: Path) -> None:
@@ -52,7 +52,7 @@ def _load_and_compare(rank: int, world: int, layout: dict[str, Any], root: Path,
     for case in EXPERT_CASES:
         dims, want = filled(root / case, mesh)
         got = build_model(dims, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE)
-        load_model(saved / case, got, mesh)
+        load_model(saved / case, got)
         for (name, a), b in zip(global_names(want), got.parameters(), strict=True):
             assert torch.equal(a, b), f"{case}: {name} differs after loading in {layout}"
 

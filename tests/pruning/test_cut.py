@@ -136,13 +136,13 @@ def _same_checkpoint(rank: int, world: int, layout: str, root: Path, out: Path) 
     mesh = mesh_of(**LAYOUTS[layout][1])
     for case in ("llama", "qwen2_tied", "nemotron"):
         dims, teacher = filled(root / case, mesh)
-        save_model(out / case / "teacher", teacher, mesh)
+        save_model(out / case / "teacher", teacher)
         dist.barrier()
         student = student_of(dims, HIDDEN)
         model = build_model(student, mesh, dtype=torch.float32, vocab_multiple=8)
         cut = student_source(dims, plan_of(HIDDEN), CheckpointSource(out / case / "teacher", dims))
-        fill(model, student, mesh, cut, vocab_multiple=8)
-        save_model(out / case / "student", model, mesh)
+        fill(model, cut, vocab_multiple=8)
+        save_model(out / case / "student", model)
         dist.barrier()
         if rank == 0:
             want = student_source(

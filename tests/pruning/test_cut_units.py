@@ -167,14 +167,14 @@ def _same_student(rank: int, world: int, fields: dict[str, Any], cases: tuple[st
     mine = slice(mesh.dp_rank % 2, None, min(mesh.dp_size, 2))  # neighbours in expert parallelism see other samples
     for case in cases:
         dims, teacher = filled(root / case / "teacher", mesh)
-        save_model(out / case / "teacher", teacher, mesh)
+        save_model(out / case / "teacher", teacher)
         dist.barrier()
         plan = Plan.from_json(json.loads((root / case / "plan.json").read_text()))
         student = student_of(dims, **SHAPE)
         wide = CutSource(dims, plan, CheckpointSource(out / case / "teacher", dims))
         model = build_model(student, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE)
-        fill(model, student, mesh, NarrowedSource(wide, plan.layers, Selection(plan.hidden)), VOCAB_MULTIPLE)
-        save_model(out / case / "student", model, mesh)
+        fill(model, NarrowedSource(wide, plan.layers, Selection(plan.hidden)), VOCAB_MULTIPLE)
+        save_model(out / case / "student", model)
         logits = whole_logits(model.eval(), student, mesh, tokens()[mine])
         if logits is not None:
             torch.testing.assert_close(logits, torch.load(root / case / "logits.pt")[mine], rtol=0, atol=1e-4)

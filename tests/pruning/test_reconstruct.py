@@ -286,13 +286,13 @@ def _same_student(rank: int, world: int, layout: str, root: Path, out: Path) -> 
     for case, rotate in (("llama", True), ("nemotron", False)):
         dims, teacher = filled(root / case, mesh)
         seen = torch.load(root / case / "seen.pt", weights_only=False)
-        save_model(out / case / "teacher", teacher, mesh)
+        save_model(out / case / "teacher", teacher)
         dist.barrier()
         student = student_of(dims, HIDDEN)
         model = build_model(student, mesh, dtype=torch.float32, vocab_multiple=8)
         source = student_source(dims, CheckpointSource(out / case / "teacher", dims), seen, HIDDEN, rotate)
-        fill(model, student, mesh, source, vocab_multiple=8)
-        save_model(out / case / "student", model, mesh)
+        fill(model, source, vocab_multiple=8)
+        save_model(out / case / "student", model)
         dist.barrier()
         if rank == 0:
             want = student_source(dims, open_hf(root / case)[1], seen, HIDDEN, rotate)
@@ -327,9 +327,7 @@ def _replacements(rank: int, world: int, layout: str, root: Path) -> None:
         dims, model = filled(root / case, mesh)
         seen = torch.load(root / case / "seen.pt", weights_only=False)
         done: list[int] = []
-        found = measure_replacements(
-            model.eval(), mesh, dims, calibration(), blocks, micro_batch=2, progress=done.append
-        )
+        found = measure_replacements(model.eval(), calibration(), blocks, micro_batch=2, progress=done.append)
         assert sum(done) == 5 and found.keys() == {0, 2}
         for start, end in blocks:
             x, gap = seen[f"layers.{start - 1}.mlp"], seen[f"h.{end}"] - seen[f"r.{start - 1}"]

@@ -126,13 +126,18 @@ def _walk(rank: int, world: int, layout: str, root: Path) -> None:
         student_dims = student_of(dims, hidden)
         wide, narrow = plain_source(dims, open_hf(root / case)[1], hidden)
         model = build_model(student_dims, mesh, dtype=torch.float32, vocab_multiple=8)
-        fill(model, student_dims, mesh, narrow, 8)
+        fill(model, narrow, 8)
         done: list[int] = []
         SequentialReconstruction(
-            student=model, teacher=teacher.eval(), dims=student_dims, teacher_dims=dims, plan=plan_of(hidden),
-            mesh=mesh, hidden=Selection(torch.tensor(hidden)), wide=wide, windows_NS=calibration(), micro_batch=2,
+            student=model,
+            teacher=teacher.eval(),
+            plan=plan_of(hidden),
+            hidden=Selection(torch.tensor(hidden)),
+            wide=wide,
+            windows_NS=calibration(),
+            micro_batch=2,
             ridge=RIDGE,
-        ).run(done.append)  # fmt: skip
+        ).run(done.append)
         assert sum(done) == 2
         logits = whole_logits(model, student_dims, mesh, tokens())
         if logits is not None:
@@ -157,8 +162,14 @@ def _stands_still(rank: int, world: int, root: Path) -> None:
     plan = replace(plan_of(EVERY), layers=[0, 1, 2, 3])
     source = open_hf(root / "qwen3")[1]
     SequentialReconstruction(
-        student=model, teacher=teacher.eval(), dims=dims, teacher_dims=dims, plan=plan, mesh=mesh,
-        hidden=Selection(torch.tensor(EVERY)), wide=source, windows_NS=calibration(), micro_batch=2, ridge=RIDGE,
-    ).run(lambda done: None)  # fmt: skip
+        student=model,
+        teacher=teacher.eval(),
+        plan=plan,
+        hidden=Selection(torch.tensor(EVERY)),
+        wide=source,
+        windows_NS=calibration(),
+        micro_batch=2,
+        ridge=RIDGE,
+    ).run(lambda done: None)
     for old, new in zip(before, model.parameters(), strict=True):
         torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-4)

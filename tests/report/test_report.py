@@ -3,7 +3,6 @@
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +15,9 @@ from compactlm_nemo.artifacts import write_manifest
 from compactlm_nemo.errors import CheckpointError, DataError
 from compactlm_nemo.importance.scores import FILE, Scores, save_scores
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
-from compactlm_nemo.report.markdown import SHORT_TABLE_LAYERS, depth_rows
+from compactlm_nemo.report.markdown import SHORT_TABLE_LAYERS, depth_rows, write_report
 from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
-from compactlm_nemo.stages.report import report
 
 ROWS = [
     {"model": "teacher | base", "params": 134515008, "loss": 2.851234, "tied": True},
@@ -208,7 +206,7 @@ def test_the_report_shows_the_search(tmp_path):
         (run / "rank" / str(index) / folder).mkdir(parents=True)
         lines = [{"step": step, "train/loss": 1.0 / (step + 1)} for step in range(4 if index else 2)]
         (run / "rank" / str(index) / folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    report(SimpleNamespace(dir=run), run / "report")
+    write_report(run, run / "report")
     text = (run / "report" / "report.md").read_text()
     assert text.index("## Candidates") < text.index("## Importance")
     for name in ("pareto.png", "prediction.png", "ranks.png"):
@@ -217,7 +215,7 @@ def test_the_report_shows_the_search(tmp_path):
 
 def test_the_report_shows_what_decided_the_cut(tmp_path):
     run = finished_run(tmp_path / "a", three_metrics(), {"search.width": "taylor", "search.depth": "lm_loss"})
-    report(SimpleNamespace(dir=run), run / "report")
+    write_report(run, run / "report")
     text = (run / "report" / "report.md").read_text()
     assert "ranks units by `taylor` and layers by `lm_loss`" in text
     linked = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
@@ -231,14 +229,14 @@ def test_the_report_of_one_metric_has_no_agreement(tmp_path):
     tensors = {f"l2_mean.{name}": x for name, x in dense_ranking(20).items() if name != "depth"}
     tensors["depth.bi"] = torch.rand(20)
     run = finished_run(tmp_path / "a", Scores(tensors, {}), {"search.width": None, "search.depth": None})
-    report(SimpleNamespace(dir=run), run / "report")
+    write_report(run, run / "report")
     text = (run / "report" / "report.md").read_text()
     assert "ranks units by `l2_mean` and layers by `bi`" in text
     assert "agreement" not in text and not (run / "report" / "agreement.png").exists()
     assert "| layer |" not in text  # 20 rows would bury the rest
     (run / "score" / FILE).unlink()
     with pytest.raises(CheckpointError, match="does not exist"):
-        report(SimpleNamespace(dir=run), run / "report")
+        write_report(run, run / "report")
 
 
 def test_the_table_of_layers_is_short_or_absent():

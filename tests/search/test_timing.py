@@ -35,7 +35,7 @@ def _attributes(rank, world):
     for name, seconds in SECONDS.items():
         chunks[0].get_submodule(name).register_forward_hook(lambda *_, by=seconds: move(by))
     with mock.patch.object(speed.time, "perf_counter", lambda: clock[0]):
-        got = speed.time_parts(chunks, mesh, tokens(), with_output=True)
+        got = speed.time_parts(chunks, tokens(), with_output=True)
     assert got == {"attention": 8000, "mlp": 18000, "head": 15000}
 
 

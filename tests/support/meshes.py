@@ -20,6 +20,7 @@ from compactlm_nemo.parallel.launch import start_mesh
 from compactlm_nemo.parallel.mesh import Mesh
 
 VOCAB_MULTIPLE = 8
+CHUNK_TOKENS = 7
 """Pads the tiny vocabulary of 131 differently for TP 1 and TP 2."""
 
 
@@ -60,10 +61,10 @@ def mesh_of(tp: int = 1, pp: int = 1, **layout: Any) -> Mesh:
 def filled(
     folder: Path, mesh: Mesh, *, dtype: torch.dtype = torch.float32, vocab_multiple: int = VOCAB_MULTIPLE
 ) -> tuple[Dims, ModelChunks]:
-    """Architecture and Megatron model of a Hugging Face folder."""
+    """Architecture and Megatron model of a Hugging Face folder, with logits of few tokens at once."""
     dims, source = open_hf(folder)
-    model = build_model(dims, mesh, dtype=dtype, vocab_multiple=vocab_multiple)
-    fill(model, dims, mesh, source, vocab_multiple)
+    model = build_model(dims, mesh, dtype=dtype, vocab_multiple=vocab_multiple, chunk_tokens=CHUNK_TOKENS)
+    fill(model, source, vocab_multiple)
     return dims, model
 
 
@@ -78,5 +79,5 @@ def whole_logits(model: ModelChunks, dims: Dims, mesh: Mesh, tokens_BS: Tensor) 
         places = [context_positions(own.shape[1], rank, mesh.cp_size) for rank in range(mesh.cp_size)]
         return all_gather(logits_BSV, mesh.cp_group, dim=1)[:, torch.cat(places).argsort()]
 
-    results = forward_each(model, mesh, [tokens_BS], visit)
+    results = forward_each(model, [tokens_BS], visit)
     return results[0] if mesh.is_last_stage else None

@@ -91,11 +91,8 @@ class Recorder(Callback):
 def train(root: Path, mesh: Mesh, name: str, *callbacks: Callback) -> TrainState:
     _, student = filled(root / "student", mesh)
     dims, teacher = filled(root / "teacher", mesh)
-    checkpoints = Checkpoints(root / name, mesh, keep=1, is_main=True)
-    return distill(
-        student, LiveTeacher(teacher, mesh), dims, mesh, sample, CONFIG, callbacks,
-        chunk_tokens=64, checkpoints=checkpoints,
-    )  # fmt: skip
+    checkpoints = Checkpoints(root / name, keep=1, is_main=True)
+    return distill(student, LiveTeacher(teacher), sample, CONFIG, callbacks, checkpoints=checkpoints)
 
 
 SCHEDULE = ["before_teacher", "before_student 2", "before_micro_batch 0", "before_micro_batch 1", "after_student"]

@@ -64,11 +64,12 @@ class Training:
         start_GH = torch.eye(teacher_dims.hidden_size)[:, : dims.hidden_size]
         projections = Projections(1, True, start_GH, self.cfg)
         pairs = layer_pairs(hidden, teacher_dims, dims)
-        self.hidden_loss = HiddenStateLoss(hidden, pairs, self.teacher, self.student, self.mesh, projections)
+        self.hidden_loss = HiddenStateLoss(hidden, pairs, self.teacher, self.student, projections)
         teacher_correction = TeacherCorrection(
-            self.teacher, teacher_dims, self.mesh, replace(self.cfg, loss=CROSS_ENTROPY), chunk_tokens=64,
-            checkpoints=Checkpoints(self.root / f"{name}_teacher", self.mesh, self.cfg.keep_checkpoints + 1, True),
-        )  # fmt: skip
+            self.teacher,
+            replace(self.cfg, loss=CROSS_ENTROPY),
+            checkpoints=Checkpoints(self.root / f"{name}_teacher", self.cfg.keep_checkpoints + 1, True),
+        )
         self.on_input = self.hidden_loss.before_teacher_micro_batch
         self.others = [self.hidden_loss, teacher_correction]
 
@@ -84,17 +85,19 @@ class Training:
         return {name: value.detach().clone() for name, value in global_names(self.student)}
 
     def run(self, name: str, draw: Callable[[int, ModelChunks], Tensor]) -> TrainState:
-        cfg, checkpoints = self.cfg, Checkpoints(self.root / name, self.mesh, self.cfg.keep_checkpoints, True)
+        cfg, checkpoints = self.cfg, Checkpoints(self.root / name, self.cfg.keep_checkpoints, True)
         self.best_weights = BestWeights(
             self.evaluate, every=cfg.eval_every, num_steps=cfg.steps, result=cfg.result, checkpoints=checkpoints
         )
         log = MetricsLog(self.log, every=cfg.log_every, rewind=self.rewound.append)
         return distill(
-            self.student, LiveTeacher(self.teacher, self.mesh, self.on_input), self.dims, self.mesh,
-            lambda idx: draw(idx, self.teacher), cfg,
+            self.student,
+            LiveTeacher(self.teacher, self.on_input),
+            lambda idx: draw(idx, self.teacher),
+            cfg,
             [self.spikes, self.non_finite, *self.others, self.best_weights, log],
-            chunk_tokens=64, checkpoints=checkpoints,
-        )  # fmt: skip
+            checkpoints=checkpoints,
+        )
 
     def states(self) -> list[dict[str, Any]]:
         """What the callbacks hold at the end."""
