@@ -140,7 +140,7 @@ def help_text(description: str, root: Root[Any] = RUN) -> str:
 
 
 def group_names(group: str) -> list[str]:
-    """Names of the files that conf/ has in a group, `experiment` or `model`."""
+    """Return names of the files that conf/ has in a group, `experiment` or `model`."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 

@@ -66,7 +66,7 @@ def distill(
 
 
 def _start(model: TrainableModel, callbacks: Sequence[Callback], checkpoints: Checkpoints) -> TrainState:
-    """The state of the newest checkpoint, loaded; without one that of a new training, saved where a callback asks."""
+    """Return the newest checkpoint's state, loaded; without one that of a new training, saved where a callback asks."""
     if checkpoints.latest_step() is not None:
         return checkpoints.load(model, callbacks)
     state = TrainState()
@@ -84,7 +84,7 @@ def _is_over(state: TrainState, cfg: DistillConfig, callbacks: Sequence[Callback
 def _rewind(
     state: TrainState, model: TrainableModel, callbacks: Sequence[Callback], checkpoints: Checkpoints
 ) -> TrainState:
-    """The state of the newest checkpoint, loaded, with the batches since then passed over."""
+    """Return the state of the newest checkpoint, loaded, with the batches since then passed over."""
     next_batch = state.step + state.skipped_batches + 1
     saved = checkpoints.load(model, callbacks)
     return TrainState(step=saved.step, skipped_batches=next_batch - saved.step)

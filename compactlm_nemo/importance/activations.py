@@ -76,7 +76,7 @@ class ActivationHooks:
             self._on_output(mlp.linear_fc1, lambda x_SBF: put(self.before_activation(x_SBF)))
 
     def before_activation(self, x: Tensor) -> Tensor:
-        """The part of fc1's output that goes through the activation: all of the output, or its gate's half."""
+        """Return the part of fc1's output that goes through the activation: all of the output, or its gate's half."""
         return x.chunk(2, dim=-1)[0] if self.dims.gated_mlp else x
 
     def _heads(self, idx: int) -> Callable[[Tensor], None]:
@@ -137,7 +137,7 @@ class ActivationHooks:
 
 
 def _cosine(x_SBH: Tensor, y_SBH: Tensor) -> Tensor:
-    """Cosine of each token, `[S, B]`; torch's own takes three times as long, as torch divides both vectors first."""
+    """Return cosine of each token, `[S, B]`; torch's own divides both vectors first and takes three times as long."""
     norms = torch.linalg.vector_norm(x_SBH, dim=-1) * torch.linalg.vector_norm(y_SBH, dim=-1)
     return (x_SBH * y_SBH).sum(dim=-1) / norms
 

@@ -14,7 +14,7 @@ from compactlm_nemo.importance.names import NAME_PATTERNS, axis_of
 
 
 def kendall_tau(a: Tensor, b: Tensor) -> float:
-    """Kendall's tau-b of two vectors of one length, in [-1, 1].
+    """Return Kendall's tau-b of two vectors of one length, in [-1, 1].
 
     ``(C - D) / sqrt((P - T_a) * (P - T_b))`` over the P pairs of entries: C ordered the same way by both vectors, D the
     opposite way, T_a and T_b tied in a and in b.
@@ -31,7 +31,7 @@ def kendall_tau(a: Tensor, b: Tensor) -> float:
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rho: Pearson's correlation of the ranks, where tied entries share the mean of their ranks.
+    """Return Spearman's rho: Pearson's correlation of the ranks, where tied entries share the mean of their ranks.
 
     Constants, lengths 0 and 1, and errors as in `kendall_tau`.
     """
@@ -55,7 +55,7 @@ def _correlation(a: Tensor, b: Tensor, measure: Callable[[np.ndarray, np.ndarray
 def per_vector(
     first: dict[str, Tensor], second: dict[str, Tensor], measure: Callable[[Tensor, Tensor], float] = kendall_tau
 ) -> dict[str, list[float]]:
-    """Axis -> the correlation of each of its vectors, by layer (and expert) in the order of `first`.
+    """Return axis -> the correlation of each of its vectors, by layer (and expert) in the order of `first`.
 
     Args:
         first, second: Plain names (`hidden`, `layers.0.mlp`, ..., `depth`) to vectors; the same names in both.
@@ -84,7 +84,7 @@ def per_vector(
 def agreement(
     first: dict[str, Tensor], second: dict[str, Tensor], measure: Callable[[Tensor, Tensor], float] = kendall_tau
 ) -> dict[str, float]:
-    """Axis -> mean correlation of its vectors, over layers (and experts); arguments and errors as in `per_vector`.
+    """Return axis -> mean correlation of its vectors over layers (and experts); arguments, errors as in `per_vector`.
 
     Axes are `hidden`, `heads`, `groups`, `mlp`, `experts`, `expert_mlp`, `shared_expert` and `depth`, those present.
     """
@@ -92,7 +92,7 @@ def agreement(
 
 
 def settled(previous: dict[str, Tensor], current: dict[str, Tensor]) -> float:
-    """The movement of the axis that moved most: ``max over axes of 1 - mean tau``, in [0, 2]; 0 when no rank changed.
+    """Return how much the axis that moved most has moved: ``max over axes of 1 - mean tau``, in [0, 2].
 
     Arguments and errors as in `per_vector`; without any vector there is nothing to judge, which is an error too.
     """

@@ -52,7 +52,7 @@ def state_cosines(
 
 
 def block_importance(cosines_PP: Tensor, tokens: int) -> Tensor:
-    """``[L, L]`` float32: BI of the block of n layers from layer i at ``[i, n - 1]``, NaN where it would not fit."""
+    """Return ``[L, L]`` float32: BI of the block of n layers from layer i at ``[i, n - 1]``, NaN where none fits."""
     num_layers = cosines_PP.shape[0] - 1
     result = torch.full((num_layers, num_layers), torch.nan)
     for i in range(num_layers):
@@ -109,7 +109,7 @@ def _gram(states: list[Tensor], counted_N: Tensor, mesh: Mesh, dims: Dims) -> Te
 
 
 def _order(mesh: Mesh, dims: Dims) -> tuple[Tensor, int]:
-    """The index of each state among the gathered ones, and the most states that a stage has."""
+    """Return the index of each state among the gathered ones, and the most states that a stage has."""
     counts = split_layers(dims.num_layers, mesh.layout)
     nums = [sum(counts[rank :: mesh.pp_size]) + (rank == mesh.pp_size - 1) for rank in range(mesh.pp_size)]
     next_index = [rank * max(nums) for rank in range(mesh.pp_size)]

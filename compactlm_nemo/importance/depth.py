@@ -117,7 +117,7 @@ def _targets(tokens_BS: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
 
 
 def _unpadded(weight_VH: Tensor, dims: Dims, mesh: Mesh) -> Tensor:
-    """The rows of this rank's part of the output layer without those that pad the vocabulary."""
+    """Return the rows of this rank's part of the output layer without those that pad the vocabulary."""
     return weight_VH[: max(dims.vocab_size - mesh.tp_rank * len(weight_VH), 0)]
 
 
@@ -132,7 +132,7 @@ def _logit_squares(hidden_SBH: Tensor, weight_VH: Tensor, chunk_tokens: int) -> 
 
 
 def lm_loss_rise(measured: LayerSums) -> Tensor:
-    """`[L]` float64: loss without layer j minus that of the model, nats a token, mean over predicted tokens.
+    """Return `[L]` float64: loss without layer j minus that of the model, nats a token, mean over predicted tokens.
 
     Source: Minitron (arXiv 2407.14679), section 2.2, which ranks by the perplexity: the order is equal.
     """
@@ -141,7 +141,7 @@ def lm_loss_rise(measured: LayerSums) -> Tensor:
 
 
 def logit_mse(measured: LayerSums) -> Tensor:
-    """`[L]` float64: ``s_j = sum (M_full - M_-j)^2 / sum M_full^2``, M the logits, over tokens and vocabulary.
+    """Return `[L]` float64: ``s_j = sum (M_full - M_-j)^2 / sum M_full^2``, M the logits, over tokens and vocabulary.
 
     M_full is of the whole model, whatever has been removed. Source: Nemotron Elastic (arXiv 2511.16664).
     """

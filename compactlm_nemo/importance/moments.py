@@ -61,7 +61,7 @@ TOKENS = "tokens"
 
 
 def rows_of_rank(size: int, mesh: Mesh) -> slice:
-    """The rows of a `[size, size]` matrix that this tensor-parallel rank keeps.
+    """Return the rows of a `[size, size]` matrix that this tensor-parallel rank keeps.
 
     The division leaves no rest: the tensor-parallel size divides heads and MLP width, and heads divide the hidden size.
     """
@@ -70,7 +70,7 @@ def rows_of_rank(size: int, mesh: Mesh) -> slice:
 
 
 def holders(name: str, mesh: Mesh) -> ProcessGroup:
-    """The ranks that add to one set of rows of a moment."""
+    """Return the ranks that add to one set of rows of a moment."""
     return mesh.expert_dp_group if ".experts." in name else mesh.dp_cp_group
 
 
@@ -115,7 +115,7 @@ class MomentCollector:
         self.counted_rows = counted_rows
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's totals, for this layout only; further batches change these tensors, which are not copies."""
+        """Return this rank's totals, for this layout only; they are no copies, further batches change them."""
         return dict(self.blocks)
 
     def load_state(self, state: dict[str, Tensor]) -> None:

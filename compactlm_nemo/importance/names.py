@@ -67,7 +67,7 @@ NAME_PATTERNS = {
 
 
 def axis_of(name: str) -> str:
-    """The axis that a score vector's name, without the prefix of a metric, belongs to."""
+    """Return the axis that a score vector's name, without the prefix of a metric, belongs to."""
     for axis, pattern in NAME_PATTERNS.items():
         if re.fullmatch(pattern, name):
             return axis

@@ -145,7 +145,7 @@ def _of(scores: dict[str, Tensor], metric: str) -> dict[str, Tensor]:
 
 
 def _position(element: str) -> float:
-    """The position of an element in the forward pass, in layers."""
+    """Return the position of an element in the forward pass, in layers."""
     kind, number, *_ = element.split(".")
     if kind == "norm":
         return int(number) / 2

@@ -59,17 +59,17 @@ class Scores:
         return sorted(metrics, key=lambda name: order.index(name) if name in order else len(order))
 
     def width(self, metric: str) -> dict[str, Tensor]:
-        """The vectors `hidden`, `layers.{i}.heads`, ... of one metric, without its prefix."""
+        """Return the vectors `hidden`, `layers.{i}.heads`, ... of one metric, without its prefix."""
         self._require("width", metric, self.width_metrics)
         return {name.removeprefix(f"{metric}."): x for name, x in self.tensors.items() if name.startswith(f"{metric}.")}
 
     def depth(self, metric: str) -> Tensor:
-        """The vector (or matrix) of a depth metric."""
+        """Return the vector (or matrix) of a depth metric."""
         self._require("depth", metric, self.depth_metrics)
         return self.tensors[f"{DEPTH}.{metric}"]
 
     def ranking(self, width: WidthMetric | None, depth: DepthMetric | None) -> dict[str, Tensor]:
-        """The vectors that decide a cut: those of one width metric, and the depth metric's as `depth`; None: the first.
+        """Return the vectors that decide a cut: one width metric's, and the depth metric's as `depth`; None: the first.
 
         `depth` holds one number a layer, or one a block (`DepthMetric` of blocks).
         """

@@ -43,7 +43,7 @@ def check_scores(teacher: Dims, scores: dict[str, Tensor]) -> None:
 
 
 def _lengths(teacher: Dims) -> dict[str, int]:
-    """The length of every vector that a cut needs."""
+    """Return the length of every vector that a cut needs."""
     expected = {HIDDEN: teacher.hidden_size, DEPTH: teacher.num_layers}
     for i in range(teacher.num_layers):
         expected[heads_key(i)] = teacher.num_heads
@@ -101,7 +101,7 @@ def keep_heads(layer: int, teacher: Dims, student: Dims, scores: dict[str, Tenso
 
 
 def kept_share(score_E: Tensor, units: Tensor) -> float:
-    """The share of the scores that the kept units hold, ``sum over units of s / sum of s``.
+    """Return the share of the scores that the kept units hold, ``sum over units of s / sum of s``.
 
     Negative scores count as 0; the share is 1 when there is nothing to lose.
     """

@@ -75,7 +75,7 @@ class Gradients:
         self.tokens += tokens
 
     def state(self) -> dict[str, Tensor]:
-        """The sums and the number of tokens, for a file of this rank."""
+        """Return the sums and the number of tokens, for a file of this rank."""
         return self.sums | {"tokens": torch.tensor(self.tokens)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -257,7 +257,7 @@ def _over(product_OI: Tensor, dim: int) -> Tensor:
 
 
 def _parsed(name: str) -> tuple[int, str, str]:
-    """`(layer, module, kind)` of a parameter; -1 outside the layers."""
+    """Return `(layer, module, kind)` of a parameter; -1 outside the layers."""
     module, kind = name.rsplit(".", 1)
     if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", module):
         return int(match[1]), match[2], kind

@@ -15,7 +15,7 @@ from compactlm_nemo.losses.vocabulary import Head, at_least_float32, cache_block
 
 
 def linear_ce_sum(hidden_NH: Tensor, head: Head, labels_N: Tensor, mask_N: Tensor) -> Tensor:
-    """Returns the summed language-model loss in nats, computed chunk by chunk together with its gradient.
+    """Return the summed language-model loss in nats, computed chunk by chunk together with its gradient.
 
     ``sum_n mask_n * (log sum_v exp(z_nv) - z_n,label)`` with ``z = hidden @ weight.T`` over the unpadded vocabulary.
     The gradient to the logits is ``mask_n * (softmax(z)_nv - [v = label_n])``. It is ``linear_kd`` without a teacher.
@@ -29,7 +29,7 @@ def linear_ce_sum(hidden_NH: Tensor, head: Head, labels_N: Tensor, mask_N: Tenso
 
 @torch.no_grad()
 def linear_ce(hidden_NH: Tensor, head: Head, labels_N: Tensor, mask_N: Tensor) -> Tensor:
-    """Returns the language-model loss of each token in nats, without gradient.
+    """Return the language-model loss of each token in nats, without gradient.
 
     ``mask_n * (log sum_v exp(z_nv) - z_n,label)`` with ``z = hidden @ weight.T`` over the unpadded vocabulary.
 

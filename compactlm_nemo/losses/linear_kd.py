@@ -47,7 +47,7 @@ def linear_kd(
     temperature: float = 1.0,
     backward_once: bool = False,
 ) -> LinearKD:
-    """Returns the summed distillation loss, computed chunk by chunk together with its gradient.
+    """Return the summed distillation loss, computed chunk by chunk together with its gradient.
 
     ``loss_sum = sum_n mask_n * (sum_l weight_l * T**2 * loss_l(p_n, q_n) + weight_ce * ce_n)``, where ``q`` is the
     student's softmax of ``hidden @ weight.T / T``, ``p`` the teacher's, and the losses are those of
@@ -103,7 +103,7 @@ class _ChunkedLoss:
     backward_once: bool
 
     def run(self, hidden_NH: Tensor, gradients: _Gradients) -> Tensor:
-        """Returns ``[L + 2]``: the sums of each loss and of both models' cross entropy; adds to `gradients`."""
+        """Return ``[L + 2]``: the sums of each loss and of both models' cross entropy; adds to `gradients`."""
         num_sums = len(self.objective.losses) + 2
         sums = torch.zeros(num_sums, dtype=at_least_float32(hidden_NH), device=hidden_NH.device)
         for rows in token_chunks(hidden_NH.shape[0], self.head.chunk_tokens):
@@ -161,7 +161,7 @@ class _Gradients:
         self.is_first = True
 
     def add(self, rows: slice, wide_NV: Tensor, mask_N: Tensor) -> None:
-        """Adds the gradient to the logits of the tokens `rows`, each weighted by the mask."""
+        """Add the gradient to the logits of the tokens `rows`, each weighted by the mask."""
         weight_VH, num_valid = self.head.weight_VH, self.head.num_valid
         grad_NV = wide_NV.to(weight_VH.dtype)
         if self.to_hidden_NH is not None:
@@ -181,7 +181,7 @@ class _Gradients:
         self.is_first = False
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:
-        """Returns both gradients, in the dtype of their inputs; None where a gradient is not wanted."""
+        """Return both gradients, in the dtype of their inputs; None where a gradient is not wanted."""
         if self.to_weight_VH is None:
             return self.to_hidden_NH, None
         num_valid = 0 if self.is_first else self.head.num_valid  # no token, no gradient
@@ -190,12 +190,12 @@ class _Gradients:
 
 
 def masked(values: Tensor, mask_N: Tensor) -> Tensor:
-    """Returns ``[..., N]`` times the mask, and 0 where the mask is 0, whatever the value."""
+    """Return ``[..., N]`` times the mask, and 0 where the mask is 0, whatever the value."""
     return torch.where(mask_N == 0, 0, values * mask_N)
 
 
 def check_tokens(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor) -> None:
-    """Raises `DataError` where labels or mask have not one entry a token."""
+    """Raise `DataError` where labels or mask have not one entry a token."""
     num = hidden_NH.shape[0]
     if labels_N.shape != (num,) or mask_N.shape != (num,):
         raise DataError(

@@ -38,7 +38,7 @@ class Comparison:
     """Results of `log_mixture_NV` by the teacher's share: losses of one share, and their gradients, need them again."""
 
     def log_mixture_NV(self, teacher_share: float) -> Tensor:
-        """Returns ``log(share p + (1 - share) q)`` for a share in [0, 1), made once; not to be overwritten."""
+        """Return ``log(share p + (1 - share) q)`` for a share in [0, 1), made once; not to be overwritten."""
         if not teacher_share:
             return self.student.log_prob_NV
         if teacher_share not in self.log_mixtures:
@@ -52,13 +52,13 @@ class LogitLoss(Protocol):
     """A loss has three steps; ``sums_KN`` below are those of `sums`, added over the ranks that share the vocabulary."""
 
     def sums(self, both: Comparison) -> Tensor:
-        """Returns ``[K, N]``: sums over this rank's entries."""
+        """Return ``[K, N]``: sums over this rank's entries."""
 
     def value(self, sums_KN: Tensor) -> Tensor:
-        """Returns ``[N]``: the loss of each token, without the factor ``T**2``."""
+        """Return ``[N]``: the loss of each token, without the factor ``T**2``."""
 
     def gradient(self, both: Comparison, sums_KN: Tensor) -> Tensor:
-        """Returns ``[N, V]``: the derivative of the value with respect to ``x_NV``, in memory of its own."""
+        """Return ``[N, V]``: the derivative of the value with respect to ``x_NV``, in memory of its own."""
 
 
 class ForwardKL:
@@ -138,7 +138,7 @@ class SkewedKL:
         return both.student.prob_NV * sums_KN[1, :, None] - self._pull(both)
 
     def _pull(self, both: Comparison) -> Tensor:
-        """Returns ``r_v``."""
+        """Return ``r_v``."""
         # In logarithms, because two probabilities that both underflow still have a quotient.
         log_product_NV = both.teacher.log_prob_NV + both.student.log_prob_NV
         return log_product_NV.sub_(both.log_mixture_NV(self.alpha)).exp_().mul_(1 - self.alpha)
@@ -180,7 +180,7 @@ class LogitCosine:
 
 
 def weighted_losses(cfg: LossConfig) -> dict[str, tuple[float, LogitLoss]]:
-    """Returns the weight and the loss of every setting that compares with the teacher and is not 0, by its name."""
+    """Return the weight and the loss of every setting that compares with the teacher and is not 0, by its name."""
     losses: dict[str, LogitLoss] = {
         "forward_kl": ForwardKL(),
         "reverse_kl": ReverseKL(),

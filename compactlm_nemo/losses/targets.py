@@ -51,7 +51,7 @@ class Objective(NamedTuple):
         teacher_ce_N: Tensor,
         gradient_NV: Tensor | None,
     ) -> BlockLosses:
-        """Adds both language-model losses to the losses and the gradient of a comparison; overwrites `gradient_NV`."""
+        """Add both language-model losses to the losses and the gradient of a comparison; overwrites `gradient_NV`."""
         if self.with_gradient and self.ce_weight:
             ce_gradient_NV = self.shard.ce_gradient(student, labels_N, self.temperature).mul_(self.ce_weight)
             gradient_NV = ce_gradient_NV if gradient_NV is None else gradient_NV.add_(ce_gradient_NV)
@@ -66,7 +66,7 @@ class Targets(Protocol):
         """N."""
 
     def compare(self, rows: slice, student_NV: Tensor, labels_N: Tensor, objective: Objective) -> Iterator[BlockLosses]:
-        """Compares the tokens `rows` with their student logits, a block of tokens at a time.
+        """Compare the tokens `rows` with their student logits, a block of tokens at a time.
 
         Logits and labels stay as they are; the caller may overwrite the logits of a block that has been yielded.
         """
@@ -104,7 +104,7 @@ def _compare_logits(
 
 
 def _logit_losses(both: Comparison, objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """Returns ``[L, N]``, the value of every loss with the factor T**2, and the gradient of their weighted sum."""
+    """Return ``[L, N]``, the value of every loss with the factor T**2, and the gradient of their weighted sum."""
     losses, temperature = objective.losses, objective.temperature
     no_loss_KN = both.student.ce_N.new_zeros(0, len(both.student.ce_N))
     shard_sums = [loss.sums(both) for _, loss in losses.values()]
@@ -185,7 +185,7 @@ def _compare_top_k(
 
 @torch.no_grad()
 def top_k_targets(hidden_NG: Tensor, head: Head, labels_N: Tensor, *, k: int) -> TopK:
-    """Returns the k likeliest tokens of each position, likeliest first, and the probability of all others.
+    """Return the k likeliest tokens of each position, likeliest first, and the probability of all others.
 
     Args:
         hidden_NG: ``[N, G]``, replicated over the ranks that share the vocabulary.

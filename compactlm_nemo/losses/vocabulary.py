@@ -70,16 +70,16 @@ class VocabShard:
             object.__setattr__(self, "tp_group", None)
 
     def num_valid(self, weight_VH: Tensor) -> int:
-        """Counts the leading rows of the shard that are no padding; 0 where the whole shard is padding."""
+        """Count the leading rows of the shard that are no padding; 0 where the whole shard is padding."""
         return min(max(self.vocab_size - self.vocab_start, 0), weight_VH.shape[0])
 
     def logits(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        """Returns the unpadded logits of this shard, at least in float32, in memory of their own."""
+        """Return the unpadded logits of this shard, at least in float32, in memory of their own."""
         logits_NV = hidden_NH @ weight_VH[: self.num_valid(weight_VH)].T
         return logits_NV.to(at_least_float32(logits_NV))
 
     def log_probs(self, logits: list[Tensor], labels_N: Tensor, temperature: float) -> list[LogProbs]:
-        """Returns the `LogProbs` of every model from its logits `[N, V]`, which stay as they are.
+        """Return the `LogProbs` of every model from its logits `[N, V]`, which stay as they are.
 
         All models share one maximum and one sum over the ranks. Not by `log_softmax`, whose vectorised sum over the
         vocabulary is off by several roundings.
@@ -111,7 +111,7 @@ class VocabShard:
         return results
 
     def ce_gradient(self, model: LogProbs, labels_N: Tensor, temperature: float) -> Tensor:
-        """Returns the ``[N, V]`` gradient of `model.ce_N` to the logits: ``softmax(z)_v - [v = label]`` at T = 1."""
+        """Return the ``[N, V]`` gradient of `model.ce_N` to the logits: ``softmax(z)_v - [v = label]`` at T = 1."""
         if temperature == 1:
             prob_NV = model.prob_NV.clone()
         else:
@@ -120,21 +120,21 @@ class VocabShard:
         return self.add_at(prob_NV, labels_N[:, None], -ones_N1)
 
     def at(self, values_NV: Tensor, ids_NK: Tensor) -> Tensor:
-        """Returns ``[N, K]``: entries of global ids in this shard, 0 for others; their sum over ranks is the entry."""
+        """Return ``[N, K]``: entries of global ids in this shard, 0 for others; their sum over ranks is the entry."""
         if values_NV.shape[-1] == 0:
             return values_NV.new_zeros(ids_NK.shape)
         columns_NK, is_here_NK = self._columns(ids_NK, values_NV.shape[-1])
         return torch.where(is_here_NK, values_NV.gather(-1, columns_NK), 0)
 
     def add_at(self, values_NV: Tensor, ids_NK: Tensor, added_NK: Tensor) -> Tensor:
-        """Adds to the entries of global ids, distinct in each row, that lie in this shard; overwrites `values_NV`."""
+        """Add to the entries of global ids, distinct in each row, that lie in this shard; overwrites `values_NV`."""
         if values_NV.shape[-1] == 0:
             return values_NV
         columns_NK, is_here_NK = self._columns(ids_NK, values_NV.shape[-1])
         return values_NV.scatter_add_(-1, columns_NK, torch.where(is_here_NK, added_NK.to(values_NV.dtype), 0))
 
     def _columns(self, ids_NK: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
-        """Returns the column of each global id in this shard, any column if the id is elsewhere, and if it is here."""
+        """Return the column of each global id in this shard, any column if the id is elsewhere, and if it is here."""
         column_NK = ids_NK - self.vocab_start
         return column_NK.clamp(0, num_columns - 1), (column_NK >= 0) & (column_NK < num_columns)
 
@@ -155,7 +155,7 @@ class Head:
 
     @classmethod
     def on_mesh(cls, weight_VH: Tensor, mesh: Mesh, *, vocab_size: int, chunk_tokens: int) -> Head:
-        """Returns the head of a model whose output weights tensor parallelism splits into equally many rows a rank."""
+        """Return the head of a model whose output weights tensor parallelism splits into equally many rows a rank."""
         shard = VocabShard(vocab_size, mesh.tp_rank * weight_VH.shape[0], mesh.tp_group)
         return cls(weight_VH, shard, chunk_tokens)
 
@@ -165,17 +165,17 @@ class Head:
         return self.shard.num_valid(self.weight_VH)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Returns the unpadded logits ``[N, V]`` of this shard, at least in float32, in memory of their own."""
+        """Return the unpadded logits ``[N, V]`` of this shard, at least in float32, in memory of their own."""
         return self.shard.logits(hidden_NH, self.weight_VH)
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:
-    """Returns float32, or float64 for a float64 tensor."""
+    """Return float32, or float64 for a float64 tensor."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def chunk_tokens(memory_mib: int | None, rows: int, width: int) -> int:
-    """Returns how many tokens' logits of both models fit in the memory, for a head `[rows, width]`; at least 1.
+    """Return how many tokens' logits of both models fit in the memory, for a head `[rows, width]`; at least 1.
 
     None takes half of the head's float32 gradient, and `LEAST_MIB` at least: every chunk is added to all of that
     gradient, which costs more than the chunk's own products where it has few tokens for its width.
@@ -186,12 +186,12 @@ def chunk_tokens(memory_mib: int | None, rows: int, width: int) -> int:
 
 
 def token_chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    """Yields slices of at most `chunk_tokens` tokens."""
+    """Yield slices of at most `chunk_tokens` tokens."""
     return (slice(start, start + chunk_tokens) for start in range(0, num_tokens, max(1, chunk_tokens)))
 
 
 def cache_blocks(logits_NV: Tensor, shard: VocabShard) -> Iterator[slice]:
-    """Yields the tokens of a chunk that are compared at a time: as many as a CPU's cache holds all buffers of.
+    """Yield the tokens of a chunk that are compared at a time: as many as a CPU's cache holds all buffers of.
 
     On a GPU, or with other ranks, one block is the whole chunk: every step is a kernel's start, or a message.
     """

@@ -40,7 +40,7 @@ class BlockReplacement:
 
 
 def removed_blocks(layers: list[int], num_layers: int) -> list[tuple[int, int]]:
-    """The removed blocks [a, b) that have a layer before them, whose fc2 can replace the block."""
+    """Return the removed blocks [a, b) that have a layer before them, whose fc2 can replace the block."""
     ends = [*layers[1:], num_layers]
     return [(layer + 1, end) for layer, end in zip(layers, ends, strict=True) if end > layer + 1]
 

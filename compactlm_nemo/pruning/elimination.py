@@ -35,7 +35,7 @@ class Elimination:
     others refitted; entry i is without i units."""
 
     def kept(self, num: int) -> Tensor:
-        """The `num` units that are removed last, ascending."""
+        """Return the `num` units that are removed last, ascending."""
         return self.order[len(self.order) - num :].sort().values
 
 
@@ -72,7 +72,7 @@ def eliminate(
 
 
 def _cheapest_first(weight_OE: Tensor, inverse_EE: Tensor, unit: int, is_left: Tensor, group: int) -> Tensor:
-    """The units of a group that are left, the one whose removal costs least first."""
+    """Return the units of a group that are left, the one whose removal costs least first."""
     units = is_left[group].nonzero().flatten() + group * is_left.shape[1]
     if unit == 1:
         cost = weight_OE[:, units].square().sum(dim=0) / inverse_EE.diagonal()[units]

@@ -39,14 +39,14 @@ def refit(weight_OE: Tensor, moment_EE: Tensor, inputs: Tensor, ridge: float) ->
 
 
 def others(inputs: Tensor, size: int) -> Tensor:
-    """The indices below `size` that are not in `inputs`, ascending."""
+    """Return the indices below `size` that are not in `inputs`, ascending."""
     is_removed = torch.ones(size, dtype=torch.bool)
     is_removed[inputs.cpu()] = False
     return is_removed.nonzero().flatten().to(inputs.device)
 
 
 def output_error(weight_OE: Tensor, moment_EE: Tensor, inputs: Tensor, cut_OK: Tensor) -> float:
-    """The share of its output that a cut map gets wrong, ``sum over tokens of |W x - W' x_k|^2 / sum of |W x|^2``."""
+    """Return the share of its output that a cut map gets wrong, ``sum of |W x - W' x_k|^2 / sum of |W x|^2``."""
     gap_OE = weight_OE.double().clone()
     gap_OE[:, inputs] -= cut_OK.double()
     lost, whole = (float(((x @ moment_EE.double()) * x).sum()) for x in (gap_OE, weight_OE.double()))
@@ -54,5 +54,5 @@ def output_error(weight_OE: Tensor, moment_EE: Tensor, inputs: Tensor, cut_OK: T
 
 
 def columns_of(units: Tensor, unit: int) -> Tensor:
-    """The inputs of the given units, unit after unit."""
+    """Return the inputs of the given units, unit after unit."""
     return (units[:, None] * unit + torch.arange(unit, device=units.device)).flatten()

@@ -137,7 +137,7 @@ Moment = Callable[[str], Tensor]
 
 
 def norm_weight_name(moment: str) -> str:
-    """The parameter of the norm that has these second moments."""
+    """Return the parameter of the norm that has these second moments."""
     if moment == FINAL_NORM:
         return FINAL_NORM_WEIGHT
     _, layer, kind = moment.split(".")

@@ -46,7 +46,7 @@ class Rotation:
     """Energy of the stream in all H directions, the kept ones first; the energy of the others is lost."""
 
     def gain(self, normed_HH: Tensor) -> float:
-        """kappa: 1 / rms of ``Q^T S x^`` over channels and tokens; `normed_HH` is M."""
+        """Return kappa: 1 / rms of ``Q^T S x^`` over channels and tokens; `normed_HH` is M."""
         turned = self._turned(normed_HH)
         return float(turned.diagonal().mean().rsqrt())
 

@@ -70,7 +70,7 @@ def candidates_json(ranked: list[Candidate]) -> str:
 
 
 def depth_share(depth: Tensor, num: int) -> float:
-    """The share of the importance of layers that stays (`kept_share`); of blocks exp(-score of the removed one)."""
+    """Return the share of the layers' importance that stays (`kept_share`); of blocks exp(-score of the removed)."""
     layers = keep_layers(depth, num)
     if depth.dim() == 1:
         return kept_share(depth, layers)
@@ -90,7 +90,7 @@ def kept_importance(teacher: Dims, scores: dict[str, Tensor]) -> Callable[[Dims]
 
     @cache
     def curve(name: str) -> list[float]:
-        """The share that the best n units hold, for n from 0 on."""
+        """Return the share that the best n units hold, for n from 0 on."""
         mass_E = scores[name].cpu().double().clamp(min=0).sort(descending=True).values
         sum_E = torch.cat([mass_E.new_zeros(1), mass_E.cumsum(0)])
         shares: list[float] = (sum_E / sum_E[-1]).tolist() if sum_E[-1] > 0 else [1.0] * len(sum_E)

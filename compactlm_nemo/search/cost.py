@@ -12,32 +12,32 @@ from compactlm_nemo.models.dims import Dims
 
 
 def _norm_params(dims: Dims) -> int:
-    """Parameters of one norm over the hidden size; LayerNorm has a bias, RMSNorm none."""
+    """Return parameters of one norm over the hidden size; LayerNorm has a bias, RMSNorm none."""
     return dims.hidden_size * (2 if dims.layer_norm_1p else 1)
 
 
 def _halves(dims: Dims) -> int:
-    """Matrices that fc1 holds: gate and up, or up alone."""
+    """Return matrices that fc1 holds: gate and up, or up alone."""
     return 2 if dims.gated_mlp else 1
 
 
 def _attention_weights(dims: Dims) -> int:
-    """Weights of the query, key, value and output projections of one layer."""
+    """Return weights of the query, key, value and output projections of one layer."""
     return 2 * (dims.num_heads + dims.num_query_groups) * dims.head_dim * dims.hidden_size
 
 
 def _mlp_weights(dims: Dims, ffn: int) -> int:
-    """Weights of an MLP, or of one expert, of this width."""
+    """Return weights of an MLP, or of one expert, of this width."""
     return (_halves(dims) + 1) * ffn * dims.hidden_size
 
 
 def _router_weights(dims: Dims) -> int:
-    """Weights that decide on a layer's experts: the router, and the gate of the expert that sees every token."""
+    """Return weights that decide on a layer's experts: the router, and the gate of the expert that sees every token."""
     return (dims.num_experts + (dims.shared_expert_ffn > 0)) * dims.hidden_size
 
 
 def _sharded_layer_params(dims: Dims) -> int:
-    """Parameters of one layer that tensor parallelism splits, without those that expert parallelism spreads."""
+    """Return parameters of one layer that tensor parallelism splits, without those that expert parallelism spreads."""
     always = dims.shared_expert_ffn if dims.num_experts else dims.ffn_hidden_size
     weights = _attention_weights(dims) + _mlp_weights(dims, always)
     qkv_rows = (dims.num_heads + 2 * dims.num_query_groups) * dims.head_dim
@@ -45,18 +45,18 @@ def _sharded_layer_params(dims: Dims) -> int:
 
 
 def _replicated_layer_params(dims: Dims) -> int:
-    """Parameters of one layer that every tensor- and expert-parallel rank holds whole."""
+    """Return parameters of one layer that every tensor- and expert-parallel rank holds whole."""
     biases = dims.hidden_size * (dims.proj_bias + dims.mlp_bias)
     return 2 * _norm_params(dims) + 2 * dims.head_dim * dims.qk_norm + biases + _router_weights(dims)
 
 
 def embedding_params(dims: Dims) -> int:
-    """``V H``, twice that when the output layer has its own weight; V is unpadded."""
+    """Return ``V H``, twice that when the output layer has its own weight; V is unpadded."""
     return dims.vocab_size * dims.hidden_size * (1 if dims.tied_embeddings else 2)
 
 
 def num_params(dims: Dims) -> int:
-    """All parameters of the model, as the exported files hold them (no vocabulary padding, tied weight once).
+    """Return all parameters of the model, as the exported files hold them (no vocabulary padding, tied weight once).
 
     ``embeddings + layers * (qkv + proj + fc1 + fc2 + biases + 2 norms + query/key norms) + final norm``, where fc1 and
     fc2 are those of all experts and of the shared expert, and router and shared expert's gate come on top.
@@ -65,24 +65,24 @@ def num_params(dims: Dims) -> int:
 
 
 def non_embedding_params(dims: Dims) -> int:
-    """All but embedding and output layer."""
+    """Return all but embedding and output layer."""
     return num_params(dims) - embedding_params(dims)
 
 
 def active_params(dims: Dims) -> int:
-    """Parameters that one token uses: all but those of the experts that its routers do not pick."""
+    """Return parameters that one token uses: all but those of the experts that its routers do not pick."""
     return _params_with(dims, dims.experts_per_token)
 
 
 def _params_with(dims: Dims, experts: int) -> int:
-    """Parameters of the model with `experts` of the experts of each layer."""
+    """Return parameters of the model with `experts` of the experts of each layer."""
     layer = _sharded_layer_params(dims) + _replicated_layer_params(dims)
     layer += experts * _mlp_weights(dims, dims.ffn_hidden_size)
     return embedding_params(dims) + dims.num_layers * layer + _norm_params(dims)
 
 
 def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[int], vocab_multiple: int) -> list[int]:
-    """Parameters that a rank of each pipeline stage holds; the vocabulary is padded to `tp * vocab_multiple`.
+    """Return parameters that a rank of each pipeline stage holds; the vocabulary is padded to `tp * vocab_multiple`.
 
     `chunk_layers` are the layers of each model chunk in pipeline order (`models.layout.split_layers`). With tied
     embeddings and ``pp > 1`` the first and the last stage each hold a copy of the table.
@@ -114,7 +114,7 @@ def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[in
 
 
 def flops_per_token_forward(dims: Dims, seq: int) -> int:
-    """Forward FLOPs of one token, averaged over a sequence of `seq` tokens (rounded down; a multiply-add is 2).
+    """Return forward FLOPs of one token, averaged over a sequence of `seq` tokens (rounded down; a multiply-add is 2).
 
     ``2 * (weights of all linear layers and of the output layer) + layers * 4 * heads * head_dim * context``, where
     context is the mean number of keys a causal query reads: ``(seq + 1) / 2``, less with a sliding window. Of the
@@ -132,17 +132,17 @@ def flops_per_token_forward(dims: Dims, seq: int) -> int:
 
 
 def kv_cache_bytes_per_token(dims: Dims, bytes_per_value: int) -> int:
-    """``layers * 2 * groups * head_dim * bytes_per_value``: keys and values of one token in all layers."""
+    """Return ``layers * 2 * groups * head_dim * bytes_per_value``: keys and values of one token in all layers."""
     return dims.num_layers * 2 * dims.num_query_groups * dims.head_dim * bytes_per_value
 
 
 def memory_bytes(dims: Dims, tokens: int, bytes_per_value: int) -> int:
-    """Bytes of the weights, and of keys and values of `tokens` tokens."""
+    """Return the bytes of the weights, and of keys and values of `tokens` tokens."""
     return weight_bytes(dims, bytes_per_value) + tokens * kv_cache_bytes_per_token(dims, bytes_per_value)
 
 
 def weight_bytes(dims: Dims, bytes_per_value: int) -> int:
-    """Bytes of the weights, ``num_params * bytes_per_value``."""
+    """Return bytes of the weights, ``num_params * bytes_per_value``."""
     return num_params(dims) * bytes_per_value
 
 

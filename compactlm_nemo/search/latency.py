@@ -27,7 +27,7 @@ Sizes = tuple[int, ...]
 
 
 def sizes_of(part: str, dims: Dims) -> Sizes:
-    """The sizes that the time of a part depends on, in the order of `PARTS`."""
+    """Return the sizes that the time of a part depends on, in the order of `PARTS`."""
     sizes = dims.shape() | {"heads_per_group": dims.num_heads // dims.num_query_groups}
     return tuple(sizes[axis] for axis in PARTS[part])
 
@@ -65,7 +65,7 @@ class LatencyTable:
     """Part -> sizes -> milliseconds."""
 
     def milliseconds(self, dims: Dims) -> float:
-        """Milliseconds of a pass, ``layers * (attention + MLP) + head``; messages between stages are not counted."""
+        """Return milliseconds of a pass, ``layers * (attention + MLP) + head``, without messages between stages."""
         ms = {part: interpolate(self.times[part], sizes_of(part, dims)) for part in PARTS}
         return dims.num_layers * (ms["attention"] + ms["mlp"]) + ms["head"]
 

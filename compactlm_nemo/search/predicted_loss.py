@@ -34,7 +34,7 @@ HIDDEN_ERROR = "hidden.error"
 
 
 def layer_worth(depth: Tensor) -> Tensor:
-    """The worth of each layer, `[L]` float64 >= 0: its score; of blocks that of one layer, 1 / L if not measured."""
+    """Return each layer's worth, `[L]` float64 >= 0: its score; of blocks that of one layer, 1 / L if not measured."""
     worth_L = depth if depth.dim() == 1 else depth[:, 0]
     if bool(worth_L.isnan().any()):
         return torch.full((len(depth),), 1 / len(depth), dtype=torch.float64)
@@ -52,7 +52,7 @@ def predicted_loss(teacher: Dims, scores: dict[str, Tensor], elimination: dict[s
 
     @cache
     def experts_lost(i: int, experts: int, ffn: int, shared_ffn: int) -> float:
-        """The share of the removed experts, plus the mean share of the removed neurons of all experts."""
+        """Return the share of the removed experts, plus the mean share of the removed neurons of all experts."""
         names = [expert_mlp_key(i, e) for e in range(teacher.num_experts)]
         lost = [_share_lost(scores[name], ffn) for name in names]
         if teacher.shared_expert_ffn:
@@ -81,7 +81,7 @@ def _share_lost(score_E: Tensor, num: int) -> float:
 
 
 def _heads(i: int, teacher: Dims, student: Dims, scores: dict[str, Tensor], elimination: dict[str, Tensor]) -> float:
-    """The share of the attention output that is lost with the heads of kept groups, and with whole groups."""
+    """Return the share of the attention output that is lost with the heads of kept groups, and with whole groups."""
     groups, kept_groups = teacher.num_query_groups, student.num_query_groups
     in_all_groups = student.num_heads // kept_groups * groups
     lost = float(elimination[f"{heads_key(i)}.error"][teacher.num_heads - in_all_groups])
@@ -91,7 +91,7 @@ def _heads(i: int, teacher: Dims, student: Dims, scores: dict[str, Tensor], elim
 
 
 def _depth(depth: Tensor, layers: list[int], worth_L: Tensor) -> float:
-    """The cost of the layers that are not in `layers`: the score of their block, or the sum of their scores."""
+    """Return the cost of the layers that are not in `layers`: the score of their block, or the sum of their scores."""
     if len(layers) == len(depth):
         return 0.0
     if depth.dim() == 2:

@@ -25,7 +25,7 @@ class Budget:
     """Accepted relative distance; None: the target is an upper limit."""
 
     def excess(self, dims: Dims) -> float:
-        """The relative distance beyond what is accepted; 0 when the budget is met."""
+        """Return the relative distance beyond what is accepted; 0 when the budget is met."""
         away = self.cost(dims) / self.target - 1
         return max(0.0, away) if self.band is None else max(0.0, abs(away) - self.band)
 
@@ -91,7 +91,7 @@ def _heads_fit(teacher: Dims, heads: int, groups: int) -> bool:
 
 
 def _values(axis: str, teacher: Dims, cfg: SearchConfig, tp: int) -> list[int]:
-    """The values of an axis: those given, those by rule from `search.smallest` on, or the teacher's."""
+    """Return the values of an axis: those given, those by rule from `search.smallest` on, or the teacher's."""
     size = getattr(teacher, AXES[axis].size)
     given: list[int] = getattr(cfg, axis)
     if axis not in cfg.multiples and axis not in cfg.divisors:

@@ -27,7 +27,7 @@ Measure = Callable[[Tensor, Callable[[int], None]], Tensor]
 
 
 def measure_layers(scoring: Scoring) -> dict[str, Tensor]:
-    """The vectors of all these metrics that are asked for, by metric, on the main rank at least. Collective."""
+    """Return the vectors of all these metrics that are asked for, by metric, on the main rank at least. Collective."""
     asked = set(scoring.cfg.depth)
     found: dict[DepthMetric, Tensor] = {}
     if DepthMetric.bi_blocks in asked:
@@ -48,7 +48,7 @@ def measure_layers(scoring: Scoring) -> dict[str, Tensor]:
 
 
 def _in_parts(scoring: Scoring, name: str, samples: int, measure: Measure) -> Tensor:
-    """A sum over the first samples, saved every `score.save_every` of them under `name`; equal on every rank."""
+    """Return A sum over the first samples, saved every `score.save_every` of them under `name`; equal on every rank."""
     running = scoring.running
     done = broadcast_object(running.summed.get(name, 0))
     if done == samples:
@@ -66,7 +66,7 @@ def _in_parts(scoring: Scoring, name: str, samples: int, measure: Measure) -> Te
 
 
 def blocks(scoring: Scoring) -> Tensor:
-    """Block importance of every contiguous block, from all samples."""
+    """Return block importance of every contiguous block, from all samples."""
     samples, length = scoring.windows_NS.shape
 
     def measure(part_NS: Tensor, advance: Callable[[int], None]) -> Tensor:
@@ -76,7 +76,7 @@ def blocks(scoring: Scoring) -> Tensor:
 
 
 def blocks_by_loss(scoring: Scoring) -> Tensor:
-    """`[L, L]`: rise of the loss without the n layers from layer i on at ``[i, n - 1]``, NaN where not measured."""
+    """Return `[L, L]`: rise of the loss without the n layers from layer i on at ``[i, n - 1]``, NaN if not measured."""
     result = torch.full((scoring.dims.num_layers, scoring.dims.num_layers), torch.nan)
     for length in scoring.cfg.block_lengths:
         result[:, length - 1] = lm_loss_rise(left_out(scoring, frozenset(), length)).float()
@@ -84,7 +84,7 @@ def blocks_by_loss(scoring: Scoring) -> Tensor:
 
 
 def left_out(scoring: Scoring, removed: frozenset[int], block: int | None = None) -> LayerSums:
-    """What the model loses without each layer or block, besides those removed before, from `score.depth_samples`."""
+    """Measure what the model loses without each layer or block, besides those removed before."""
     asked, samples = set(scoring.cfg.depth), scoring.cfg.depth_samples or len(scoring.windows_NS)
 
     def token_losses(hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def left_out(scoring: Scoring, removed: frozenset[int], block: int | None = None
 
 
 def tasks(scoring: Scoring) -> Tensor:
-    """`[L]`: accuracy of the whole model minus that without the block of `score.task_block` layers from each layer on.
+    """Return `[L]`: accuracy of the model minus that without the block of `score.task_block` layers from each layer on.
 
     NaN where no block begins. Measured by lm-eval on the exported teacher; the main rank does it alone.
     """

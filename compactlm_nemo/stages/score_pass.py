@@ -61,11 +61,11 @@ class Scoring:
         return self.run.config.score
 
     def progress(self, label: str, samples: int) -> AbstractContextManager[Callable[[int], None]]:
-        """A bar over so many samples."""
+        """Show a bar over the samples."""
         return progress_bar(label, samples, self.windows_NS.shape[1])
 
     def measure_activations(self, folder: Path) -> None:
-        """One forward pass over the samples not yet measured: every width metric, block importance, second moments."""
+        """Run the samples not yet measured once: every width metric, block importance, second moments."""
         cfg = self.cfg
         if not (DepthMetric.bi in cfg.depth or any(metric.pair for metric in cfg.width) or cfg.second_moments):
             return
@@ -105,7 +105,7 @@ class Scoring:
         return self.state / f"{kind}_{samples}_rank_{launch_rank()}.safetensors"
 
     def _save_rank(self, kind: str, state: dict[str, Tensor], before: int, after: int) -> None:
-        """Each rank keeps what is its own; the file that the saved states go with is there at every instant."""
+        """Store what this rank alone has; the file that the saved states go with is there at every instant."""
         path = self._rank_file(kind, after)
         save_file({name: block.cpu() for name, block in state.items()}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
@@ -115,7 +115,7 @@ class Scoring:
                 old.unlink()
 
     def taylor(self) -> dict[str, Tensor]:
-        """First-order Taylor importance, on the main rank: one forward and backward pass over all samples."""
+        """Return first-order Taylor importance, on the main rank: one forward and backward pass over all samples."""
 
         def loss_sum(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor) -> Tensor:
             return linear_ce_sum(hidden_NH, self.teacher.head(), labels_N, mask_N)
@@ -139,7 +139,7 @@ class Scoring:
 
 
 def tokens_hash(windows_NS: Tensor) -> str:
-    """SHA-256 of the calibration tokens as little-endian int64, sample after sample."""
+    """Return SHA-256 of the calibration tokens as little-endian int64, sample after sample."""
     return hashlib.sha256(windows_NS.cpu().numpy().astype("<i8").tobytes()).hexdigest()
 
 

@@ -84,7 +84,7 @@ def store_targets(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _records(run: Run, teacher: ModelChunks, dims: Dims, tokens_NT: Tensor) -> list[bytes]:
-    """What is stored of each sample, on one rank of those that share it; nothing on the others."""
+    """Return the record of each sample, on one rank of those that share the sample; nothing on the others."""
     config, mesh = run.config, run.mesh
     batches = micro_batches(tokens_NT.to(device()), config.cache.micro_batch)
     is_writer = mesh.tp_rank == 0 and mesh.cp_rank == 0

@@ -100,7 +100,7 @@ def _teaching(run: Run, cfg: DistillConfig) -> dict[str, str]:
 
 
 def _teacher(run: Run, cfg: DistillConfig) -> Teacher:
-    """The source of the student's targets: a live teacher, stored targets, or the labels alone."""
+    """Return the source of the student's targets: a live teacher, stored targets, or the labels alone."""
     if cfg.teacher is TeacherSource.none:
         return NoTeacher(run.mesh)
     if cfg.teacher is TeacherSource.live:
@@ -118,7 +118,7 @@ def _teacher(run: Run, cfg: DistillConfig) -> Teacher:
 
 
 def _teacher_correction(run: Run, teacher: Teacher, state: Path) -> list[Callback]:
-    """Teacher correction while distilling, if it is on; correct_teacher itself has no live teacher, so none there."""
+    """Return teacher correction while distilling, if it is on; correct_teacher itself has no live teacher."""
     if not run.config.correct.while_distilling or not isinstance(teacher, LiveTeacher):
         return []
     cfg = run.config.correction
@@ -127,7 +127,7 @@ def _teacher_correction(run: Run, teacher: Teacher, state: Path) -> list[Callbac
 
 
 def _hidden_state_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teacher: Teacher) -> list[Callback]:
-    """Losses between hidden states, if they are on.
+    """Return the losses between hidden states, if they are on.
 
     Projections start as the cut reversed: channel j of the student goes to the channel of the teacher that it was.
     """
@@ -146,7 +146,7 @@ def _hidden_state_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teach
 
 
 def _head(run: Run) -> Tensor:
-    """This rank's rows of the teacher's output weights, read without the rest of the teacher."""
+    """Return this rank's rows of the teacher's output weights, read without the rest of the teacher."""
     dims, mesh = run.dims("teacher"), run.mesh
     name = "embedding.word_embeddings.weight" if dims.tied_embeddings else "output_layer.weight"
     padded = dims.padded_vocab(mesh.tp_size, run.config.model.vocab_multiple)
@@ -156,7 +156,7 @@ def _head(run: Run) -> Tensor:
 
 
 def _heldout_metrics(run: Run, student: ModelChunks, teacher: Teacher) -> Callable[[], dict[str, float]]:
-    """LM loss and, with a live teacher, KL of the student as it is, for each held-out text and in the mean."""
+    """Return a function that measures the student's LM loss and, with a live teacher, KL on each held-out text."""
     config = run.config
     micro_batch = config.evaluate.micro_batch
 
@@ -177,7 +177,7 @@ def _heldout_metrics(run: Run, student: ModelChunks, teacher: Teacher) -> Callab
 
 
 def _speed(run: Run, student: Dims, cfg: DistillConfig) -> Callable[[float, float], dict[str, float]]:
-    """Tokens a second, model FLOPs a second of one device, and their share of its peak where that is known.
+    """Return a function from tokens and seconds to tokens a second, model FLOPs, and their share of the peak.
 
     A training step is three forward passes of the student (backward is two) and one of a live teacher; what
     recomputation adds is not counted.

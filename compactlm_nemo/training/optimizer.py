@@ -130,7 +130,7 @@ class TrainableModel:
         self.schedule.step(1)
 
     def gradient_norm(self) -> float:
-        """The gradient's norm over all ranks, before clipping and before `update`.
+        """Return the gradient's norm over all ranks, before clipping and before `update`.
 
         Megatron's own step would find it and move the weights at once.
         """
