@@ -39,7 +39,7 @@ ALPHA = "train/hidden_alpha"
 
 
 def state_modules(chunks: ModelChunks) -> dict[StatePlace, Any]:
-    """The modules of this rank whose outputs are states, `[S, B, H]`."""
+    """Return the modules of this rank whose outputs are states, `[S, B, H]`."""
     modules: dict[StatePlace, Any] = {}
     for chunk in chunks:
         if chunk.pre_process:
@@ -56,7 +56,7 @@ def state_modules(chunks: ModelChunks) -> dict[StatePlace, Any]:
 
 
 def state_of(output: Any) -> Tensor:
-    """The state in a module's output; attention's is the sum with the bias that Megatron hands on separately."""
+    """Return the state in a module's output; attention's is the sum with the bias that Megatron hands on."""
     if not isinstance(output, tuple):
         return output
     state_SBH, bias_H = output
@@ -64,7 +64,7 @@ def state_of(output: Any) -> Tensor:
 
 
 def distance(teacher_SBG: Tensor, student_SBG: Tensor, loss: StateLoss) -> Tensor:
-    """Sum over tokens, a float32 scalar, of the mean squared difference or of 1 - the cosine."""
+    """Sum over tokens the mean squared difference or 1 - the cosine; a float32 scalar."""
     teacher_SBG, student_SBG = teacher_SBG.float(), student_SBG.float()
     if loss is StateLoss.mse:
         return (teacher_SBG - student_SBG).square().mean(dim=-1).sum()
@@ -135,7 +135,7 @@ class HiddenStateLoss(Callback):
         self.is_listening = True
 
     def before_teacher_micro_batch(self, idx: int | None) -> None:
-        """The teacher is about to run micro-batch `idx`; None for one whose states are not wanted."""
+        """Note which micro-batch the teacher is about to run; None for one whose states are not wanted."""
         self.teacher_batch = idx if self.is_listening else None
 
     def before_student(self, student: ModelPass) -> None:
@@ -191,7 +191,7 @@ class HiddenStateLoss(Callback):
         self.sums = torch.zeros_like(self.sums)
 
     def _finish(self, num_tokens: float) -> Metrics:
-        """End a pass of the student: the mean of each pair's loss over the global batch, equal on every rank.
+        """End a pass of the student and return the mean of each pair's loss over the global batch, equal on every rank.
 
         Gradients of the projections become those of alpha times the sum of these losses.
         """
@@ -211,13 +211,13 @@ class HiddenStateLoss(Callback):
             self.alpha = ratio if math.isfinite(ratio) else self.alpha or 0.0
 
     def _keep(self, pair_idx: int, _: Any, args: Any, output: Any) -> None:
-        """Forward hook of the teacher: keep the state of the micro-batch."""
+        """Keep the state of the micro-batch; a forward hook of the teacher."""
         if self.teacher_batch is not None:
             # A copy: without gradients Megatron adds the residual to attention's output in place.
             self.teacher_states[pair_idx, self.teacher_batch] = state_of(output).detach().clone()
 
     def _compare(self, pair_idx: int, _: Any, args: Any, output: Any) -> Any:
-        """Forward hook of the student: add the loss to the sums, and its gradient to the output's."""
+        """Add the loss to the sums and its gradient to the output's; a forward hook of the student."""
         if self.student_batch is None:
             return output
         batch_idx = self.student_batch

@@ -31,7 +31,7 @@ class LayerPair(NamedTuple):
 
 
 def layer_pairs(cfg: HiddenConfig, teacher: Dims, student: Dims) -> list[LayerPair]:
-    """The pairs that the settings name, with negative layers counted from the end.
+    """Return the pairs that the settings name, with negative layers counted from the end.
 
     Raises:
         ConfigError: a layer that a model does not have, or widths that need a projection.

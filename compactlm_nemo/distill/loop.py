@@ -72,7 +72,7 @@ def distill(
 
 
 def _start(model: TrainableModel, callbacks: Sequence[Callback], checkpoints: Checkpoints) -> TrainState:
-    """The state of the newest checkpoint, loaded; without one that of a new training, saved where a callback asks."""
+    """Load the newest checkpoint and return its state; without one start anew, and save where a callback asks."""
     if checkpoints.latest_step() is not None:
         return checkpoints.load(model, callbacks)
     state = TrainState()
@@ -82,7 +82,7 @@ def _start(model: TrainableModel, callbacks: Sequence[Callback], checkpoints: Ch
 
 
 def _is_over(state: TrainState, cfg: DistillConfig, callbacks: Sequence[Callback]) -> bool:
-    """Whether no step is to follow; every callback is asked once a step."""
+    """Return whether no step is to follow; every callback is asked once a step."""
     must_stop = any([callback.must_stop(state.step) for callback in callbacks])
     return must_stop or state.step >= cfg.steps
 
@@ -90,7 +90,7 @@ def _is_over(state: TrainState, cfg: DistillConfig, callbacks: Sequence[Callback
 def _rewind(
     state: TrainState, model: TrainableModel, callbacks: Sequence[Callback], checkpoints: Checkpoints
 ) -> TrainState:
-    """The state of the newest checkpoint, loaded, with the batches since then passed over."""
+    """Load the newest checkpoint and return its state, with the batches since then passed over."""
     next_batch = state.step + state.skipped_batches + 1
     saved = checkpoints.load(model, callbacks)
     return TrainState(step=saved.step, skipped_batches=next_batch - saved.step)

@@ -34,7 +34,7 @@ class Projections:
         self.adam = torch.optim.AdamW(self.weights, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)
 
     def __call__(self, pair: int, state_SBH: Tensor) -> Tensor:
-        """``P s``, `[S, B, G]` in the dtype of the state."""
+        """Return ``P s``, `[S, B, G]` in the dtype of the state."""
         weight_GH = self.weights[pair if len(self.weights) > 1 else 0]
         return state_SBH @ weight_GH.T.to(state_SBH.dtype)
 
@@ -57,7 +57,7 @@ class Projections:
         self.adam.step()
 
     def state(self) -> dict[str, Any]:
-        """Weights and AdamW's moments."""
+        """Return weights and AdamW's moments."""
         return {"weights": [weight.detach() for weight in self.weights], "adam": self.adam.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:

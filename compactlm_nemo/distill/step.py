@@ -31,7 +31,7 @@ from compactlm_nemo.training.tracker import LM_LOSS, LOSS, TEACHER_LM_LOSS
 
 
 def term_names(loss: LossConfig) -> list[str]:
-    """W&B names of the loss terms, means over the tokens of the global batch: the loss, its parts, both LM losses."""
+    """Return the W&B names of the loss terms: the loss, its parts, and the LM losses of student and teacher."""
     return [LOSS, *(f"train/kd_{name}" for name in weighted_losses(loss)), LM_LOSS, TEACHER_LM_LOSS]
 
 
@@ -118,11 +118,11 @@ class StudentPass:
         return self._means(sums)
 
     def logit_loss(self, terms: dict[str, float]) -> float:
-        """The weighted sum of those terms that compare logits with the teacher's."""
+        """Return the weighted sum of those terms that compare logits with the teacher's."""
         return sum(terms[f"train/kd_{name}"] * weight for name, (weight, _) in weighted_losses(self.loss).items())
 
     def _forward(self, micro_batches: Iterator[int], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        """Run one chunk over the next micro-batch; its output and what makes the loss of it on the last stage."""
+        """Run one chunk over the next micro-batch; return its output and the function that makes the loss of it."""
         idx = next(micro_batches)
         for callback in self.callbacks:
             callback.before_micro_batch(idx)
@@ -130,7 +130,7 @@ class StudentPass:
         return model(inputs_BS, positions_of(inputs_BS), None), partial(self._loss, idx)
 
     def _loss(self, idx: int, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed loss of micro-batch `idx`, its number of tokens, and the sums that `term_names` and tokens name."""
+        """Return the summed loss of micro-batch `idx`, its token count, and the sums of `term_names`, then tokens."""
         weight_VH = self.students[-1].module.head_weight
         labels_N = context_share(self.batches[idx].tokens_BT[:, 1:], self.mesh).T.flatten()
         terms = linear_kd(
@@ -148,7 +148,7 @@ class StudentPass:
         return terms.loss_sum, num_tokens, torch.stack([term.double() for term in sums])
 
     def _means(self, sums: list[Tensor]) -> dict[str, float]:
-        """Loss terms and token count: sums over micro-batches and data-parallel ranks, divided by the tokens.
+        """Return loss terms and token count: sums over micro-batches and data-parallel ranks, divided by the tokens.
 
         `sums` is empty before the last stage, which shares the means with all stages.
         """

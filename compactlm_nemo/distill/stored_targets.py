@@ -44,7 +44,7 @@ class TopKRecord(NamedTuple):
 
 
 def _levels() -> numpy.ndarray:
-    """The log-probabilities that can be stored, from 0 down, in steps of ``min(max(0.05 / sqrt(p), 1/8), 2)`` nats.
+    """Return the storable log-probabilities, from 0 down, in steps of ``min(max(0.05 / sqrt(p), 1/8), 2)`` nats.
 
     Rounding p by a step s costs ``p s**2 / 24`` nats of KL in the mean: at this width every token below p = 0.16 costs
     1e-4, where equal steps would spend most bytes on the least likely tokens.
@@ -166,7 +166,7 @@ class StoredTargets:
         self.num_samples, self.shard_samples = int(self.metadata["samples"]), int(self.metadata["shard_samples"])
 
     def record(self, sample: int) -> bytes:
-        """The record of a sample, numbered in the training order."""
+        """Read the record of a sample, numbered in the training order."""
         if not 0 <= sample < self.num_samples:
             raise DataError(
                 f"{self.folder} holds targets of {self.num_samples} samples, training asks for sample {sample}; "
@@ -178,17 +178,17 @@ class StoredTargets:
             return file.get_slice("data")[first:last].numpy().tobytes()
 
     def num_bytes(self) -> int:
-        """Bytes of all shards on disk."""
+        """Return the bytes of all shards on disk."""
         return sum(path.stat().st_size for path in self.folder.glob("shard_*.safetensors"))
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """The file of a shard."""
+    """Return the file of a shard."""
     return folder / f"shard_{shard:05d}.safetensors"
 
 
 def num_shards(samples: int, shard_samples: int) -> int:
-    """The number of shards that `samples` samples fill."""
+    """Return the number of shards that `samples` samples fill."""
     return math.ceil(samples / shard_samples)
 
 

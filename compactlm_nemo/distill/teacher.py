@@ -22,10 +22,10 @@ from compactlm_nemo.training.batches import Batch
 
 
 class Teacher(Protocol):
-    """A source of targets."""
+    """A source of targets; collective."""
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
-        """Targets of each micro-batch, tokens in the order ``[S / cp, B]``; empty before the last stage. Collective."""
+        """Return the targets of each micro-batch, in token order ``[S / cp, B]``; none before the last stage."""
 
 
 class LiveTeacher:
@@ -41,7 +41,7 @@ class LiveTeacher:
         self.chunks, self.mesh, self.on_input = chunks.eval(), mesh, on_input
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
-        """The teacher's final normed hidden states with its output weights."""
+        """Compute the teacher's final normed hidden states, and return them with its output weights."""
         inputs = [batch.tokens_BT[:, :-1] for batch in batches]
         hidden = forward_each(self.chunks, self.mesh, inputs, lambda idx, hidden_SBG: hidden_SBG, self.on_input)
         return [TeacherHead(hidden_SBG.flatten(0, 1), self.chunks.head_weight) for hidden_SBG in hidden]
@@ -68,7 +68,7 @@ class OwnMeshTeacher:
         """The teacher's data-parallel rank -> the global rank that sends its hidden states."""
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
-        """The teacher's final normed hidden states with its output weights."""
+        """Compute the teacher's final normed hidden states, and return them with its output weights."""
         hidden: list[Tensor] = []
         for _, group in groupby(batches, key=lambda batch: batch.tokens_BT.shape):
             hidden += self._of_one_shape(torch.stack([batch.tokens_BT for batch in group]))
@@ -77,7 +77,7 @@ class OwnMeshTeacher:
         return [TeacherHead(hidden_SBG.flatten(0, 1), self.head_weight) for hidden_SBG in hidden]
 
     def _of_one_shape(self, tokens_MBT: Tensor) -> list[Tensor]:
-        """Hidden states ``[S, B, G]`` of each of this rank's M micro-batches, which have one shape."""
+        """Compute the hidden states ``[S, B, G]`` of each of this rank's M micro-batches, which have one shape."""
         batches = all_gather(tokens_MBT, self.mesh.dp_group, dim=0).unbind()
         teacher_mesh = self.teacher_mesh
         missing = -len(batches) % teacher_mesh.dp_size  # all of the teacher's ranks run equally many
@@ -105,7 +105,7 @@ class NoTeacher:
         self.mesh = mesh
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
-        """Targets that hold nothing but the number of tokens."""
+        """Return targets that hold nothing but the number of tokens."""
         counts = [context_share(batch.tokens_BT[:, 1:], self.mesh).numel() for batch in batches]
         return [NoTargets(count) for count in counts] if self.mesh.is_last_stage else []
 
@@ -117,7 +117,7 @@ class StoredTopK:
         self.store, self.mesh, self.k = store, mesh, int(store.metadata["k"])
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
-        """The stored targets, read on the last stage."""
+        """Read the stored targets, on the last stage."""
         return [self._of(batch) for batch in batches] if self.mesh.is_last_stage else []
 
     def _of(self, batch: Batch) -> TopK:
@@ -139,7 +139,7 @@ class StoredHidden:
         self.store, self.mesh, self.head_weight = store, mesh, head_weight
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
-        """The stored targets, read on the last stage."""
+        """Read the stored targets, on the last stage."""
         return [self._of(batch) for batch in batches] if self.mesh.is_last_stage else []
 
     def _of(self, batch: Batch) -> TeacherHead:

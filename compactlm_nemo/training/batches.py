@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
 
 def step_batches(sample: Callable[[int], Tensor], batch: int, cfg: DistillConfig, mesh: Mesh) -> list[Batch]:
-    """This rank's micro-batches of global batch number `batch`.
+    """Return this rank's micro-batches of global batch number `batch`.
 
     Batch k holds samples k * global_batch ... of the seeded order, whatever the layout; rank r takes every dp-th.
     """

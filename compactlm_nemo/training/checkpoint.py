@@ -50,7 +50,7 @@ class Checkpoints:
     """Whether this rank makes and deletes folders."""
 
     def latest_step(self) -> int | None:
-        """Finished steps at the newest complete checkpoint, None without one."""
+        """Return the finished steps at the newest complete checkpoint, None without one."""
         if not (self.folder / LATEST).is_file():
             return None
         return int(json.loads((self.folder / LATEST).read_text())["step"])
@@ -119,7 +119,7 @@ class Checkpoints:
 
 
 def _model_state(model: TrainableModel, mesh: Mesh, is_loading: bool) -> dict[str, Any]:
-    """Megatron's sharded state of weights, optimizer and schedule."""
+    """Return Megatron's sharded state of weights, optimizer and schedule."""
     weights = model_state([ddp.module for ddp in model.ddps], mesh)
     # Megatron looks up the shards by parameter and takes the first chunk's entry as `model`.
     by_chunk = weights if len(model.ddps) > 1 else weights["model0"]

@@ -117,7 +117,7 @@ class TrainableModel:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step under way."""
+        """Return the learning rate of the step under way."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def train(self, mode: bool = True) -> None:
@@ -130,7 +130,7 @@ class TrainableModel:
         self.schedule.step(1)
 
     def gradient_norm(self) -> float:
-        """The gradient's norm over all ranks, before clipping and before `update`.
+        """Return the gradient's norm over all ranks, before clipping and before `update`.
 
         Megatron's own step would find it and move the weights at once.
         """
