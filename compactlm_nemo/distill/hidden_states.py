@@ -63,7 +63,7 @@ def state_of(output: Any) -> Tensor:
 
 
 def distance(teacher_SBG: Tensor, student_SBG: Tensor, loss: StateLoss) -> Tensor:
-    """Sum over tokens, a float32 scalar, of the mean squared difference or of 1 - the cosine."""
+    """Sum over tokens the mean squared difference or 1 - the cosine; a float32 scalar."""
     teacher_SBG, student_SBG = teacher_SBG.float(), student_SBG.float()
     if loss is StateLoss.mse:
         return (teacher_SBG - student_SBG).square().mean(dim=-1).sum()
@@ -189,7 +189,7 @@ class HiddenStateLoss(Callback):
         self.sums = torch.zeros_like(self.sums)
 
     def _finish(self, num_tokens: float) -> Metrics:
-        """End a pass of the student: the mean of each pair's loss over the global batch, equal on every rank.
+        """End a pass of the student and return the mean of each pair's loss over the global batch, equal on every rank.
 
         Gradients of the projections become those of alpha times the sum of these losses.
         """

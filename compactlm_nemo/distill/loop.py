@@ -76,7 +76,7 @@ def _start(model: TrainableModel, callbacks: Sequence[Callback], checkpoints: Ch
 
 
 def _is_over(state: TrainState, cfg: DistillConfig, callbacks: Sequence[Callback]) -> bool:
-    """Whether no step is to follow; every callback is asked once a step."""
+    """Return whether no step is to follow; every callback is asked once a step."""
     must_stop = any([callback.must_stop(state.step) for callback in callbacks])
     return must_stop or state.step >= cfg.steps
 

@@ -111,7 +111,7 @@ class StudentPass:
         return sum(terms[f"train/kd_{name}"] * weight for name, (weight, _) in weighted_losses(self.loss).items())
 
     def _forward(self, micro_batches: Iterator[int], model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        """Run one chunk over the next micro-batch; its output and what makes the loss of it on the last stage."""
+        """Run one chunk over the next micro-batch; return its output and the function that makes the loss of it."""
         idx = next(micro_batches)
         for callback in self.callbacks:
             callback.before_micro_batch(idx)

@@ -22,7 +22,7 @@ from compactlm_nemo.training.batches import Batch
 
 
 class Teacher(Protocol):
-    """A source of targets."""
+    """A source of targets; collective."""
 
     def targets(self, batches: list[Batch]) -> list[Targets]:
         """Return micro-batches' targets, tokens in order ``[S / cp, B]``; empty before the last stage. Collective."""

@@ -42,7 +42,7 @@ class Step:
 
     @property
     def num_done(self) -> int:
-        """Finished steps once this one is."""
+        """Return the number of finished steps once this step is."""
         return self.number + 1
 
 
@@ -55,7 +55,7 @@ class ModelPass(Protocol):
         """Run the schedule and return its loss terms; without `forward_only` gradients are added up."""
 
     def logit_loss(self, terms: Metrics) -> float:
-        """The weighted sum of those terms that compare logits with the teacher's."""
+        """Return the weighted sum of those terms that compare logits with the teacher's."""
 
 
 class Callback:
@@ -65,43 +65,43 @@ class Callback:
     """Whether training saves a checkpoint before its first step."""
 
     def must_stop(self, num_done: int) -> bool:
-        """Whether training ends, before its last step, after `num_done` finished steps."""
+        """Return whether training ends after `num_done` finished steps, before the last step of its schedule."""
         return False
 
     def before_step(self, step: int) -> None:
-        """0-based `step` begins; its batches are not loaded yet."""
+        """Prepare for 0-based `step`, whose batches are not loaded yet."""
 
     def before_teacher(self) -> None:
-        """The teacher's pass over the micro-batches of the step begins."""
+        """Prepare for the teacher's pass over the micro-batches of the step."""
 
     def before_student(self, student: ModelPass) -> None:
-        """The teacher's pass has ended and the student's begins; `student.run` may run it once more in advance."""
+        """Prepare for the student's pass, after the teacher's; `student.run` may run it once more in advance."""
 
     def before_micro_batch(self, idx: int) -> None:
-        """The student's chunk on this rank runs micro-batch `idx` forward."""
+        """Prepare for micro-batch `idx`, which a chunk of the student on this rank runs forward next."""
 
     def after_student(self, student: ModelPass, terms: Metrics) -> None:
-        """The student's pass has ended with these loss terms, to which terms may be added in place."""
+        """Take or extend, in place, the loss terms of the student's pass that has ended."""
 
     def must_rewind(self, step: Step) -> bool:
-        """Whether the step is discarded and training goes back to the newest checkpoint; its loss terms are known."""
+        """Return whether to discard the step, whose loss terms are known, and go back to the newest checkpoint."""
         return False
 
     def should_skip(self, step: Step) -> bool:
-        """Whether the step leaves the weights as they are; its gradient norm is known."""
+        """Return whether the step, whose gradient norm is known, leaves the weights as they are."""
         return False
 
     def after_update(self, step: Step) -> None:
-        """The optimizer has moved the weights; not called for a skipped step."""
+        """Act after the optimizer has moved the weights; not called for a skipped step."""
 
     def after_step(self, step: Step) -> None:
-        """The step is finished, skipped or not; metrics may be added to it."""
+        """Act after the step, skipped or not; metrics may be added to it."""
 
     def after_training(self, model: TrainableModel) -> None:
-        """All steps of the schedule are finished, in this process or an earlier one."""
+        """Act after the last step of the schedule, which this process or an earlier one has finished."""
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values for a checkpoint, equal on every rank; stored under the name of the class."""
+        """Return tensors and plain values for a checkpoint, equal on every rank; stored under the name of the class."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -111,10 +111,10 @@ class Callback:
         """Write files of this callback's own, before the checkpoint of `step` finished steps comes into force."""
 
     def load(self, step: int) -> None:
-        """Training goes on from the checkpoint of `step` finished steps; called after `load_state`."""
+        """Go on from the checkpoint of `step` finished steps, when training is resumed and when it rewinds."""
 
     def kept_checkpoints(self) -> set[int]:
-        """Finished steps of the checkpoints that must not be deleted."""
+        """Return the finished steps of the checkpoints that must not be deleted."""
         return set()
 
 

@@ -117,7 +117,7 @@ class TrainableModel:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the step under way."""
+        """Return the learning rate of the step under way."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     def train(self, mode: bool = True) -> None:

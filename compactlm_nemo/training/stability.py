@@ -36,7 +36,7 @@ class NonFiniteSteps(Callback):
         self.limit, self.in_a_row, self.skipped = limit, 0, 0
 
     def should_skip(self, step: Step) -> bool:
-        """Whether a metric of the step is not finite.
+        """Return whether a metric of the step is not finite, and count the step.
 
         Raises:
             NumericsError: after more than `limit` in a row, with the first metric that is not finite.
@@ -79,7 +79,7 @@ class LossSpikes(Callback):
         self.needs_initial_checkpoint = factor is not None
 
     def must_rewind(self, step: Step) -> bool:
-        """Whether the step's loss is a spike; any other is remembered. `NonFiniteSteps` sees those not finite.
+        """Return whether the step's loss is a spike, else remember it; a loss that is not finite is neither.
 
         Raises:
             NumericsError: when the loss is a spike, and `limit` spikes came before.

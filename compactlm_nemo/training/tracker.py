@@ -39,7 +39,7 @@ def truncate_metrics(path: Path, step: int) -> None:
 
 
 def wandb_mode(mode: WandbMode) -> Literal["disabled", "offline", "online"]:
-    """W&B's word for a mode; auto is online with a W&B key in the environment or in ~/.netrc, else disabled."""
+    """Return W&B's word for a mode; auto is online with a W&B key in the environment or in ~/.netrc, else disabled."""
     if mode is WandbMode.disabled:
         return "disabled"
     if mode is WandbMode.offline:
@@ -146,7 +146,7 @@ class Tracker:
             return None
 
     def _wandb_id(self, new_id: str) -> str:
-        """The W&B id: that of the earlier process when training resumes, a new one when it starts."""
+        """Return the W&B id: that of the earlier process when training resumes, a new one when it starts."""
         path = self._folder / WANDB_ID
         if self._start_step > 0 and path.exists():
             return path.read_text().strip()
