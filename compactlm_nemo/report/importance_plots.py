@@ -18,7 +18,7 @@ from compactlm_nemo.config.score import DepthMetric
 from compactlm_nemo.errors import DataError
 from compactlm_nemo.importance.agreement import NAME_PATTERNS, agreement, axis_of
 from compactlm_nemo.importance.scores import HIDDEN, Scores, experts_key, groups_key, heads_key, mlp_key
-from compactlm_nemo.report.plots import save
+from compactlm_nemo.report.plots import log_if_wide, save
 
 TITLES = {
     "hidden": "Hidden channels",
@@ -69,7 +69,8 @@ def plot_importance(ranking: dict[str, Tensor], path: Path) -> Figure:
         _plot_units(figure, next(panels), axis, rows, num_layers)
     if HIDDEN in ranking:
         hidden = next(panels)
-        hidden.semilogy(np.sort(_numpy(ranking[HIDDEN]))[::-1], color="C0", linewidth=1.2)
+        hidden.plot(np.sort(_numpy(ranking[HIDDEN]))[::-1], color="C0", linewidth=1.2)
+        log_if_wide(hidden, _numpy(ranking[HIDDEN]))
         hidden.set(title=f"{TITLES[HIDDEN]}, sorted", xlabel="rank", ylabel="score")
         hidden.grid(alpha=0.3)
     return save(figure, path)
@@ -86,8 +87,9 @@ def _figure(num_panels: int) -> tuple[Figure, Iterator[Axes]]:
 def _plot_neurons(figure: Figure, axes: Axes, curves: dict[int, np.ndarray], num_layers: int) -> None:
     """One sorted curve a layer, coloured by its depth."""
     deepest, colors = max(num_layers - 1, 1), colormaps["viridis"]
+    log_if_wide(axes, np.concatenate(list(curves.values())))
     for layer_idx, values in curves.items():
-        axes.semilogy(np.sort(values)[::-1], color=colors(layer_idx / deepest), linewidth=1)
+        axes.plot(np.sort(values)[::-1], color=colors(layer_idx / deepest), linewidth=1)
     scale = ScalarMappable(Normalize(0, deepest), colors)
     figure.colorbar(scale, ax=axes, label="layer", ticks=MaxNLocator(integer=True))
     axes.set(title=f"{TITLES['mlp']}, sorted within their layer", xlabel="rank", ylabel="score")
@@ -163,6 +165,7 @@ def plot_depth(scores: Scores, path: Path) -> Figure:
         axes.set(title=metric, xlabel="layer", ylabel=unit)
         if values.ndim == 1:
             axes.plot(values, color="C0", linewidth=1.2, marker=".")
+            log_if_wide(axes, values)
             axes.grid(alpha=0.3)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:

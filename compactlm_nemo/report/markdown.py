@@ -13,7 +13,7 @@ from compactlm_nemo.artifacts import atomic_write_text, read_manifest
 from compactlm_nemo.config.score import BLOCK_METRICS, DepthMetric, WidthMetric
 from compactlm_nemo.importance.scores import Scores, load_scores
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
-from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes
+from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, tokens_curve
 from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
 from compactlm_nemo.training.tracker import LOSS, METRICS
@@ -47,9 +47,9 @@ def table_rows(run_dir: Path) -> list[dict[str, Any]]:
     return table
 
 
-def _write(run_dir: Path, folder: Path) -> None:
-    metrics = [json.loads(line) for line in (run_dir / "distill" / METRICS).read_text().splitlines()]
-    plot_loss_curve(metrics, folder / "loss.png")
+def write_report(run_dir: Path, folder: Path) -> None:
+    """Write report.md and its plots, from what the other stages left in the run's folder."""
+    plot_loss_curve(_metrics(run_dir / "distill"), folder / "loss.png", _heldout_losses(run_dir))
     points = [
         {"model": row["model"], "params": row["params"], "lm_loss_nats": value, "text": key.removeprefix("loss_")}
         for row in _results(run_dir)
@@ -70,7 +70,7 @@ def _write(run_dir: Path, folder: Path) -> None:
         "",
         "Student: {layers} layers, hidden {hidden}, MLP {ffn}, heads {heads}.".format(**shape),
         "",
-        "![Loss over steps](loss.png)",
+        "![Loss over tokens](loss.png)",
         "![Loss against size](sizes.png)",
         "",
         *_search(run_dir, folder),
@@ -92,20 +92,34 @@ def _search(run_dir: Path, folder: Path) -> list[str]:
         plot_prediction(candidates, folder / "prediction.png")
         text += ["Predicted damage and measured loss:", "", "![Prediction](prediction.png)", ""]
     if ranked:
-        curves = {int(path.parts[-3]): _losses(path) for path in sorted(ranking.parent.glob(f"*/distill/{METRICS}"))}
-        curves |= {
-            int(path.parts[-3]): _losses(path)
-            for path in sorted(ranking.parent.glob(f"*/training/{METRICS}"))
-            if int(path.parts[-3]) not in curves
-        }
+        curves = {int(path.name): _loss_curve(path) for path in sorted(ranking.parent.glob("[0-9]*"))}
+        curves = {index: curve for index, curve in curves.items() if curve}
         labels = {index: shape_label(candidates[index]) for index in curves}
         plot_rank_curves(curves, labels, folder / "ranks.png")
-        text += ["How the candidates fared while they were trained:", "", "![Ranks over steps](ranks.png)", ""]
+        text += ["How the candidates fared while they were trained:", "", "![Ranks over tokens](ranks.png)", ""]
     return ["## Candidates", "", *text] if text else []
 
 
-def _losses(path: Path) -> list[float]:
-    return [json.loads(line)[LOSS] for line in path.read_text().splitlines()]
+def _loss_curve(candidate: Path) -> list[tuple[float, float]]:
+    """The distillation loss over tokens of a candidate's folder; empty when its training has not begun."""
+    folders = (candidate / "distill", candidate / "training")
+    folder = next((path for path in folders if (path / METRICS).is_file()), None)
+    return tokens_curve(_metrics(folder), LOSS) if folder else []
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a folder's metrics file."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def _heldout_losses(run_dir: Path) -> dict[str, dict[str, float]]:
+    """Held-out text -> model -> LM loss, from the evaluate stage."""
+    losses: dict[str, dict[str, float]] = {}
+    for row in _results(run_dir):
+        for key, value in row.items():
+            if key.startswith("loss_"):
+                losses.setdefault(key.removeprefix("loss_"), {})[row["model"]] = value
+    return losses
 
 
 def _importance(run_dir: Path, folder: Path) -> list[str]:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from compactlm_nemo.parallel.launch import main_rank_writes
-from compactlm_nemo.report.markdown import _write
+from compactlm_nemo.report.markdown import write_report
 
 
 def report(run: Any, folder: Path) -> dict[str, Any]:
     """report.md and its plots, from the manifests and results of the other stages."""
     with main_rank_writes() as writes:
         if writes:
-            _write(run.dir, folder)
+            write_report(run.dir, folder)
     return {}
