@@ -1,4 +1,4 @@
-"""Plots of a run as PNG files. `Figure` is used directly: no pyplot, so no display and no global state."""
+"""Plots a run as PNG files. `Figure` is used directly: no pyplot, so no display and no global state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compactlm_nemo.errors import DataError
 from compactlm_nemo.training.tracker import LM_LOSS, LOSS, TEACHER_LM_LOSS
 
 TOKENS = "train/tokens"
-"""Metric that counts the tokens of a step."""
+"""This metric counts the tokens of a step."""
 SMOOTHED_FROM = 40
 """A curve of at least this many points is drawn pale, below its running mean over a twentieth of the points."""
 
@@ -30,7 +30,7 @@ def save(figure: Figure, path: Path) -> Figure:
 
 
 def short_number(value: float, _position: int | None = None) -> str:
-    """A count as a tick shows it: 500, 20k, 1.5M, 94B."""
+    """Write a number as a tick shows it: 500, 20k, 1.5M, 94B."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{unit}"
@@ -51,9 +51,9 @@ def log_if_wide(axes: Axes, values: Sequence[float] | np.ndarray) -> None:
 
 
 def tokens_curve(metrics: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """A metric as points (tokens trained, value).
+    """Return a metric as points (tokens trained, value).
 
-    A step without a line of its own (`distill.log_every`) counts with the tokens of the next line. The value of a
+    A step without a line (`distill.log_every`) counts with the tokens of the next line. The value of a
     `train/` key belongs to the weights before the step's update, the value of another key to those after the update.
 
     Args:

@@ -1,4 +1,4 @@
-"""Plots of a search: what candidates cost and lose, how well the damage was predicted, how ranks settle."""
+"""Plots a search: what candidates cost and lose, how well the damage was predicted, how ranks settle."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from compactlm_nemo.importance.agreement import spearman
 from compactlm_nemo.report.plots import draw_curve, log_if_wide, save, short_number
 
 SMOOTHED = 10
-"""A rank is that of the mean loss over a tenth of the steps so far."""
+"""A rank at a step compares mean losses over the last 1 / `SMOOTHED` of the steps until then."""
 COSTS = {"latency_ms": "milliseconds of a forward pass", "params": "parameters"}
-"""What a candidate costs -> the axis it is drawn on; the first that all candidates have counts."""
+"""Key of a cost -> label of its axis; the plot takes the first key that all candidates have."""
 
 
 def shape_label(candidate: dict[str, Any]) -> str:
-    """`23 layers, hidden 576, MLP 1296, heads 9`."""
+    """Write a shape as `23 layers, hidden 576, MLP 1296, heads 9`."""
     return "{layers} layers, hidden {hidden}, MLP {ffn}, heads {heads}".format(**candidate)
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points (cost, loss) that no other point beats in one without losing in the other, by cost."""
+    """Return the indices of the points (cost, loss) on the Pareto front, by cost.
+
+    No other point is better than one of these in cost or loss and no worse in the other.
+    """
     front, best = [], float("inf")
     for index in sorted(range(len(points)), key=points.__getitem__):
         if points[index][1] < best:
@@ -36,7 +39,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
 
 
 def plot_pareto(candidates: list[dict[str, Any]], path: Path) -> Figure:
-    """Loss against cost, the front drawn as a line; latency is the cost where it was measured, else parameters.
+    """Plot loss against cost, with the Pareto front as a line; cost is latency where measured, else parameters.
 
     Args:
         candidates: Lines of candidates.json or ranking.json with a `loss` or `zero_shot`; others are left out.
@@ -65,7 +68,7 @@ def plot_pareto(candidates: list[dict[str, Any]], path: Path) -> Figure:
 
 
 def plot_prediction(candidates: list[dict[str, Any]], path: Path) -> Figure:
-    """Measured zero-shot loss against predicted damage; the title gives Spearman's rank correlation.
+    """Plot measured zero-shot loss against predicted damage; the title gives Spearman's rank correlation.
 
     Args:
         candidates: Lines of candidates.json; those without `damage` or `zero_shot` are left out.
@@ -88,7 +91,7 @@ def plot_prediction(candidates: list[dict[str, Any]], path: Path) -> Figure:
 
 
 def ranks_over_steps(curves: dict[int, list[float]]) -> dict[int, list[int]]:
-    """Candidate -> its rank, 1 is best, at every step that all curves have, by the mean of its last losses."""
+    """Rank the candidates at every step that all curves have, by the mean of the last losses; rank 1 is best."""
     steps = min(map(len, curves.values()))
     means = np.array(
         [
