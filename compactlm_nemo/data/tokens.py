@@ -1,4 +1,4 @@
-"""Text to tokens: JSON lines in, a Megatron indexed dataset (`PREFIX.bin`, `PREFIX.idx`) out."""
+"""Turns text into tokens: JSON lines in, a Megatron indexed dataset (`PREFIX.bin`, `PREFIX.idx`) out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BATCH_DOCUMENTS = 512
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The Hugging Face tokenizer of a local folder; never downloads and never runs code of the folder."""
+    """Load the Hugging Face tokenizer of a local folder; nothing is downloaded and no code of the folder runs."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; give a folder with tokenizer.json.")
     from transformers import AutoTokenizer
@@ -35,7 +35,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 @cache
 def end_of_text(folder: Path) -> int:
-    """The token that ends a document, of the tokenizer in `folder`: `<|endoftext|>` or its `eos_token`."""
+    """Return the token that ends a document, by the tokenizer in `folder`: `<|endoftext|>`, else the `eos_token`."""
     tokenizer = load_tokenizer(folder)
     end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
     if end is None or end == tokenizer.unk_token_id != tokenizer.eos_token_id:
@@ -46,7 +46,7 @@ def end_of_text(folder: Path) -> int:
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """ConfigError when the tokenizer has more entries than the model."""
+    """Raise ConfigError when the tokenizer has more entries than the model."""
     if len(tokenizer) > vocab_size:
         raise ConfigError(
             f"model.source: vocab_size={vocab_size} is smaller than its tokenizer's {len(tokenizer)}; give its own."
@@ -93,8 +93,8 @@ def tokenize_corpus(path: Path, prefix: Path, tokenizer: Any, eod: int) -> int:
 
 
 def refuse_shared_documents(data: DataConfig) -> None:
-    """DataError when a text of a held-out corpus is, word for word, in a training corpus too (JSON-lines ones)."""
-    held = {
+    """Raise DataError when a training corpus has a text of a held-out corpus, word for word (JSON-lines corpora)."""
+    heldout = {
         _digest(text): f"{corpus.path}:{line}"
         for corpus in data.heldout.values()
         if Path(corpus.path).is_file()
@@ -102,8 +102,8 @@ def refuse_shared_documents(data: DataConfig) -> None:
     }
     for corpus in data.train.values():
         path = Path(corpus.path)
-        for line, text in _text_documents(path) if path.is_file() and held else ():
-            if (other := held.get(_digest(text))) is not None:
+        for line, text in _text_documents(path) if path.is_file() and heldout else ():
+            if (other := heldout.get(_digest(text))) is not None:
                 raise DataError(f"{path}:{line} and {other} hold the same document; take it out of data.train.")
 
 

@@ -1,4 +1,4 @@
-"""Samples at exact positions: which tokens sample i holds depends on the seed and on i, on no layout and no history.
+"""Draws samples at exact positions: the tokens of sample i depend on the seed and on i, not on layout or history.
 
 A corpus is one stream of tokens, its documents one after another, cut into windows that overlap by one token: the last
 target of a window is the first input of the next, so no target occurs twice. Shapes: L tokens of a sample.
@@ -22,14 +22,14 @@ _GROW_SAMPLES = 4096
 
 
 class Purpose(IntEnum):
-    """Separates the random streams of one seed."""
+    """A purpose has a random stream of its own under one seed."""
 
     training = 0
     calibration = 1
 
 
 class TokenStream:
-    """The tokens of a Megatron indexed dataset as one memory-mapped array.
+    """Maps the tokens of a Megatron indexed dataset into memory, as one array.
 
     Args:
         prefix: `PREFIX.bin` and `PREFIX.idx`.
@@ -61,15 +61,15 @@ class TokenStream:
 
     @property
     def last_token(self) -> int:
-        """The token that ends the last document."""
+        """Return the token that ends the last document."""
         return int(self._tokens[-1])
 
     def num_windows(self, sequence_length: int) -> int:
-        """Whole windows of `sequence_length` inputs, each with its target."""
+        """Count the whole windows of `sequence_length` inputs and as many targets."""
         return (self.num_tokens - 1) // sequence_length
 
     def window(self, idx: int, sequence_length: int) -> Tensor:
-        """Window idx: int64 ``[L + 1]``, tokens ``idx * L`` to ``(idx + 1) * L`` inclusive."""
+        """Return window idx: int64 ``[L + 1]``, tokens ``idx * L`` to ``(idx + 1) * L`` inclusive."""
         start = idx * sequence_length
         return torch.from_numpy(self._tokens[start : start + sequence_length + 1].astype(numpy.int64))
 
@@ -85,7 +85,7 @@ class TokenStream:
 
 
 class Windows:
-    """An endless, seeded blend of corpora.
+    """Blends corpora into an endless, seeded sequence of samples.
 
     Sample i belongs to the corpus with the largest deficit ``w_c * (i + 1) - taken_c`` (w normalised to sum 1, the
     first of equals), which keeps every corpus near its share at every length. Within a corpus, each pass takes every
@@ -121,14 +121,14 @@ class Windows:
         self._taken = numpy.zeros(len(prefixes), dtype=numpy.int64)
 
     def sample(self, i: int) -> Tensor:
-        """Sample i >= 0: int64 ``[L + 1]``, inputs ``[:-1]`` and targets ``[1:]``."""
-        corpus_idx, rank = self.place(i)
+        """Return sample i >= 0: int64 ``[L + 1]``, inputs ``[:-1]`` and targets ``[1:]``."""
+        corpus_idx, rank = self.corpus_and_rank(i)
         stream = self.streams[corpus_idx]
         pass_idx, position = divmod(rank, stream.num_windows(self.sequence_length))
         return stream.window(int(self._order(corpus_idx, pass_idx)[position]), self.sequence_length)
 
-    def place(self, i: int) -> tuple[int, int]:
-        """Corpus of sample i, and how many samples of that corpus come before it."""
+    def corpus_and_rank(self, i: int) -> tuple[int, int]:
+        """Return the corpus of sample i, and the number of samples of that corpus before sample i."""
         while len(self._corpus_of) <= i:
             self._grow()
         return int(self._corpus_of[i]), int(self._rank_of[i])
@@ -145,16 +145,16 @@ class Windows:
         self._rank_of = numpy.concatenate([self._rank_of, rank_of])
 
     def _order(self, corpus_idx: int, pass_idx: int) -> numpy.ndarray:
-        held = self._orders.get(corpus_idx)
-        if held is None or held[0] != pass_idx:
+        cached = self._orders.get(corpus_idx)
+        if cached is None or cached[0] != pass_idx:
             generator = numpy.random.default_rng([self._seed, self._purpose, corpus_idx, pass_idx])
             order = generator.permutation(self.streams[corpus_idx].num_windows(self.sequence_length))
-            held = self._orders[corpus_idx] = (pass_idx, order)
-        return held[1]
+            cached = self._orders[corpus_idx] = (pass_idx, order)
+        return cached[1]
 
 
 def heldout_windows(prefix: Path, sequence_length: int, max_tokens: int, *, vocab_size: int | None = None) -> Tensor:
-    """The first windows of a corpus, in order: int64 ``[n, L + 1]``, n = min(max_tokens // L, all windows) >= 1."""
+    """Return a corpus's first windows, in order: int64 ``[n, L + 1]``, n = min(max_tokens // L, all windows) >= 1."""
     if max_tokens < sequence_length:
         raise DataError(
             f"evaluate.tokens={max_tokens} is less than one window of data.sequence_length={sequence_length}; raise it."
@@ -167,19 +167,19 @@ def heldout_windows(prefix: Path, sequence_length: int, max_tokens: int, *, voca
 def calibration_windows(
     prefixes: Sequence[tuple[Path, float]], n: int, sequence_length: int, seed: int, *, vocab_size: int | None = None
 ) -> Tensor:
-    """Random different windows of a blend: int64 ``[n, L]``; DataError when a corpus has fewer than its share of n.
+    """Draw n different windows of a blend: int64 ``[n, L]``; DataError when a corpus has fewer than its share of n.
 
     The draw is independent of the training order of the same seed.
     """
     windows = Windows(prefixes, sequence_length, seed, vocab_size, purpose=Purpose.calibration)
     num_taken = [0] * len(windows.streams)
     for i in range(n):
-        num_taken[windows.place(i)[0]] += 1
+        num_taken[windows.corpus_and_rank(i)[0]] += 1
     for stream, needed in zip(windows.streams, num_taken, strict=True):
-        if needed > (held := stream.num_windows(sequence_length)):
+        if needed > (num_windows := stream.num_windows(sequence_length)):
             raise DataError(
-                f"{stream.prefix} has {held} windows of {sequence_length} tokens, its share of score.samples={n} is "
-                f"{needed}; lower score.samples or its weight, or add text."
+                f"{stream.prefix} has {num_windows} windows of {sequence_length} tokens, its share of "
+                f"score.samples={n} is {needed}; lower score.samples or its weight, or add text."
             )
     return torch.stack([windows.sample(i)[:-1] for i in range(n)])
 
@@ -187,9 +187,9 @@ def calibration_windows(
 def validation_windows(
     prefixes: Sequence[tuple[Path, float]], skipped: int, n: int, sequence_length: int, seed: int
 ) -> Tensor:
-    """The n windows that follow the first `skipped` calibration windows of a blend, with targets: int64 ``[n, L + 1]``.
+    """Return the n windows after a blend's first `skipped` calibration windows, with targets: int64 ``[n, L + 1]``.
 
-    A corpus with fewer windows than that starts again, with windows that were calibrated on.
+    A corpus with fewer windows starts again, with windows that served calibration.
     """
     windows = Windows(prefixes, sequence_length, seed, purpose=Purpose.calibration)
     return torch.stack([windows.sample(skipped + i) for i in range(n)])

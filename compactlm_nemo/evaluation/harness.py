@@ -1,4 +1,4 @@
-"""Task accuracy through the evaluation harness (lm-eval), on an exported Hugging Face folder."""
+"""Measures task accuracy with the evaluation harness (lm-eval), on an exported Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from compactlm_nemo.config.evaluate import EvaluateConfig
 from compactlm_nemo.errors import CompactLMError
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_")
-"""Beginnings of the variables that would make lm-eval believe it shares the work with the ranks of this launch."""
+"""Variables that begin so would make lm-eval believe that the ranks of this launch share its work."""
 
 
 def harness_problem(cfg: EvaluateConfig) -> str:
-    """Why the tasks of a configuration cannot run here; empty when they can."""
+    """Say why the tasks of a configuration cannot run here; empty when nothing is in the way."""
     if not cfg.tasks:
         return ""
     if importlib.util.find_spec("lm_eval") is None:
@@ -33,9 +33,9 @@ def harness_problem(cfg: EvaluateConfig) -> str:
 
 
 def run_tasks(folder: Path, cfg: EvaluateConfig) -> dict[str, float]:
-    """`task/metric` -> value for every task, computed by lm-eval with the model that transformers loads from `folder`.
+    """Run lm-eval on the model that transformers loads from `folder`, and return `task/metric` -> value.
 
-    It runs in a process of its own, outside this launch's process group. Standard errors and aliases are left out.
+    lm-eval runs in a separate process, outside this launch's process group. Standard errors and aliases are left out.
     """
     with tempfile.TemporaryDirectory() as scratch:
         (values,) = run_tasks_without(folder, cfg, [[]], Path(scratch) / "results.jsonl", lambda: None)
@@ -45,9 +45,9 @@ def run_tasks(folder: Path, cfg: EvaluateConfig) -> dict[str, float]:
 def run_tasks_without(
     folder: Path, cfg: EvaluateConfig, left_out: list[list[int]], results: Path, progress: Callable[[], None]
 ) -> list[dict[str, float]]:
-    """As `run_tasks`, of the model without the layers of each list in turn; it is loaded once.
+    """Run lm-eval as `run_tasks` does, on the model without the layers of each list in turn; the model is loaded once.
 
-    Every finished list is a line of `results`; those that a stopped run left there are not run again. `progress` is
+    Every finished list is a line of `results`; lists that a stopped run has finished are not run again. `progress` is
     called for each list.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCH)}
@@ -57,11 +57,11 @@ def run_tasks_without(
             [sys.executable, "-m", "compactlm_nemo.evaluation.harness", *words],
             env=env, stdout=subprocess.DEVNULL, stderr=messages,
         )  # fmt: skip
-        told = 0
-        while process.poll() is None or told < len(_finished(results)):
-            for _ in range(len(_finished(results)) - told):
+        num_reported = 0
+        while process.poll() is None or num_reported < len(_finished(results)):
+            for _ in range(len(_finished(results)) - num_reported):
                 progress()
-                told += 1
+                num_reported += 1
             if process.poll() is None:
                 time.sleep(0.2)
         messages.seek(0)
@@ -72,27 +72,27 @@ def run_tasks_without(
 
 
 def _finished(results: Path) -> list[dict[str, float]]:
-    """Whole lines only: the last may be being written, or cut off by a kill."""
+    """Read the whole lines of `results`: the last line may be incomplete, still being written or cut off by a kill."""
     if not results.is_file():
         return []
     return [json.loads(line) for line in results.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def accuracy(values: dict[str, float]) -> float:
-    """Mean over tasks of each one's accuracy: its `acc`, else `acc_norm`, `exact_match` or `f1`."""
+    """Average the accuracies of the tasks; a task's accuracy is `acc`, else `acc_norm`, `exact_match` or `f1`."""
     by_task: dict[str, dict[str, float]] = {}
     for name, value in values.items():
         task, _, metric = name.rpartition("/")
         by_task.setdefault(task, {})[metric] = value
-    found = []
+    accuracies = []
     for task, metrics in by_task.items():
         known = [metrics[name] for name in ("acc", "acc_norm", "exact_match", "f1") if name in metrics]
         if not known:
             raise CompactLMError(
                 f"evaluate.tasks: {task} has no accuracy, only {sorted(metrics)}; choose another task."
             )
-        found.append(known[0])
-    return sum(found) / len(found)
+        accuracies.append(known[0])
+    return sum(accuracies) / len(accuracies)
 
 
 def _values(outcome: dict[str, Any]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Language-model loss of a model on held-out windows, under any layout."""
+"""Measures the language-model loss of a model on held-out windows, under any layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from compactlm_nemo.parallel.collectives import last_stage_total
 
 @dataclass(frozen=True, kw_only=True)
 class LMLoss:
-    """Mean loss in nats a token, the tokens it was measured on, and forward tokens a second over all ranks."""
+    """A result has the mean loss in nats a token, the number of tokens, and forward tokens a second of all ranks."""
 
     loss_nats: float
     tokens: int
@@ -31,7 +31,7 @@ def evaluate_lm_loss(
     micro_batch: int,
     progress: Callable[[int], None],
 ) -> LMLoss:
-    """Measure the mean loss over all predicted tokens of `windows_NT` `[N, S + 1]`; equal on every rank. Collective.
+    """Average the loss over all predicted tokens of `windows_NT` `[N, S + 1]`; equal on every rank. Collective.
 
     Data-parallel ranks take every dp-th window and run in step, as spread experts need; repetitions do not count and
     sum and count are reduced, so any number of windows is exact.

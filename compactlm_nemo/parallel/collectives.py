@@ -1,7 +1,8 @@
-"""The only caller of torch.distributed collectives. No function changes its input.
+"""This module alone calls torch.distributed collectives. No function changes its input.
 
-Reductions take the group they run over; None is the single rank that holds everything. The tensor must be on the
-device of the group's backend (CUDA for nccl, CPU for gloo). Objects are pickled and only exchanged between own ranks.
+A reduction runs over its `group`; None is the single rank that holds everything. The tensor must be on the
+device of the group's backend (CUDA for nccl, CPU for gloo). Objects are pickled, and only ranks of
+one launch exchange them.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ T = TypeVar("T")
 
 
 def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Elementwise sum over the ranks of `group`, in the dtype and shape of `tensor`; no gradient flows through."""
+    """Sum elementwise over the ranks of `group`, in the dtype and shape of `tensor`; no gradient flows through."""
     return _all_reduce(tensor, dist.ReduceOp.SUM, group)
 
 
 def all_reduce_max(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Elementwise maximum over the ranks of `group`, in the dtype and shape of `tensor`; no gradient flows through."""
+    """Take the elementwise maximum over `group`, in the dtype and shape of `tensor`; no gradient flows through."""
     return _all_reduce(tensor, dist.ReduceOp.MAX, group)
 
 
 def world_sum(tensor: Tensor) -> Tensor:
-    """Elementwise sum over all ranks."""
+    """Sum elementwise over all ranks."""
     return _all_reduce(tensor, dist.ReduceOp.SUM, dist.group.WORLD if dist.is_initialized() else None)
 
 
 def move(tensor: Tensor, source: int, target: int, group: ProcessGroup) -> Tensor:
-    """Take the tensor of rank `source` of `group` to its rank `target`, where another of its shape and dtype stands.
+    """Send the tensor of rank `source` of `group` to rank `target`, which passes a tensor of equal shape and dtype.
 
-    Only these two ranks call it; the source gets its own back.
+    Only these two ranks call this function; rank `source` gets its tensor back.
     """
     ranks = [dist.get_global_rank(group, rank) for rank in (source, target)]
     tensor = tensor.detach().contiguous()
@@ -50,7 +51,7 @@ def move(tensor: Tensor, source: int, target: int, group: ProcessGroup) -> Tenso
 
 
 def broadcast_object(obj: T, group: ProcessGroup | None = None, src: int = 0) -> T:
-    """The `obj` of global rank `src` on every rank of `group` (None: all ranks)."""
+    """Return the `obj` of global rank `src` on every rank of `group` (None: all ranks)."""
     if not dist.is_initialized():
         return obj
     box = [obj]
@@ -59,7 +60,7 @@ def broadcast_object(obj: T, group: ProcessGroup | None = None, src: int = 0) ->
 
 
 def broadcast(tensor: Tensor, src: int) -> Tensor:
-    """The tensor of global rank `src` on every rank; what others pass says shape and dtype."""
+    """Return the tensor of global rank `src` on every rank; the tensors of other ranks give shape and dtype."""
     out = tensor.detach().clone(memory_format=torch.contiguous_format)
     if dist.is_initialized():
         dist.broadcast(out, src=src)
@@ -67,12 +68,12 @@ def broadcast(tensor: Tensor, src: int) -> Tensor:
 
 
 def all_gather_objects(obj: T) -> list[T]:
-    """The `obj` of every rank in rank order, on every rank."""
+    """Return the `obj` of every rank in rank order, on every rank."""
     return broadcast_object(gather_objects(obj))
 
 
 def gather_objects(obj: T) -> list[T]:
-    """The `obj` of every rank in rank order, on the main rank; empty on the others."""
+    """Return the `obj` of every rank in rank order on the main rank, and an empty list on the others."""
     if not dist.is_initialized():
         return [obj]
     boxes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -81,23 +82,23 @@ def gather_objects(obj: T) -> list[T]:
 
 
 def all_gather(tensor: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    """The tensors of all ranks of `group`, of one shape, one after another along `dim`; no gradient flows through."""
+    """Concatenate the tensors of all ranks of `group`, of one shape, along `dim`; no gradient flows through."""
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
     dist.all_gather(parts, tensor.detach().contiguous(), group=group)
     return torch.cat(parts, dim=dim)
 
 
 def last_stage_total(total: Tensor, mesh: Mesh) -> Tensor:
-    """Sum over data- and context-parallel ranks of the last pipeline stage's `total`, on the CPU of every rank.
+    """Sum the last pipeline stage's `total` over data- and context-parallel ranks; the sum is on the CPU of every rank.
 
-    What other stages pass is not used, but must be of the same shape.
+    The `total` of other stages only has to have the shape.
     """
     reduced = all_reduce_sum(total, mesh.dp_cp_group).cpu()
     return broadcast_object(reduced, mesh.pp_group, src=mesh.last_stage_rank) if mesh.pp_size > 1 else reduced
 
 
 def barrier() -> None:
-    """Return when every rank has come here."""
+    """Return when every rank has called this function."""
     if dist.is_initialized():
         dist.barrier()
 

@@ -1,4 +1,4 @@
-"""The device of this process: which one it is, what it is called, and its peak speed."""
+"""Describes the device of this process: index, name and peak speed."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-"""Part of a device's name -> peak; the first that fits counts."""
+"""Part of a device's name -> peak; the first part that occurs in the name counts."""
 
 
 def device_name() -> str:
-    """The kind of this process's device; of a CPU with the threads it may use."""
+    """Return the name of this process's device; a CPU's name includes the number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -21,10 +21,10 @@ def device_name() -> str:
 
 
 def peak_tflops(name: str) -> float | None:
-    """Peak dense bf16 TFLOP/s of a device by its name, None where it is not known; from NVIDIA's data sheets."""
+    """Return the peak dense bf16 TFLOP/s of a device by name, from NVIDIA's data sheets; None for an unknown device."""
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
 def device() -> torch.device:
-    """The device of this process's model."""
+    """Return the device of this process's model."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,9 +1,9 @@
-"""Megatron-Core on a machine without CUDA.
+"""Makes Megatron-Core run on a machine without CUDA.
 
 Megatron-Core names the CUDA device in its source: `device="cuda"`, `torch.cuda.current_device()`, streams, RNG states,
-`param.type() == "torch.cuda.FloatTensor"`. On a CPU these names are given their CPU meaning, so that the very same
-schedules, optimizer and checkpoints run on gloo. This is the one place that replaces functions of another library,
-and it does nothing where CUDA is available.
+`param.type() == "torch.cuda.FloatTensor"`. On a CPU this module gives these names a CPU meaning, so that
+Megatron-Core's schedules, optimizer and checkpoints run unchanged on gloo. No other module replaces functions of
+another library, and this one does nothing where CUDA is available.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _mode: _CudaNamesMeanCpu | None = None
 
 
 def use_cpu() -> None:
-    """Make Megatron-Core run on the CPU in this process; without effect on CUDA or when done already."""
+    """Make Megatron-Core run on the CPU in this process; a second call, and a call where CUDA is, has no effect."""
     global _mode
     if _mode is not None or torch.cuda.is_available():
         return

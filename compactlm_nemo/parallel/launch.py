@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 MAIN_RANK_WORK = timedelta(hours=12)
-"""How long ranks wait for work of the main rank alone (tokenising, tasks). Training has Megatron's own groups, whose
+"""Ranks wait this long for work of the main rank alone (tokenising, tasks). Training uses Megatron's groups, whose
 timeout is 30 minutes."""
 
 
 @contextmanager
 def main_rank_writes() -> Iterator[bool]:
-    """True on the rank that writes plain files; the others leave the block when it is done, or fail as it did."""
+    """Yield True on the rank that writes plain files; other ranks wait for that rank's block and fail if it fails."""
     problem: str | None = None
     try:
         yield is_main_rank()
@@ -37,13 +37,13 @@ def main_rank_writes() -> Iterator[bool]:
         problem = str(error) or type(error).__name__
         raise
     finally:
-        told = broadcast_object(problem)
-        if told is not None and not is_main_rank():
-            raise CompactLMError(told)
+        problem_on_main = broadcast_object(problem)
+        if problem_on_main is not None and not is_main_rank():
+            raise CompactLMError(problem_on_main)
 
 
 def start_mesh(layout: ParallelConfig, seed: int) -> Mesh:
-    """Make Megatron's groups in an initialised process group, seed every parallel RNG, and return this rank's place."""
+    """Make Megatron's groups in an initialised process group, seed every parallel RNG, and return the mesh."""
     from megatron.core import parallel_state, tensor_parallel
 
     from compactlm_nemo.parallel.mesh import current_mesh
@@ -61,7 +61,7 @@ def start_mesh(layout: ParallelConfig, seed: int) -> Mesh:
 
 
 def second_mesh(layout: ParallelConfig, seed: int) -> Mesh:
-    """Another mesh over the same processes, beside the one that Megatron goes on to see; see `Mesh.active`."""
+    """Make a second mesh over these processes; Megatron goes on seeing the first one outside `Mesh.active`."""
     from compactlm_nemo.parallel.mesh import no_mesh
 
     rng = torch.get_rng_state()
@@ -73,7 +73,7 @@ def second_mesh(layout: ParallelConfig, seed: int) -> Mesh:
 
 @contextmanager
 def launched(layout: ParallelConfig, seed: int) -> Iterator[Mesh]:
-    """Process group and mesh for the body; both are taken down afterwards."""
+    """Start the process group and the mesh for the body, and take both down afterwards."""
     from megatron.core import parallel_state
 
     use_cpu()

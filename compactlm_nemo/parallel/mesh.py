@@ -1,4 +1,4 @@
-"""The device mesh as plain values: the only reader of Megatron's `parallel_state`."""
+"""Holds the device mesh as plain values; this module alone reads Megatron's `parallel_state`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from compactlm_nemo.config.parallel import ParallelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """This process's place: ranks, sizes and groups of each parallel axis.
+    """A mesh says where this process stands: its ranks, and the sizes and groups of each parallel axis.
 
-    Data-parallel ranks hold different samples, context-parallel ranks parts of the same ones; expert-parallel ranks
-    are neighbours among the data-parallel ones.
+    Data-parallel ranks have different samples, context-parallel ranks different parts of one sample; expert-parallel
+    ranks are neighbours among the data-parallel ranks.
     """
 
     layout: ParallelConfig
@@ -39,11 +39,11 @@ class Mesh:
     dp_cp_group: ProcessGroup
     ep_group: ProcessGroup
     expert_dp_group: ProcessGroup
-    """Ranks that hold the same experts."""
+    """Ranks whose experts have equal numbers."""
     last_stage_rank: int
     """Global rank of the last pipeline stage among the ranks that share this rank's pipeline."""
     megatron: dict[str, Any] = field(repr=False)
-    """What Megatron holds of this mesh."""
+    """Megatron's record of this mesh: the global variables of `parallel_state`."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -59,8 +59,8 @@ class Mesh:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Megatron's own functions see this mesh inside; needed where a process has two."""
-        before = _held()
+        """Let Megatron's functions see this mesh inside the block; needed where a process has two meshes."""
+        before = _megatron_state()
         vars(parallel_state).update(self.megatron)
         try:
             yield
@@ -68,15 +68,15 @@ class Mesh:
             vars(parallel_state).update(before)
 
 
-def _held() -> dict[str, Any]:
-    """Megatron's record of the present mesh."""
+def _megatron_state() -> dict[str, Any]:
+    """Return Megatron's record of the present mesh."""
     return {name: value for name, value in vars(parallel_state).items() if name[0] == "_" and name.isupper()}
 
 
 @contextmanager
 def no_mesh() -> Iterator[None]:
-    """Inside, Megatron knows no mesh, so that a second one can be made; afterwards it knows the first again."""
-    before = _held()
+    """Let Megatron forget its mesh inside the block, so that a second mesh can be made; then restore the first."""
+    before = _megatron_state()
     vars(parallel_state).update({name: {} if isinstance(value, dict) else None for name, value in before.items()})
     try:
         yield
@@ -85,7 +85,7 @@ def no_mesh() -> Iterator[None]:
 
 
 def current_mesh(layout: ParallelConfig) -> Mesh:
-    """The mesh that `launch` made of this layout."""
+    """Return the mesh that `start_mesh` has made of this layout."""
     ps = parallel_state
     return Mesh(
         layout=layout,
@@ -107,5 +107,5 @@ def current_mesh(layout: ParallelConfig) -> Mesh:
         ep_group=ps.get_expert_model_parallel_group(),
         expert_dp_group=ps.get_expert_data_parallel_group(),
         last_stage_rank=ps.get_pipeline_model_parallel_last_rank(),
-        megatron=_held(),
+        megatron=_megatron_state(),
     )

@@ -1,4 +1,4 @@
-"""Two scores files of one model side by side: how they were measured, and how far they rank the same units alike."""
+"""Compares two scores files of one model: how each was measured, and how far their rankings of the units agree."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from compactlm_nemo.importance.scores import Scores, load_scores
 from compactlm_nemo.report.tables import rich_table
 
 DIGEST_LETTERS = 12
-"""Enough of a fingerprint to tell models apart by eye."""
+"""Letters of a fingerprint that tell models apart by eye."""
 
 
 def compare(config: CompareConfig, console: Console) -> None:
-    """Print how the two files differ, above a table of their rank correlations; a dry run checks and prints nothing."""
+    """Print how two files differ, above a table of rank correlations; a dry run only checks the files."""
     a, b = load_scores(Path(config.a)), load_scores(Path(config.b))
     check_same_model(config, a, b)
     pairs = metric_pairs(config, a, b)
@@ -36,7 +36,7 @@ def compare(config: CompareConfig, console: Console) -> None:
 
 
 def check_same_model(config: CompareConfig, a: Scores, b: Scores) -> None:
-    """DataError unless both files are of one model: the ranks of others' units have nothing to do with each other."""
+    """Raise DataError unless both files are of one model: ranks of different models' units cannot be compared."""
     first, second = (scores.metadata.get("model", "(unknown)") for scores in (a, b))
     if first != second:
         raise DataError(
@@ -46,15 +46,17 @@ def check_same_model(config: CompareConfig, a: Scores, b: Scores) -> None:
 
 
 def metric_pairs(config: CompareConfig, a: Scores, b: Scores) -> list[tuple[str, str]]:
-    """(metric of a, metric of b) to compare; ConfigError when there is none or a named one is not in its file."""
+    """Return the pairs (metric of a, metric of b) to compare; ConfigError when one is missing or none is common."""
     if config.width_a and config.width_b:
         _require_metric("width_a", config.width_a, config.a, a)
         _require_metric("width_b", config.width_b, config.b, b)
         return [(config.width_a.name, config.width_b.name)]
-    held_a, held_b = ([*scores.width_metrics, *scores.depth_metrics] for scores in (a, b))
-    if shared := [metric for metric in held_a if metric in held_b]:
+    metrics_a, metrics_b = ([*scores.width_metrics, *scores.depth_metrics] for scores in (a, b))
+    if shared := [metric for metric in metrics_a if metric in metrics_b]:
         return [(metric, metric) for metric in shared]
-    raise ConfigError(f"a holds {held_a} and b {held_b}, nothing in both; name two metrics by width_a and width_b.")
+    raise ConfigError(
+        f"a holds {metrics_a} and b {metrics_b}, nothing in both; name two metrics by width_a and width_b."
+    )
 
 
 def _require_metric(key: str, metric: WidthMetric, path: str, scores: Scores) -> None:
@@ -63,13 +65,13 @@ def _require_metric(key: str, metric: WidthMetric, path: str, scores: Scores) ->
 
 
 def header_lines(a: Scores, b: Scores) -> list[str]:
-    """The model of both, and each circumstance of the measurement that differs."""
+    """Return lines that name the model, and each circumstance of the measurement in which a and b differ."""
     lines = [f"model {a.metadata.get('model', '(unknown)')[:DIGEST_LETTERS]}"]
     return lines + (differences(a.metadata, b.metadata, "differs: ") or ["measured under the same circumstances"])
 
 
 def comparison_rows(a: Scores, b: Scores, pairs: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """One row for every axis of every pair of metrics, correlations as means over the vectors of the axis."""
+    """Return one row for every axis of every pair of metrics; a correlation is the mean over the axis's vectors."""
     rows = []
     for first, second in pairs:
         if first in a.depth_metrics:
@@ -93,7 +95,7 @@ def comparison_rows(a: Scores, b: Scores, pairs: list[tuple[str, str]]) -> list[
 
 
 def _measured_in_both(metric: str, a: Tensor, b: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The entries of a depth metric that both files hold a number for: no block goes beyond the last layer."""
+    """Select the entries of a depth metric that are a number in both files: no block goes beyond the last layer."""
     if a.shape != b.shape:
         raise DataError(f"axis {DEPTH}: {metric} is {list(a.shape)} in a and {list(b.shape)} in b, of other models.")
     measured = torch.isfinite(a) & torch.isfinite(b)

@@ -1,4 +1,4 @@
-"""Plots of measured importance as PNG files: what ranks units, how far metrics agree, and which layers count."""
+"""Plots importance as PNG files: the scores of units, the agreement of metrics, and the scores of layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from compactlm_nemo.importance.names import (
     mlp_key,
 )
 from compactlm_nemo.importance.scores import Scores
-from compactlm_nemo.report.plots import save
+from compactlm_nemo.report.plots import log_if_wide, save
 
 TITLES = {
     "hidden": "Hidden channels",
@@ -48,11 +48,11 @@ DEPTH_UNITS = {
     DepthMetric.tasks: "fall of accuracy",
 }
 COLORS = colormaps["viridis"].with_extremes(bad="white")
-"""White is where there is no number, which is not the same as a low one."""
+"""An entry without a number is white, a low one is dark."""
 
 
 def plot_importance(ranking: dict[str, Tensor], path: Path) -> Figure:
-    """One panel an axis: neurons and hidden channels sorted by score, heads, query groups and experts by layer.
+    """Plot one panel an axis: neurons and hidden channels sorted by score, heads, query groups and experts by layer.
 
     Args:
         ranking: As `Scores.ranking` gives it; layers are those with `layers.{i}.heads`. An axis that the model does not
@@ -78,14 +78,15 @@ def plot_importance(ranking: dict[str, Tensor], path: Path) -> Figure:
         _plot_units(figure, next(panels), axis, rows, num_layers)
     if HIDDEN in ranking:
         hidden = next(panels)
-        hidden.semilogy(np.sort(_numpy(ranking[HIDDEN]))[::-1], color="C0", linewidth=1.2)
+        hidden.plot(np.sort(_numpy(ranking[HIDDEN]))[::-1], color="C0", linewidth=1.2)
+        log_if_wide(hidden, _numpy(ranking[HIDDEN]))
         hidden.set(title=f"{TITLES[HIDDEN]}, sorted", xlabel="rank", ylabel="score")
         hidden.grid(alpha=0.3)
     return save(figure, path)
 
 
 def _figure(num_panels: int) -> tuple[Figure, Iterator[Axes]]:
-    """A figure of so many equal panels, two in a row, three when there are more than four."""
+    """Make a figure of `num_panels` equal panels: two in a row, or three when there are more than four."""
     columns = min(num_panels, 2 if num_panels <= 4 else 3)
     rows = -(-num_panels // columns)
     figure = Figure(figsize=(6 * columns, 4 * rows), layout="constrained")
@@ -93,10 +94,11 @@ def _figure(num_panels: int) -> tuple[Figure, Iterator[Axes]]:
 
 
 def _plot_neurons(figure: Figure, axes: Axes, curves: dict[int, np.ndarray], num_layers: int) -> None:
-    """One sorted curve a layer, coloured by its depth."""
+    """Draw one sorted curve a layer, coloured by the depth of the layer."""
     deepest, colors = max(num_layers - 1, 1), colormaps["viridis"]
+    log_if_wide(axes, np.concatenate(list(curves.values())))
     for layer_idx, values in curves.items():
-        axes.semilogy(np.sort(values)[::-1], color=colors(layer_idx / deepest), linewidth=1)
+        axes.plot(np.sort(values)[::-1], color=colors(layer_idx / deepest), linewidth=1)
     scale = ScalarMappable(Normalize(0, deepest), colors)
     figure.colorbar(scale, ax=axes, label="layer", ticks=MaxNLocator(integer=True))
     axes.set(title=f"{TITLES['mlp']}, sorted within their layer", xlabel="rank", ylabel="score")
@@ -104,7 +106,7 @@ def _plot_neurons(figure: Figure, axes: Axes, curves: dict[int, np.ndarray], num
 
 
 def _plot_units(figure: Figure, axes: Axes, axis: str, rows: dict[int, np.ndarray], num_layers: int) -> None:
-    """Layers by units, each layer relative to its best unit: the cut chooses within a layer."""
+    """Draw a map of layers by units, each layer relative to its best unit: the cut chooses within a layer."""
     grid = np.full((num_layers, max(map(len, rows.values()))), np.nan)
     for layer_idx, values in rows.items():
         grid[layer_idx, : len(values)] = values / max(values.max(), np.finfo(values.dtype).tiny)
@@ -115,7 +117,7 @@ def _plot_units(figure: Figure, axes: Axes, axis: str, rows: dict[int, np.ndarra
 
 
 def plot_agreement(scores: Scores, path: Path) -> Figure:
-    """Kendall's tau between every two width metrics, one panel an axis; a metric without the axis stays white.
+    """Plot Kendall's tau between every two width metrics, one panel an axis; a metric without the axis stays white.
 
     Args:
         scores: With two width metrics at least; DataError otherwise.
@@ -142,8 +144,8 @@ def plot_agreement(scores: Scores, path: Path) -> Figure:
 
 
 def _taus(widths: dict[str, dict[str, Tensor]]) -> dict[str, np.ndarray]:
-    """Axis -> symmetric matrix of the metrics' correlations, NaN where a metric does not measure the axis."""
-    found: dict[str, np.ndarray] = {}
+    """Compute axis -> symmetric matrix of the metrics' correlations, NaN where a metric does not measure the axis."""
+    matrices: dict[str, np.ndarray] = {}
     for axis in NAME_PATTERNS:
         parts = [{name: x for name, x in width.items() if axis_of(name) == axis} for width in widths.values()]
         if not any(parts):
@@ -153,12 +155,12 @@ def _taus(widths: dict[str, dict[str, Tensor]]) -> dict[str, np.ndarray]:
             for column, second in enumerate(parts[: row + 1]):
                 if first and second:
                     grid[row, column] = grid[column, row] = 1.0 if row == column else agreement(first, second)[axis]
-        found[axis] = grid
-    return found
+        matrices[axis] = grid
+    return matrices
 
 
 def plot_depth(scores: Scores, path: Path) -> Figure:
-    """One panel a depth metric: its curve over the layers in its own unit, and blocks of layers as a heat map.
+    """Plot one panel a depth metric: a curve over the layers in the metric's unit, or blocks of layers as a heat map.
 
     Args:
         scores: With one depth metric at least; DataError otherwise. Entries that are no number stay white.
@@ -172,6 +174,7 @@ def plot_depth(scores: Scores, path: Path) -> Figure:
         axes.set(title=metric, xlabel="layer", ylabel=unit)
         if values.ndim == 1:
             axes.plot(values, color="C0", linewidth=1.2, marker=".")
+            log_if_wide(axes, values)
             axes.grid(alpha=0.3)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:
@@ -180,7 +183,7 @@ def plot_depth(scores: Scores, path: Path) -> Figure:
 
 
 def _plot_blocks(figure: Figure, axes: Axes, values: np.ndarray, unit: str) -> None:
-    """First layer by number of layers of a block; column 0 is blocks of one layer."""
+    """Draw a map of blocks, first layer by number of layers; column 0 is blocks of one layer."""
     num_layers = len(values)
     extent = (0.5, num_layers + 0.5, num_layers - 0.5, -0.5)
     shown = np.ma.masked_invalid(values)

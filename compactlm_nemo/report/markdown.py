@@ -1,4 +1,4 @@
-"""The report of a run: one table, the plots, and how the numbers came about."""
+"""Writes the report of a run: one table, the plots, and how the numbers came about."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from compactlm_nemo.artifacts import atomic_write_text, read_manifest
 from compactlm_nemo.config.score import BLOCK_METRICS, DepthMetric, WidthMetric
 from compactlm_nemo.importance.scores import Scores, load_scores
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
-from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes
+from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, tokens_curve
 from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
 from compactlm_nemo.training.tracker import LOSS, METRICS
 
 SHORT_TABLE_LAYERS = 16
-"""Layers up to which the scores of layers are given as numbers too; beyond, the plot alone is easier to read."""
+"""The report has a table of the layers' scores for models of at most this many layers; a longer one is hard to read."""
 
 
 def _results(run_dir: Path) -> list[dict[str, Any]]:
-    """What the evaluate stage found, a row a model."""
+    """Read the results of the evaluate stage, a row a model."""
     rows: list[dict[str, Any]] = json.loads((run_dir / "evaluate" / "results.json").read_text())
     return rows
 
 
 def table_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """One row a model with rounded figures."""
+    """Return one row a model, with rounded figures."""
     table = []
     for row in _results(run_dir):
         losses = {key: value for key, value in row.items() if key.startswith("loss_")}
@@ -48,8 +48,8 @@ def table_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def write_report(run_dir: Path, folder: Path) -> None:
-    metrics = [json.loads(line) for line in (run_dir / "distill" / METRICS).read_text().splitlines()]
-    plot_loss_curve(metrics, folder / "loss.png")
+    """Write report.md and its plots, from what the other stages left in the run's folder."""
+    plot_loss_curve(_metrics(run_dir / "distill"), folder / "loss.png", _heldout_losses(run_dir))
     points = [
         {"model": row["model"], "params": row["params"], "lm_loss_nats": value, "text": key.removeprefix("loss_")}
         for row in _results(run_dir)
@@ -70,7 +70,7 @@ def write_report(run_dir: Path, folder: Path) -> None:
         "",
         "Student: {layers} layers, hidden {hidden}, MLP {ffn}, heads {heads}.".format(**shape),
         "",
-        "![Loss over steps](loss.png)",
+        "![Loss over tokens](loss.png)",
         "![Loss against size](sizes.png)",
         "",
         *_search(run_dir, folder),
@@ -80,7 +80,7 @@ def write_report(run_dir: Path, folder: Path) -> None:
 
 
 def _search(run_dir: Path, folder: Path) -> list[str]:
-    """The plots of candidates that were built or trained, and what the report says about them."""
+    """Plot the candidates that were built or trained, and return the report's lines about these plots."""
     candidates = json.loads((run_dir / "search" / "candidates.json").read_text())
     ranking = run_dir / "rank" / "ranking.json"
     ranked = json.loads(ranking.read_text()) if ranking.is_file() else []
@@ -92,24 +92,38 @@ def _search(run_dir: Path, folder: Path) -> list[str]:
         plot_prediction(candidates, folder / "prediction.png")
         text += ["Predicted and measured loss:", "", "![Prediction](prediction.png)", ""]
     if ranked:
-        curves = {int(path.parts[-3]): _losses(path) for path in sorted(ranking.parent.glob(f"*/distill/{METRICS}"))}
-        curves |= {
-            int(path.parts[-4]): _losses(path)
-            for path in sorted(ranking.parent.glob(f"*/progress/distill/{METRICS}"))
-            if int(path.parts[-4]) not in curves
-        }
+        curves = {int(path.name): _loss_curve(path) for path in sorted(ranking.parent.glob("[0-9]*"))}
+        curves = {index: curve for index, curve in curves.items() if curve}
         labels = {index: shape_label(candidates[index]) for index in curves}
         plot_rank_curves(curves, labels, folder / "ranks.png")
-        text += ["How the candidates fared while they were trained:", "", "![Ranks over steps](ranks.png)", ""]
+        text += ["How the candidates fared while they were trained:", "", "![Ranks over tokens](ranks.png)", ""]
     return ["## Candidates", "", *text] if text else []
 
 
-def _losses(path: Path) -> list[float]:
-    return [json.loads(line)[LOSS] for line in path.read_text().splitlines()]
+def _loss_curve(candidate: Path) -> list[tuple[float, float]]:
+    """Read the distillation loss of a candidate over tokens; empty when the training of the candidate has not begun."""
+    folders = (candidate / "distill", candidate / "progress" / "distill")
+    folder = next((path for path in folders if (path / METRICS).is_file()), None)
+    return tokens_curve(_metrics(folder), LOSS) if folder else []
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read the lines of a folder's metrics file."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
+def _heldout_losses(run_dir: Path) -> dict[str, dict[str, float]]:
+    """Return held-out text -> model -> LM loss, from the evaluate stage."""
+    losses: dict[str, dict[str, float]] = {}
+    for row in _results(run_dir):
+        for key, value in row.items():
+            if key.startswith("loss_"):
+                losses.setdefault(key.removeprefix("loss_"), {})[row["model"]] = value
+    return losses
 
 
 def _importance(run_dir: Path, folder: Path) -> list[str]:
-    """The plots of the scores, written, and what the report says about them."""
+    """Plot the scores, and return the report's lines about these plots."""
     scores = load_scores(run_dir / "score")
     width, depth = _chosen_metrics(run_dir, scores)
     plot_importance(scores.ranking(width, depth), folder / "importance.png")
@@ -140,19 +154,19 @@ def _importance(run_dir: Path, folder: Path) -> list[str]:
 
 
 def _chosen_metrics(run_dir: Path, scores: Scores) -> tuple[WidthMetric, DepthMetric]:
-    """What the search stage ranked by: the metrics it was told, else the first; it ran, so they are there."""
+    """Return the metrics that the search stage ranked by: those of its settings, else the first of the scores."""
     settings = read_manifest(run_dir / "search")["settings"]
     width, depth = settings.get("search.width"), settings.get("search.depth")
     return WidthMetric[width or scores.width_metrics[0]], DepthMetric[depth or scores.depth_metrics[0]]
 
 
 def _layer_metrics(scores: Scores) -> list[str]:
-    """The depth metrics that give each layer a number."""
+    """List the depth metrics that give each layer a number."""
     return [name for name in scores.depth_metrics if DepthMetric[name] not in BLOCK_METRICS]
 
 
 def depth_rows(scores: Scores) -> list[dict[str, Any]]:
-    """One row a layer with its score by each metric of layers; none when the model has too many for a table."""
+    """Return one row a layer with a score by each metric of layers; no rows when the model has too many layers."""
     columns = {metric: scores.depth(metric).tolist() for metric in _layer_metrics(scores)}
     num_layers = max(map(len, columns.values()), default=0)
     if num_layers > SHORT_TABLE_LAYERS:
@@ -173,7 +187,7 @@ def _percent(share: float | None) -> str:
 
 
 def show(run_dir: Path, console: Console) -> None:
-    """The closing table and where the results are."""
+    """Print the closing table and where the results are."""
     console.print(rich_table(run_dir.name, table_rows(run_dir)))
     for name, share in _recovered(run_dir).items():
         console.print(f"loss gap closed on {name}: {_percent(share)}")

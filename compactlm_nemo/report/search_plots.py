@@ -8,24 +8,28 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from compactlm_nemo.errors import DataError
 from compactlm_nemo.importance.agreement import spearman
-from compactlm_nemo.report.plots import save
+from compactlm_nemo.report.plots import draw_curve, log_if_wide, save, short_number
 
 SMOOTHED = 10
-"""A rank is that of the mean loss over a tenth of the steps so far."""
-COSTS = {"latency_ms": ("milliseconds of a forward pass", 1.0), "params": ("parameters, millions", 1e6)}
+"""A rank at a step compares mean losses over the last 1 / `SMOOTHED` of the steps until then."""
+COSTS = {"latency_ms": "milliseconds of a forward pass", "params": "parameters"}
+"""Key of a cost -> label of its axis; the plot takes the first key that all candidates have."""
 
 
 def shape_label(candidate: dict[str, Any]) -> str:
-    """`23 layers, hidden 576, MLP 1296, heads 9`."""
+    """Write a shape as `23 layers, hidden 576, MLP 1296, heads 9`."""
     return "{layers} layers, hidden {hidden}, MLP {ffn}, heads {heads}".format(**candidate)
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points (cost, loss) that no other point beats in one without losing in the other, by cost."""
+    """Return the indices of the points (cost, loss) on the Pareto front, by cost.
+
+    No other point is better than one of these in cost or loss and no worse in the other.
+    """
     front, best = [], float("inf")
     for index in sorted(range(len(points)), key=points.__getitem__):
         if points[index][1] < best:
@@ -35,7 +39,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
 
 
 def plot_pareto(candidates: list[dict[str, Any]], path: Path) -> Figure:
-    """Loss against cost, the front drawn as a line; latency is the cost where it was measured, else parameters.
+    """Plot loss against cost, with the Pareto front as a line; cost is latency where measured, else parameters.
 
     Args:
         candidates: Lines of candidates.json or ranking.json with a `loss` or `zero_shot_loss`; others are left out.
@@ -46,27 +50,25 @@ def plot_pareto(candidates: list[dict[str, Any]], path: Path) -> Figure:
     if not measured:
         raise DataError(f"{path.name}: no candidate has a loss; set search.top or rank.candidates.")
     cost = next(name for name in COSTS if all(c.get(name) is not None for c in measured))
-    label, unit = COSTS[cost]
-    points = [(c[cost] / unit, c[kind]) for c in measured]
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    points = [(c[cost], c[kind]) for c in measured]
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.scatter(*zip(*points, strict=True), color="C0")
-    front = [points[i] for i in pareto_front(points)]
-    axes.plot(*zip(*front, strict=True), color="C1", drawstyle="steps-post", label="best at this cost")
-    for index in pareto_front(points):
-        axes.annotate(
-            shape_label(measured[index]), points[index], xytext=(6, 4), textcoords="offset points", fontsize=7
-        )
+    front = pareto_front(points)
+    axes.plot(*zip(*[points[i] for i in front], strict=True), color="C1", drawstyle="steps-post")
+    for number, index in enumerate(front, start=1):
+        axes.annotate(str(number), points[index], xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axes.plot([], [], " ", label=f"{number}: {shape_label(measured[index])}")
     when = "after a short distillation" if kind == "loss" else "right after the cut"
-    axes.set(title=f"Candidates: validation loss {when}", xlabel=label, ylabel="LM loss, nats per token")
-    axes.margins(x=0.25, y=0.1)  # room for the labels
+    axes.set(title=f"Candidates: validation loss {when}", xlabel=COSTS[cost], ylabel="LM loss, nats per token")
+    axes.xaxis.set_major_formatter(FuncFormatter(short_number))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper", title="best at their cost", fontsize=7, title_fontsize=8, handlelength=0)
     return save(figure, path)
 
 
 def plot_prediction(candidates: list[dict[str, Any]], path: Path) -> Figure:
-    """Measured zero-shot loss against the predicted loss, a proxy; the title gives Spearman's rank correlation.
+    """Plot measured zero-shot loss against the predicted loss, a proxy; the title gives Spearman's rank correlation.
 
     Args:
         candidates: Lines of candidates.json; those without `predicted_loss` or `zero_shot_loss` are left out.
@@ -95,7 +97,7 @@ def plot_prediction(candidates: list[dict[str, Any]], path: Path) -> Figure:
 
 
 def ranks_over_steps(curves: dict[int, list[float]]) -> dict[int, list[int]]:
-    """Candidate -> its rank, 1 is best, at every step that all curves have, by the mean of its last losses."""
+    """Rank the candidates at every step that all curves have, by the mean of the last losses; rank 1 is best."""
     steps = min(map(len, curves.values()))
     means = np.array(
         [
@@ -107,30 +109,35 @@ def ranks_over_steps(curves: dict[int, list[float]]) -> dict[int, list[int]]:
     return {candidate: row.tolist() for candidate, row in zip(curves, ranks, strict=True)}
 
 
-def plot_rank_curves(curves: dict[int, list[float]], labels: dict[int, str], path: Path) -> Figure:
-    """Distillation loss of each candidate and its rank, against the step (as figure 9 of arXiv 2407.14679).
+def plot_rank_curves(curves: dict[int, list[tuple[float, float]]], labels: dict[int, str], path: Path) -> Figure:
+    """Plot each candidate's distillation loss and rank over the tokens trained (as figure 9 of arXiv 2407.14679).
 
     Args:
-        curves: Candidate -> distillation loss of each step; those dropped on the way are shorter.
-        labels: Candidate -> what it is called.
+        curves: Candidate -> points (tokens trained, distillation loss); a candidate dropped on the way has fewer.
+        labels: Candidate -> its name in the legend.
         path: PNG to write.
     """
-    if not curves:
+    if not any(curves.values()):
         raise DataError(f"{path.name}: no candidate has been trained; run recipes.rank.")
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for number, (candidate, losses) in enumerate(sorted(curves.items())):
-        left.plot(losses, color=f"C{number % 10}", linewidth=1, label=f"{candidate}: {labels[candidate]}")
+    colors = {candidate: f"C{number % 10}" for number, candidate in enumerate(sorted(curves))}
+    for candidate, color in colors.items():
+        draw_curve(left, curves[candidate], label=f"{candidate}: {labels[candidate]}", color=color)
+    log_if_wide(left, [loss for points in curves.values() for _, loss in points])
     longest = max(map(len, curves.values()))
-    whole = {candidate: losses for candidate, losses in curves.items() if len(losses) == longest}
-    for candidate, ranks in ranks_over_steps(whole).items():
-        right.plot(ranks, color=f"C{sorted(curves).index(candidate) % 10}", linewidth=1.5)
-    left.set(title="Distillation loss", xlabel="step", ylabel="nats per token", yscale="log")
+    finished = {candidate: points for candidate, points in curves.items() if len(points) == longest}
+    ranks_of = ranks_over_steps({candidate: [loss for _, loss in points] for candidate, points in finished.items()})
+    for candidate, ranks in ranks_of.items():
+        tokens = [position for position, _ in finished[candidate]]
+        right.plot(tokens, ranks, color=colors[candidate], linewidth=1.5)
+    left.set(title="Distillation loss", ylabel="weighted sum of the losses, per token")
     left.legend(fontsize=7)
-    right.set(title="Rank among those trained to the end", xlabel="step", ylabel="rank, 1 is best")
+    right.set(title="Rank among those trained to the end", ylabel="rank, 1 is best")
     right.invert_yaxis()
     for axes in (left, right):
+        axes.set_xlabel("tokens trained")
+        axes.xaxis.set_major_formatter(FuncFormatter(short_number))
         axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
     return save(figure, path)

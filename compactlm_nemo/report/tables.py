@@ -1,4 +1,4 @@
-"""Rows of results -> Markdown and terminal tables. A column is a key; its place is where a row first has it."""
+"""Turns rows of results into Markdown and terminal tables. A column is a key; columns are in order of first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """Integers with thousands separators, floats with four significant digits, nothing as a dash."""
+    """Write a value: integers with thousands separators, floats with four significant digits, None as a dash."""
     if value is None:
         return MISSING
     if isinstance(value, bool):
@@ -33,7 +33,7 @@ def _is_numeric(rows: list[dict[str, Any]], column: str) -> bool:
 
 
 def comparison_markdown(rows: list[dict[str, Any]]) -> str:
-    """A GitHub Markdown table ending in a newline; numeric columns are right-aligned. No rows give an empty string."""
+    """Write a GitHub Markdown table that ends in a newline; numeric columns are right-aligned, no rows give no text."""
     if not rows:
         return ""
 
@@ -48,7 +48,7 @@ def comparison_markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def rich_table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """The same table for a terminal; text is shown as it is, never read as rich markup."""
+    """Build a table for a terminal; text in cells is shown literally, never read as rich markup."""
     table = Table(title=escape(title), padding=0)
     columns = _columns(rows)
     for column in columns:

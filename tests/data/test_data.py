@@ -239,7 +239,7 @@ def test_blend_keeps_its_shares_at_every_length(tmp_path):
         for corpus_idx, weight in enumerate(weights):
             assert abs(counts[corpus_idx] - (i + 1) * weight / 8) < 1
     assert [counts[c] for c in range(3)] == [250, 100, 50]
-    places = [windows.place(i) for i in range(10000)]  # past the first growths of the table
+    places = [windows.corpus_and_rank(i) for i in range(10000)]  # past the first growths of the table
     for first in range(0, 10000, 8):
         assert [c for c, _ in places[first : first + 8]] == [c for c, _ in places[:8]]
     assert [rank for c, rank in places if c == 1] == list(range(2500))

@@ -16,7 +16,7 @@ from compactlm_nemo.errors import CheckpointError, DataError
 from compactlm_nemo.importance.scores import FILE, Scores, save_scores
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
 from compactlm_nemo.report.markdown import SHORT_TABLE_LAYERS, depth_rows, write_report
-from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes
+from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, short_number, tokens_curve
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
 
 ROWS = [
@@ -49,20 +49,113 @@ def colours(path, name: str) -> int:
     return int((abs(image * 255 - want).max(-1) < 3).sum())
 
 
-def test_loss_curve_draws_student_and_teacher(tmp_path):
-    lines = [
-        {"step": i, "train/loss": 2 / i, "train/lm_loss_nats": 3 + 1 / i, "train/teacher_lm_loss_nats": 2.9}
-        for i in range(1, 60)
+def training_lines(steps: range, tokens: float = 1000.0) -> list[dict]:
+    """Lines of metrics.jsonl: the losses of the student fall, the loss of the teacher is 2.9."""
+    return [
+        {
+            "step": i, "train/tokens": tokens, "train/loss": 2 / (i + 1), "train/lm_loss_nats": 3 + 1 / (i + 1),
+            "train/teacher_lm_loss_nats": 2.9,
+        }
+        for i in steps
+    ]  # fmt: skip
+
+
+def tick_texts(figure: Figure, scale) -> list[str]:
+    """The labels of the ticks that one sees: those within the axis."""
+    figure.canvas.draw()
+    low, high = sorted(scale.get_view_interval())
+    labels = zip(scale.get_majorticklocs(), scale.get_ticklabels(), strict=True)
+    return [label.get_text() for value, label in labels if low <= value <= high]
+
+
+def test_tokens_of_steps_without_a_line_count():
+    # Every third of 9 steps of 1,000 tokens has a line; the first is step 2, so 2,000 tokens came before its update.
+    lines = [{"step": i, "train/tokens": 1000.0, "train/loss": float(i), "eval/loss": float(i)} for i in (2, 5, 8)]
+    assert tokens_curve(lines, "train/loss") == [(2000, 2.0), (5000, 5.0), (8000, 8.0)]
+    assert tokens_curve(lines, "eval/loss") == [(3000, 2.0), (6000, 5.0), (9000, 8.0)]
+    # Global batches of other sizes, a value that was not finite, and lines of something else.
+    others = [{"step": 0, "train/tokens": 10.0, "train/loss": 1.0}, {"eval/loss": 7.0}, {"step": 1, "train/loss": 2.0}]
+    others += [
+        {"step": 2, "train/tokens": 30.0, "train/loss": None},
+        {"step": 3, "train/tokens": 5.0, "train/loss": 4.0},
     ]
-    path = tmp_path / "new" / "loss.png"
-    plot_loss_curve([*lines, {"eval/loss": 1.0}], path)
-    assert colours(path, "blue") > 300 and colours(path, "orange") > 300
-    # A loss of exactly 0 has no place on a log axis, yet must be seen: the legend alone is about 40 pixels.
-    plot_loss_curve([{"step": i, "train/loss": 0.0} for i in range(60)], tmp_path / "one.png")
-    assert colours(tmp_path / "one.png", "blue") > 300
-    assert colours(tmp_path / "one.png", "orange") == 0
-    with pytest.raises(DataError, match="no metric line"):
-        plot_loss_curve([{"step": 1}], path)
+    assert tokens_curve(others, "train/loss") == [(0, 1.0), (10 + 2 * 30, 4.0)]
+
+
+def test_numbers_at_ticks():
+    assert list(map(short_number, (0, 0.5, 500, 20_000, 1_500_000, 94e9, 2e12))) == [
+        "0", "0.5", "500", "20k", "1.5M", "94B", "2T"
+    ]  # fmt: skip
+
+
+def test_loss_curve_shows_both_models_over_tokens_with_units(tmp_path):
+    figure = plot_loss_curve([*training_lines(range(60)), {"eval/loss": 1.0}], tmp_path / "new" / "loss.png")
+    found = panels(figure)
+    assert set(found) == {"LM loss", "Distillation loss"}
+    left, right = found["LM loss"], found["Distillation loss"]
+    for axes in (left, right):
+        assert axes.get_xlabel() == "tokens trained"
+        assert tick_texts(figure, axes.xaxis) == ["0", "10k", "20k", "30k", "40k", "50k", "60k"]
+        labels = tick_texts(figure, axes.yaxis)
+        assert len(labels) >= 4 and all(labels)
+    assert left.get_ylabel() == "nats per token" and right.get_ylabel() == "weighted sum of the losses, per token"
+    pale, mean, teacher = left.lines
+    assert pale.get_xydata()[[0, 59]].tolist() == [[0, 4.0], [59000, 3 + 1 / 60]]
+    np.testing.assert_allclose(mean.get_ydata()[[0, 10, 59]], [4.0, *(np.mean([3 + 1 / (i + 1) for i in s]) for s in (
+        range(7, 14), range(56, 60)))])  # fmt: skip
+    assert (list(teacher.get_ydata()), teacher.get_linestyle()) == ([2.9, 2.9], "--")
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+        "student, training text", "teacher, training text: mean 2.90"
+    ]  # fmt: skip
+    # From 2 to 1/30 are nearly two decades: a logarithmic axis, with figures and not only powers of ten.
+    assert right.get_yscale() == "log" and {"0.05", "0.1", "0.2", "0.5", "1", "2"} <= set(
+        tick_texts(figure, right.yaxis)
+    )
+    assert left.get_yscale() == "linear"
+    assert colours(tmp_path / "new" / "loss.png", "blue") > 300
+
+
+def test_loss_curve_of_a_short_range_is_linear_and_zero_is_seen(tmp_path):
+    lines = [{"step": i, "train/tokens": 8.0, "train/loss": 1 + i / 10} for i in range(9)]
+    right = panels(plot_loss_curve(lines, tmp_path / "a.png"))["Distillation loss"]
+    assert right.get_yscale() == "linear" and right.lines[0].get_marker() == "."
+    # A loss of exactly 0 has no place on a logarithmic axis; a legend alone has no pixel of this blue.
+    plot_loss_curve([line | {"train/loss": 0.0} for line in lines], tmp_path / "zero.png")
+    assert colours(tmp_path / "zero.png", "blue") > 300
+    assert colours(tmp_path / "zero.png", "orange") == 0
+    missing = [line | {"train/loss": None} for line in lines[:3]] + lines[3:]  # steps with a loss that was not finite
+    figure = plot_loss_curve(missing, tmp_path / "null.png")
+    assert panels(figure)["Distillation loss"].lines[0].get_xdata().tolist() == [24, 32, 40, 48, 56, 64]
+    for nothing in ([], [{"step": 1, "train/tokens": 8.0}], [{"step": 1, "train/loss": 1.0}]):
+        with pytest.raises(DataError, match="no metric line"):
+            plot_loss_curve(nothing, tmp_path / "none.png")
+
+
+def test_loss_curve_marks_what_was_lost_and_won_back_on_held_out_text(tmp_path):
+    heldout = {"wiki": {"teacher": 2.9, "pruned": 4.4, "distilled": 3.4}, "news": {"pruned": 5.0}}
+    lines = training_lines(range(9, 60, 10))
+    lines[2]["eval/wiki_lm_loss_nats"] = 3.6
+    left = panels(plot_loss_curve(lines, tmp_path / "a.png", heldout))["LM loss"]
+    marks = {
+        (line.get_color(), line.get_marker(), *line.get_xydata()[0])
+        for line in left.lines
+        if len(line.get_xdata()) == 1
+    }
+    assert marks == {
+        ("C1", "o", 0, 4.4), ("C1", "o", 60000, 3.4), ("C1", "_", 60000, 2.9), ("C1", "None", 30000, 3.6),
+        ("C2", "o", 0, 5.0),
+    }  # fmt: skip
+    assert [text.get_text() for text in left.get_legend().get_texts()][2:] == [
+        "wiki, held out: pruned ○ 4.40, distilled ● 3.40, teacher – 2.90", "news, held out: pruned ○ 5.00"
+    ]  # fmt: skip
+
+
+def test_a_teacher_that_is_corrected_meanwhile_is_a_curve(tmp_path):
+    lines = [line | {"train/correct_loss": 2.0} for line in training_lines(range(20))]
+    lines[0]["train/teacher_lm_loss_nats"] = 3.5
+    _, teacher = panels(plot_loss_curve(lines, tmp_path / "a.png"))["LM loss"].lines
+    assert teacher.get_ydata().tolist() == [3.5, *[2.9] * 19] and teacher.get_linestyle() == "--"
+    assert "corrected" in teacher.get_label()
 
 
 def panels(figure: Figure) -> dict:
@@ -161,6 +254,10 @@ def test_agreement_has_a_panel_an_axis(tmp_path):
 def test_depth_has_a_curve_a_metric_and_a_map_of_blocks(tmp_path):
     found = panels(plot_depth(three_metrics(), tmp_path / "depth.png"))
     assert list(found) == ["bi", "bi_blocks", "lm_loss"]
+    assert (found["bi"].get_yscale(), found["lm_loss"].get_yscale()) == ("linear", "linear")  # 0.1 to 0.4; -0.1 to 2.5
+    wide = Scores({"depth.bi": torch.tensor([1.0, 0.04, 0.03, 0.2])}, {})
+    figure = plot_depth(wide, tmp_path / "wide.png")
+    assert {"0.05", "0.1", "0.2", "0.5", "1"} <= set(tick_texts(figure, panels(figure)["bi"].yaxis))
     np.testing.assert_allclose(found["bi"].lines[0].get_ydata(), [0.4, 0.1, 0.2, 0.3], rtol=1e-6)
     np.testing.assert_allclose(found["lm_loss"].lines[0].get_ydata(), [2.5, -0.1, 0.7, 1.0], rtol=1e-6)
     image = found["bi_blocks"].images[0]
@@ -186,7 +283,7 @@ def finished_run(run: Path, scores: Scores, search: dict[str, str | None]) -> Pa
         (run / stage).mkdir(parents=True)
         write_manifest(run / stage, search if stage == "search" else {}, {}, values)
     save_scores(run / "score" / FILE, scores)
-    lines = [{"step": i, "train/loss": 1 / i, "train/lm_loss_nats": 3.0} for i in range(1, 5)]
+    lines = training_lines(range(4))
     (run / "distill" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     row = {"params": 1000, "loss_wiki": 2.5, "tokens_trained": 0, "forward_tokens_per_second": 9.6}
     rows = [row | {"model": name} for name in ("teacher", "pruned", "distilled")]
@@ -204,7 +301,7 @@ def test_the_report_shows_the_search(tmp_path):
     (run / "rank" / "ranking.json").write_text(json.dumps([found[1] | {"candidate": 1, "loss": 2.0}]))
     for index, folder in ((0, "progress/distill"), (1, "progress/distill"), (1, "distill")):
         (run / "rank" / str(index) / folder).mkdir(parents=True)
-        lines = [{"step": step, "train/loss": 1.0 / (step + 1)} for step in range(4 if index else 2)]
+        lines = training_lines(range(4 if index else 2))
         (run / "rank" / str(index) / folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     write_report(run, run / "report")
     text = (run / "report" / "report.md").read_text()
@@ -255,10 +352,17 @@ def test_sizes_has_one_colour_a_text(tmp_path):
         for text, shift in (("wiki", 0.0), ("news", 0.6))
         for name, params, loss in (("teacher", 134515008, 2.85), ("pruned", 90000000, 5.2), ("student", 90000000, 3.3))
     ]
-    plot_sizes(rows, tmp_path / "two.png")
+    figure = plot_sizes(rows, tmp_path / "two.png")
+    (axes,) = figure.axes
+    assert [points.get_offsets().tolist()[1] for points in axes.collections] == [[9e7, 5.2], [9e7, 5.8]]
+    assert "100M" in tick_texts(figure, axes.xaxis) and axes.get_xlabel() == "parameters"
+    assert axes.get_ylabel() == "LM loss, nats per token"
+    labels = [(text.get_text(), text.get_ha()) for text in axes.texts]
+    # A point of each text at one size: the labels stand on different sides.
+    assert labels[1] == ("pruned 5.20", "left") and labels[4] == ("pruned 5.80", "right")
+    assert len(set(map(tuple, (points.get_facecolor()[0] for points in axes.collections)))) == 2
     plot_sizes(rows[:3], tmp_path / "one.png")
-    assert min(colours(tmp_path / "two.png", name) for name in ("blue", "orange")) > 100
-    assert colours(tmp_path / "one.png", "orange") == 0
+    assert colours(tmp_path / "one.png", "orange") > 100 and colours(tmp_path / "one.png", "blue") == 0
     with pytest.raises(DataError, match="no result"):
         plot_sizes([], tmp_path / "none.png")
 
