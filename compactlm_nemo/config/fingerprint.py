@@ -33,7 +33,7 @@ def setting(default: T, *, changes_result: ChangesResult = True) -> T:
         field: Any = dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     else:
         field = dataclasses.field(default=default, metadata=metadata)
-    return field  # type: ignore[no-any-return]
+    return field
 
 
 def result_settings(section: Any) -> dict[str, Any]:

@@ -265,7 +265,7 @@ def _build_chunk(
         # every TP rank but the first.
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
             if module.weight is not None:  # None: a tied output layer on the stage of the embedding
-                module.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+                module.weight.tensor_model_parallel = True
     model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(model.rotary_pos_emb.inv_freq.device)
     return model.to(device())
 

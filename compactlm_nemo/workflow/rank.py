@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest
-from compactlm_nemo.config.schema import Config, RankConfig
+from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.workflow import RankConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.training.tracker import LOSS, METRICS

@@ -137,8 +137,8 @@ def test_help_names_every_setting_and_no_experiment() -> None:
     assert "recipes.compare_scores a=" in result.stdout
     assert "experiment" not in result.stdout and "run.dir" not in result.stdout
     rows = schema_reference(CompareConfig)
-    assert [key for key, _, _ in rows] == ["a", "b", "width_a", "width_b", "dry_run"]
-    for key, default, meaning in rows:
+    assert [row[0] for row in rows] == ["a", "b", "width_a", "width_b", "dry_run"]
+    for key, default, meaning, *_ in rows:
         assert f"  {key} = {default}\n      {meaning}\n" in result.stdout + "\n"
         assert meaning, f"{key} has no docstring"
 
