@@ -186,8 +186,8 @@ def lm_loss(chunks: ModelChunks, mesh: Mesh, batches: list[Tensor], vocab_size: 
     for tokens in batches:
         (logits,) = forward_each(chunks, [tokens], lambda _, logits: logits)
         targets = tokens[:, 1:].flatten()
-        own = logits[:, :-1, :vocab_size].flatten(0, 1).float()
-        total += float(torch.nn.functional.cross_entropy(own, targets, reduction="sum"))
+        logits_NV = logits[:, :-1, :vocab_size].flatten(0, 1).float()
+        total += float(torch.nn.functional.cross_entropy(logits_NV, targets, reduction="sum"))
         count += len(targets)
     return total / count
 

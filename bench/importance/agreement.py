@@ -30,8 +30,8 @@ def per_axis(
     own: dict[str, Tensor], theirs: dict[str, Tensor], measure: Callable[[Tensor, Tensor], float]
 ) -> dict[str, list[float]]:
     """Axis -> `measure` of each of its vectors, with the channels once more without our final norm."""
-    found = per_vector({name: own[name] for name in theirs}, theirs, measure)
-    return found | {UNNORMED: [measure(own[UNNORMED], theirs["hidden"])]}
+    result = per_vector({name: own[name] for name in theirs}, theirs, measure)
+    return result | {UNNORMED: [measure(own[UNNORMED], theirs["hidden"])]}
 
 
 def largest_gap(own: Tensor, theirs: Tensor) -> float:

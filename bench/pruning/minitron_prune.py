@@ -28,7 +28,7 @@ def main() -> None:
     answers = answers_only()
     tokens, targets = load_file(sys.argv[1]), json.loads(sys.argv[2])
     calibration, vocab_size = tokens.pop("calibration").split(MICRO_BATCH), Dims.load(CACHE / "dims.json").vocab_size
-    found: dict[str, dict[str, float]] = {}
+    losses: dict[str, dict[str, float]] = {}
     with launched(ParallelConfig(), seed=1) as mesh, tempfile.TemporaryDirectory() as folder:
 
         def forward_loop(model: torch.nn.Module) -> None:
@@ -38,11 +38,11 @@ def main() -> None:
             teacher = shipped_model(mesh, torch.float32)
             model = prune(teacher[0], sizes, forward_loop, Path(folder) / "scores.pt")
             chunks = teacher.wrapped([model]).eval()
-            found[target] = {
+            losses[target] = {
                 text: lm_loss(chunks, mesh, list(windows.split(MICRO_BATCH)), vocab_size)
                 for text, windows in sorted(tokens.items(), reverse=True)
             }
-    answers.write(json.dumps(found) + "\n")
+    answers.write(json.dumps(losses) + "\n")
     answers.flush()
 
 

@@ -59,26 +59,26 @@ def main() -> None:
     for recipe in ("fetch", "import_model", "tokenize", "score"):
         words = [sys.executable, "-m", f"recipes.{recipe}", *(overrides if recipe != "fetch" else overrides[:1])]
         subprocess.run(words, check=True, stdout=sys.stderr)
-    found = measure(overrides)
+    figures = measure(overrides)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "pairs.json").write_text(json.dumps({"arguments": vars(args), "losses": found}, indent=2) + "\n")
-    print(markdown(found))
+    (RESULTS / "pairs.json").write_text(json.dumps({"arguments": vars(args), "losses": figures}, indent=2) + "\n")
+    print(markdown(figures))
 
 
 def measure(overrides: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Shape -> pair -> text -> loss in nats a token."""
     config = compose(overrides)
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    figures: dict[str, dict[str, dict[str, float]]] = {}
     with launched(config.parallel, config.run.seed) as mesh:
         run = Run(config, mesh, evaluate.STAGE)
         teacher, scores = run.dims("teacher"), load_scores(Path(config.run.dir) / "score")
         for shape, (hidden, ffn, heads) in SHAPES.items():
             student = teacher.with_shape(layers=teacher.num_layers, hidden=hidden, ffn=ffn, heads=heads)
-            found[shape] = {}
+            figures[shape] = {}
             for pair in PAPER:
-                found[shape][pair] = losses(run, teacher, student, scores.ranking(WidthMetric[pair], None))
-                print(shape, pair, found[shape][pair], file=sys.stderr)
-    return found
+                figures[shape][pair] = losses(run, teacher, student, scores.ranking(WidthMetric[pair], None))
+                print(shape, pair, figures[shape][pair], file=sys.stderr)
+    return figures
 
 
 def losses(run: Run, teacher: Dims, student: Dims, ranking: dict) -> dict[str, float]:
@@ -88,14 +88,14 @@ def losses(run: Run, teacher: Dims, student: Dims, ranking: dict) -> dict[str, f
     cut = CutSource(teacher, plan, CheckpointSource(run.path("teacher"), teacher))
     source = NarrowedSource(cut, plan.layers, Selection(plan.hidden))
     fill(model, source, run.config.model.vocab_multiple)
-    found = {}
+    figures = {}
     for name in run.config.data.heldout:
         windows = heldout_windows(
             run.token_prefix(f"heldout.{name}"), run.config.data.sequence_length, run.config.evaluate.tokens
         )
         result = evaluate_lm_loss(model, windows, micro_batch=8, progress=lambda samples: None)
-        found[name] = result.loss_nats
-    return found
+        figures[name] = result.loss_nats
+    return figures
 
 
 def markdown(found: dict[str, dict[str, dict[str, float]]]) -> str:

@@ -1,4 +1,4 @@
-"""Settings of distillation: teacher, optimizer, and what guards a long run."""
+"""Settings of distillation: teacher, optimizer, and what keeps a long run stable."""
 
 from __future__ import annotations
 

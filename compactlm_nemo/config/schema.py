@@ -61,14 +61,14 @@ class Config:
     @property
     def correction(self) -> DistillConfig:
         """How the teacher itself is trained: `correct`, the rest as in `distill`, without a teacher of its own."""
-        own = self.correct
-        require(own.steps > 0, "correct.steps=0 trains no teacher; set it, for example correct.steps=200.")
+        cfg = self.correct
+        require(cfg.steps > 0, "correct.steps=0 trains no teacher; set it, for example correct.steps=200.")
         return replace(
             self.distill,
-            steps=own.steps,
-            lr=own.lr,
-            min_lr=own.min_lr,
-            warmup_steps=min(own.warmup_steps, own.steps // 2),
+            steps=cfg.steps,
+            lr=cfg.lr,
+            min_lr=cfg.min_lr,
+            warmup_steps=min(cfg.warmup_steps, cfg.steps // 2),
             teacher=TeacherSource.none,
             loss=CROSS_ENTROPY,
             hidden=HiddenConfig(),

@@ -91,7 +91,7 @@ def layer_sums(
             sums[1:] = all_reduce_sum(sums[1:], mesh.tp_group)
         return sums
 
-    left = leave_one_out(
+    totals = leave_one_out(
         chunks,
         samples.batches,
         measure,
@@ -101,9 +101,9 @@ def layer_sums(
         progress=lambda idx: progress(samples.num_counted(idx)),
     )
     return LayerSums(
-        sums=left.sums,
+        sums=totals.sums,
         tokens=len(windows_NS) * (windows_NS.shape[1] - 1),
-        layers_run=left.layers_run,
+        layers_run=totals.layers_run,
         removed=removed | set(range(dims.num_layers - block + 1, dims.num_layers)),
     )
 

@@ -162,7 +162,7 @@ class CheckpointSource:
         raise CheckpointError(f"checkpoint {self.reader.path} has no parameter {name}; is this its config?")
 
     def _refuse_others(self) -> None:
-        used = {place.key for place in self.places.values()}
+        used = {location.key for location in self.places.values()}
         for key, stored in self.metadata.state_dict_metadata.items():
             if isinstance(stored, TensorStorageMetadata) and key not in used and not key.startswith(_NO_WEIGHTS):
                 if "_extra_state" not in key and not key.endswith("output_layer.weight"):

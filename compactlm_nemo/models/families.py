@@ -207,8 +207,8 @@ def resized(config: Any, dims: Dims) -> Any:
     if problem := export_problem(dims):
         raise CheckpointError(problem)
     names = {"mlp_bias", "attention_bias", "pretraining_tp", "model_type", "architectures"}
-    kept = {name: value for name, value in values.items() if name not in names}
-    return MistralConfig(**kept, sliding_window=None, architectures=["MistralForCausalLM"])
+    fields = {name: value for name, value in values.items() if name not in names}
+    return MistralConfig(**fields, sliding_window=None, architectures=["MistralForCausalLM"])
 
 
 def _needs_mistral(dims: Dims) -> bool:

@@ -87,7 +87,7 @@ class SequentialReconstruction:
     teacher: ModelChunks
     plan: Plan
     hidden: HiddenCut
-    wide: ParameterSource
+    wide_source: ParameterSource
     """The parameters of the student before the stream was narrowed: rows of readers over the teacher's channels."""
     windows_NS: Tensor
     micro_batch: int
@@ -188,7 +188,7 @@ class SequentialReconstruction:
         is_reader = part in ("qkv", "fc1")
         weight_OE = self._whole(module.weight, part)
         if is_reader:
-            target_EO = target_EO @ self.wide(name).double().to(gram_EE.device).T
+            target_EO = target_EO @ self.wide_source(name).double().to(gram_EE.device).T
         inner_EE = damped(gram_EE, self.ridge)
         change_EO = torch.linalg.solve(inner_EE, target_EO - gram_EE @ weight_OE.T)
         mesh = self.mesh

@@ -30,15 +30,15 @@ from compactlm_nemo.stages.pruner import Pruner
 def search(run: Run, folder: Path) -> dict[str, Any]:
     """Write candidates.json, best first, from scores and budgets."""
     dims, cfg = run.dims("teacher"), run.config.search
-    found = enumerate_space(dims, cfg, run.config.parallel.tp)
-    timed = _timed_layers(run, found, folder)
+    candidates = enumerate_space(dims, cfg, run.config.parallel.tp)
+    timed = _timed_layers(run, candidates, folder)
     if timed is not None and cfg.latency_ms is not None:
-        found = within(found, [Budget("latency_ms", cfg.latency_ms, timed.milliseconds)])
+        candidates = within(candidates, [Budget("latency_ms", cfg.latency_ms, timed.milliseconds)])
     pruner = Pruner(run)
-    is_predicted = pruner.moments is not None and len(found) > 1
+    is_predicted = pruner.moments is not None and len(candidates) > 1
     if is_predicted or run.config.prune.by_error:
         pruner.eliminate_units(folder)
-    ranked = rank_candidates(dims, found, run.unit_scores(), cfg)
+    ranked = rank_candidates(dims, candidates, run.unit_scores(), cfg)
     if timed is not None:
         ranked = [replace(c, latency_ms=timed.milliseconds(c.dims(dims))) for c in ranked]
     if is_predicted:

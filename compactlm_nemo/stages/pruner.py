@@ -123,23 +123,23 @@ class Pruner:
         if self.moments is not None:
             replacements = self._replacements(plan)
             source = RefittedWriters(self.teacher, plan, source, self.moments.whole, self.cfg.ridge, replacements)
-        hidden, wide = self._hidden_cut(plan), CutSource(self.teacher, plan, source)
+        hidden, wide_source = self._hidden_cut(plan), CutSource(self.teacher, plan, source)
         model = self.run.build(dims)
         vocab_multiple = self.run.config.model.vocab_multiple
-        fill(model, NarrowedSource(wide, plan.layers, hidden), vocab_multiple)
+        fill(model, NarrowedSource(wide_source, plan.layers, hidden), vocab_multiple)
         if self.cfg.sequential:
-            self._refit_sequentially(model, dims, plan, hidden, wide)
+            self._refit_sequentially(model, dims, plan, hidden, wide_source)
         return model.eval()
 
     def _refit_sequentially(
-        self, model: ModelChunks, dims: Dims, plan: Plan, hidden: HiddenCut, wide: ParameterSource
+        self, model: ModelChunks, dims: Dims, plan: Plan, hidden: HiddenCut, wide_source: ParameterSource
     ) -> None:
         walk = SequentialReconstruction(
             student=model,
             teacher=self.run.load("teacher").eval(),
             plan=plan,
             hidden=hidden,
-            wide=wide,
+            wide_source=wide_source,
             windows_NS=self.calibration,
             micro_batch=self.run.config.score.micro_batch,
             ridge=self.cfg.ridge,

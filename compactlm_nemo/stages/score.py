@@ -58,8 +58,8 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
         "mask_documents": str(config.data.mask_documents),
         "neurons": cfg.neurons.name,
     }
-    own = cfg.second_moments or WidthMetric.taylor in cfg.width  # then each rank keeps progress of its own
-    layout = {"parallel": config.parallel} if own else {}
+    is_per_rank = cfg.second_moments or WidthMetric.taylor in cfg.width  # then each rank keeps progress of its own
+    layout = {"parallel": config.parallel} if is_per_rank else {}
     state = run.open_progress(
         settings_of(
             {"score": result_settings(cfg), "evaluate": result_settings(config.evaluate), "metadata": metadata} | layout

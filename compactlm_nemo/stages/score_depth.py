@@ -28,23 +28,23 @@ Measure = Callable[[Tensor, Callable[[int], None]], Tensor]
 
 def measure_layers(scoring: Scoring) -> dict[str, Tensor]:
     """Return the vectors of all these metrics that are asked for, by metric, on the main rank at least. Collective."""
-    asked = set(scoring.cfg.depth)
-    found: dict[DepthMetric, Tensor] = {}
-    if DepthMetric.bi_blocks in asked:
-        found[DepthMetric.bi_blocks] = blocks(scoring)
-    if asked & {DepthMetric.lm_loss, DepthMetric.logit_mse, DepthMetric.logit_mse_iterative}:
+    wanted = set(scoring.cfg.depth)
+    vectors: dict[DepthMetric, Tensor] = {}
+    if DepthMetric.bi_blocks in wanted:
+        vectors[DepthMetric.bi_blocks] = blocks(scoring)
+    if wanted & {DepthMetric.lm_loss, DepthMetric.logit_mse, DepthMetric.logit_mse_iterative}:
         sums = left_out(scoring, frozenset())
         measured = {DepthMetric.lm_loss: lm_loss_rise, DepthMetric.logit_mse: logit_mse}
-        found |= {metric: rule(sums) for metric, rule in measured.items() if metric in asked}
-    if DepthMetric.logit_mse_iterative in asked:
-        found[DepthMetric.logit_mse_iterative], _ = logit_mse_iterative(
+        vectors |= {metric: rule(sums) for metric, rule in measured.items() if metric in wanted}
+    if DepthMetric.logit_mse_iterative in wanted:
+        vectors[DepthMetric.logit_mse_iterative], _ = logit_mse_iterative(
             lambda removed: logit_mse(left_out(scoring, removed)), scoring.cfg.iterations
         )
-    if DepthMetric.lm_loss_blocks in asked:
-        found[DepthMetric.lm_loss_blocks] = blocks_by_loss(scoring)
-    if DepthMetric.tasks in asked:
-        found[DepthMetric.tasks] = tasks(scoring)
-    return {metric.name: vector for metric, vector in found.items()}
+    if DepthMetric.lm_loss_blocks in wanted:
+        vectors[DepthMetric.lm_loss_blocks] = blocks_by_loss(scoring)
+    if DepthMetric.tasks in wanted:
+        vectors[DepthMetric.tasks] = tasks(scoring)
+    return {metric.name: vector for metric, vector in vectors.items()}
 
 
 def _in_parts(scoring: Scoring, name: str, samples: int, measure: Measure) -> Tensor:
@@ -125,10 +125,10 @@ def tasks(scoring: Scoring) -> Tensor:
                 export_hf(
                     run.path("teacher") / HF, folder, dims, CheckpointSource(run.path("teacher"), dims), run.dtype
                 )
-            left = [[], *([start + i for i in range(size)] for start in starts)]
-            with progress_bar("tasks without layers", len(left), 1) as advance:
+            removals = [[], *([start + i for i in range(size)] for start in starts)]
+            with progress_bar("tasks without layers", len(removals), 1) as advance:
                 results = run_tasks_without(
-                    folder, run.config.evaluate, left, scoring.state / "tasks.jsonl", lambda: advance(1)
+                    folder, run.config.evaluate, removals, scoring.state / "tasks.jsonl", lambda: advance(1)
                 )
             whole, *without = map(accuracy, results)
             scores[: len(without)] = torch.tensor([whole - value for value in without])

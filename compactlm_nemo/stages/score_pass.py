@@ -170,7 +170,7 @@ def _finished(folder: Path, cfg: ScoreConfig, windows_NS: Tensor, metadata: dict
             "be continued with the same model, texts, seed, sequence_length, mask_documents and score.neurons only."
         )
     needed = {metric.pair[1] for metric in cfg.width if metric.pair}
-    held = {agg for element, agg in running.states if not element.startswith("depth.")}
-    if not needed <= held:
+    measured = {agg for element, agg in running.states if not element.startswith("depth.")}
+    if not needed <= measured:
         raise ConfigError(f"score.start_from={folder} lacks what score.width={[m.name for m in cfg.width]} needs.")
     return running

@@ -137,8 +137,8 @@ def _hidden_state_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teach
     dims, student_dims = run.dims("teacher"), run.dims("student")
     pairs, projections = layer_pairs(cfg.hidden, dims, student_dims), None
     if cfg.hidden.projection is not Projection.none:
-        kept = Plan.from_json(json.loads((run.path("student") / PLAN).read_text())).hidden
-        start_GH = torch.eye(dims.hidden_size, device=device())[:, kept.to(device())]
+        channels = Plan.from_json(json.loads((run.path("student") / PLAN).read_text())).hidden
+        start_GH = torch.eye(dims.hidden_size, device=device())[:, channels.to(device())]
         projections = Projections(len(pairs), cfg.hidden.projection is Projection.shared, start_GH, cfg)
     loss = HiddenStateLoss(cfg.hidden, pairs, teacher.chunks, student, projections)
     teacher.on_input = loss.before_teacher_micro_batch
@@ -151,8 +151,8 @@ def _head(run: Run) -> Tensor:
     name = "embedding.word_embeddings.weight" if dims.tied_embeddings else "output_layer.weight"
     padded = dims.padded_vocab(mesh.tp_size, run.config.model.vocab_multiple)
     whole = CheckpointSource(run.path(run.teaching_artifact), dims)(name)
-    own = tp_share(name, whole, rank=mesh.tp_rank, size=mesh.tp_size, gated=dims.gated_mlp, padded_vocab=padded)
-    return own.to(device(), run.dtype)
+    shard = tp_share(name, whole, rank=mesh.tp_rank, size=mesh.tp_size, gated=dims.gated_mlp, padded_vocab=padded)
+    return shard.to(device(), run.dtype)
 
 
 def _heldout_metrics(run: Run, student: ModelChunks, teacher: Teacher) -> Callable[[], dict[str, float]]:

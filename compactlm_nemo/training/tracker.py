@@ -184,10 +184,10 @@ class _ConsoleView:
 
     def _text(self, num_done: int, values: dict[str, float]) -> str:
         seconds_each = (time.monotonic() - self._start_time) / max(1, num_done - self._start_step)
-        left = timedelta(seconds=round(seconds_each * (self._total_steps - num_done)))
+        remaining = timedelta(seconds=round(seconds_each * (self._total_steps - num_done)))
         parts = [f"loss {values[LOSS]:.4f}"] if LOSS in values else []
         parts += [f"{values[SPEED]:,.0f} tokens/s"] if SPEED in values else []
-        return "  ".join([*parts, f"{left} left"])
+        return "  ".join([*parts, f"{remaining} left"])
 
 
 def _is_before(line: str, step: int) -> bool:

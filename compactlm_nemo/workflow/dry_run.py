@@ -29,10 +29,10 @@ def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> lis
     if teacher is None:
         lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
         return lines + [f"{stage.name}: {_folders(config, stage)}" for stage in stages]
-    found = enumerate_space(teacher, config.search, config.parallel.tp)
-    student = max(found, key=num_params)
+    candidates = enumerate_space(teacher, config.search, config.parallel.tp)
+    student = max(candidates, key=num_params)
     lines += _sizes(config, "teacher", teacher)
-    lines.append(f"candidates: {len(found)}")
+    lines.append(f"candidates: {len(candidates)}")
     lines += _sizes(config, "student (largest candidate)", student) + _costs(config, student)
     weight = 2 if config.model.precision is Precision.bf16 else 4
     sizes = {
@@ -42,8 +42,8 @@ def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> lis
         "student_training": max(_rank_params(config, student)) * TRAINING_BYTES[config.model.precision],
     }
     for stage in stages:
-        held = sum(sizes[model] for model in stage.memory(config))
-        memory = f"{held:,} bytes a rank for weights and optimizer; " if held else ""
+        size = sum(sizes[model] for model in stage.memory(config))
+        memory = f"{size:,} bytes a rank for weights and optimizer; " if size else ""
         lines.append(f"{stage.name}: {memory}{_folders(config, stage)}")
     return lines
 

@@ -89,10 +89,10 @@ def _expert_problems(config: Config, dims: Dims, models: list[Dims]) -> list[str
     """Return what layers with experts ask of the layout."""
     layout = config.parallel
     if not dims.num_experts:
-        asked = {f"parallel.ep={layout.ep}": layout.ep > 1, "score.expert_moments=true": config.score.expert_moments}
+        settings = {f"parallel.ep={layout.ep}": layout.ep > 1, "score.expert_moments=true": config.score.expert_moments}
         return [
             f"{setting} needs a model with experts, which {dims.family} is not; leave it out."
-            for setting, is_asked in asked.items()
+            for setting, is_asked in settings.items()
             if is_asked
         ]
     problems = []

@@ -30,16 +30,16 @@ def check(config: Config) -> Dims | None:
     if problems := rule_problems(config, dims):
         raise ConfigError(listed(problems))
     try:
-        found = source_dims(config)
+        dims_of_files = source_dims(config)
     except CompactLMError as error:
         raise ConfigError(str(error)) from None
-    problems = rule_problems(config, found) if found != dims else []
-    if found is not None:
-        problems += _tokenizer_problems(config, found)
-        problems += _token_file_problems(config, found)
+    problems = rule_problems(config, dims_of_files) if dims_of_files != dims else []
+    if dims_of_files is not None:
+        problems += _tokenizer_problems(config, dims_of_files)
+        problems += _token_file_problems(config, dims_of_files)
     if problems:
         raise ConfigError(listed(problems))
-    return found
+    return dims_of_files
 
 
 def rule_problems(config: Config, dims: Dims | None) -> list[str]:
@@ -61,16 +61,16 @@ def source_dims(config: Config) -> Dims | None:
     declared = declared_dims(config.model)
     if not Path(config.model.source).exists():
         return declared if config.dry_run else None
-    found = teacher_dims(config.model)
-    if declared is not None and declared != found:
-        raise ConfigError(_difference(Path(config.model.source), declared, found))
-    return found
+    dims = teacher_dims(config.model)
+    if declared is not None and declared != dims:
+        raise ConfigError(_difference(Path(config.model.source), declared, dims))
+    return dims
 
 
 def _difference(source: Path, declared: Dims, found: Dims) -> str:
     pairs = {key: (value, getattr(found, key)) for key, value in vars(declared).items()}
-    told = ", ".join(f"{key} {want} but {have}" for key, (want, have) in pairs.items() if want != have)
-    return f"model.source={source} is not the model.architecture of this experiment: {told}; give the right teacher."
+    stated = ", ".join(f"{key} {want} but {have}" for key, (want, have) in pairs.items() if want != have)
+    return f"model.source={source} is not the model.architecture of this experiment: {stated}; give the right teacher."
 
 
 def _tokenizer_problems(config: Config, dims: Dims) -> list[str]:

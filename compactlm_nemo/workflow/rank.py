@@ -66,8 +66,8 @@ def rank(config: Config) -> None:
     if config.rank.only is None:  # the tasks of an array would get in each other's way
         for stage in ("import_model", "tokenize", "score", "search"):
             run_stages(config, only=stage)
-    found = json.loads((Path(config.run.dir) / "search" / "candidates.json").read_text())
-    alive = list(range(min(config.rank.candidates, len(found))))
+    candidates = json.loads((Path(config.run.dir) / "search" / "candidates.json").read_text())
+    alive = list(range(min(config.rank.candidates, len(candidates))))
     if config.rank.only is not None:
         if config.rank.only in alive:
             _train(config, config.rank.only, config.rank.steps)
@@ -77,22 +77,22 @@ def rank(config: Config) -> None:
             _train(config, index, steps)
         if steps < config.rank.steps:
             alive = sorted(alive, key=lambda i: _round_loss(config, i, steps))[: -(-len(alive) // 2)]
-    _write_ranking(config, found, alive)
+    _write_ranking(config, candidates, alive)
     return None
 
 
 def _train(config: Config, index: int, steps: int) -> None:
     """Prune a candidate, and train it up to these steps."""
-    own = candidate_config(config, index, steps)
-    folder = Path(own.run.dir)
+    candidate_settings = candidate_config(config, index, steps)
+    folder = Path(candidate_settings.run.dir)
     if is_main_rank():
         folder.mkdir(parents=True, exist_ok=True)
         for artifact in SHARED:
             if not (folder / artifact).exists():
                 (folder / artifact).symlink_to(os.path.relpath(Path(config.run.dir) / artifact, folder))
     _meet(config)
-    run_stages(own, only="prune")
-    run_stages(own, only="distill")
+    run_stages(candidate_settings, only="prune")
+    run_stages(candidate_settings, only="distill")
 
 
 def _meet(config: Config) -> None:

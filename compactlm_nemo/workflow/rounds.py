@@ -61,21 +61,21 @@ def run_rounds(config: Config) -> None:
     if config.dry_run:
         return run_stages(config)
     assert teacher is not None  # outside a dry run check() has opened it
-    found = enumerate_space(teacher, config.search, config.parallel.tp)
-    if len(found) > 1:
-        raise ConfigError(f"recipes.rounds needs one target, search allows {len(found)}; give one value an axis.")
+    candidates = enumerate_space(teacher, config.search, config.parallel.tp)
+    if len(candidates) > 1:
+        raise ConfigError(f"recipes.rounds needs one target, search allows {len(candidates)}; give one value an axis.")
     source = config.model.source
     for number in range(1, config.rounds.count):
-        shape = size_between(teacher, found[0], number / config.rounds.count, config.parallel.tp)
-        own = round_config(config, number, shape, source)
+        shape = size_between(teacher, candidates[0], number / config.rounds.count, config.parallel.tp)
+        round_settings = round_config(config, number, shape, source)
         for stage in ("import_model", "tokenize", "score", "search", "prune"):
-            run_stages(own, only=stage)
+            run_stages(round_settings, only=stage)
         if config.rounds.steps:
-            run_stages(own, only="distill")
-            run_stages(own, only="export")
+            run_stages(round_settings, only="distill")
+            run_stages(round_settings, only="export")
         else:
-            _export_untrained(own)
-        source = str(Path(own.run.dir) / "export" / "hf")
+            _export_untrained(round_settings)
+        source = str(Path(round_settings.run.dir) / "export" / "hf")
     run_stages(replace(config, model=replace(config.model, source=source, hf_assets=None)))
     return None
 
