@@ -13,7 +13,8 @@ from torch import Tensor
 
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.loss import HiddenConfig, LossConfig, Projection, StateLoss
-from compactlm_nemo.distill.hidden_states import ALPHA, HiddenStateLoss, layer_pairs
+from compactlm_nemo.distill.hidden_states import ALPHA, HiddenStateLoss
+from compactlm_nemo.distill.layer_pairs import layer_pairs
 from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.step import forward_backward

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from compactlm_nemo.config.distill import DistillConfig, Result
 from compactlm_nemo.config.loss import CROSS_ENTROPY, HiddenConfig
-from compactlm_nemo.distill.hidden_states import HiddenStateLoss, layer_pairs
+from compactlm_nemo.distill.hidden_states import HiddenStateLoss
+from compactlm_nemo.distill.layer_pairs import layer_pairs
 from compactlm_nemo.distill.loop import distill
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.teacher import LiveTeacher
