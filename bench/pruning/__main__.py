@@ -34,7 +34,7 @@ from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.stages import prune
 from compactlm_nemo.stages.context import Run
-from compactlm_nemo.stages.prune import Pruner
+from compactlm_nemo.stages.pruner import Pruner
 
 RESULTS = Path(__file__).parent / "results" / "pruning.json"
 

@@ -79,16 +79,18 @@ def _inputs(stage: Stage, config: Config) -> dict[str, str]:
     """Return the identity of everything that a stage reads: files of the user, artifacts of other stages."""
     files = stage.files(config)
     identities = {name: file_identity(path) for name, path in sorted(files.items()) if path.is_file()}
-    run = Path(config.run.dir)
+    run, missing = Path(config.run.dir), []
     for artifact in stage.artifacts(config):
         try:
             identities[artifact] = read_manifest(run / artifact)["fingerprint"]
         except CompactLMError:
-            maker = MAKERS[artifact].name
-            raise ConfigError(
-                f"run.dir={run} has no finished {maker} stage, which {stage.name} needs; "
-                f"run recipes.{maker} first, or recipes.compress."
-            ) from None
+            missing.append(MAKERS[artifact].name)
+    if missing:
+        recipes = ", ".join(f"recipes.{maker}" for maker in missing)
+        raise ConfigError(
+            f"run.dir={run} has no finished stage {', '.join(missing)}, which {stage.name} needs; "
+            f"run {recipes} first, or recipes.compress."
+        )
     return identities
 
 

@@ -164,7 +164,7 @@ def test_leaving_layers_out_is_the_definition(run: Run) -> None:
     Massive activations of the first token begin in layer 1. Without it float32 is off by 2.3e-5 of the largest rise of
     the loss, 2.4e-5 of the largest error of the logits and 1.7e-5 in the second round, and so is the definition in
     float32: noise behind layer 0 changes these a hundred times as much as what layer 5 gets. All other layers are
-    within 2.2e-6, and within 1e-5 of their own error.
+    within 2.2e-6; their errors are within 1e-5 of themselves on one processor and 1.6e-5 on another.
     """
     ids_NS = run.ids_NS[LEFT_OUT]
     layers = range(run.exact.config.num_hidden_layers)
@@ -178,18 +178,25 @@ def test_leaving_layers_out_is_the_definition(run: Run) -> None:
     assert next_errors.min() > errors.min()  # or the vector would not be that of the errors
 
     values, removed = run.got["iterative"]
-    in_float32 = left_out(run.rounded, ids_NS, [(1,), (first, 1)])
-    # A rise is a difference of losses: to 1e-5 of the largest; errors to 1e-5 each.
-    assert_layers(run.got["lm_loss"], rises, in_float32[0][0], atol=1e-5 * float(rises.max()))
-    assert_layers(run.got["logit_mse"], errors, in_float32[1][0])
-    assert_layers(values, iterative, in_float32[1][1])
+    in_float32 = left_out(run.rounded, ids_NS, [(j,) for j in layers])
+    _, next_in_float32 = left_out(run.rounded, ids_NS, [(first, j) for j in others])
+    iterative_in_float32 = in_float32[1].clone()
+    iterative_in_float32[others] = next_in_float32
+    # A rise is a difference of losses: to 1e-5 of the largest more than an error.
+    assert_layers(run.got["lm_loss"], rises, in_float32[0], atol=1e-5 * float(rises.max()))
+    assert_layers(run.got["logit_mse"], errors, in_float32[1])
+    assert_layers(values, iterative, iterative_in_float32)
     assert [layer for layer, _ in removed] == [first, second]
 
 
-def assert_layers(got: Tensor, want: Tensor, layer_1: Tensor, atol: float = 0.0) -> None:
-    """Values and order; of layer 1 to twice what the definition in float32, `layer_1`, is off by."""
-    allowed = 1e-5 * want.abs() + atol
-    allowed[1] = max(allowed[1], 2 * (layer_1 - want[1]).abs())
+def assert_layers(got: Tensor, want: Tensor, in_float32: Tensor, atol: float = 0.0) -> None:
+    """Values and order, within 1e-5 or twice what the definition in float32 is off by: of layer 1, and of the others.
+
+    The rounding of float32 is another on another processor, for the definition as for the package.
+    """
+    rounding = (in_float32 - want).abs() / want.abs()
+    allowed = want.abs() * rounding[[0, *range(2, len(want))]].max().mul(2).clamp(min=1e-5) + atol
+    allowed[1] = max(allowed[1], 2 * rounding[1] * want[1].abs())
     gap = (got.double() - want).abs()
     assert bool((gap <= allowed).all()), f"allowed {allowed.tolist()}, off by {gap.tolist()}"
     assert got.argsort().tolist() == want.argsort().tolist()

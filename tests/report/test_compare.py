@@ -153,7 +153,7 @@ def test_a_dry_run_shows_the_settings_and_no_table(files: tuple[Path, Path]) -> 
 
 
 def test_defaults_are_shown_as_one_types_them() -> None:
-    shown = {key: default for key, default, _ in schema_reference()}
+    shown = {key: default for key, default, *_ in schema_reference()}
     assert (shown["score.width"], shown["score.neurons"], shown["run.dir"]) == ("[l2_mean]", "after", "required")
 
 

@@ -179,6 +179,7 @@ def test_a_missing_stage_is_named(inputs: Path, tmp_path: Path) -> None:
     result = commands.run(command(inputs, tmp_path / "run", recipe="prune"))
     assert result.returncode == 2
     assert "recipes.search" in result.stderr and not (tmp_path / "run").exists()
+    assert "run recipes.import_model, recipes.tokenize, recipes.score, recipes.search first" in result.stderr
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_anything_is_written(
@@ -188,6 +189,8 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_anything_is_
     config = LlamaConfig.from_pretrained(inputs / "teacher", vocab_size=50)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
     result = commands.run(command(inputs, tmp_path / "run", f"model.source={tmp_path}/teacher"))
+    assert result.returncode == 2 and "cache.k=64" in result.stderr  # a rule of settings comes first
+    result = commands.run(command(inputs, tmp_path / "run", f"model.source={tmp_path}/teacher", "cache.k=50"))
     assert result.returncode == 2
     assert "vocab_size=50" in result.stderr and "tokenizer's 92" in result.stderr
     assert not (tmp_path / "run").exists()
