@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 from torch.testing import assert_close
 
+from bench.common.teacher import ASSETS, CACHE
+from bench.common.worker import ROOT
 from bench.distill.head import WAYS, Subject
 from tests.support import commands
 
@@ -55,6 +58,13 @@ def test_a_worker_is_started_by_the_commands_that_are_said_to() -> None:
             path = BENCH.parent / starter.replace(".", "/")
             source = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
             assert f'"{worker}"' in source.read_text(), (worker, starter)
+
+
+def test_results_caches_and_assets_lie_where_they_are_kept() -> None:
+    assert (CACHE, ASSETS, ROOT) == (BENCH / ".cache", BENCH.parent / "runs" / "assets", BENCH.parent)
+    for name in OPTIONS:
+        results = importlib.import_module(f"{name}.__main__" if (BENCH / name[6:]).is_dir() else name).RESULTS
+        assert BENCH / "results" in (results, results.parent), name
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS.items())

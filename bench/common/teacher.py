@@ -23,18 +23,10 @@ if TYPE_CHECKING:
     from compactlm_nemo.models.build import ModelChunks
 
 
-CACHE = Path(__file__).parent / ".cache"
-
-
-ASSETS = Path(__file__).parent.parent / "runs" / "assets"
-
-
+CACHE = Path(__file__).parents[1] / ".cache"
+ASSETS = Path(__file__).parents[2] / "runs" / "assets"
 VOCAB_MULTIPLE = 128
-
-
 MAX_TOKENS = 2**18
-
-
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

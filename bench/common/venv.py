@@ -35,7 +35,7 @@ LIGER = Tool(
 
 def interpreter(tool: Tool) -> Path:
     """The interpreter of the environment, which is built when it is missing or was left half-built."""
-    folder = Path(__file__).parent / tool.folder
+    folder = Path(__file__).parents[1] / tool.folder
     python, stamp, wanted = folder / "bin" / "python", folder / ".installed", repr(tool.pins)
     if not stamp.exists() or stamp.read_text() != wanted:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench.common.memory import peak_bytes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 Pass = Callable[[], dict[str, Any] | None]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -94,6 +96,7 @@ def main() -> None:
     add_run_arguments(parser)
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each kind")
     args = parser.parse_args()
+    subprocess.run([sys.executable, "-m", "bench.common.teacher"], check=True)
     with launched(ParallelConfig(), seed=1) as mesh:
         subject = Subject(mesh, args)
         runs = {

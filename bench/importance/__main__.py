@@ -33,7 +33,7 @@ from bench.common.worker import Worker
 from bench.importance.agreement import agree
 from bench.importance.tables import tables
 
-RESULTS = Path(__file__).parent / "results" / "importance.json"
+RESULTS = Path(__file__).parents[1] / "results" / "importance.json"
 
 
 KINDS = {

@@ -36,7 +36,7 @@ from compactlm_nemo.stages import prune
 from compactlm_nemo.stages.context import Run
 from compactlm_nemo.stages.pruner import Pruner
 
-RESULTS = Path(__file__).parent / "results" / "pruning.json"
+RESULTS = Path(__file__).parents[1] / "results" / "pruning.json"
 
 
 TEXTS = ("wiki", "django", "bible")

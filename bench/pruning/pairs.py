@@ -43,7 +43,7 @@ SHAPES = {"hidden 512, MLP 1280": (512, 1280, 9), "hidden 448, MLP 1152, heads 6
 """Hidden size, MLP width and heads of the student."""
 
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> None:
