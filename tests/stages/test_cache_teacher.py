@@ -213,7 +213,7 @@ def test_training_without_a_teacher_is_that_of_its_cross_entropy(inputs, pruned,
 def test_a_missing_cache_is_named(inputs, pruned, tmp_path):
     done = commands.run(command(inputs, shutil.copytree(pruned, tmp_path / "run"), STORED, recipe="distill"))
     assert done.returncode == 2
-    assert "no finished cache_teacher stage" in done.stderr and "recipes.cache_teacher" in done.stderr
+    assert "no finished stage cache_teacher" in done.stderr and "recipes.cache_teacher" in done.stderr
 
 
 def refused(words: list[str], *problems: str) -> None:

@@ -109,7 +109,7 @@ def test_what_is_missing_is_named(inputs: Path, plain: Path, tmp_path: Path) -> 
     run = shutil.copytree(plain, tmp_path / "run")
     shutil.rmtree(run / "distill")
     done = commands.run(command(inputs, run, *CORRECT, recipe="distill"))
-    assert done.returncode == 2 and "no finished correct_teacher stage" in done.stderr
+    assert done.returncode == 2 and "no finished stage correct_teacher" in done.stderr
     done = commands.run(command(inputs, run, recipe="correct_teacher"))
     assert done.returncode == 2 and "correct.steps=0 trains no teacher" in done.stderr
     done = commands.run(command(inputs, run, *WHILE_DISTILLING, recipe="correct_teacher"))
