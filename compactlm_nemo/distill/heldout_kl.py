@@ -52,7 +52,7 @@ def evaluate_kd_loss(
 
         def visit(idx: int, hidden_SBH: Tensor, first: int = first, targets: list[Targets] = targets) -> Tensor:
             labels_SB = context_share(share.batches[first + idx][:, 1:], mesh).T
-            counts_B = share.counted(first + idx, mesh.dp_rank).to(labels_SB.device)
+            counts_B = share.counted(first + idx, mesh.dp_rank).to(labels_SB.device, non_blocking=True)
             mask_N = counts_B.float().expand_as(labels_SB).flatten()
             hidden_NH, labels_N = hidden_SBH.flatten(0, 1), labels_SB.flatten()
             losses = linear_kd(hidden_NH, student.head(), targets[idx], labels_N, mask_N, loss=LossConfig())

@@ -45,7 +45,8 @@ class Accumulator:
             joined = join_parts(joined, length, group)
             length *= group.size()
         for agg, values_BE in over_sequence(joined, length).items():
-            state = state_of(values_BE[counted_B])
+            # Most batches count whole: a mask, which is on the CPU, would wait for the device.
+            state = state_of(values_BE if counted_B.all() else values_BE[counted_B])
             self.states[agg] = self.states[agg].merged(state) if agg in self.states else state
 
     def pop(self) -> dict[StateKey, State]:

@@ -138,6 +138,6 @@ def state_of(values_BE: Tensor) -> State:
     if values_BE.ndim != 2:
         raise ValueError(f"values_BE has shape {list(values_BE.shape)}, must be [samples, elements].")
     x_BE = values_BE.detach().to(torch.float64)
-    count = torch.tensor(float(x_BE.shape[0]), dtype=torch.float64, device=x_BE.device)
+    count = torch.full((), float(x_BE.shape[0]), dtype=torch.float64, device=x_BE.device)  # filled there: no copy
     mean_E = x_BE.mean(dim=0) if x_BE.shape[0] else x_BE.new_zeros(x_BE.shape[1])
     return State(count, mean_E, (x_BE - mean_E).square().sum(dim=0))

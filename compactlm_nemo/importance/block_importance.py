@@ -40,7 +40,9 @@ def state_cosines(
     total = torch.zeros(dims.num_layers + 1, dims.num_layers + 1, dtype=torch.float64, device=windows_NS.device)
     for idx, tokens_BS in enumerate(samples.batches):
         states = _states_of(chunks, tokens_BS)
-        counted_BS = samples.counted(idx, mesh.dp_rank).to(tokens_BS.device)[:, None].expand_as(tokens_BS)
+        counted_BS = (
+            samples.counted(idx, mesh.dp_rank).to(tokens_BS.device, non_blocking=True)[:, None].expand_as(tokens_BS)
+        )
         counted_SB = context_share(counted_BS, mesh).T
         if mesh.is_sequence_parallel:
             counted_SB = counted_SB.chunk(mesh.tp_size)[mesh.tp_rank]
@@ -96,6 +98,7 @@ def _gram(states: list[Tensor], counted_N: Tensor, mesh: Mesh, dims: Dims) -> Te
     """Sum the products of all normalised states over the counted tokens, `[L + 1, L + 1]`."""
     flat = [state.flatten(0, 1) for state in states]
     order, most = _order(mesh, dims)
+    order = order.to(counted_N.device)
     gram = torch.zeros(dims.num_layers + 1, dims.num_layers + 1, dtype=torch.float64, device=counted_N.device)
     for start in range(0, len(counted_N), CHUNK_TOKENS):
         rows = slice(start, start + CHUNK_TOKENS)

@@ -180,7 +180,7 @@ class MomentCollector:
 
     def _count_group(self, *_: Any) -> None:
         """Gather how many samples of each rank of the group count; experts run in step on the tokens of all ranks."""
-        counted = torch.tensor([self.counted_rows], device=device())
+        counted = torch.full((1,), self.counted_rows, device=device())
         self.counted_of_group = all_gather(counted, self.mesh.ep_group, dim=0)
 
     def _add_routed(self, places: TokenPlaces, local: int, name: str, _: Any, args: tuple[Tensor, ...]) -> None:

@@ -21,7 +21,8 @@ def damped(moment_EE: Tensor, ridge: float) -> Tensor:
     """Damp the moments: ``C + ridge * mean(diag C) * I`` in float64, positive in any case, silent inputs or not."""
     moment_EE = moment_EE.double()
     size = float(moment_EE.diagonal().mean())
-    return moment_EE + max(ridge * size, torch.finfo(torch.float64).tiny) * torch.eye(len(moment_EE)).to(moment_EE)
+    damping = max(ridge * size, torch.finfo(torch.float64).tiny)
+    return moment_EE + damping * torch.eye(len(moment_EE), dtype=torch.float64, device=moment_EE.device)
 
 
 def refit(weight_OE: Tensor, moment_EE: Tensor, inputs: Tensor, ridge: float) -> Tensor:

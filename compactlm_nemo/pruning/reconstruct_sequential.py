@@ -12,6 +12,9 @@ by ridge regression from the present weight, ``W' = W + ((G + D)^-1 (B - G W^T))
 B = sum x t^T; T takes the teacher's stream to the student's. Tokens of proj and fc2 have the weight 1 / mean(T(.)^2).
 Errors of earlier layers are thus made up for where they can be. Experts keep the refit on the tokens they were sent.
 
+Teacher and student are walked together, layer by layer: of each, a rank holds the states of its tokens before the
+present layer on its device, and the targets of that layer alone in host memory.
+
 Shape suffixes: S sequence, B batch, N tokens, E inputs, O outputs, H and K hidden size of teacher and student.
 """
 
@@ -35,12 +38,12 @@ from compactlm_nemo.pruning.least_squares import damped
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.residual_stream import HiddenCut
 
-Targets = dict[tuple[int, str, int], Tensor]
-"""(student layer, map, micro-batch) -> `[N, K]` or, of `y` behind a norm, `[N, H]`, on the CPU of the layer's rank."""
+Targets = dict[tuple[str, int], Tensor]
+"""(map, micro-batch) -> the teacher's stream, or its normed stream y, `[N, H]` in the model's dtype on the CPU."""
 
 
 class SingleLayer(torch.nn.Module):
-    """A student's chunk that runs one layer on stored inputs, in place of the chunk in a pipeline schedule."""
+    """A model's chunk that runs one layer on stored inputs, in place of the chunk in a pipeline schedule."""
 
     def __init__(self, chunk: HiddenStateModel) -> None:
         super().__init__()
@@ -75,8 +78,8 @@ class SingleLayer(torch.nn.Module):
 
     def advance(self) -> None:
         """Make the outputs of the finished layer the inputs of the next."""
-        if self.numbers[0] <= self.layer < self.numbers[-1]:
-            self.inputs = dict(self.outputs)
+        if self.layer in self.numbers:
+            self.inputs = dict(self.outputs) if self.layer < self.numbers[-1] else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,19 +116,19 @@ class SequentialReconstruction:
     def run(self, progress: Callable[[int], None]) -> None:
         """Refit the student in place; `progress` is called with 1 for each finished layer. Collective."""
         samples = DataParallelSamples(self.windows_NS, self.mesh, self.micro_batch)
-        targets = self._teacher_targets(samples)
-        chunks = self.student.wrapped(SingleLayer(chunk) for chunk in self.student.eval())
-        for layer in range(self.dims.num_layers):
-            of_layer = next((chunk for chunk in chunks if layer in chunk.numbers), None)
-            for chunk in chunks:
-                chunk.layer = layer
+        student, teacher = (
+            model.wrapped(SingleLayer(chunk) for chunk in model) for model in (self.student.eval(), self.teacher)
+        )
+        to_student = self.hidden.stream_map(self.windows_NS.device)
+        first, ends = 0, [*self.plan.layers[1:], self.teacher_dims.num_layers]
+        for layer, (start, end) in enumerate(zip(self.plan.layers, ends, strict=True)):
+            targets = self._teacher_targets(
+                teacher, samples, first, start, end, keep=_holds(student, layer) is not None
+            )
             for part in self._parts():
-                self._fit(part, layer, chunks, of_layer, samples, targets)
-            self._pass(chunks, samples, lambda batch: None)
-            for chunk in chunks:
-                chunk.advance()
-            for key in [key for key in targets if key[0] == layer]:
-                del targets[key]
+                self._fit(part, layer, student, samples, targets, to_student)
+            self._walk(student, layer, samples)
+            first = end
             progress(1)
 
     def _parts(self) -> list[str]:
@@ -134,22 +137,45 @@ class SequentialReconstruction:
             return attention
         return [*attention, "fc1", "fc2"] if self.is_narrowed else [*attention, "fc2"]
 
-    def _pass(self, chunks: ModelChunks, samples: DataParallelSamples, visit: Callable[[int], None]) -> None:
-        """Run the current layer on every micro-batch and call `visit` with the number of each, on every rank."""
+    def _pass(
+        self, chunks: ModelChunks, layer: int, samples: DataParallelSamples, visit: Callable[[int], None]
+    ) -> None:
+        """Run one layer on every micro-batch and call `visit` with the number of each, on every rank."""
         for batch, tokens_BS in enumerate(samples.batches):
             for chunk in chunks:
-                chunk.batch = batch
+                chunk.layer, chunk.batch = layer, batch
             forward_each(chunks, [tokens_BS], lambda *_: None)
             visit(batch)
 
+    def _walk(
+        self,
+        chunks: ModelChunks,
+        layer: int,
+        samples: DataParallelSamples,
+        visit: Callable[[int], None] = lambda batch: None,
+    ) -> None:
+        """Run one layer on every micro-batch and go on to the next."""
+        self._pass(chunks, layer, samples, visit)
+        for chunk in chunks:
+            chunk.advance()
+
+    def _counted(self, samples: DataParallelSamples, batch: int) -> int:
+        """Return the number of samples of a micro-batch that count, the leading ones."""
+        return int(samples.counted(batch, self.mesh.dp_rank).sum())
+
     def _fit(
-        self, part: str, layer: int, chunks: ModelChunks, of_layer: Any, samples: DataParallelSamples, targets: Targets
+        self,
+        part: str,
+        layer: int,
+        chunks: ModelChunks,
+        samples: DataParallelSamples,
+        targets: Targets,
+        to_student: Callable[[Tensor], Tensor],
     ) -> None:
         """Sum up over the tokens and write the refitted weight of one linear map, on the rank that has the layer."""
         taps, sums = Taps(), _Sums()
-        module = None
-        if of_layer is not None:
-            block = of_layer.layers[layer - of_layer.numbers[0]]
+        block, module = _holds(chunks, layer), None
+        if block is not None:
             attention, mlp = block.self_attention, block.mlp
             module = {
                 "qkv": attention.linear_qkv, "proj": attention.linear_proj,
@@ -161,18 +187,19 @@ class SequentialReconstruction:
         def visit(batch: int) -> None:
             if module is None:
                 return
-            counted = int(samples.counted(batch, self.mesh.dp_rank).sum())  # the leading ones
+            counted = self._counted(samples, batch)
             x_NE = self._tokens(taps.seen["x"], counted, is_sharded=part in ("proj", "fc2"))
-            target = targets[layer, part, batch].to(x_NE.device)
+            target_NH = targets[part, batch].to(x_NE.device).float()
             if part in ("proj", "fc2"):
                 stream_NK = self._tokens(taps.seen["stream"], counted, is_sharded=False)
                 if module.bias is not None:
                     stream_NK = stream_NK + module.bias.double()
-                sums.add(x_NE, target - stream_NK, 1 / target.square().mean(dim=-1, keepdim=True))
+                target_NK = to_student(target_NH).double()
+                sums.add(x_NE, target_NK - stream_NK, 1 / target_NK.square().mean(dim=-1, keepdim=True))
             else:
-                sums.add(x_NE, target, torch.ones_like(x_NE[:, :1]))
+                sums.add(x_NE, target_NH.double(), torch.ones_like(x_NE[:, :1]))
 
-        self._pass(chunks, samples, visit)
+        self._pass(chunks, layer, samples, visit)
         taps.remove()
         if module is not None:
             self._write(part, layer, module, *sums.reduced(self.mesh))
@@ -213,40 +240,49 @@ class SequentialReconstruction:
             return torch.cat(halves).double()
         return all_gather(weight, self.mesh.tp_group, dim=0).double()
 
-    def _teacher_targets(self, samples: DataParallelSamples) -> Targets:
-        """Run the teacher once; each rank of the student keeps the targets of its layers."""
-        taps = self._tapped_teacher()
-        student_layers = {layer.layer_number - 1 for layer in self.student.layers()}
+    def _teacher_targets(
+        self, teacher: ModelChunks, samples: DataParallelSamples, first: int, start: int, end: int, *, keep: bool
+    ) -> Targets:
+        """Walk the teacher from layer `first` to before `end`; return the targets of the student's layer `start`.
+
+        A rank that does not `keep` them takes part and gets none.
+        """
+        dtype, width = self.teacher[0].config.params_dtype, self.teacher_dims.hidden_size
         targets: Targets = {}
-        for batch, tokens_BS in enumerate(samples.batches):
-            forward_each(self.teacher, [tokens_BS], lambda *_: None)
-            counted = int(samples.counted(batch, self.mesh.dp_rank).sum())
-            for layer, part in [(layer, part) for layer in range(self.dims.num_layers) for part in self._parts()]:
-                value_SBH = on_every_stage(
-                    taps.pop(f"{layer}.{part}"), self.mesh, tokens_BS=tokens_BS, width=self.teacher_dims.hidden_size
-                )
-                if layer in student_layers:
-                    value_NH = value_SBH[:, :counted].flatten(0, 1)
-                    is_stream = part in ("proj", "fc2")
-                    value_NH = self.hidden.write(value_NH.T).T if is_stream else value_NH
-                    targets[layer, part, batch] = value_NH.double().cpu()
-        taps.remove()
+        for layer in range(first, end):
+            taps, parts = self._tapped(teacher, layer, start, end)
+
+            def visit(batch: int, taps: Taps = taps, parts: list[str] = parts) -> None:
+                for part in parts:
+                    tokens_BS = samples.batches[batch]
+                    value_SBH = on_every_stage(taps.pop(part), self.mesh, tokens_BS=tokens_BS, width=width)
+                    if keep:
+                        value_NH = value_SBH[:, : self._counted(samples, batch)].flatten(0, 1)
+                        targets[part, batch] = value_NH.to(dtype).cpu()
+
+            self._walk(teacher, layer, samples, visit)
+            taps.remove()
         return targets
 
-    def _tapped_teacher(self) -> Taps:
-        """Tap this rank's part of the teacher, under `{student layer}.{part}`."""
-        taps, layers = Taps(), {layer.layer_number - 1: layer for layer in self.teacher.layers()}
-        ends = [*self.plan.layers[1:], self.teacher_dims.num_layers]
-        for number, (start, end) in enumerate(zip(self.plan.layers, ends, strict=True)):
-            if start in layers:
-                taps.input(layers[start].pre_mlp_layernorm, f"{number}.proj")
-                taps.output(layers[start].input_layernorm, f"{number}.qkv")
-                taps.output(layers[start].pre_mlp_layernorm, f"{number}.fc1")
-            if end in layers:
-                taps.input(layers[end].input_layernorm, f"{number}.fc2")
-            elif end == self.teacher_dims.num_layers and self.teacher[-1].post_process:
-                taps.input(self.teacher[-1].decoder.final_layernorm, f"{number}.fc2")
-        return taps
+    def _tapped(self, teacher: ModelChunks, layer: int, start: int, end: int) -> tuple[Taps, list[str]]:
+        """Tap a layer of the teacher where this rank has the layer; return the taps and the maps it has targets of."""
+        taps, block, parts = Taps(), _holds(teacher, layer), []
+        if layer == start:
+            parts += [part for part in self._parts() if part != "fc2"]
+        if layer == end - 1 and "fc2" in self._parts():
+            parts.append("fc2")
+        for part in parts if block is not None else []:
+            if part == "proj":
+                taps.input(block.pre_mlp_layernorm, part)
+            else:
+                norms = {"qkv": block.input_layernorm, "fc1": block.pre_mlp_layernorm}
+                taps.output(norms.get(part, block), part)
+        return taps, parts
+
+
+def _holds(chunks: ModelChunks, layer: int) -> Any:
+    """Return the module of a layer where this rank has the layer, else None."""
+    return next((chunk.layers[layer - chunk.numbers[0]] for chunk in chunks if layer in chunk.numbers), None)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Three ways: `Selection` keeps K channels as they are, `RefittedSelection` also refits the readers, and
 `RotatedStream` turns the stream first. Readers are the linear maps behind a norm; each norm has the name of its second
-moments (`importance.names`). Results are in the dtype of the arguments.
+moments (`importance.names`). Results are in the dtype of the arguments. Parameters are narrowed on the CPU.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class HiddenCut(Protocol):
     def write(self, weight: Tensor) -> Tensor:
         """Narrow a writer of the stream: `[H, E]` -> `[K, E]`, or a bias `[H]` -> `[K]`."""
 
+    def stream_map(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """Return the map of the stream itself, `[N, H]` -> `[N, K]`, for streams on `device`: what `write` does."""
+
     def norm(self, name: str, weight_H: Tensor) -> Tensor:
         """Narrow the weight of a norm, `[K]`."""
 
@@ -53,6 +56,10 @@ class Selection:
 
     def write(self, weight: Tensor) -> Tensor:
         return weight.index_select(0, self.channels)
+
+    def stream_map(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        channels = self.channels.to(device)
+        return lambda stream_NH: stream_NH.T.index_select(0, channels).T
 
     def norm(self, name: str, weight_H: Tensor) -> Tensor:
         return weight_H.index_select(0, self.channels)
@@ -109,8 +116,11 @@ class RotatedStream:
         return torch.cat(parts)
 
     def write(self, weight: Tensor) -> Tensor:
-        scale = self.rotation.scale_H.view(-1, *[1] * (weight.dim() - 1))
-        return (self.rotation.basis_HK.T @ (weight.double() * scale)).to(weight.dtype)
+        return _turned(weight, self.rotation.scale_H, self.rotation.basis_HK)
+
+    def stream_map(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        scale_H, basis_HK = self.rotation.scale_H.to(device), self.rotation.basis_HK.to(device)
+        return lambda stream_NH: _turned(stream_NH.T, scale_H, basis_HK).T
 
     def norm(self, name: str, weight_H: Tensor) -> Tensor:
         ones_K = torch.ones(self.rotation.basis_HK.shape[1], dtype=weight_H.dtype)
@@ -127,6 +137,12 @@ class RotatedStream:
             self._map = (name, self.rotation.read(self.stream.normed(name), norm_H, self.ridge))
         parts = [(rows.double() @ self._map[1]).to(rows.dtype) for rows in weight_OH.split(TABLE_ROWS)]
         return torch.cat(parts)
+
+
+def _turned(writer: Tensor, scale_H: Tensor, basis_HK: Tensor) -> Tensor:
+    """Return ``Q^T S W`` of a writer `[H, E]` or a bias `[H]`, in its dtype."""
+    scale = scale_H.view(-1, *[1] * (writer.dim() - 1))
+    return (basis_HK.T @ (writer.double() * scale)).to(writer.dtype)
 
 
 FINAL_NORM_WEIGHT = "decoder.final_layernorm.weight"

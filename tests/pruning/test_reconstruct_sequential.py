@@ -17,7 +17,8 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import export_hf, open_hf
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.reconstruct_sequential import SequentialReconstruction
-from compactlm_nemo.pruning.residual_stream import Selection
+from compactlm_nemo.pruning.residual_stream import RotatedStream, Selection
+from compactlm_nemo.pruning.rotation import Rotation
 from tests.pruning.test_cut import EVERY, HEAD_DIM, HEADS, HIDDEN, LAYERS, MLP, plan_of, student_of
 from tests.pruning.test_reconstruct import calibration
 from tests.support.meshes import COMBINED, LAYOUTS, filled, mesh_of, whole_logits
@@ -148,6 +149,61 @@ def _walk(rank: int, world: int, layout: str, root: Path) -> None:
 @pytest.mark.parametrize("layout", ["1", *(name for name in COMBINED if name not in ("1", "vpp2"))])
 def test_the_walk_is_that_over_transformers_models(layout, root, tmp_path):
     run_ranks(_walk, LAYOUTS[layout][0], tmp_path, layout, root)
+
+
+class _Watched(SequentialReconstruction):
+    """A reconstruction that notes what it keeps on the host."""
+
+    def _fit(self, part: str, layer: int, chunks: Any, samples: Any, targets: Any, to_student: Any) -> None:
+        held = sum(target.nbytes for target in targets.values())
+        vars(self).setdefault("held", []).append((layer, held, {target.dtype for target in targets.values()}))
+        super()._fit(part, layer, chunks, samples, targets, to_student)
+
+
+def _keeps_one_layer(rank: int, world: int, root: Path) -> None:
+    mesh = mesh_of()
+    dims, teacher = filled(root / "llama", mesh, dtype=torch.bfloat16)
+    wide, narrow = plain_source(dims, open_hf(root / "llama")[1], HIDDEN)
+    model = build_model(student_of(dims, HIDDEN), mesh, dtype=torch.bfloat16, vocab_multiple=8)
+    fill(model, narrow, 8)
+    walk = _Watched(
+        student=model,
+        teacher=teacher.eval(),
+        plan=plan_of(HIDDEN),
+        hidden=Selection(torch.tensor(HIDDEN)),
+        wide_source=wide,
+        windows_NS=calibration(),
+        micro_batch=2,
+        ridge=RIDGE,
+    )
+    walk.run(lambda done: None)
+    stream_bytes = calibration().numel() * dims.hidden_size * 2
+    # Each of two layers is fitted in four parts, of which every part has its own target.
+    assert vars(walk)["held"] == [(layer, 4 * stream_bytes, {torch.bfloat16}) for layer in (0, 1) for _ in range(4)]
+
+
+def test_the_targets_of_one_layer_alone_are_kept_in_the_models_dtype(root, tmp_path):
+    run_ranks(_keeps_one_layer, 1, tmp_path, root)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_streams_map_is_on_its_device_and_does_what_writers_get(device):
+    rng = torch.Generator().manual_seed(5)
+    stream_NH, basis_HK = torch.randn(7, 6, generator=rng), torch.randn(6, 3, generator=rng, dtype=torch.float64)
+    scale_H = torch.rand(6, generator=rng, dtype=torch.float64) + 0.5
+    rotation = Rotation(basis_HK, scale_H, torch.ones(3), is_tied=True, energy_H=torch.ones(6))
+    cuts = {
+        "selected": (Selection(torch.tensor([4, 0, 5])), stream_NH.numpy()[:, [4, 0, 5]]),
+        "turned": (
+            RotatedStream(rotation, None, RIDGE),  # type: ignore[arg-type]  # the map reads no moments
+            (stream_NH.double().numpy() * scale_H.numpy()) @ basis_HK.numpy(),
+        ),
+    }
+    for name, (cut, want) in cuts.items():
+        got = cut.stream_map(torch.device(device))(stream_NH.to(device))
+        assert got.device.type == device and got.shape == want.shape and got.dtype == torch.float32, name
+        if device == "cpu":
+            numpy.testing.assert_allclose(got.numpy(), want, rtol=1e-6, atol=1e-6)
 
 
 def test_with_nothing_removed_it_stands_still(root, tmp_path):
