@@ -43,7 +43,8 @@ def shipped_model(mesh: Mesh, dtype: torch.dtype) -> ModelChunks:
     from megatron.core.models.gpt.gpt_model import GPTModel
     from safetensors.torch import load_file
 
-    from compactlm_nemo.models.build import ModelChunks, fill, transformer_config
+    from compactlm_nemo.models.build import ModelChunks, fill
+    from compactlm_nemo.models.megatron_config import transformer_config
 
     dims = Dims.load(CACHE / "dims.json")
     model = GPTModel(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -20,13 +20,13 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.losses.vocabulary import chunk_tokens as tokens_that_fit
+from compactlm_nemo.models.attention import AttentionMask
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.layout import context_positions, split_layers
+from compactlm_nemo.models.layout import split_layers
+from compactlm_nemo.models.megatron_config import transformer_config
 from compactlm_nemo.models.spec import block_spec
-from compactlm_nemo.parallel.collectives import all_gather
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.mesh import Mesh
 
@@ -45,27 +45,12 @@ class HiddenStateModel(GPTModel):
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None = None, **others: Any) -> Any:
         """Run `input_ids` `[b, s]` of this context-parallel rank; the mask is made here, once for all layers."""
-        return super().forward(input_ids, position_ids, self._attention_mask(input_ids), **others)
+        mask = self.attention_mask(input_ids, self.document_end)
+        return super().forward(input_ids, position_ids, mask, **others)
 
-    def _attention_mask(self, tokens_bs: Tensor) -> Tensor | None:
-        """Return `[b or 1, 1, s, whole sequence]`, what each token attends to; None: all before it."""
-        length, size = tokens_bs.shape[1], self.config.context_parallel_size
-        window = self.config.window_size[0] + 1 if self.config.window_size else length * size
-        if size == 1 and window >= length and self.document_end is None:
-            return None
-        queries = keys = torch.arange(length, device=tokens_bs.device)
-        if size > 1:
-            places = [context_positions(length, rank, size).to(queries.device) for rank in range(size)]
-            queries, keys = places[self.cp_group.rank()], torch.cat(places)
-        distance = queries[:, None] - keys
-        mask = ((distance >= 0) & (distance < window))[None, None]
-        if self.document_end is None:
-            return mask
-        begins_bs = tokens_bs == self.document_end
-        if size > 1:
-            begins_bs = all_gather(begins_bs, self.cp_group, dim=1)[:, keys.argsort()]
-        document_bs = begins_bs.cumsum(dim=1)
-        return mask & (document_bs[:, None, queries, None] == document_bs[:, None, None, keys])
+    @cached_property
+    def attention_mask(self) -> AttentionMask:
+        return AttentionMask(self.config, self.cp_group)
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
         if self.post_process and self.config.sequence_parallel:
@@ -134,75 +119,6 @@ def recompute_activations(chunks: ModelChunks) -> None:
     for chunk in chunks:
         chunk.config.recompute_granularity, chunk.config.recompute_method = "full", "uniform"
         chunk.config.recompute_num_layers = 1
-
-
-def pipeline_layout(num_layers: int, layout: ParallelConfig) -> list[list[str]] | None:
-    """Return Megatron's description of `split_layers`; None without a pipeline."""
-    if layout.pp == 1:
-        return None
-    rows = [["decoder"] * count for count in split_layers(num_layers, layout)]
-    return [["embedding", *rows[0]], *rows[1:-1], [*rows[-1], "loss"]]
-
-
-def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
-    """Return Megatron's configuration of an architecture; fusions are off, gradients are summed per token."""
-    return TransformerConfig(
-        num_layers=dims.num_layers,
-        hidden_size=dims.hidden_size,
-        ffn_hidden_size=dims.ffn_hidden_size,
-        num_attention_heads=dims.num_heads,
-        num_query_groups=dims.num_query_groups,
-        kv_channels=dims.head_dim,
-        normalization="LayerNorm" if dims.layer_norm_1p else "RMSNorm",
-        layernorm_zero_centered_gamma=dims.layer_norm_1p,
-        layernorm_epsilon=dims.norm_eps,
-        gated_linear_unit=dims.gated_mlp,
-        activation_func=F.silu if dims.gated_mlp else squared_relu,
-        add_bias_linear=False,  # attention and MLP have their own switches: spec.py
-        add_qkv_bias=dims.qkv_bias,
-        qk_layernorm=dims.qk_norm,
-        window_size=None if dims.window is None else (dims.window - 1, 0),
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=mesh.tp_size,
-        sequence_parallel=mesh.is_sequence_parallel,
-        pipeline_model_parallel_size=mesh.pp_size,
-        pipeline_model_parallel_layout=pipeline_layout(dims.num_layers, mesh.layout),
-        # A batch of messages between two stages that are each other's next and previous one would be mixed up.
-        overlap_p2p_comm=mesh.layout.virtual_stages > 1,
-        batch_p2p_comm=mesh.layout.virtual_stages == 1,
-        context_parallel_size=mesh.cp_size,
-        expert_model_parallel_size=mesh.ep_size,
-        pipeline_dtype=dtype,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        perform_initialization=False,
-        calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
-        **(_expert_settings(dims) if dims.num_experts else {}),
-    )
-
-
-def _expert_settings(dims: Dims) -> dict[str, Any]:
-    """Return Megatron's settings of layers with experts; no loss but ours acts on the router."""
-    return {
-        "num_moe_experts": dims.num_experts,
-        "moe_ffn_hidden_size": dims.ffn_hidden_size,
-        "moe_router_topk": dims.experts_per_token,
-        # A softmax over the picked logits is the softmax over all of them, scaled to sum to 1 over the picked.
-        "moe_router_pre_softmax": not dims.norm_topk,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "allgather",  # keeps the order of the tokens, by which scoring tells samples apart
-        "moe_shared_expert_intermediate_size": dims.shared_expert_ffn or None,
-        "moe_shared_expert_gate": dims.shared_expert_ffn > 0,
-    }
 
 
 def build_model(

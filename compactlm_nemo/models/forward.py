@@ -33,7 +33,7 @@ def context_share(tokens_BS: Tensor, mesh: Mesh) -> Tensor:
     if mesh.cp_size == 1:
         return tokens_BS
     length = tokens_BS.shape[1] // mesh.cp_size
-    return tokens_BS[:, context_positions(length, mesh.cp_rank, mesh.cp_size).to(tokens_BS.device)]
+    return tokens_BS[:, context_positions(length, mesh.cp_rank, mesh.cp_size, tokens_BS.device)]
 
 
 def fill_schedule(numbered: list[Any], filler: Any, mesh: Mesh) -> list[Any]:

@@ -9,6 +9,7 @@ from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -34,14 +35,16 @@ def split_layers(num_layers: int, layout: ParallelConfig) -> list[int]:
     return counts
 
 
-def context_positions(length: int, rank: int, size: int) -> Tensor:
-    """Return `[length]` places in the sequence of a context-parallel rank's tokens.
+def context_positions(length: int, rank: int, size: int, device: torch.device | None = None) -> Tensor:
+    """Return `[length]` places in the sequence of a context-parallel rank's tokens, made on `device` (None: the CPU).
 
     The sequence is cut into `2 size` parts and rank r holds parts r and `2 size - 1 - r`, which gives every rank the
     same work under a causal mask. Megatron's rotary embedding and Transformer Engine's attention expect the same cut.
     """
     import torch  # here, because the rules of layouts are read before anything heavy is loaded
 
+    if size == 1:
+        return torch.arange(length, device=device)
     half = length // 2
-    parts = torch.arange(2 * size * half).view(2 * size, half)
+    parts = torch.arange(2 * size * half, device=device).view(2 * size, half)
     return torch.cat([parts[rank], parts[2 * size - 1 - rank]])

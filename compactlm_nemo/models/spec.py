@@ -7,13 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -23,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from compactlm_nemo.models.attention import SdpaCoreAttention
 from compactlm_nemo.models.dims import Dims
 
 
@@ -50,32 +49,6 @@ class Norm(torch.nn.Module):
         if self.is_layer_norm:
             return F.layer_norm(x, shape, weight, self.bias, self.eps)
         return F.rms_norm(x, shape, weight, self.eps)
-
-
-class SdpaCoreAttention(MegatronModule):
-    """Attention by `scaled_dot_product_attention`, causal unless the model brings a mask.
-
-    query `[s, b, heads, d]`, key and value `[s, b, groups, d]` of this TP rank; returns `[s, b, heads * d]`. Under
-    context parallelism s is this rank's part of the sequence (`context_positions`); keys and values are gathered in the
-    order of the ranks, and their gradients summed back to the ranks they came from. The mask, `[b or 1, 1, s, whole
-    sequence]`, is true where a token attends.
-    """
-
-    def __init__(self, config: TransformerConfig, *_: object, pg_collection: Any = None, **__: object) -> None:
-        super().__init__(config=config)
-        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *_: object, **__: object
-    ) -> Tensor:
-        if self.cp_group is not None:
-            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        is_causal, is_grouped = attention_mask is None, q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, is_causal=is_causal, enable_gqa=is_grouped
-        )
-        return out.permute(2, 0, 1, 3).flatten(2)
 
 
 class BiasedColumnParallelLinear(ColumnParallelLinear):

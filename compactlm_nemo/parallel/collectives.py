@@ -99,8 +99,8 @@ def last_stage_total(total: Tensor, mesh: Mesh) -> Tensor:
 
 def barrier() -> None:
     """Return when every rank has called this function."""
-    if dist.is_initialized():
-        dist.barrier()
+    if dist.is_initialized():  # NCCL takes a device's number from the rank's unless it is told
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def _all_reduce(tensor: Tensor, op: Any, group: ProcessGroup | None) -> Tensor:

@@ -1,0 +1,123 @@
+"""Attention of a layer by torch's fused kernels, and the mask that all layers of a micro-batch share.
+
+Shape suffixes: B samples, S queries of this rank, T tokens of the whole sequence, N heads, G groups of keys and values,
+D channels of a head.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from compactlm_nemo.models.layout import context_positions
+from compactlm_nemo.parallel.collectives import all_gather
+
+FUSED_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""Kernels that never write the scores `[B, N, S, T]` to memory; torch itself would choose one that does where none of
+these takes the input, 8 GiB a layer at 8,192 tokens."""
+
+
+class SdpaCoreAttention(MegatronModule):
+    """Attention by `scaled_dot_product_attention`, causal unless the model brings a mask.
+
+    query `[s, b, heads, d]`, key and value `[s, b, groups, d]` of this TP rank; returns `[s, b, heads * d]`. Under
+    context parallelism s is this rank's part of the sequence (`context_positions`); keys and values are gathered in the
+    order of the ranks, and their gradients summed back to the ranks they came from. The mask, `[b or 1, 1, s, whole
+    sequence]`, is 0 where a token attends and -inf elsewhere. On CUDA only `FUSED_KERNELS` run, or torch raises.
+    """
+
+    def __init__(self, config: TransformerConfig, *_: object, pg_collection: Any = None, **__: object) -> None:
+        super().__init__(config=config)
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *_: object, **__: object
+    ) -> Tensor:
+        if self.cp_group is not None:
+            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+        q_BNSD, k_BGTD, v_BGTD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if q_BNSD.is_cuda and (attention_mask is not None or q_BNSD.dtype is torch.float32):
+            # Kernels that take masks or float32 take no groups.
+            k_BGTD, v_BGTD = (for_each_head(x_BGTD, q_BNSD.shape[1]) for x_BGTD in (k_BGTD, v_BGTD))
+        kernels: AbstractContextManager[None] = sdpa_kernel(FUSED_KERNELS) if q_BNSD.is_cuda else nullcontext()
+        with kernels:
+            out_BNSD = F.scaled_dot_product_attention(
+                q_BNSD,
+                k_BGTD,
+                v_BGTD,
+                attn_mask=attention_mask,
+                is_causal=attention_mask is None,
+                enable_gqa=q_BNSD.shape[1] != k_BGTD.shape[1],
+            )
+        return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+
+def for_each_head(x_BGTD: Tensor, num_heads: int) -> Tensor:
+    """Return `[B, num_heads, T, D]`: the key or value of each query head, which neighbouring heads share."""
+    return x_BGTD.repeat_interleave(num_heads // x_BGTD.shape[1], dim=1)
+
+
+class AttentionMask:
+    """What each token attends to, of one model chunk: documents, a sliding window and context parallelism decide it.
+
+    Args:
+        config: Sizes, window and number format of the chunk.
+        cp_group: Ranks that hold the other parts of each sequence.
+    """
+
+    def __init__(self, config: TransformerConfig, cp_group: ProcessGroup) -> None:
+        self.cp_size, self.cp_group, self.dtype = config.context_parallel_size, cp_group, config.params_dtype
+        self.window: int | None = config.window_size[0] + 1 if config.window_size else None
+        self._made: tuple[object, Tensor] | None = None
+
+    def __call__(self, tokens_BS: Tensor, document_end: int | None) -> Tensor | None:
+        """Return `[B or 1, 1, S, T]` in the model's dtype, 0 where a token attends and -inf elsewhere.
+
+        None where every token attends to all before it. A mask that does not depend on the tokens is made once for a
+        length and kept.
+        """
+        length = tokens_BS.shape[1]
+        has_window = self.window is not None and self.window < length * self.cp_size
+        if document_end is not None:
+            return self._additive(self._positions(length, tokens_BS.device) & self._documents(tokens_BS, document_end))
+        if self.cp_size == 1 and not has_window:
+            return None
+        key = (length, tokens_BS.device)
+        if self._made is None or self._made[0] != key:
+            self._made = key, self._additive(self._positions(*key))
+        return self._made[1]
+
+    def _additive(self, attends: Tensor) -> Tensor:
+        """Turn true and false into what is added to the scores; torch would do it again in every layer."""
+        return torch.zeros_like(attends, dtype=self.dtype).masked_fill_(~attends, -torch.inf)
+
+    def _places(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return places in the sequence, `[S]` of this rank's queries and `[T]` of the gathered keys."""
+        places = [context_positions(length, rank, self.cp_size, device) for rank in range(self.cp_size)]
+        return places[self.cp_group.rank() if self.cp_size > 1 else 0], torch.cat(places)
+
+    def _positions(self, length: int, device: torch.device) -> Tensor:
+        """Return `[1, 1, S, T]`, true where a token's place allows it to attend."""
+        queries_S, keys_T = self._places(length, device)
+        attends_ST = keys_T <= queries_S[:, None]
+        if self.window is not None:
+            attends_ST &= keys_T > queries_S[:, None] - self.window
+        return attends_ST[None, None]
+
+    def _documents(self, tokens_BS: Tensor, document_end: int) -> Tensor:
+        """Return `[B, 1, S, T]`, true where two tokens are of one document."""
+        queries_S, keys_T = self._places(tokens_BS.shape[1], tokens_BS.device)
+        begins_BT = tokens_BS == document_end
+        if self.cp_size > 1:
+            begins_BT = all_gather(begins_BT, self.cp_group, dim=1)[:, keys_T.argsort()]
+        document_BT = begins_BT.cumsum(dim=1)
+        return document_BT[:, None, queries_S, None] == document_BT[:, None, None, keys_T]

@@ -1,0 +1,85 @@
+"""An architecture on a mesh -> Megatron-Core's configuration of its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from compactlm_nemo.config.parallel import ParallelConfig
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.layout import split_layers
+from compactlm_nemo.parallel.mesh import Mesh
+
+
+def pipeline_layout(num_layers: int, layout: ParallelConfig) -> list[list[str]] | None:
+    """Return Megatron's description of `split_layers`; None without a pipeline."""
+    if layout.pp == 1:
+        return None
+    rows = [["decoder"] * count for count in split_layers(num_layers, layout)]
+    return [["embedding", *rows[0]], *rows[1:-1], [*rows[-1], "loss"]]
+
+
+def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
+    """Return Megatron's configuration of an architecture; fusions are off, gradients are summed per token."""
+    return TransformerConfig(
+        num_layers=dims.num_layers,
+        hidden_size=dims.hidden_size,
+        ffn_hidden_size=dims.ffn_hidden_size,
+        num_attention_heads=dims.num_heads,
+        num_query_groups=dims.num_query_groups,
+        kv_channels=dims.head_dim,
+        normalization="LayerNorm" if dims.layer_norm_1p else "RMSNorm",
+        layernorm_zero_centered_gamma=dims.layer_norm_1p,
+        layernorm_epsilon=dims.norm_eps,
+        gated_linear_unit=dims.gated_mlp,
+        activation_func=F.silu if dims.gated_mlp else squared_relu,
+        add_bias_linear=False,  # attention and MLP have their own switches: spec.py
+        add_qkv_bias=dims.qkv_bias,
+        qk_layernorm=dims.qk_norm,
+        window_size=None if dims.window is None else (dims.window - 1, 0),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=mesh.tp_size,
+        sequence_parallel=mesh.is_sequence_parallel,
+        pipeline_model_parallel_size=mesh.pp_size,
+        pipeline_model_parallel_layout=pipeline_layout(dims.num_layers, mesh.layout),
+        # A batch of messages between two stages that are each other's next and previous one would be mixed up.
+        overlap_p2p_comm=mesh.layout.virtual_stages > 1,
+        batch_p2p_comm=mesh.layout.virtual_stages == 1,
+        batch_p2p_sync=False,  # waiting for the messages orders them on the device; the host need not wait as well
+        context_parallel_size=mesh.cp_size,
+        expert_model_parallel_size=mesh.ep_size,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        perform_initialization=False,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **(_expert_settings(dims) if dims.num_experts else {}),
+    )
+
+
+def _expert_settings(dims: Dims) -> dict[str, Any]:
+    """Return Megatron's settings of layers with experts; no loss but ours acts on the router."""
+    return {
+        "num_moe_experts": dims.num_experts,
+        "moe_ffn_hidden_size": dims.ffn_hidden_size,
+        "moe_router_topk": dims.experts_per_token,
+        # A softmax over the picked logits is the softmax over all of them, scaled to sum to 1 over the picked.
+        "moe_router_pre_softmax": not dims.norm_topk,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",  # keeps the order of the tokens, by which scoring tells samples apart
+        "moe_shared_expert_intermediate_size": dims.shared_expert_ffn or None,
+        "moe_shared_expert_gate": dims.shared_expert_ffn > 0,
+    }

@@ -1,0 +1,88 @@
+"""Which kernel attention runs on a card: never the one that writes all scores to memory.
+
+Runs on fake CUDA devices alone (`make fakecuda`); torch chooses a kernel from shapes, dtypes and the device's name.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compactlm_nemo.models import attention
+from compactlm_nemo.models.attention import AttentionMask, SdpaCoreAttention
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_name().endswith("(stub)")),
+    reason="needs the fake CUDA devices of `make fakecuda`",
+)
+
+SAMPLES, LENGTH, HEADS, WIDTH = 2, 1024, 8, 128
+DTYPES = [torch.float32, torch.bfloat16]
+MASKS = {"causal": {}, "documents": {"document_end": 2}, "window": {"window": 300}, "context": {"cp": 2}}
+
+
+class Kernels(TorchDispatchMode):
+    """Remembers the attention kernels, and that of a softmax, which only attention without a fused kernel runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        if "attention" in name or "softmax" in name:
+            self.seen.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def kernels_of(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, groups: int, *, window: Any = None, document_end: Any = None,
+    cp: int = 1,
+) -> set[str]:  # fmt: skip
+    """Return the kernels of a forward and a backward pass through the package's attention."""
+    group: Any = SimpleNamespace(rank=lambda: 0)
+    monkeypatch.setattr(attention, "all_gather", lambda x, group, dim: torch.cat([x] * cp, dim=dim))
+    monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", lambda x, group: torch.cat([x] * cp))
+    config: Any = SimpleNamespace(
+        context_parallel_size=cp, params_dtype=dtype, window_size=None if window is None else (window - 1, 0)
+    )
+    with FakeTensorMode(), Kernels() as kernels:
+        tokens_BS = torch.zeros(SAMPLES, LENGTH, dtype=torch.long, device="cuda")
+        mask = AttentionMask(config, group)(tokens_BS, document_end)
+        core = SdpaCoreAttention(config, pg_collection=SimpleNamespace(cp=group))
+        query, key, value = (
+            torch.zeros(LENGTH, SAMPLES, heads, WIDTH, dtype=dtype, device="cuda", requires_grad=True)
+            for heads in (HEADS, groups, groups)
+        )
+        out = core(query, key, value, mask)
+        assert out.shape == (LENGTH, SAMPLES, HEADS * WIDTH) and out.is_cuda
+        out.sum().backward()
+        assert key.grad is not None and key.grad.shape == key.shape
+    return kernels.seen
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("groups", [HEADS, 2, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_cudnn", [True, False], ids=["cudnn", "no_cudnn"])
+def test_attention_runs_a_fused_kernel(monkeypatch, has_cudnn, dtype, groups, mask):
+    if not has_cudnn:  # as on devices before Hopper and in torch 2.9
+        others = [kernel for kernel in attention.FUSED_KERNELS if kernel is not SDPBackend.CUDNN_ATTENTION]
+        monkeypatch.setattr(attention, "FUSED_KERNELS", others)
+    kernels = kernels_of(monkeypatch, dtype, groups, **MASKS[mask])
+    assert len(kernels) == 2, kernels  # forward and backward
+    assert not [name for name in kernels if "softmax" in name or name.endswith("_math")]
+
+
+def test_torch_alone_would_write_the_scores_of_grouped_float32_queries():
+    with FakeTensorMode(), Kernels() as kernels:
+        query, key = (torch.zeros(1, heads, LENGTH, WIDTH, device="cuda") for heads in (HEADS, 2))
+        F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+    assert [name for name in kernels.seen if "softmax" in name]

@@ -1,0 +1,104 @@
+"""The mask of a micro-batch against its definition, and keys and values that several query heads share."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compactlm_nemo.models.attention import AttentionMask, for_each_head
+from compactlm_nemo.models.layout import context_positions
+
+LENGTH = 12
+END = 3
+TOKENS = torch.tensor([[5, 3, 1, 2, 3, 3, 8, 9, 4, 7, 6, 3], [3, 1, 1, 1, 2, 2, 2, 9, 3, 5, 5, 5]])
+
+
+def mask_of(window: int | None, size: int = 1, rank: int = 0, dtype: torch.dtype = torch.float32) -> AttentionMask:
+    config: Any = SimpleNamespace(
+        context_parallel_size=size, params_dtype=dtype, window_size=None if window is None else (window - 1, 0)
+    )
+    group: Any = SimpleNamespace(rank=lambda: rank)
+    return AttentionMask(config, group)
+
+
+def attends(query: int, key: int, window: int | None, sample: list[int] | None = None) -> bool:
+    """Whether the token at place `query` sees the one at `key`; a document begins with the token that ends another."""
+    is_before = key <= query and (window is None or query - key < window)
+    return is_before and (sample is None or END not in sample[key + 1 : query + 1])
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, LENGTH - 1])
+@pytest.mark.parametrize("document_end", [None, END])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_is_zero_where_a_token_attends_and_minus_infinity_elsewhere(window, document_end, dtype):
+    got = mask_of(window, dtype=dtype)(TOKENS, document_end)
+    if window is None and document_end is None:
+        assert got is None
+        return
+    assert got is not None and got.dtype is dtype
+    for b, sample in enumerate(TOKENS.tolist()):
+        rows = got.expand(len(TOKENS), 1, LENGTH, LENGTH)[b, 0]
+        for q in range(LENGTH):
+            for k in range(LENGTH):
+                want = attends(q, k, window, None if document_end is None else sample)
+                assert rows[q, k] == (0 if want else -math.inf), (b, q, k)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_of_a_context_sees_the_gathered_keys_in_the_order_of_the_ranks(window, rank):
+    parts = [TOKENS[:, :4] * 0 + place for place in range(3)]
+    got = mask_of(window, size=3, rank=rank)(parts[rank], None)
+    assert got is not None and got.shape == (1, 1, 4, LENGTH)
+    order = [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
+    for q, place in enumerate(order[4 * rank : 4 * rank + 4]):
+        for k, other in enumerate(order):
+            assert got[0, 0, q, k] == (0 if attends(place, other, window) else -math.inf)
+
+
+def test_a_mask_without_documents_is_made_once_for_a_length():
+    mask = mask_of(window=4)
+    first = mask(TOKENS, None)
+    assert mask(TOKENS.flip(0), None) is first
+    assert mask(TOKENS[:, :8], None).shape == (1, 1, 8, 8)
+    assert mask(TOKENS, END) is not mask(TOKENS, END)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_places_of_all_ranks_are_the_whole_sequence(size):
+    places = [context_positions(8, rank, size, torch.device("cpu")) for rank in range(size)]
+    assert torch.cat(places).sort().values.tolist() == list(range(8 * size))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of one sample by sums over numbers: query head n reads group n // (heads / groups)."""
+    heads, length, width = q.shape[1:]
+    out = torch.zeros_like(q)
+    for n in range(heads):
+        g = n // (heads // k.shape[1])
+        for s in range(length):
+            scores = torch.stack([(q[0, n, s] * k[0, g, t]).sum() / width**0.5 for t in range(s + 1)])
+            weights = (scores - scores.max()).exp()
+            weights = weights / weights.sum()
+            out[0, n, s] = sum(weights[t] * v[0, g, t] for t in range(s + 1))
+    return out
+
+
+def test_attention_of_every_head_by_itself_is_grouped_attention_with_its_gradients():
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(1, 6, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4)]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    weight = torch.randn(shapes[0], generator=generator, dtype=torch.float64)
+    q, k, v = inputs
+    got = F.scaled_dot_product_attention(q, for_each_head(k, 6), for_each_head(v, 6), is_causal=True)
+    want = attention(q, k, v)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
