@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from compactlm_nemo.config.fingerprint import setting
+from compactlm_nemo.config.hardware import has_cuda
 from compactlm_nemo.errors import require
 
 
@@ -17,6 +18,12 @@ class Precision(Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    auto = "auto"
+
+
+def device_precision() -> Precision:
+    """Return what `auto` means on this machine: bf16 where a run uses CUDA, fp32 where it uses the CPU."""
+    return Precision.bf16 if has_cuda() else Precision.fp32
 
 
 @dataclass(kw_only=True)
@@ -28,10 +35,18 @@ class ModelConfig:
     """Folder with `config.json` and tokenizer of a teacher that is a `torch_dist` folder."""
     architecture: dict[str, Any] = setting({}, changes_result=False)
     """Hugging Face config values the source must have; a dry run plans with them where the source is absent."""
-    precision: Precision = setting(Precision.fp32)
-    """Weights and activations; bf16 trains with fp32 main weights."""
+    precision: Precision = setting(Precision.auto)
+    """Weights and activations; bf16 trains with fp32 main weights. auto is bf16 where this machine has a CUDA device,
+    else fp32; it is replaced by either at once, so results and plans name what was taken. Give it to plan a run for
+    another machine, or to spread the stages of a run over machines of both kinds."""
+    compile: bool | None = setting(None, changes_result=False)
+    """Compile the layers of student and live teacher for training, which fuses what stands between their matrix
+    products and takes a minute or so at the first step. null compiles on CUDA where a C compiler is found, unless a
+    `distill.hidden` loss hooks into the layers. Scoring and cutting never compile."""
     vocab_multiple: int = setting(128, changes_result=False)
     """The vocabulary is padded to a multiple of this times `parallel.tp`; exported without padding."""
 
     def __post_init__(self) -> None:
+        if self.precision is Precision.auto:
+            self.precision = device_precision()
         require(self.vocab_multiple > 0, f"model.vocab_multiple={self.vocab_multiple} must be > 0; use 128.")

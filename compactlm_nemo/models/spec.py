@@ -58,7 +58,14 @@ class BiasedColumnParallelLinear(ColumnParallelLinear):
         super().__init__(*args, **{**kwargs, "bias": True})
 
 
-class BiasedRowParallelLinear(RowParallelLinear):
+class RowLinear(RowParallelLinear):
+    """Megatron's, told its group, which it would otherwise look up with a warning at every call; that ends a graph."""
+
+    def _forward_impl(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._forward_impl(*args, **{**kwargs, "tp_group": self.tp_group})
+
+
+class BiasedRowLinear(RowLinear):
     """As `BiasedColumnParallelLinear`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,7 +85,7 @@ def layer_spec(dims: Dims) -> ModuleSpec:
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=SdpaCoreAttention,
-                    linear_proj=BiasedRowParallelLinear if dims.proj_bias else RowParallelLinear,
+                    linear_proj=BiasedRowLinear if dims.proj_bias else RowLinear,
                     q_layernorm=norm_qk,
                     k_layernorm=norm_qk,
                 ),
@@ -95,7 +102,7 @@ def mlp_spec(dims: Dims) -> ModuleSpec:
     """Return the MLP of a layer, or its router and experts, each expert an MLP by itself."""
     matrices = MLPSubmodules(
         linear_fc1=BiasedColumnParallelLinear if dims.mlp_bias else ColumnParallelLinear,
-        linear_fc2=BiasedRowParallelLinear if dims.mlp_bias else RowParallelLinear,
+        linear_fc2=BiasedRowLinear if dims.mlp_bias else RowLinear,
     )
     if not dims.num_experts:
         return ModuleSpec(module=MLP, submodules=matrices)

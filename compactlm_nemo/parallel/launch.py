@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from compactlm_nemo.config.hardware import has_cuda
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.parallel.collectives import broadcast_object
@@ -79,7 +81,15 @@ def launched(layout: ParallelConfig, seed: int) -> Iterator[Mesh]:
     use_cpu()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if has_cuda() != torch.cuda.is_available():
+        warnings.warn(
+            f"torch.cuda.is_available() is {torch.cuda.is_available()} here, which model.precision=auto did not "
+            "expect; set model.precision to bf16 or fp32.",
+            stacklevel=2,
+        )
     backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # No `device_id`: with it every group is split off this one by all of its ranks, and Megatron's gloo groups, whose
+    # members do not split, would wait for ever.
     with tempfile.TemporaryDirectory() as folder:
         if launch_world_size() == 1:
             dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)

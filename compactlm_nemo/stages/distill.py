@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.fingerprint import correction_settings, result_settings, training_text
+from compactlm_nemo.config.hardware import can_compile
 from compactlm_nemo.config.prune import Stream
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import StoredKind, TeacherSource
@@ -30,6 +31,14 @@ def distill_problems(config: Config, models: list[Dims]) -> list[str]:
     cfg, problems = config.distill, []
     if cfg.global_batch % cfg.micro_batch:
         problems.append(f"distill.micro_batch={cfg.micro_batch} must divide distill.global_batch={cfg.global_batch}.")
+    if config.model.compile and cfg.hidden.is_on:
+        problems.append(
+            "model.compile=true compiles the layers that distill.hidden looks into; leave out either of them."
+        )
+    if config.model.compile and not config.dry_run and not can_compile():
+        problems.append(
+            "model.compile=true needs a C compiler (cc, gcc or clang) and TORCH_COMPILE_DISABLE unset; set it to false."
+        )
     return problems + _stored_problems(config) + _hidden_loss_problems(config, models) + _correction_problems(config)
 
 

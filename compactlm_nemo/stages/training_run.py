@@ -18,6 +18,7 @@ from torch import Tensor
 from compactlm_nemo.artifacts import settings_of
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.fingerprint import correction_settings, result_settings, training_text
+from compactlm_nemo.config.hardware import can_compile
 from compactlm_nemo.config.loss import Projection
 from compactlm_nemo.config.teacher import StoredKind, TeacherSource
 from compactlm_nemo.data.windows import Windows, heldout_windows
@@ -32,6 +33,7 @@ from compactlm_nemo.distill.teacher_correction import TeacherCorrection
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.models.build import ModelChunks, tp_share
 from compactlm_nemo.models.checkpoint import CheckpointSource
+from compactlm_nemo.models.compile import compile_layers, compiling_nothing
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.devices import device, device_name, peak_tflops
 from compactlm_nemo.parallel.launch import main_rank_writes, second_mesh
@@ -60,6 +62,9 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     dims = run.dims(source)
     samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
     student, teacher = run.load(source), _teacher(run, cfg)
+    if _compiles(run, cfg):
+        for chunks in [student, *([teacher.chunks] if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)) else [])]:
+            compile_layers(chunks)
     checkpoints = Checkpoints(state / "checkpoints", keep=cfg.keep_checkpoints, is_main=is_main_rank())
     best_weights = BestWeights(
         _heldout_metrics(run, student, teacher),
@@ -86,11 +91,21 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     with main_rank_writes() as writes:
         if writes:
             shutil.copyfile(state / METRICS, folder / METRICS)
+    with compiling_nothing():
+        loss = validation_loss(run, student, source)
     return {
         "tokens": cfg.num_samples * config.data.sequence_length,
         "best_step": best_weights.best_step,
-        "loss": validation_loss(run, student, source),
+        "loss": loss,
     }
+
+
+def _compiles(run: Run, cfg: DistillConfig) -> bool:
+    """Whether the layers are compiled for this training; hooks into them would end the graphs."""
+    if cfg.hidden.is_on:
+        return False
+    wanted = run.config.model.compile
+    return can_compile() and device().type == "cuda" if wanted is None else wanted
 
 
 def _teaching(run: Run, cfg: DistillConfig) -> dict[str, str]:
@@ -173,7 +188,11 @@ def _heldout_metrics(run: Run, student: ModelChunks, teacher: Teacher) -> Callab
                 values[f"eval/{name}_lm_loss_nats"] = loss.loss_nats
         return values | {EVAL_LOSS: sum(v for k, v in values.items() if "lm_loss" in k) / len(config.data.heldout)}
 
-    return measure
+    def measure_as_compiled() -> dict[str, float]:
+        with compiling_nothing():
+            return measure()
+
+    return measure_as_compiled
 
 
 def _speed(run: Run, student: Dims, cfg: DistillConfig) -> Callable[[float, float], dict[str, float]]:

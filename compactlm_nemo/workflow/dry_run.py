@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compactlm_nemo.config.model import Precision
+from compactlm_nemo.config.model import Precision, device_precision
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.layout import split_layers
@@ -26,6 +26,7 @@ def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> lis
     context = f" x cp {parallel.cp}" if parallel.cp > 1 else ""
     ranks = f"tp {parallel.tp} x pp {parallel.pp}{context} = {parallel.model_ranks}"
     lines = [f"ranks needed: a multiple of {ranks}" + f", times ep {parallel.ep}" * (parallel.ep > 1)]
+    lines.append(_precision(config))
     if teacher is None:
         lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
         return lines + [f"{stage.name}: {_folders(config, stage)}" for stage in stages]
@@ -46,6 +47,18 @@ def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> lis
         memory = f"{size:,} bytes a rank for weights and optimizer; " if size else ""
         lines.append(f"{stage.name}: {memory}{_folders(config, stage)}")
     return lines
+
+
+def _precision(config: Config) -> str:
+    """Return the number format of the plan, and what the plan assumed where that is this machine's."""
+    precision = config.model.precision
+    if precision is not device_precision():
+        return f"precision: {precision.name}"
+    other, device = ("fp32 without", "a") if precision is Precision.bf16 else ("bf16 with", "no")
+    return (
+        f"precision: {precision.name}, as model.precision=auto is on this machine with {device} CUDA device; it is "
+        f"{other} one"
+    )
 
 
 def _folders(config: Config, stage: Stage) -> str:

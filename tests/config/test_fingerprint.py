@@ -115,7 +115,7 @@ def _other(key: str, value: Any) -> Any:
         return value + 1
     if value is None:
         kind = SETTINGS[key][0].type
-        named = {"str | None": "x", "int | None": 3, "float | None": 3.0}
+        named = {"str | None": "x", "int | None": 3, "float | None": 3.0, "bool | None": True}
         enums = {"WidthMetric | None": WidthMetric.taylor, "DepthMetric | None": DepthMetric.tasks}
         return (named | enums)[str(kind)]
     return {"list[int]": [3], "list[str]": ["x"]}[str(SETTINGS[key][0].type)]

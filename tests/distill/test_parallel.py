@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import LiveTeacher, OwnMeshTeacher
 from compactlm_nemo.models.build import global_names, recompute_activations, tp_share
+from compactlm_nemo.models.compile import compile_layers
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import positions_of
 from compactlm_nemo.models.hf import open_hf
@@ -122,6 +124,7 @@ def _step(
     own_layout: ParallelConfig | None = None,
     recompute: bool = False,
     overlap: bool = False,
+    backend: str | None = None,
 ) -> tuple[Any, Any, dict[str, float]]:
     _, learner = filled(root / student, mesh)
     if recompute:
@@ -138,6 +141,9 @@ def _step(
     if root.name in DOCUMENT_CASES:
         for chunk in [*learner, *live.chunks]:
             chunk.document_end = DOCUMENT_END
+    if backend is not None:
+        compile_layers(learner, backend)
+        compile_layers(live.chunks, backend)
     batches = [Batch(part, ()) for part in samples()[mesh.dp_rank :: mesh.dp_size].split(micro_batch)]
     settings: dict[str, Any] = {"loss": LossConfig(), "temperature": TEMPERATURE}
     # Twice: the second must not see anything of the first.
@@ -155,11 +161,12 @@ def _matches(
     own_layout: ParallelConfig | None = None,
     recompute: bool = False,
     overlap: bool = False,
+    backend: str | None = None,
 ) -> None:
     mesh = mesh_of(**layout)
     for case in cases:
         micro_batch = 1 if case == "llama" or mesh.layout.virtual_stages > 1 else 2
-        ddps, dims, terms = _step(root / case, mesh, "student", micro_batch, own_layout, recompute, overlap)
+        ddps, dims, terms = _step(root / case, mesh, "student", micro_batch, own_layout, recompute, overlap, backend)
         assert terms == pytest.approx(torch.load(root / case / "terms.pt"), rel=1e-5), case
         _, wanted = open_hf(root / case / "gradients")
         padded = dims.padded_vocab(mesh.tp_size, VOCAB_MULTIPLE)
@@ -176,6 +183,8 @@ def _matches(
             compared += 1
         assert compared == sum(len(list(ddp.module.parameters())) for ddp in ddps)
 
+        if backend is not None:
+            continue
         ddps, _, terms = _step(root / case, mesh, "teacher", micro_batch, own_layout, overlap=overlap)
         assert abs(terms["train/loss"]) < 1e-6
         # On two layouts the same model sums in another order.
@@ -213,9 +222,12 @@ def test_step_with_a_teacher_of_another_layout_is_the_definition(layouts, root, 
     run_ranks(_matches, ranks, tmp_path, student, CASES, root, teacher)
 
 
+_small_buckets = partial(DistributedDataParallelConfig, bucket_size=1000)
+"""Buckets of a few parameters, so that the first are summed while backward goes on."""
+
+
 def _overlapped(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ...], root: Path) -> None:
-    # Buckets of a few parameters, so that the first are summed while backward goes on.
-    optimizer.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1000)  # type: ignore[misc,assignment]
+    optimizer.DistributedDataParallelConfig = _small_buckets  # type: ignore[misc,assignment]
     _matches(rank, world, layout, cases, root, overlap=True)
 
 
@@ -264,3 +276,43 @@ def test_recomputing_keeps_less(root, tmp_path):
 def test_recomputing_activations_changes_nothing(layout, root, tmp_path):
     ranks, fields = LAYOUTS[layout]
     run_ranks(_recomputed, ranks, tmp_path, fields, root)
+
+
+def _compiled(
+    rank: int,
+    world: int,
+    layout: dict[str, Any],
+    cases: tuple[str, ...],
+    root: Path,
+    recompute: bool,
+    overlap: bool,
+    backend: str,
+) -> None:
+    if overlap:
+        optimizer.DistributedDataParallelConfig = _small_buckets  # type: ignore[misc,assignment]
+    _matches(rank, world, layout, cases, root, None, recompute, overlap, backend)
+    assert counters["stats"]["unique_graphs"] > 0
+    if world == 1:  # student and teacher, each a graph for all four layers, and one for the strides of the first
+        assert counters["stats"]["unique_graphs"] == 4, counters["stats"]
+        assert not counters["graph_break"]
+
+
+# Inductor compiles C++ here, for a minute; `aot_eager` traces all that it does and compiles nothing.
+@pytest.mark.parametrize(
+    ("layout", "recompute", "overlap", "backend"),
+    [
+        pytest.param("1", False, False, "inductor", marks=pytest.mark.slow),
+        ("1", False, False, "aot_eager"),
+        ("dp2", False, True, "aot_eager"),
+        ("tp2_sp", True, False, "aot_eager"),
+        ("cp2", False, False, "aot_eager"),
+    ],
+)
+def test_compiled_layers_change_nothing(layout, recompute, overlap, backend, root, tmp_path):
+    ranks, fields = LAYOUTS[layout]
+    run_ranks(_compiled, ranks, tmp_path, fields, CASES[:1], root, recompute, overlap, backend)
+
+
+def test_compiled_attention_of_layers_with_experts_changes_nothing(root, tmp_path):
+    ranks, fields = EXPERT_LAYOUTS["ep2"]
+    run_ranks(_compiled, ranks, tmp_path, fields, EXPERT_CASES[1:2], root, False, False, "aot_eager")

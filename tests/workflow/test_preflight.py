@@ -99,6 +99,10 @@ EXPERTS = [
         ),
         ([*LLAMA, "distill.hidden.layers=[[3]]"], ["[3] must be [teacher layer, student layer]"]),
         (
+            [*LLAMA, "distill.hidden.embedding=true", "model.compile=true"],
+            ["model.compile=true compiles the layers that distill.hidden looks into"],
+        ),
+        (
             [*LLAMA, "distill.hidden.embedding=true", "distill.hidden.weight=0"],
             ["distill.hidden.weight=0.0 must be > 0"],
         ),
