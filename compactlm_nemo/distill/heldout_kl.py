@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ def evaluate_kd_loss(
         batches = share.batches[first : first + GROUP]
         targets = teacher.targets([Batch(batch, ()) for batch in batches])
 
-        def visit(idx: int, hidden_SBH: Tensor, first: int = first, targets: list[Targets] = targets) -> Tensor:
+        def visit(idx: int, hidden_SBH: Tensor, first: int = first, targets: Sequence[Targets] = targets) -> Tensor:
             labels_SB = context_share(share.batches[first + idx][:, 1:], mesh).T
             counts_B = share.counted(first + idx, mesh.dp_rank).to(labels_SB.device, non_blocking=True)
             mask_N = counts_B.float().expand_as(labels_SB).flatten()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import Teacher
 from compactlm_nemo.models.build import ModelChunks
-from compactlm_nemo.training.batches import step_batches
+from compactlm_nemo.training.batches import BatchFeed
 from compactlm_nemo.training.callbacks import Callback, Step
 from compactlm_nemo.training.checkpoint import Checkpoints, TrainState
 from compactlm_nemo.training.optimizer import TrainableModel
@@ -28,7 +29,7 @@ def distill(
     """Train the student from the newest checkpoint, or the start, to the last of `cfg.steps`. Collective.
 
     Args:
-        sample: ``[S + 1]`` tokens of a sample of the training order.
+        sample: ``[S + 1]`` tokens of a sample of the training order; called by a thread beside the steps.
         callbacks: The optional parts, called in this order; see `Callback`.
     Returns:
         The state in which training ends, which a callback may have stopped earlier.
@@ -36,29 +37,32 @@ def distill(
     model = TrainableModel(student.train(), cfg, overlap=cfg.overlap)
     state = _start(model, callbacks, checkpoints)
     is_over = _is_over(state, cfg, callbacks)
-    while not is_over:
-        for callback in callbacks:
-            callback.before_step(state.step)
-        model.advance_schedule()
-        batches = step_batches(sample, state.step + state.skipped_batches, cfg, student.mesh)
-        step = Step(number=state.step, model=model, batches=batches)
-        step.metrics |= forward_backward(
-            model.ddps, teacher, batches, loss=cfg.loss, temperature=cfg.temperature, callbacks=callbacks
-        )
-        if any([callback.must_rewind(step) for callback in callbacks]):
-            state = _rewind(state, model, callbacks, checkpoints)
-            continue
-        step.metrics |= {"train/grad_norm": model.gradient_norm(), "train/lr": model.lr}
-        if not any([callback.should_skip(step) for callback in callbacks]):
-            model.update()
+    with closing(BatchFeed(sample, cfg, student.mesh)) as feed:
+        while not is_over:
             for callback in callbacks:
-                callback.after_update(step)
-        state.step += 1
-        step.is_last = is_over = _is_over(state, cfg, callbacks)
-        for callback in callbacks:
-            callback.after_step(step)
-        if step.is_last or step.must_save or state.step % cfg.checkpoint_every == 0:
-            checkpoints.save(model, state, callbacks)
+                callback.before_step(state.step)
+            model.advance_schedule()
+            number = state.step + state.skipped_batches
+            batches = feed.batches(number)
+            teacher.expect(feed.samples(number) + feed.samples(number + 1))
+            step = Step(number=state.step, model=model, batches=batches)
+            step.metrics |= forward_backward(
+                model.ddps, teacher, batches, loss=cfg.loss, temperature=cfg.temperature, callbacks=callbacks
+            )
+            if any([callback.must_rewind(step) for callback in callbacks]):
+                state = _rewind(state, model, callbacks, checkpoints)
+                continue
+            step.metrics |= {"train/grad_norm": model.gradient_norm(), "train/lr": model.lr}
+            if not any([callback.should_skip(step) for callback in callbacks]):
+                model.update()
+                for callback in callbacks:
+                    callback.after_update(step)
+            state.step += 1
+            step.is_last = is_over = _is_over(state, cfg, callbacks)
+            for callback in callbacks:
+                callback.after_step(step)
+            if step.is_last or step.must_save or state.step % cfg.checkpoint_every == 0:
+                checkpoints.save(model, state, callbacks)
     if state.step == cfg.steps:
         for callback in callbacks:
             callback.after_training(model)

@@ -5,30 +5,39 @@ Shape suffixes: B samples, S tokens, T a sample's tokens on this rank, K stored 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Protocol
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from compactlm_nemo.distill.stored_targets import StoredTargets, decode_hidden, decode_top_k
+from compactlm_nemo.errors import DataError
 from compactlm_nemo.losses.targets import NoTargets, Targets, TeacherHead, TopK
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.forward import context_share, forward_each
+from compactlm_nemo.parallel.background import ReadAhead, num_workers, pinned, to_device
 from compactlm_nemo.parallel.collectives import all_gather, all_gather_objects, broadcast
 from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.batches import Batch
 
 
-class Teacher(Protocol):
+class Teacher:
     """A source of targets; collective."""
 
-    def targets(self, batches: list[Batch]) -> list[Targets]:
+    def expect(self, samples: list[range]) -> None:
+        """Begin to fetch what micro-batches of these samples will need, in this order; no need is without effect."""
+
+    def targets(self, batches: list[Batch]) -> Sequence[Targets]:
         """Return micro-batches' targets, tokens in order ``[S / cp, B]``; empty before the last stage. Collective."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End the threads that fetch, if any."""
 
 
-class LiveTeacher:
+class LiveTeacher(Teacher):
     """A model on the student's mesh, which runs forward over the micro-batches of a step.
 
     Args:
@@ -40,14 +49,14 @@ class LiveTeacher:
     def __init__(self, chunks: ModelChunks, on_input: Callable[[int | None], None] | None = None) -> None:
         self.chunks, self.on_input = chunks.eval(), on_input
 
-    def targets(self, batches: list[Batch]) -> list[Targets]:
+    def targets(self, batches: list[Batch]) -> Sequence[Targets]:
         """Return the teacher's final normed hidden states with its output weights."""
         inputs = [batch.tokens_BT[:, :-1] for batch in batches]
         hidden = forward_each(self.chunks, inputs, lambda idx, hidden_SBG: hidden_SBG, self.on_input)
         return [TeacherHead(hidden_SBG.flatten(0, 1), self.chunks.head_weight) for hidden_SBG in hidden]
 
 
-class OwnMeshTeacher:
+class OwnMeshTeacher(Teacher):
     """A model on a mesh of its own over the student's processes, with its own tensor- and pipeline-parallel sizes.
 
     The micro-batches of all the student's data-parallel ranks are dealt out to the teacher's, and every hidden state
@@ -67,7 +76,7 @@ class OwnMeshTeacher:
         self.source_rank = {dp_rank: rank for rank, (is_source, dp_rank) in enumerate(ranks) if is_source}
         """The teacher's data-parallel rank -> the global rank that sends its hidden states."""
 
-    def targets(self, batches: list[Batch]) -> list[Targets]:
+    def targets(self, batches: list[Batch]) -> Sequence[Targets]:
         """Return the teacher's final normed hidden states with its output weights."""
         hidden: list[Tensor] = []
         for _, group in groupby(batches, key=lambda batch: batch.tokens_BT.shape):
@@ -98,55 +107,115 @@ class OwnMeshTeacher:
         return local_states
 
 
-class NoTeacher:
+class NoTeacher(Teacher):
     """The source for a training on the labels alone."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
 
-    def targets(self, batches: list[Batch]) -> list[Targets]:
+    def targets(self, batches: list[Batch]) -> Sequence[Targets]:
         """Return targets that hold nothing but the number of tokens."""
         counts = [context_share(batch.tokens_BT[:, 1:], self.mesh).numel() for batch in batches]
         return [NoTargets(count) for count in counts] if self.mesh.is_last_stage else []
 
 
-class StoredTopK:
-    """A source that reads the teacher's likeliest tokens from disk, without a teacher in memory."""
+class StoredTeacher(Teacher):
+    """A source that reads targets from disk, without a teacher in memory; threads decode them ahead of the step.
+
+    On the device are the targets of one micro-batch, when its loss is due; on the host those of a few micro-batches.
+    """
 
     def __init__(self, store: StoredTargets, mesh: Mesh) -> None:
-        self.store, self.mesh, self.k = store, mesh, int(store.metadata["k"])
+        self.store, self.mesh, self.length = store, mesh, int(store.metadata["sequence_length"])
+        workers = num_workers()
+        self._decoded: ReadAhead[Sequence[int], list[Tensor]] = ReadAhead(
+            self._decode, workers=workers, ahead=2 * workers
+        )
 
-    def targets(self, batches: list[Batch]) -> list[Targets]:
-        """Return the stored targets, read on the last stage."""
-        return [self._of(batch) for batch in batches] if self.mesh.is_last_stage else []
+    def expect(self, samples: list[range]) -> None:
+        if self.mesh.is_last_stage:
+            self._decoded.expect(samples)
 
-    def _of(self, batch: Batch) -> TopK:
-        length, device = batch.tokens_BT.shape[1] - 1, batch.tokens_BT.device
-        records = [decode_top_k(self.store.record(sample), length, self.k) for sample in batch.samples]
+    def targets(self, batches: list[Batch]) -> Sequence[Targets]:
+        """Return the stored targets, each of which is fetched when it is asked for, on the last stage."""
+        return _WhenAsked(self._fetch, batches if self.mesh.is_last_stage else [])
+
+    def close(self) -> None:
+        self._decoded.close()
+
+    def of_record(self, record: bytes) -> tuple[Tensor, ...]:
+        """Decode one sample's record to tensors ``[T, ...]``."""
+        raise NotImplementedError
+
+    def as_targets(self, fields: list[Tensor]) -> Targets:
+        """Return a micro-batch's targets of its tensors ``[N, ...]`` on the device."""
+        raise NotImplementedError
+
+    def _decode(self, samples: Sequence[int]) -> list[Tensor]:
+        """Return this rank's tokens ``[N, ...]`` of a micro-batch, in pinned memory; called by threads."""
+        records = [self.of_record(self.store.record(sample)) for sample in samples]
         fields = [torch.stack(field) for field in zip(*records, strict=True)]
         shares = [context_share(field, self.mesh).transpose(0, 1).flatten(0, 1) for field in fields]
-        return TopK(*(share.contiguous().to(device, non_blocking=True) for share in shares))
+        return [pinned(share.contiguous()) for share in shares]
+
+    def _fetch(self, batch: Batch) -> Targets:
+        if (length := batch.tokens_BT.shape[1] - 1) != self.length:
+            raise DataError(
+                f"{self.store.folder} holds samples of {self.length} tokens, training has {length}; cache the teacher "
+                "again."
+            )
+        return self.as_targets([to_device(field) for field in self._decoded.take(batch.samples)])
 
 
-class StoredHidden:
-    """A source that reads final hidden states from disk; only the teacher's output weights are in memory.
+class _WhenAsked(Sequence[Targets]):
+    """The targets of micro-batches, each fetched when it is asked for."""
+
+    def __init__(self, fetch: Callable[[Batch], Targets], batches: list[Batch]) -> None:
+        self.fetch, self.batches = fetch, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @overload
+    def __getitem__(self, idx: int) -> Targets: ...
+    @overload
+    def __getitem__(self, idx: slice) -> Sequence[Targets]: ...
+    def __getitem__(self, idx: int | slice) -> Targets | Sequence[Targets]:
+        if isinstance(idx, slice):
+            return _WhenAsked(self.fetch, self.batches[idx])
+        return self.fetch(self.batches[idx])
+
+
+class StoredTopK(StoredTeacher):
+    """A source that reads the teacher's likeliest tokens."""
+
+    def __init__(self, store: StoredTargets, mesh: Mesh) -> None:
+        super().__init__(store, mesh)
+        self.k = int(store.metadata["k"])
+
+    def of_record(self, record: bytes) -> tuple[Tensor, ...]:
+        return decode_top_k(record, self.length, self.k)
+
+    def as_targets(self, fields: list[Tensor]) -> Targets:
+        return TopK(*fields)
+
+
+class StoredHidden(StoredTeacher):
+    """A source that reads final hidden states; only the teacher's output weights are in memory.
 
     Args:
         head_weight: ``[V, G]``, this rank's rows, in the dtype of the stored states; None before the last stage.
     """
 
     def __init__(self, store: StoredTargets, mesh: Mesh, head_weight: Tensor | None) -> None:
-        self.store, self.mesh, self.head_weight = store, mesh, head_weight
+        super().__init__(store, mesh)
+        self.head_weight = head_weight
 
-    def targets(self, batches: list[Batch]) -> list[Targets]:
-        """Return the stored targets, read on the last stage."""
-        return [self._of(batch) for batch in batches] if self.mesh.is_last_stage else []
-
-    def _of(self, batch: Batch) -> TeacherHead:
+    def of_record(self, record: bytes) -> tuple[Tensor, ...]:
         assert self.head_weight is not None
-        length, width = batch.tokens_BT.shape[1] - 1, self.head_weight.shape[1]
-        dtype = self.head_weight.dtype
-        records = [decode_hidden(self.store.record(sample), length, width, dtype) for sample in batch.samples]
-        hidden_BTG = torch.stack(records)
-        hidden_SBG = context_share(hidden_BTG, self.mesh).transpose(0, 1).to(self.head_weight, non_blocking=True)
-        return TeacherHead(hidden_SBG.flatten(0, 1), self.head_weight)
+        return (decode_hidden(record, self.length, self.head_weight.shape[1], self.head_weight.dtype),)
+
+    def as_targets(self, fields: list[Tensor]) -> Targets:
+        assert self.head_weight is not None
+        (hidden_NG,) = fields
+        return TeacherHead(hidden_NG, self.head_weight)

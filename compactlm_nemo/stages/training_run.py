@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -61,18 +62,21 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     )
     dims = run.dims(source)
     samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
-    student, teacher = run.load(source), _teacher(run, cfg)
-    if _compiles(run, cfg):
-        for chunks in [student, *([teacher.chunks] if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)) else [])]:
-            compile_layers(chunks)
+    student = run.load(source)
     checkpoints = Checkpoints(state / "checkpoints", keep=cfg.keep_checkpoints, is_main=is_main_rank())
-    best_weights = BestWeights(
-        _heldout_metrics(run, student, teacher),
-        every=cfg.eval_every, num_steps=cfg.steps, result=cfg.result, checkpoints=checkpoints,
-    )  # fmt: skip
     start, shown = checkpoints.latest_step() or 0, settings_of(asdict(config))
     wandb = replace(config.wandb, name=config.wandb.name or Path(config.run.dir).resolve().name)
-    with Tracker(state, wandb, shown, is_main_rank(), cfg.steps, start_step=start) as tracker:
+    with (
+        closing(_teacher(run, cfg)) as teacher,
+        Tracker(state, wandb, shown, is_main_rank(), cfg.steps, start_step=start) as tracker,
+    ):
+        if _compiles(run, cfg):
+            for chunks in [student, *([teacher.chunks] if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)) else [])]:
+                compile_layers(chunks)
+        best_weights = BestWeights(
+            _heldout_metrics(run, student, teacher),
+            every=cfg.eval_every, num_steps=cfg.steps, result=cfg.result, checkpoints=checkpoints,
+        )  # fmt: skip
         callbacks = [
             StopAfter(cfg.stop_after),
             LossSpikes(cfg.spike_factor, cfg.spike_limit),

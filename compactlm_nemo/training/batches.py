@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.config.distill import DistillConfig
-from compactlm_nemo.models.forward import micro_batches
-from compactlm_nemo.parallel.devices import device
+from compactlm_nemo.parallel.background import ReadAhead, pinned, to_device
 from compactlm_nemo.parallel.mesh import Mesh
 
 
@@ -26,12 +25,37 @@ class Batch(NamedTuple):
     """Numbers of the B samples in the training order."""
 
 
-def step_batches(sample: Callable[[int], Tensor], batch: int, cfg: DistillConfig, mesh: Mesh) -> list[Batch]:
-    """Return this rank's micro-batches of global batch number `batch`.
+class BatchFeed:
+    """This rank's micro-batches of each global batch; the next are read and pinned by a thread while a step runs.
 
     Batch k holds samples k * global_batch ... of the seeded order, whatever the layout; rank r takes every dp-th.
+
+    Args:
+        sample: ``[S + 1]`` tokens of a sample of the training order; called by one thread alone.
     """
-    first = batch * cfg.global_batch
-    numbers = range(first + mesh.dp_rank, first + cfg.global_batch, mesh.dp_size)
-    tokens = micro_batches(torch.stack([sample(number) for number in numbers]).to(device()), cfg.micro_batch)
-    return [Batch(part, numbers[i * cfg.micro_batch :][: len(part)]) for i, part in enumerate(tokens)]
+
+    def __init__(self, sample: Callable[[int], Tensor], cfg: DistillConfig, mesh: Mesh) -> None:
+        self.sample, self.cfg, self.mesh = sample, cfg, mesh
+        self._next: ReadAhead[int, Tensor] = ReadAhead(self._read, workers=1, ahead=1)
+
+    def samples(self, batch: int) -> list[range]:
+        """Return the numbers of the samples of each micro-batch of global batch `batch`."""
+        first, size = batch * self.cfg.global_batch, self.cfg.micro_batch
+        numbers = range(first + self.mesh.dp_rank, first + self.cfg.global_batch, self.mesh.dp_size)
+        return [numbers[i : i + size] for i in range(0, len(numbers), size)]
+
+    def batches(self, batch: int) -> list[Batch]:
+        """Return the micro-batches of global batch `batch`, and begin to read the next."""
+        tokens_NT = to_device(self._next.take(batch))
+        self._next.expect([batch + 1])
+        samples = self.samples(batch)
+        parts = tokens_NT.split([len(numbers) for numbers in samples])
+        return [Batch(tokens_BT, numbers) for tokens_BT, numbers in zip(parts, samples, strict=True)]
+
+    def close(self) -> None:
+        """Return when no thread is left."""
+        self._next.close()
+
+    def _read(self, batch: int) -> Tensor:
+        numbers = [number for of_micro_batch in self.samples(batch) for number in of_micro_batch]
+        return pinned(torch.stack([self.sample(number) for number in numbers]))
