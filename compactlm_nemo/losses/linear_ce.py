@@ -1,6 +1,6 @@
 """Language-model loss from hidden states: full logits never exist, the vocabulary may be sharded.
 
-Shape suffixes: N tokens, V vocabulary rows of this rank, H width.
+Shape suffixes: N tokens, H width.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from compactlm_nemo.config.loss import CROSS_ENTROPY
 from compactlm_nemo.losses.linear_kd import check_tokens, linear_kd, masked
-from compactlm_nemo.losses.targets import NoTargets
-from compactlm_nemo.losses.vocabulary import Head, at_least_float32, cache_blocks, token_chunks
+from compactlm_nemo.losses.targets import NoTargets, logit_arithmetic
+from compactlm_nemo.losses.vocabulary import Head, at_least_float32, token_chunks
 
 
 def linear_ce_sum(hidden_NH: Tensor, head: Head, labels_N: Tensor, mask_N: Tensor) -> Tensor:
@@ -39,9 +39,8 @@ def linear_ce(hidden_NH: Tensor, head: Head, labels_N: Tensor, mask_N: Tensor) -
     """
     check_tokens(hidden_NH, labels_N, mask_N)
     losses_N = torch.zeros(hidden_NH.shape[0], dtype=at_least_float32(hidden_NH), device=hidden_NH.device)
+    arithmetic = logit_arithmetic(head.is_fused(hidden_NH))
     for rows in token_chunks(hidden_NH.shape[0], head.chunk_tokens):
-        logits_NV = head.logits(hidden_NH[rows])
-        for block in cache_blocks(logits_NV, head.shard):
-            (model,) = head.shard.log_probs([logits_NV[block]], labels_N[rows][block], 1.0)
-            losses_N[rows][block] = masked(model.ce_N, mask_N[rows][block])
+        ce_N = arithmetic.token_losses(head.logits(hidden_NH[rows]), labels_N[rows], head.shard)
+        losses_N[rows] = masked(ce_N, mask_N[rows])
     return losses_N

@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.errors import ConfigError, DataError
-from compactlm_nemo.losses.logit_losses import weighted_losses
-from compactlm_nemo.losses.targets import Objective, Targets
+from compactlm_nemo.losses.logit_losses import Objective, weighted_losses
+from compactlm_nemo.losses.targets import Targets
 from compactlm_nemo.losses.vocabulary import Head, at_least_float32, token_chunks
 from compactlm_nemo.parallel.collectives import all_reduce_sum
 
@@ -82,7 +82,8 @@ def linear_kd(
     enabled = torch.is_grad_enabled()
     wanted = (enabled and hidden_NH.requires_grad, enabled and head.weight_VH.requires_grad)
     losses = weighted_losses(loss)
-    objective = Objective(losses, loss.cross_entropy, temperature, head.shard, with_gradient=any(wanted))
+    fused = head.is_fused(hidden_NH)
+    objective = Objective(losses, loss.cross_entropy, temperature, head.shard, with_gradient=any(wanted), fused=fused)
     chunked = _ChunkedLoss(head, targets, objective, labels_N, mask_N, wanted, backward_once)
     loss_sum, sums = _LinearKD.apply(hidden_NH, head.weight_VH, chunked)
     *terms, ce_sum, teacher_ce_sum = sums.unbind()
@@ -109,13 +110,11 @@ class _ChunkedLoss:
         for rows in token_chunks(hidden_NH.shape[0], self.head.chunk_tokens):
             logits_NV = self.head.logits(hidden_NH[rows])
             labels_N, mask_N = self.labels_N[rows], self.mask_N[rows].to(sums.dtype)
-            for block, values_LN, gradient_NV in self.targets.compare(rows, logits_NV, labels_N, self.objective):
+            for block, values_LN in self.targets.compare(rows, logits_NV, labels_N, self.objective):
                 sums += masked(values_LN, mask_N[block]).sum(dim=-1)
-                if self.objective.with_gradient:
-                    assert gradient_NV is not None  # LossConfig demands a weight
-                    logits_NV[block] = gradient_NV  # the logits of the block have served
             if self.objective.with_gradient:
-                gradients.add(rows, logits_NV, mask_N)
+                gradients.add(rows, logits_NV, mask_N)  # the comparison has made the gradient of the logits
+            del logits_NV  # before the next chunk's are made
         return sums
 
 
@@ -160,14 +159,13 @@ class _Gradients:
         self.to_weight_VH = torch.empty_like(head.weight_VH, dtype=sum_dtype) if wanted[1] else None
         self.is_first = True
 
-    def add(self, rows: slice, wide_NV: Tensor, mask_N: Tensor) -> None:
+    def add(self, rows: slice, grad_NV: Tensor, mask_N: Tensor) -> None:
         """Add the gradient to the logits of the tokens `rows`, each weighted by the mask."""
         weight_VH, num_valid = self.head.weight_VH, self.head.num_valid
-        grad_NV = wide_NV.to(weight_VH.dtype)
         if self.to_hidden_NH is not None:
             # Each rank holds its columns' share of the sum over the vocabulary. Added here, once and in wide
             # dtype; nothing outside may reduce it again.
-            share_NH = (grad_NV @ weight_VH[:num_valid]).to(wide_NV.dtype) * mask_N[:, None]
+            share_NH = (grad_NV @ weight_VH[:num_valid]).to(mask_N.dtype) * mask_N[:, None]
             self.to_hidden_NH[rows] = all_reduce_sum(share_NH, self.head.shard.tp_group).to(self.to_hidden_NH.dtype)
         if self.to_weight_VH is not None:
             hidden_NH = self.hidden_NH[rows] * mask_N[:, None].to(self.hidden_NH.dtype)

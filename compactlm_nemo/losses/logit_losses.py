@@ -8,20 +8,20 @@ Every loss compares the student's distribution ``q = softmax(x)`` with the teach
 T grows. A loss is computed in three steps, because the vocabulary may lie on several ranks: sums over this rank's
 entries; the value from the sums over all ranks; the gradient to this rank's ``x`` from both.
 
-Shape suffixes: N tokens, V vocabulary entries of this rank, K sums of a loss.
+Shape suffixes: N tokens, V vocabulary entries of this rank, K sums of a loss, L losses.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from compactlm_nemo.config.loss import LossConfig
-from compactlm_nemo.losses.vocabulary import LogProbs
+from compactlm_nemo.losses.vocabulary import LogProbs, VocabShard
 
 
 @dataclass(frozen=True)
@@ -190,3 +190,27 @@ def weighted_losses(cfg: LossConfig) -> dict[str, tuple[float, LogitLoss]]:
         "cosine": LogitCosine(),
     }
     return {name: (getattr(cfg, name), loss) for name, loss in losses.items() if getattr(cfg, name)}
+
+
+class Objective(NamedTuple):
+    """An objective is the weighted sum of losses to be made less, with all that is equal for every token."""
+
+    losses: dict[str, tuple[float, LogitLoss]]
+    """Name -> weight and loss, as `weighted_losses` gives."""
+    ce_weight: float
+    """Weight of the student's language-model loss."""
+    temperature: float
+    shard: VocabShard
+    with_gradient: bool
+    """Whether the gradient is wanted beside the values."""
+    fused: bool
+    """Whether kernels compare the logits; `Head.is_fused`."""
+
+
+class BlockLosses(NamedTuple):
+    """`BlockLosses` are the losses of some tokens of a chunk."""
+
+    block: slice
+    """Which tokens of the chunk these are."""
+    values_LN: Tensor
+    """``[L + 2, N]``: each loss with the factor T**2, then both models' language-model losses at T = 1."""

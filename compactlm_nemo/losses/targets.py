@@ -3,7 +3,7 @@
 All of them give, for a chunk of tokens, the value of every loss and the gradient of their weighted sum to the student's
 logits.
 
-Shape suffixes: N tokens, V vocabulary rows of this rank, G teacher width, K stored entries, L losses.
+Shape suffixes: N tokens, V vocabulary rows of this rank, G teacher width, K stored entries.
 """
 
 from __future__ import annotations
@@ -14,48 +14,38 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from compactlm_nemo.losses.logit_losses import Comparison, LogitLoss
-from compactlm_nemo.losses.vocabulary import Head, LogProbs, VocabShard, cache_blocks, token_chunks
-from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
+from compactlm_nemo.losses import plain
+from compactlm_nemo.losses.logit_losses import BlockLosses, Objective
+from compactlm_nemo.losses.vocabulary import Head, VocabShard, token_chunks
 
 
-class BlockLosses(NamedTuple):
-    """`BlockLosses` are the losses of some tokens of a chunk."""
+class LogitArithmetic(Protocol):
+    """`LogitArithmetic` is what losses/plain.py and losses/fused.py both do; plain.py says what each function gives."""
 
-    block: slice
-    """Which tokens of the chunk these are."""
-    values_LN: Tensor
-    """``[L + 2, N]``: each loss with the factor T**2, then both models' language-model losses at T = 1."""
-    gradient_NV: Tensor | None
-    """Gradient of the objective to the student's logits; None where the objective is without one."""
+    def against_teacher(
+        self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, objective: Objective
+    ) -> Iterator[BlockLosses]: ...
+
+    def against_nobody(self, student_NV: Tensor, labels_N: Tensor, objective: Objective) -> Iterator[BlockLosses]: ...
+
+    def against_top_k(
+        self, student_NV: Tensor, targets: TopK, labels_N: Tensor, objective: Objective
+    ) -> Iterator[BlockLosses]: ...
+
+    def token_losses(self, logits_NV: Tensor, labels_N: Tensor, shard: VocabShard) -> Tensor: ...
+
+    def likeliest(
+        self, logits_NV: Tensor, labels_N: Tensor, shard: VocabShard, k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
-class Objective(NamedTuple):
-    """An objective is the weighted sum of losses to be made less, with all that is equal for every token."""
+def logit_arithmetic(fused: bool) -> LogitArithmetic:
+    """Return the kernels, or the same in plain torch; Triton, which only a CUDA build of torch brings, is needed here."""
+    if not fused:
+        return plain
+    from compactlm_nemo.losses import fused as kernels
 
-    losses: dict[str, tuple[float, LogitLoss]]
-    """Name -> weight and loss, as `weighted_losses` gives."""
-    ce_weight: float
-    """Weight of the student's language-model loss."""
-    temperature: float
-    shard: VocabShard
-    with_gradient: bool
-    """Whether the gradient is wanted beside the values."""
-
-    def block_losses(
-        self,
-        block: slice,
-        student: LogProbs,
-        labels_N: Tensor,
-        values_LN: Tensor,
-        teacher_ce_N: Tensor,
-        gradient_NV: Tensor | None,
-    ) -> BlockLosses:
-        """Add both language-model losses to the losses and the gradient of a comparison; overwrites `gradient_NV`."""
-        if self.with_gradient and self.ce_weight:
-            ce_gradient_NV = self.shard.ce_gradient(student, labels_N, self.temperature).mul_(self.ce_weight)
-            gradient_NV = ce_gradient_NV if gradient_NV is None else gradient_NV.add_(ce_gradient_NV)
-        return BlockLosses(block, torch.cat([values_LN, student.ce_N[None], teacher_ce_N[None]]), gradient_NV)
+    return kernels
 
 
 class Targets(Protocol):
@@ -68,7 +58,7 @@ class Targets(Protocol):
     def compare(self, rows: slice, student_NV: Tensor, labels_N: Tensor, objective: Objective) -> Iterator[BlockLosses]:
         """Compare the tokens `rows` with their student logits, a block of tokens at a time.
 
-        Logits and labels stay as they are; the caller may overwrite the logits of a block that has been yielded.
+        Where the objective has a gradient, it overwrites the logits; otherwise nobody reads them again.
         """
 
 
@@ -87,38 +77,7 @@ class TeacherHead(NamedTuple):
     def compare(self, rows: slice, student_NV: Tensor, labels_N: Tensor, objective: Objective) -> Iterator[BlockLosses]:
         # One product a chunk, not one a block, which would read all of the head for a few tokens.
         teacher_NV = objective.shard.logits(self.hidden_NG[rows], self.weight_VG)
-        for block in cache_blocks(student_NV, objective.shard):
-            teacher_logits_NV = teacher_NV[block].to(student_NV.dtype)
-            yield _compare_logits(block, student_NV[block], teacher_logits_NV, labels_N[block], objective)
-
-
-def _compare_logits(
-    block: slice, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, objective: Objective
-) -> BlockLosses:
-    shard = objective.shard
-    student, teacher = shard.log_probs([student_NV, teacher_NV], labels_N, objective.temperature)
-    values_LN, gradient_NV = _logit_losses(Comparison(student, teacher, shard.vocab_size), objective)
-    teacher_ce_N = teacher.ce_N
-    del teacher  # its [N, V] have served, and the gradient of the cross entropy needs as much
-    return objective.block_losses(block, student, labels_N, values_LN, teacher_ce_N, gradient_NV)
-
-
-def _logit_losses(both: Comparison, objective: Objective) -> tuple[Tensor, Tensor | None]:
-    """Return ``[L, N]``, the value of every loss with the factor T**2, and the gradient of their weighted sum."""
-    losses, temperature = objective.losses, objective.temperature
-    no_loss_KN = both.student.ce_N.new_zeros(0, len(both.student.ce_N))
-    shard_sums = [loss.sums(both) for _, loss in losses.values()]
-    totals_KN = all_reduce_sum(torch.cat([*shard_sums, no_loss_KN]), objective.shard.tp_group)
-    totals = totals_KN.split([len(sums_KN) for sums_KN in shard_sums]) if losses else ()
-    values, gradient_NV = [no_loss_KN], None
-    for (weight, loss), sums_KN in zip(losses.values(), totals, strict=True):
-        values.append(loss.value(sums_KN)[None] * temperature**2)
-        if objective.with_gradient:
-            loss_gradient_NV = loss.gradient(both, sums_KN)
-            if weight * temperature != 1:
-                loss_gradient_NV.mul_(weight * temperature)
-            gradient_NV = loss_gradient_NV if gradient_NV is None else gradient_NV.add_(loss_gradient_NV)
-    return torch.cat(values), gradient_NV
+        return logit_arithmetic(objective.fused).against_teacher(student_NV, teacher_NV, labels_N, objective)
 
 
 class NoTargets(NamedTuple):
@@ -128,11 +87,7 @@ class NoTargets(NamedTuple):
 
     def compare(self, rows: slice, student_NV: Tensor, labels_N: Tensor, objective: Objective) -> Iterator[BlockLosses]:
         assert not objective.losses  # settings are checked before the start
-        for block in cache_blocks(student_NV, objective.shard):
-            (student,) = objective.shard.log_probs([student_NV[block]], labels_N[block], objective.temperature)
-            no_loss_LN = student_NV.new_zeros(0, len(student.ce_N))
-            no_teacher_N = torch.zeros_like(student.ce_N)
-            yield objective.block_losses(block, student, labels_N[block], no_loss_LN, no_teacher_N, None)
+        return logit_arithmetic(objective.fused).against_nobody(student_NV, labels_N, objective)
 
 
 class TopK(NamedTuple):
@@ -156,31 +111,18 @@ class TopK(NamedTuple):
     def num_tokens(self) -> int:
         return self.ids_NK.shape[0]
 
+    def rows(self, rows: slice) -> TopK:
+        """Return the targets of some tokens."""
+        return TopK(*(field[rows] for field in self))
+
+    def divergence(self, log_q_NK: Tensor, q_rest_N: Tensor) -> Tensor:
+        """Return ``[N]``, the KL above, in the dtype of the student's probabilities."""
+        p_NK, p_rest_N = self.probs_NK.to(log_q_NK.dtype), self.rest_N.to(q_rest_N.dtype)
+        kept_N = (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(dim=-1)
+        return kept_N + torch.xlogy(p_rest_N, p_rest_N / q_rest_N)
+
     def compare(self, rows: slice, student_NV: Tensor, labels_N: Tensor, objective: Objective) -> Iterator[BlockLosses]:
-        chunk = TopK(*(field[rows] for field in self))
-        for block in cache_blocks(student_NV, objective.shard):
-            targets = TopK(*(field[block] for field in chunk))
-            yield _compare_top_k(block, student_NV[block], targets, labels_N[block], objective)
-
-
-def _compare_top_k(
-    block: slice, student_NV: Tensor, targets: TopK, labels_N: Tensor, objective: Objective
-) -> BlockLosses:
-    losses, shard, dtype = objective.losses, objective.shard, student_NV.dtype
-    (student,) = shard.log_probs([student_NV], labels_N, 1.0)
-    ids_NK, p_NK, p_rest_N = targets.ids_NK, targets.probs_NK.to(dtype), targets.rest_N.to(dtype)
-    q_NV, log_q_NK = student.prob_NV.clone(), shard.at(student.log_prob_NV, ids_NK)
-    # The rest is summed without the K entries: 1 minus their sum would cancel where the student is sure.
-    rest_NV = shard.add_at(q_NV, ids_NK, -shard.at(q_NV, ids_NK))
-    sums = all_reduce_sum(torch.cat([log_q_NK, rest_NV.sum(dim=-1, keepdim=True)], dim=-1), shard.tp_group)
-    log_q_NK, q_rest_N = sums[:, :-1], sums[:, -1].clamp(min=torch.finfo(dtype).tiny)
-    value_N = (torch.xlogy(p_NK, p_NK) - p_NK * log_q_NK).sum(dim=-1) + torch.xlogy(p_rest_N, p_rest_N / q_rest_N)
-    gradient_NV, weight = None, losses["forward_kl"][0] if losses else 0.0
-    if objective.with_gradient and weight:
-        gradient_NV = rest_NV.mul_(1 - (p_rest_N / q_rest_N)[:, None])
-        shard.add_at(gradient_NV, ids_NK, log_q_NK.exp() - p_NK).mul_(weight)
-    values_LN = value_N[None] if losses else value_N.new_zeros(0, len(value_N))
-    return objective.block_losses(block, student, labels_N, values_LN, targets.ce_N.to(dtype), gradient_NV)
+        return logit_arithmetic(objective.fused).against_top_k(student_NV, self.rows(rows), labels_N, objective)
 
 
 @torch.no_grad()
@@ -195,25 +137,9 @@ def top_k_targets(hidden_NG: Tensor, head: Head, labels_N: Tensor, *, k: int) ->
     Returns:
         ``TopK`` at temperature 1, equal on every rank of the group.
     """
-    chunks = token_chunks(len(hidden_NG), head.chunk_tokens)
-    parts = [_top_k_of_chunk(hidden_NG[rows], head, labels_N[rows], k) for rows in chunks]
+    arithmetic = logit_arithmetic(head.is_fused(hidden_NG))
+    parts = [
+        arithmetic.likeliest(head.logits(hidden_NG[rows]), labels_N[rows], head.shard, k)
+        for rows in token_chunks(len(hidden_NG), head.chunk_tokens)
+    ]
     return TopK(*(torch.cat(field) for field in zip(*parts, strict=True)))
-
-
-def _top_k_of_chunk(hidden_NG: Tensor, head: Head, labels_N: Tensor, k: int) -> TopK:
-    shard = head.shard
-    (teacher,) = shard.log_probs([head.logits(hidden_NG)], labels_N, 1.0)
-    num_local = min(k, teacher.log_prob_NV.shape[1])
-    values_NK, columns_NK = teacher.log_prob_NV.topk(num_local, dim=-1)
-    ids_NK = columns_NK + shard.vocab_start
-    if shard.tp_group is not None:
-        missing = k - num_local  # a rank with fewer rows than k still gives k, which nobody picks
-        values_NK = torch.nn.functional.pad(values_NK, (0, missing), value=-torch.inf)
-        values_NK = all_gather(values_NK, shard.tp_group, dim=-1)
-        ids_NK = all_gather(torch.nn.functional.pad(ids_NK, (0, missing)), shard.tp_group, dim=-1)
-        likeliest = values_NK.topk(k, dim=-1)
-        values_NK, ids_NK = likeliest.values, ids_NK.gather(-1, likeliest.indices)
-    p_NV = teacher.prob_NV
-    # Summed without the K entries: 1 minus their sum would cancel where the teacher is sure.
-    rest_N = all_reduce_sum(shard.add_at(p_NV, ids_NK, -shard.at(p_NV, ids_NK)).sum(dim=-1), shard.tp_group)
-    return TopK(ids_NK, values_NK.exp(), rest_N, teacher.ce_N)

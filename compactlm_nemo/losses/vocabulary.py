@@ -74,12 +74,11 @@ class VocabShard:
         return min(max(self.vocab_size - self.vocab_start, 0), weight_VH.shape[0])
 
     def logits(self, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        """Return the unpadded logits of this shard, at least in float32, in memory of their own."""
-        logits_NV = hidden_NH @ weight_VH[: self.num_valid(weight_VH)].T
-        return logits_NV.to(at_least_float32(logits_NV))
+        """Return the unpadded logits of this shard, in the dtype of the product and memory of their own."""
+        return hidden_NH @ weight_VH[: self.num_valid(weight_VH)].T
 
     def log_probs(self, logits: list[Tensor], labels_N: Tensor, temperature: float) -> list[LogProbs]:
-        """Return the `LogProbs` of every model from its logits `[N, V]`, which stay as they are.
+        """Return the `LogProbs` of every model from its logits `[N, V]`, at least in float32, which stay as they are.
 
         All models share one maximum and one sum over the ranks. Not by `log_softmax`, whose vectorised sum over the
         vocabulary is off by several roundings.
@@ -148,6 +147,8 @@ class Head:
     shard: VocabShard
     chunk_tokens: int
     """Tokens whose logits exist at the same time."""
+    fused: bool | None = None
+    """Whether the kernels of losses/fused.py compare the logits; None takes them on a GPU. For tests and benchmarks."""
 
     def __post_init__(self) -> None:
         if self.chunk_tokens <= 0:
@@ -164,8 +165,13 @@ class Head:
         """The number of leading rows that are no padding."""
         return self.shard.num_valid(self.weight_VH)
 
+    def is_fused(self, hidden_NH: Tensor) -> bool:
+        """Whether kernels compare the logits of these hidden states; they compute in float32, so never in float64."""
+        wanted = hidden_NH.is_cuda if self.fused is None else self.fused
+        return wanted and hidden_NH.dtype != torch.float64
+
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Return the unpadded logits ``[N, V]`` of this shard, at least in float32, in memory of their own."""
+        """Return the unpadded logits ``[N, V]`` of this shard, in the dtype of the product and memory of their own."""
         return self.shard.logits(hidden_NH, self.weight_VH)
 
 
@@ -195,7 +201,7 @@ def cache_blocks(logits_NV: Tensor, shard: VocabShard) -> Iterator[slice]:
 
     On a GPU, or with other ranks, one block is the whole chunk: every step is a kernel's start, or a message.
     """
-    num_tokens, row_bytes = logits_NV.shape[0], logits_NV.shape[1] * logits_NV.itemsize
+    num_tokens, row_bytes = logits_NV.shape[0], logits_NV.shape[1] * at_least_float32(logits_NV).itemsize
     is_whole = shard.tp_group is not None or logits_NV.is_cuda
     return token_chunks(num_tokens, num_tokens if is_whole else max(1, BLOCK_BYTES // max(1, row_bytes)))
 
