@@ -41,6 +41,15 @@ setup(
     extras_require={
         "nemo": ["nemo-toolkit==3.0.0"],
         "eval": ["lm-eval[hf]>=0.4.13,<0.5"],
-        "dev": ["lm-eval[hf]>=0.4.13,<0.5", "pytest", "pytest-xdist", "ruff", "mypy", "hypothesis", "pre-commit"],
+        "dev": [
+            "triton>=3.4; platform_system=='Linux'",
+            "lm-eval[hf]>=0.4.13,<0.5",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "hypothesis",
+            "pre-commit",
+        ],
     },
 )

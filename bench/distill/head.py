@@ -44,7 +44,8 @@ def ours() -> Way:
     memory_mib = DistillConfig().loss_memory_mib
 
     def loss(hidden_NH: Tensor, weight_VH: Tensor, teacher_NG: Tensor, teacher_VG: Tensor, labels_N: Tensor) -> Tensor:
-        head = Head(weight_VH, VocabShard(len(weight_VH)), chunk_tokens(memory_mib, *weight_VH.shape))
+        tokens = chunk_tokens(memory_mib, *weight_VH.shape, dtype=weight_VH.dtype, device=weight_VH.device)
+        head = Head(weight_VH, VocabShard(len(weight_VH)), tokens)
         targets, mask_N = TeacherHead(teacher_NG, teacher_VG), torch.ones(len(labels_N))
         losses = linear_kd(hidden_NH, head, targets, labels_N, mask_N, loss=LossConfig(), backward_once=True)
         return losses.loss_sum / len(labels_N)

@@ -42,7 +42,7 @@ class DistillConfig:
     hidden: HiddenConfig = setting(HiddenConfig())
     loss_memory_mib: int | None = setting(None, changes_result=False)
     """Memory on each rank for the logits of a loss, of which so many tokens exist at once as fit; in MiB. null takes
-    256, or half of the output layer's gradient where that is more."""
+    256, on a GPU 1024, or half of the output layer's float32 gradient where that is more."""
     recompute: bool = setting(False, changes_result=False)
     """Keep each layer's input only and run its forward pass again in backward: a third more time, less memory."""
     overlap: bool = setting(False, changes_result=False)

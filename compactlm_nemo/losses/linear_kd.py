@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.errors import ConfigError, DataError
 from compactlm_nemo.losses.logit_losses import Objective, weighted_losses
-from compactlm_nemo.losses.targets import Targets
+from compactlm_nemo.losses.targets import Targets, logit_arithmetic
 from compactlm_nemo.losses.vocabulary import Head, at_least_float32, token_chunks
 from compactlm_nemo.parallel.collectives import all_reduce_sum
 
@@ -153,7 +153,7 @@ class _Gradients:
     """`_Gradients` adds up the gradients to hidden states and head, chunk by chunk, from those to the logits."""
 
     def __init__(self, hidden_NH: Tensor, head: Head, wanted: tuple[bool, bool]) -> None:
-        self.hidden_NH, self.head = hidden_NH, head
+        self.hidden_NH, self.head, self.fused = hidden_NH, head, head.is_fused(hidden_NH)
         self.to_hidden_NH = torch.zeros_like(hidden_NH) if wanted[0] else None
         sum_dtype = at_least_float32(hidden_NH)
         self.to_weight_VH = torch.empty_like(head.weight_VH, dtype=sum_dtype) if wanted[1] else None
@@ -163,19 +163,18 @@ class _Gradients:
         """Add the gradient to the logits of the tokens `rows`, each weighted by the mask."""
         weight_VH, num_valid = self.head.weight_VH, self.head.num_valid
         if self.to_hidden_NH is not None:
-            # Each rank holds its columns' share of the sum over the vocabulary. Added here, once and in wide
-            # dtype; nothing outside may reduce it again.
-            share_NH = (grad_NV @ weight_VH[:num_valid]).to(mask_N.dtype) * mask_N[:, None]
+            # Each rank holds its columns' share of the sum over the vocabulary. Added here, once, on a GPU in the
+            # dtype of the product as Megatron's layers do; nothing outside may reduce it again.
+            share_NH = grad_NV @ weight_VH[:num_valid]
+            share_NH = share_NH.mul_(mask_N[:, None]) if self.fused else share_NH.to(mask_N.dtype) * mask_N[:, None]
             self.to_hidden_NH[rows] = all_reduce_sum(share_NH, self.head.shard.tp_group).to(self.to_hidden_NH.dtype)
         if self.to_weight_VH is not None:
             hidden_NH = self.hidden_NH[rows] * mask_N[:, None].to(self.hidden_NH.dtype)
             sum_VH = self.to_weight_VH[:num_valid]
             if grad_NV.dtype == sum_VH.dtype:
                 sum_VH.addmm_(grad_NV.T, hidden_NH, beta=0 if self.is_first else 1)
-            elif self.is_first:
-                sum_VH.copy_(grad_NV.T @ hidden_NH)
             else:
-                sum_VH += grad_NV.T @ hidden_NH
+                logit_arithmetic(self.fused).add_product(sum_VH, grad_NV, hidden_NH, self.is_first)
         self.is_first = False
 
     def finish(self) -> tuple[Tensor | None, Tensor | None]:

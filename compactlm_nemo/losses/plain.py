@@ -46,9 +46,7 @@ def against_nobody(student_NV: Tensor, labels_N: Tensor, objective: Objective) -
         yield BlockLosses(block, torch.stack([student.ce_N, torch.zeros_like(student.ce_N)]))
 
 
-def against_top_k(
-    student_NV: Tensor, targets: TopK, labels_N: Tensor, objective: Objective
-) -> Iterator[BlockLosses]:
+def against_top_k(student_NV: Tensor, targets: TopK, labels_N: Tensor, objective: Objective) -> Iterator[BlockLosses]:
     """Compare the student with a teacher's likely tokens, by the KL of `TopK`."""
     losses, shard, dtype = objective.losses, objective.shard, at_least_float32(student_NV)
     for block in cache_blocks(student_NV, shard):
@@ -89,6 +87,14 @@ def top_entries(values_NV: Tensor, shard: VocabShard, k: int) -> tuple[Tensor, T
         largest = values_NK.topk(k, dim=-1)
         values_NK, ids_NK = largest.values, ids_NK.gather(-1, largest.indices)
     return values_NK, ids_NK
+
+
+def add_product(sum_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor, is_first: bool) -> None:
+    """Add ``grad.T @ hidden``, of a narrower dtype, to the sum; or write it where it is the first."""
+    if is_first:
+        sum_VH.copy_(grad_NV.T @ hidden_NH)
+    else:
+        sum_VH += grad_NV.T @ hidden_NH
 
 
 def _logit_losses(both: Comparison, objective: Objective) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 All of them give, for a chunk of tokens, the value of every loss and the gradient of their weighted sum to the student's
 logits.
 
-Shape suffixes: N tokens, V vocabulary rows of this rank, G teacher width, K stored entries.
+Shape suffixes: N tokens, V vocabulary rows of this rank, H student width, G teacher width, K stored entries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from compactlm_nemo.losses.vocabulary import Head, VocabShard, token_chunks
 
 
 class LogitArithmetic(Protocol):
-    """`LogitArithmetic` is what losses/plain.py and losses/fused.py both do; plain.py says what each function gives."""
+    """`LogitArithmetic` is what losses/plain.py and losses/fused.py both do; plain.py says what they give."""
 
     def against_teacher(
         self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, objective: Objective
@@ -38,9 +38,11 @@ class LogitArithmetic(Protocol):
         self, logits_NV: Tensor, labels_N: Tensor, shard: VocabShard, k: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
+    def add_product(self, sum_VH: Tensor, grad_NV: Tensor, hidden_NH: Tensor, is_first: bool) -> None: ...
+
 
 def logit_arithmetic(fused: bool) -> LogitArithmetic:
-    """Return the kernels, or the same in plain torch; Triton, which only a CUDA build of torch brings, is needed here."""
+    """Return the kernels, or the same in plain torch; here alone Triton is needed, which torch brings for CUDA."""
     if not fused:
         return plain
     from compactlm_nemo.losses import fused as kernels

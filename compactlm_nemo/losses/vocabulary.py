@@ -23,8 +23,20 @@ NUM_BUFFERS = 3
 """Tensors `[N, V]` in wide dtype that a chunk holds at once: logits of both models, a product not yet widened."""
 
 
+FUSED_BUFFERS = 2
+"""The same for kernels, in the dtype of the product: logits of both models; the student's become their gradient."""
+
+
 LEAST_MIB = 256
 """Memory for a chunk of any head, where nothing else is asked for."""
+
+
+FUSED_LEAST_MIB = 1024
+"""The same on a GPU: below about two thousand tokens the float32 gradient is read and written too often."""
+
+
+TILE = 128
+"""Tokens that a GPU's matrix product takes at a time."""
 
 
 BLOCK_BYTES = 2**22
@@ -180,15 +192,20 @@ def at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def chunk_tokens(memory_mib: int | None, rows: int, width: int) -> int:
+def chunk_tokens(
+    memory_mib: int | None, rows: int, width: int, *, dtype: torch.dtype, device: torch.device | str
+) -> int:
     """Return how many tokens' logits of both models fit in the memory, for a head `[rows, width]`; at least 1.
 
-    None takes half of the head's float32 gradient, and `LEAST_MIB` at least: every chunk is added to all of that
-    gradient, which costs more than the chunk's own products where it has few tokens for its width.
+    None takes half of the head's float32 gradient, and `LEAST_MIB` or `FUSED_LEAST_MIB` at least: every chunk is added
+    to all of that gradient, which costs more than the chunk's own products where it has few tokens for its width.
     """
+    on_gpu = torch.device(device).type == "cuda" and dtype != torch.float64
     row_bytes = rows * torch.float32.itemsize
-    memory_bytes = max(LEAST_MIB * 2**20, row_bytes * width // 2) if memory_mib is None else memory_mib * 2**20
-    return max(1, memory_bytes // (NUM_BUFFERS * row_bytes))
+    least_mib = FUSED_LEAST_MIB if on_gpu else LEAST_MIB
+    memory_bytes = max(least_mib * 2**20, row_bytes * width // 2) if memory_mib is None else memory_mib * 2**20
+    tokens = memory_bytes // (FUSED_BUFFERS * rows * dtype.itemsize if on_gpu else NUM_BUFFERS * row_bytes)
+    return max(1, tokens // TILE * TILE if on_gpu and tokens > TILE else tokens)
 
 
 def token_chunks(num_tokens: int, chunk_tokens: int) -> Iterator[slice]:

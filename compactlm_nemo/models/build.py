@@ -132,9 +132,8 @@ def build_model(
     counts = split_layers(dims.num_layers, mesh.layout)
     stages = mesh.layout.virtual_stages
     if chunk_tokens is None:
-        chunk_tokens = tokens_that_fit(
-            None, dims.padded_vocab(mesh.tp_size, vocab_multiple) // mesh.tp_size, dims.hidden_size
-        )
+        rows = dims.padded_vocab(mesh.tp_size, vocab_multiple) // mesh.tp_size
+        chunk_tokens = tokens_that_fit(None, rows, dims.hidden_size, dtype=dtype, device=device())
     chunks = (
         _build_chunk(
             dims,

@@ -76,7 +76,8 @@ class Run:
         """Return this rank's part of a model of this run, weights not yet meaningful."""
         vocab_multiple = self.config.model.vocab_multiple
         rows = dims.padded_vocab(self.mesh.tp_size, vocab_multiple) // self.mesh.tp_size
-        tokens = chunk_tokens(self.config.distill.loss_memory_mib, rows, dims.hidden_size)
+        memory_mib = self.config.distill.loss_memory_mib
+        tokens = chunk_tokens(memory_mib, rows, dims.hidden_size, dtype=self.dtype, device=device())
         model = build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=vocab_multiple, chunk_tokens=tokens)
         if self.config.data.mask_documents:
             for chunk in model:
