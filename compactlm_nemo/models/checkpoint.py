@@ -25,12 +25,8 @@ from compactlm_nemo.parallel.mesh import Mesh
 
 
 def sharding_metadata(mesh: Mesh) -> dict[str, Any]:
-    """Tell Megatron how its optimizer state is to be sharded: so that any other layout can load it."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,  # one name for a parameter's state, with and without spread experts
-        "dp_cp_group": mesh.dp_cp_group,
-    }
+    """Tell Megatron which ranks hold equal weights."""
+    return {"dp_cp_group": mesh.dp_cp_group}
 
 
 def model_state(chunks: ModelChunks) -> dict[str, Any]:

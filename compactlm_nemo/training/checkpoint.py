@@ -1,4 +1,4 @@
-"""Training checkpoints: weights, optimizer, schedule, progress, callbacks and RNG, loadable in any layout.
+"""Training checkpoints: weights, optimizer, schedule, progress, callbacks and random states, loadable in any layout.
 
 A checkpoint counts only when `latest.json` names it; that file is replaced atomically after everything is on disk,
 so a kill at any instant leaves the previous checkpoint in force.
@@ -7,24 +7,33 @@ so a kill at any instant leaves the previous checkpoint in force.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
 
 from compactlm_nemo.artifacts import atomic_write_text
 from compactlm_nemo.errors import CheckpointError
-from compactlm_nemo.models.checkpoint import load_shards, load_state, model_state, sharding_metadata
+from compactlm_nemo.models.checkpoint import load_shards, load_state, model_state
 from compactlm_nemo.parallel.collectives import barrier
+from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.callbacks import Callback
 from compactlm_nemo.training.optimizer import TrainableModel
+from compactlm_nemo.training.optimizer_state import allocate, num_updates, set_num_updates, sharded_state
 
 LATEST = "latest.json"
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,11 +72,10 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed while saving
             target.mkdir(parents=True)
         barrier()
-        _allocate_adam(model.optimizer)
         dist_checkpointing.save(
-            _model_state(model, is_loading=False)
+            _model_state(model, _sharded_by_rank(_random_states()))
             | {
-                "rng": torch.get_rng_state(),
+                "layout": _layout(model.ddps.mesh),
                 "train_state": asdict(state),
                 "callbacks": {type(callback).__name__: callback.state() for callback in callbacks},
             },
@@ -86,13 +94,15 @@ class Checkpoints:
         step = self.latest_step() if step is None else step
         if step is None or not (self._step_folder(step) / "metadata.json").is_file():
             raise CheckpointError(f"{self.folder} names no complete checkpoint; delete the folder to start again.")
-        _allocate_adam(model.optimizer)
-        loaded = load_shards(_model_state(model, is_loading=True), self._step_folder(step))
+        is_same_layout = self._has_layout(step, model.ddps.mesh)
+        states = _random_states() if is_same_layout else {}
+        loaded = load_shards(_model_state(model, _sharded_by_rank(states)), self._step_folder(step))
         load_state(model.ddps, loaded)
-        _load_optimizer(model.optimizer, loaded["optimizer"])
+        set_num_updates(model.optimizer, loaded["num_updates"])
         model.schedule.num_steps = 0  # Megatron adds the loaded steps to those it has
         model.schedule.load_state_dict(loaded["schedule"])
-        torch.set_rng_state(loaded["rng"])
+        if is_same_layout:
+            _set_random_states({name: state[0] for name, state in loaded["random"].items()})
         for callback in callbacks:
             if (name := type(callback).__name__) in loaded["callbacks"]:
                 callback.load_state(loaded["callbacks"][name])
@@ -102,6 +112,15 @@ class Checkpoints:
     def load_weights(self, model: TrainableModel, step: int) -> None:
         """Load the weights, and nothing else, of the checkpoint of `step` finished steps."""
         load_state(model.ddps, load_shards(model_state(model.ddps), self._step_folder(step)))
+
+    def _has_layout(self, step: int, mesh: Mesh) -> bool:
+        """Whether a checkpoint's ranks are placed as these are; only then do its random states have ranks to go to."""
+        saved = dist_checkpointing.load_common_state_dict(str(self._step_folder(step)))["layout"]
+        if saved == _layout(mesh):
+            return True
+        if self.is_main:
+            _log.warning("%s: saved in another layout; random states begin with run.seed.", self._step_folder(step))
+        return False
 
     def _step_folder(self, step: int) -> Path:
         return self.folder / f"step_{step:07d}"
@@ -115,70 +134,39 @@ class Checkpoints:
                 shutil.rmtree(old)
 
 
-def _model_state(model: TrainableModel, is_loading: bool) -> dict[str, Any]:
-    """Return Megatron's sharded state of weights, optimizer and schedule."""
+def _model_state(model: TrainableModel, random_states: dict[str, Any]) -> dict[str, Any]:
+    """Return the sharded state of weights, optimizer, schedule and random numbers; loading fills the first two."""
+    allocate(model.optimizer)
     weights = model_state(model.ddps)
-    # Megatron looks up the shards by parameter and takes the first chunk's entry as `model`.
-    by_chunk = weights if len(model.ddps) > 1 else weights["model0"]
-    metadata = sharding_metadata(model.ddps.mesh)
-    with _padding_counted(model.ddps):
-        moments = model.optimizer.sharded_state_dict(by_chunk, is_loading=is_loading, metadata=metadata)
-    return weights | {"optimizer": moments, "schedule": model.schedule.state_dict()}
+    return weights | {
+        "optimizer": sharded_state(model.optimizer, weights),
+        "num_updates": num_updates(model.optimizer),
+        "schedule": model.schedule.state_dict(),
+        "random": random_states,
+    }
 
 
-def _allocate_adam(optimizer: Any) -> None:
-    """Give torch's Adam the state that Adam makes at its first step: Megatron reads `step` before that."""
-    for part in optimizer.chained_optimizers:
-        adam = part.optimizer
-        if isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
-            for parameter in (p for group in adam.param_groups for p in group["params"] if p not in adam.state):
-                zeros = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-                adam.state[parameter] = {"step": torch.tensor(0.0)} | zeros
+def _layout(mesh: Mesh) -> dict[str, Any]:
+    """Return what decides which rank draws which random numbers."""
+    return asdict(mesh.layout) | {"world": dist.get_world_size()}
 
 
-@contextmanager
-def _padding_counted(ddps: list[Any]) -> Iterator[None]:
-    """Show bucket sizes with their padding, for as long as Megatron gathers the optimizer's state.
-
-    Megatron leaves out the padding between buckets and then looks parameters up as if the padding were there. With
-    several buckets, as with overlap and on a pipeline's stages of a tied embedding, it would save moments of other
-    parameters.
-    Source: Megatron-LM pull request 5077, which mends it after version 0.16.
-    """
-    buffers = [buffer for ddp in ddps for buffer in ddp.buffers + ddp.expert_parallel_buffers]
-    sizes = [(part, part.numel_unpadded) for buffer in buffers for part in (buffer, *buffer.buckets)]
-    for buffer in buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-    try:
-        yield
-    finally:
-        for part, size in sizes:
-            part.numel_unpadded = size
+def _random_states() -> dict[str, Tensor]:
+    """Return the states of this rank's generators: CPU, CUDA, and those that Megatron makes from both parallel axes."""
+    by_name = {f"parallel.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state()} | by_name
 
 
-def _load_optimizer(optimizer: Any, state: dict[Any, Any]) -> None:
-    """Load Megatron's optimizer, which is one for most parameters and one for those of spread experts, if any."""
-    parts = optimizer.chained_optimizers
-    states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
-    for part, part_state in zip(parts, states, strict=True):
-        _load_part(part, part_state)
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    tracker = get_cuda_rng_tracker()
+    tracker.set_states({name: states[f"parallel.{name}"] for name in tracker.get_states()})
+    torch.cuda.set_rng_state(states["cuda"])
+    torch.set_rng_state(states["cpu"])
 
 
-def _load_part(part: Any, state: dict[str, Any]) -> None:
-    """Load one optimizer; torch's Adam in two steps, because Megatron mishandles Adam's `step`.
-
-    Megatron looks for `step` among the moments, where no checkpoint has it, and loads one tensor for all parameters,
-    which Adam would advance once for each parameter.
-    """
-    adam = part.optimizer
-    if not isinstance(adam, (torch.optim.Adam, torch.optim.AdamW)):
-        part.load_state_dict(state)
-        return
-    moments = state.pop("param_state")
-    part.load_state_dict(state)
-    steps = {parameter: values.pop("step").clone() for parameter, values in adam.state.items()}
-    part.load_parameter_state_from_fully_reshardable(moments)
-    for parameter, step in steps.items():
-        adam.state[parameter]["step"] = step
+def _sharded_by_rank(states: dict[str, Tensor]) -> dict[str, ShardedTensor]:
+    """Return tensors whose first axis is the global rank."""
+    place = (0, dist.get_rank(), dist.get_world_size())
+    return {
+        name: ShardedTensor.from_rank_offsets(f"random.{name}", state[None], place) for name, state in states.items()
+    }

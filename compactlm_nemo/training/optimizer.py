@@ -11,6 +11,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.models.build import ModelChunks, recompute_activations
+from compactlm_nemo.parallel.devices import device
+from compactlm_nemo.training.fusions import (
+    Fusion,
+    available_fusions,
+    fuse_gradient_accumulation,
+    use_torch_fused_adam,
+)
 
 
 def wrap_data_parallel(chunks: ModelChunks, *, shard_gradients: bool = True, overlap: bool = False) -> ModelChunks:
@@ -111,8 +118,13 @@ class TrainableModel:
     def __init__(self, chunks: ModelChunks, cfg: DistillConfig, *, overlap: bool = False) -> None:
         if cfg.recompute:
             recompute_activations(chunks)
+        self.fusions = available_fusions(is_cuda=device().type == "cuda")
         self.ddps = wrap_data_parallel(chunks, overlap=overlap)
         self.optimizer = build_optimizer(self.ddps, cfg)
+        if Fusion.gradient_accumulation in self.fusions:
+            fuse_gradient_accumulation(self.ddps)
+        if Fusion.torch_adam in self.fusions:
+            use_torch_fused_adam(self.optimizer)
         self.schedule = build_schedule(self.optimizer, cfg)
 
     @property
