@@ -18,8 +18,9 @@ from compactlm_nemo.losses.targets import NoTargets, Targets, TeacherHead, TopK
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.forward import context_share, forward_each
 from compactlm_nemo.parallel.background import ReadAhead, num_workers, pinned, to_device
-from compactlm_nemo.parallel.collectives import all_gather, all_gather_objects, broadcast
+from compactlm_nemo.parallel.collectives import all_gather, all_gather_objects, broadcast, send_receive
 from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.parallel.world import launch_rank
 from compactlm_nemo.training.batches import Batch
 
 
@@ -59,8 +60,10 @@ class LiveTeacher(Teacher):
 class OwnMeshTeacher(Teacher):
     """A model on a mesh of its own over the student's processes, with its own tensor- and pipeline-parallel sizes.
 
-    The micro-batches of all the student's data-parallel ranks are dealt out to the teacher's, and every hidden state
-    goes to the ranks that train on its samples. Neither mesh may be context parallel.
+    The micro-batches of all the student's data-parallel ranks are dealt out to the teacher's, neighbours together.
+    Hidden states go to the ranks that compare them alone: from the teacher's last stage to the student's last stage of
+    these samples, there to the first tensor-parallel rank, and from it to the others; where one of these has computed
+    the state, from that one. Neither mesh may be context parallel.
 
     Args:
         chunks: This rank's part of the teacher on its mesh.
@@ -72,9 +75,16 @@ class OwnMeshTeacher(Teacher):
     def __init__(self, chunks: ModelChunks, mesh: Mesh, head_weight: Tensor | None) -> None:
         self.chunks, self.mesh, self.head_weight = chunks.eval(), mesh, head_weight
         self.teacher_mesh = teacher_mesh = chunks.mesh
-        ranks = all_gather_objects((teacher_mesh.is_last_stage and teacher_mesh.tp_rank == 0, teacher_mesh.dp_rank))
-        self.source_rank = {dp_rank: rank for rank, (is_source, dp_rank) in enumerate(ranks) if is_source}
-        """The teacher's data-parallel rank -> the global rank that sends its hidden states."""
+        self.is_source = teacher_mesh.is_last_stage and teacher_mesh.tp_rank == 0
+        ranks = all_gather_objects(
+            (teacher_mesh.dp_rank if self.is_source else None, mesh.dp_rank if mesh.is_last_stage else None)
+        )
+        self.source_rank = {dp_rank: rank for rank, (dp_rank, _) in enumerate(ranks) if dp_rank is not None}
+        """The teacher's data-parallel rank -> the global rank that has its hidden states."""
+        self.target_ranks = [
+            [rank for rank, (_, at) in enumerate(ranks) if at == dp_rank] for dp_rank in range(mesh.dp_size)
+        ]
+        """The student's data-parallel rank -> the global ranks that compare its hidden states, tensor parallel."""
 
     def targets(self, batches: list[Batch]) -> Sequence[Targets]:
         """Return the teacher's final normed hidden states with its output weights."""
@@ -89,22 +99,39 @@ class OwnMeshTeacher(Teacher):
         """Return hidden states ``[S, B, G]`` of each of this rank's M micro-batches, which have one shape."""
         batches = all_gather(tokens_MBT, self.mesh.dp_group, dim=0).unbind()
         teacher_mesh = self.teacher_mesh
-        missing = -len(batches) % teacher_mesh.dp_size  # all of the teacher's ranks run equally many
-        dealt = [*batches, *batches[-1:] * missing][teacher_mesh.dp_rank :: teacher_mesh.dp_size]
-        inputs = [batch_BT[:, :-1] for batch_BT in dealt]
+        dealt = -(-len(batches) // teacher_mesh.dp_size)  # all of the teacher's ranks run equally many
+        turns = range(teacher_mesh.dp_rank * dealt, (teacher_mesh.dp_rank + 1) * dealt)
+        inputs = [batches[min(turn, len(batches) - 1)][:, :-1] for turn in turns]
         with teacher_mesh.active():
             computed = forward_each(self.chunks, inputs, lambda idx, hidden_SBG: hidden_SBG)
-        config, (_, size, length) = self.chunks[0].config, tokens_MBT.shape
+        config, (num, size, length) = self.chunks[0].config, tokens_MBT.shape
         blank_SBG = tokens_MBT.new_empty((length - 1, size, config.hidden_size), dtype=config.params_dtype)
-        first = self.mesh.dp_rank * len(tokens_MBT)
-        local_states = []
-        for batch_idx in range(len(batches)):
-            turn, dp_rank = divmod(batch_idx, teacher_mesh.dp_size)
-            is_computed_here = bool(computed) and dp_rank == teacher_mesh.dp_rank
-            hidden_SBG = broadcast(computed[turn] if is_computed_here else blank_SBG, self.source_rank[dp_rank])
-            if first <= batch_idx < first + len(tokens_MBT) and self.head_weight is not None:
-                local_states.append(hidden_SBG)
-        return local_states
+        states = dict(zip(turns, computed, strict=True)) if self.is_source else {}
+        return self._delivered(states, len(batches), num, dealt, blank_SBG)
+
+    def _delivered(
+        self, states: dict[int, Tensor], num_batches: int, num: int, dealt: int, like: Tensor
+    ) -> list[Tensor]:
+        """Send what this rank has computed, and return the states of its own micro-batches; none before the last stage.
+
+        Args:
+            states: Number among all micro-batches -> hidden states; numbers from `num_batches` on only fill up.
+            num: Micro-batches of a data-parallel rank of the student.
+            dealt: Micro-batches of a data-parallel rank of the teacher.
+            like: Gives shape, dtype and device of hidden states.
+        """
+        mesh, rank = self.mesh, launch_rank()
+        sources = [self.source_rank[turn // dealt] for turn in range(num_batches)]
+        targets = [self.target_ranks[turn // num] for turn in range(num_batches)]
+        roots = [source if source in ranks else ranks[0] for source, ranks in zip(sources, targets, strict=True)]
+        sends = [(states[turn], root) for turn, root in enumerate(roots) if sources[turn] == rank != root]
+        awaited = [turn for turn, root in enumerate(roots) if root == rank != sources[turn]]
+        received = send_receive(sends, [sources[turn] for turn in awaited], like)
+        states = states | dict(zip(awaited, received, strict=True))
+        local = [turn for turn, ranks in enumerate(targets) if rank in ranks]
+        if mesh.tp_size == 1:
+            return [states[turn] for turn in local]
+        return [broadcast(states.get(turn, like), roots[turn], mesh.tp_group) for turn in local]
 
 
 class NoTeacher(Teacher):

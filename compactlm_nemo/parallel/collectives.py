@@ -7,6 +7,7 @@ one launch exchange them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -59,12 +60,29 @@ def broadcast_object(obj: T, group: ProcessGroup | None = None, src: int = 0) ->
     return box[0]
 
 
-def broadcast(tensor: Tensor, src: int) -> Tensor:
-    """Return the tensor of global rank `src` on every rank; the tensors of other ranks give shape and dtype."""
-    out = tensor.detach().clone(memory_format=torch.contiguous_format)
-    if dist.is_initialized():
-        dist.broadcast(out, src=src)
+def broadcast(tensor: Tensor, src: int, group: ProcessGroup) -> Tensor:
+    """Return the tensor of global rank `src` on every rank of `group`; those of other ranks give shape and dtype."""
+    is_source = dist.get_rank() == src
+    out = tensor.detach().contiguous() if is_source else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    dist.broadcast(out, src=src, group=group)
     return out
+
+
+def send_receive(sends: Sequence[tuple[Tensor, int]], sources: Sequence[int], like: Tensor) -> list[Tensor]:
+    """Send tensors to global ranks, and return one of each of the global ranks `sources`.
+
+    All messages of a rank go at once, so that no order of the ranks can lock. Those between two ranks arrive in the
+    order in which they are listed. No rank sends to itself.
+
+    Args:
+        like: Gives shape, dtype and device of every tensor.
+    """
+    received = [torch.empty_like(like, memory_format=torch.contiguous_format) for _ in sources]
+    messages = [dist.P2POp(dist.isend, tensor.detach().contiguous(), rank) for tensor, rank in sends]
+    messages += [dist.P2POp(dist.irecv, tensor, rank) for tensor, rank in zip(received, sources, strict=True)]
+    for work in dist.batch_isend_irecv(messages) if messages else []:
+        work.wait()
+    return received
 
 
 def all_gather_objects(obj: T) -> list[T]:
@@ -93,8 +111,10 @@ def last_stage_total(total: Tensor, mesh: Mesh) -> Tensor:
 
     The `total` of other stages only has to have the shape.
     """
-    reduced = all_reduce_sum(total, mesh.dp_cp_group).cpu()
-    return broadcast_object(reduced, mesh.pp_group, src=mesh.last_stage_rank) if mesh.pp_size > 1 else reduced
+    reduced = all_reduce_sum(total, mesh.dp_cp_group)
+    if mesh.pp_size > 1:
+        reduced = broadcast(reduced, mesh.last_stage_rank, mesh.pp_group)
+    return reduced.cpu()  # the one place that waits for the device
 
 
 def barrier() -> None:

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +36,8 @@ from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each, micro_batches
 from compactlm_nemo.models.layout import context_positions
+from compactlm_nemo.parallel.background import Workers, num_workers, pinned, to_device, to_host
 from compactlm_nemo.parallel.collectives import all_gather, barrier, broadcast_object
-from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.parallel.world import is_main_rank
 from compactlm_nemo.progress import progress_bar
@@ -59,7 +63,10 @@ def store_targets(run: Run, folder: Path) -> dict[str, Any]:
     every = range(num_shards(samples, config.cache.shard_samples))
     missing = broadcast_object([shard for shard in every if not shard_path(state, shard).exists()])
     windows, teacher = Windows(run.train_prefixes(), length, config.run.seed), run.load(run.teaching_artifact).eval()
-    with progress_bar("cache teacher", len(missing) * config.cache.shard_samples, length) as advance:
+    with (
+        progress_bar("cache teacher", len(missing) * config.cache.shard_samples, length) as advance,
+        closing(ShardWriter(state)) as writer,
+    ):
         for first in range(0, len(missing), mesh.dp_size):
             turn = missing[first : first + mesh.dp_size]
             shard = turn[min(mesh.dp_rank, len(turn) - 1)]
@@ -68,10 +75,11 @@ def store_targets(run: Run, folder: Path) -> dict[str, Any]:
             if len(numbers) < config.cache.shard_samples:  # the last shard: all ranks run equally many batches
                 filler = tokens_NT[-1:].expand(config.cache.shard_samples - len(numbers), -1)
                 tokens_NT = torch.cat([tokens_NT, filler])
-            records = _records(run, teacher, dims, tokens_NT)[: len(numbers)]
+            records = _records(run, teacher, dims, tokens_NT, writer)[: len(numbers)]
             if records and mesh.dp_rank < len(turn):
-                write_shard(state, shard, records)
+                writer.write(shard, records)
             advance(len(turn) * config.cache.shard_samples)
+        writer.finish()
     barrier()
     with main_rank_writes() as writes:
         if writes:
@@ -83,24 +91,77 @@ def store_targets(run: Run, folder: Path) -> dict[str, Any]:
     return {"samples": samples, "bytes": num_bytes, "bytes_per_token": num_bytes / (samples * length)}
 
 
-def _records(run: Run, teacher: ModelChunks, dims: Dims, tokens_NT: Tensor) -> list[bytes]:
-    """Return the record of each sample, on one rank of those that share the sample; nothing on the others."""
+class ShardWriter:
+    """Encodes records and writes shards beside the teacher, whose next micro-batch the device computes meanwhile.
+
+    Shards appear in the order of `write`. At most two records a thread are waiting to be encoded; the teacher waits
+    for more. What a thread raises is raised by the next `write`, or by `finish`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        workers = num_workers()
+        self._encoders, self._writer = Workers(workers, most_pending=3 * workers), Workers(1)
+        self._written: list[Future[None]] = []
+
+    def encode(self, encode: Callable[[], bytes]) -> Future[bytes]:
+        """Begin to encode a record; wait before that while too many are in line."""
+        return self._encoders.submit(encode)
+
+    def write(self, shard: int, records: list[Future[bytes]]) -> None:
+        """Write a shard as soon as its records are encoded."""
+        self._raise_errors([job for job in self._written if job.done()])
+        self._written.append(
+            self._writer.submit(lambda: write_shard(self.folder, shard, [record.result() for record in records]))
+        )
+
+    def finish(self) -> None:
+        """Return when every shard is on disk."""
+        self._raise_errors(self._written)
+
+    def close(self) -> None:
+        """Return when no thread is left; shards that are not on disk then are not written."""
+        self._encoders.close()
+        self._writer.close()
+
+    def _raise_errors(self, jobs: list[Future[None]]) -> None:
+        for job in jobs:
+            job.result()
+        self._written = [job for job in self._written if job not in jobs]
+
+
+def _records(run: Run, teacher: ModelChunks, dims: Dims, tokens_NT: Tensor, writer: ShardWriter) -> list[Future[bytes]]:
+    """Begin to encode the record of each sample, on one rank of those that share the sample; nothing on the others."""
     config, mesh = run.config, run.mesh
-    batches = micro_batches(tokens_NT.to(device()), config.cache.micro_batch)
+    batches = micro_batches(to_device(pinned(tokens_NT)), config.cache.micro_batch)
     is_writer = mesh.tp_rank == 0 and mesh.cp_rank == 0
 
-    def visit(idx: int, hidden_SBG: Tensor) -> list[bytes]:
+    def visit(idx: int, hidden_SBG: Tensor) -> list[Future[bytes]]:
         if mesh.cp_size > 1:
             places = [context_positions(len(hidden_SBG), rank, mesh.cp_size) for rank in range(mesh.cp_size)]
-            hidden_SBG = all_gather(hidden_SBG, mesh.cp_group, dim=0)[torch.cat(places).argsort().to(hidden_SBG.device)]
+            order = torch.cat(places).argsort().to(hidden_SBG.device, non_blocking=True)
+            hidden_SBG = all_gather(hidden_SBG, mesh.cp_group, dim=0)[order]
         if config.cache.kind is StoredKind.hidden:
-            return [encode_hidden(hidden_SG.cpu()) for hidden_SG in hidden_SBG.unbind(dim=1)] if is_writer else []
+            if not is_writer:
+                return []
+            hidden = to_host(hidden_SBG)
+            return [writer.encode(partial(_hidden_record, hidden, b)) for b in range(hidden_SBG.shape[1])]
         labels_N = batches[idx][:, 1:].flatten()
         targets = top_k_targets(hidden_SBG.transpose(0, 1).flatten(0, 1), teacher.head(), labels_N, k=config.cache.k)
         if not is_writer:
             return []
-        fields = (field.cpu().unflatten(0, (-1, len(hidden_SBG))).unbind() for field in targets)
-        return [encode_top_k(TopKRecord(*record)) for record in zip(*fields, strict=True)]
+        fields, length = [to_host(field) for field in targets], len(hidden_SBG)
+        return [writer.encode(partial(_top_k_record, fields, b, length)) for b in range(hidden_SBG.shape[1])]
 
     results = forward_each(teacher, [batch[:, :-1] for batch in batches], visit)
     return [record for batch in results for record in batch]
+
+
+def _hidden_record(hidden: Callable[[], Tensor], sample: int) -> bytes:
+    """Encode one sample of ``[S, B, G]``."""
+    return encode_hidden(hidden()[:, sample])
+
+
+def _top_k_record(fields: list[Callable[[], Tensor]], sample: int, length: int) -> bytes:
+    """Encode one sample of fields ``[B * S, ...]``."""
+    return encode_top_k(TopKRecord(*(field()[sample * length :][:length] for field in fields)))

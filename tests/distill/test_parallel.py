@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
@@ -224,6 +225,48 @@ def test_step_with_a_teacher_of_another_layout_is_the_definition(layouts, root, 
 
 _small_buckets = partial(DistributedDataParallelConfig, bucket_size=1000)
 """Buckets of a few parameters, so that the first are summed while backward goes on."""
+
+
+def _received_bytes(rank: int, world: int, student: dict[str, Any], teacher_layout: ParallelConfig, root: Path) -> None:
+    """A rank receives the hidden states that it compares and did not compute, and no others."""
+    mesh = mesh_of(**student)
+    dims, live = separate(root / "teacher", mesh, teacher_layout)
+    received: list[int] = []
+    send_all, send_to_group, deliver = dist.batch_isend_irecv, dist.broadcast, live._delivered
+
+    def counted(messages: list[Any]) -> Any:
+        received.extend(message.tensor.nbytes for message in messages if message.op is dist.irecv)
+        return send_all(messages)
+
+    def counted_broadcast(tensor: Tensor, src: int, group: Any) -> None:
+        received.extend([tensor.nbytes] * (src != rank))
+        send_to_group(tensor, src=src, group=group)
+
+    def delivered(*args: Any) -> list[Tensor]:  # without what the teacher's own pipeline sends
+        dist.batch_isend_irecv, dist.broadcast = counted, counted_broadcast
+        states = deliver(*args)
+        dist.batch_isend_irecv, dist.broadcast = send_all, send_to_group
+        return states
+
+    live._delivered = delivered  # type: ignore[method-assign]
+    batches = [Batch(part, ()) for part in samples()[mesh.dp_rank :: mesh.dp_size].split(1)]
+    targets = live.targets(batches)
+    state_bytes = LENGTH * dims.hidden_size * 4
+    teacher = live.teacher_mesh
+    per_teacher = len(samples()) // teacher.dp_size
+    is_source = teacher.is_last_stage and teacher.tp_rank == 0
+    computed = range(teacher.dp_rank * per_teacher, (teacher.dp_rank + 1) * per_teacher) if is_source else range(0)
+    own = range(mesh.dp_rank * len(batches), (mesh.dp_rank + 1) * len(batches)) if mesh.is_last_stage else range(0)
+    assert len(targets) == len(own)
+    assert sum(received) == len(set(own) - set(computed)) * state_bytes
+    # A broadcast to the world would give a rank all that it has not computed.
+    assert sum(received) < (len(samples()) - len(computed)) * state_bytes or len(own) == len(samples())
+
+
+@pytest.mark.parametrize("layouts", ["tp2_sp_of_tp1", "pp1_of_pp2", "tp2_of_pp2", "pp2_of_tp2_pp2"])
+def test_a_teacher_of_another_layout_sends_hidden_states_to_the_ranks_that_need_them_alone(layouts, root, tmp_path):
+    ranks, student, teacher = TWO_LAYOUTS[layouts]
+    run_ranks(_received_bytes, ranks, tmp_path, student, teacher, root / "llama")
 
 
 def _overlapped(rank: int, world: int, layout: dict[str, Any], cases: tuple[str, ...], root: Path) -> None:

@@ -94,6 +94,27 @@ def test_hidden_states_come_back_bit_for_bit(dtype: torch.dtype) -> None:
         decode_hidden(data, 49, 33, dtype)
 
 
+def test_hidden_states_weigh_the_entropy_of_their_bytes() -> None:
+    hidden_TG = torch.randn(2048, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    data = encode_hidden(hidden_TG)
+    bits = 0.0
+    for half in hidden_TG.view(torch.uint8).view(-1, 2).T:
+        share = half.bincount(minlength=256).double() / len(half)
+        bits -= float(torch.special.xlogy(share, share).sum()) / math.log(2) * len(half)
+    # A whole number of bits a byte costs at most 0.086 bits plus the largest frequency more; a table a block, little.
+    assert bits / 8 <= len(data) < 1.02 * bits / 8 < 0.75 * hidden_TG.nbytes
+
+
+@pytest.mark.parametrize(
+    "decode", [lambda data: decode_top_k(data, 4, 5), lambda data: decode_hidden(data, 4, 5, torch.float32)]
+)
+def test_a_damaged_record_is_named(decode) -> None:
+    record, hidden = encode_top_k(record_of(log_probs()[:4], 5)), encode_hidden(torch.ones(4, 5))
+    for data in (record[:-3], hidden[:-3], b"\xff" * 40):
+        with pytest.raises(DataError, match="a stored target .* cache the teacher again"):
+            decode(data)
+
+
 def test_any_sample_is_found_in_its_shard(tmp_path: Path) -> None:
     records = [bytes([i]) * (i + 1) for i in range(7)]
     for shard in range(num_shards(7, 3)):
