@@ -6,7 +6,7 @@ and write the gradient over the student's. The two losses of a mixture need one 
 
 Bytes read and written for a vocabulary entry of a token, with logits of b bytes, 2 in bf16: 5 b beside a teacher that
 is there, 7 b with a mixture, 3 b without one or with stored tokens; without gradient 2 b, 4 b and b. Plain torch moves
-about 146.
+about 150.
 
 Shape suffixes: N tokens, V vocabulary rows of this rank, M models, S statistics, C coefficients, K stored entries or
 sums of a loss.

@@ -27,6 +27,7 @@ BLOCK = 2048
 
 
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+"""A thread then loads 16 bytes of bf16 at once."""
 
 
 @triton.jit
@@ -48,7 +49,7 @@ def _statistics(
     V: tl.constexpr, B: tl.constexpr, AT_ONE: tl.constexpr, TEACHER: tl.constexpr,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, MSE: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Write the `_Statistics` of one token over this rank's entries; sums are relative to its own maximum."""
+    """Write what `statistics` returns for one token; sums are relative to the maximum so far."""
     n = tl.program_id(0).to(tl.int64)
     nothing_B = tl.zeros([B], tl.float32)
     top_s, top_t = -float("inf"), -float("inf")
@@ -144,7 +145,7 @@ def _gradient(
     V: tl.constexpr, B: tl.constexpr, CE: tl.constexpr, TEACHER: tl.constexpr, FORWARD: tl.constexpr,
     REVERSE: tl.constexpr, JSD: tl.constexpr, SKEWED: tl.constexpr, MSE: tl.constexpr, COSINE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of one token's block over the student's logits; `_Coefficients` says what each column is."""
+    """Write the gradient of one token's block over the student's logits; `gradient` says what the coefficients are."""
     n = tl.program_id(0).to(tl.int64)
     column_B = tl.program_id(1) * B + tl.arange(0, B)
     inside_B = column_B < V

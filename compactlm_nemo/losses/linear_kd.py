@@ -1,7 +1,8 @@
 """Distillation loss from hidden states: full logits never exist, the vocabulary may be sharded.
 
-The way of a token: `linear_kd` -> `_ChunkedLoss.run` makes the student's logits of a chunk -> the targets compare them
-with the teacher's (targets.py), by each loss (logit_losses.py) -> `_Gradients` takes their gradient to the inputs.
+The way of a token: `linear_kd` -> `_ChunkedLoss.run` makes the student's logits of a chunk -> the targets (targets.py)
+have them compared with the teacher's, by kernels on a GPU (fused.py) and else by each loss (plain.py, logit_losses.py),
+whereby they become their own gradient -> `_Gradients` takes it to the inputs.
 
 Shape suffixes: N tokens, V vocabulary rows of this rank, H student width, L losses.
 """
@@ -67,7 +68,8 @@ def linear_kd(
         backward_once: Backward scales the kept gradient in place instead of a copy, so it may run once only; saves
             memory as large as both inputs.
     Returns:
-        ``LinearKD``. Logits are multiplied in the input dtype, all else is float32, or float64 for float64 inputs.
+        ``LinearKD``. Logits and their gradient are multiplied in the input dtype, all else is float32, or float64 for
+        float64 inputs; the ranks' shares of the hidden states' gradient are added in float32, on a GPU in their dtype.
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
     if temperature <= 0:

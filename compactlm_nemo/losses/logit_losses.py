@@ -1,7 +1,8 @@
 """The logit losses of distillation, by name: values and gradients on a chunk of tokens, with the vocabulary sharded.
 
 To add a loss: a class with the three methods of `LogitLoss`, its entry in `weighted_losses`, and its weight, under that
-entry's name, in `LossConfig` of config/loss.py (also in `names` there); tests/losses/reference.py takes its definition.
+entry's name, in `LossConfig` of config/loss.py (also in `names` there); for a GPU its sums and gradient in kernels.py,
+which fused.py starts; tests/losses/reference.py takes its definition.
 
 Every loss compares the student's distribution ``q = softmax(x)`` with the teacher's ``p = softmax(y)``, where ``x`` and
 ``y`` are logits divided by the temperature T, and is multiplied by ``T**2``, so that the gradient keeps its size when
