@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from compactlm_nemo.artifacts import settings_of
@@ -45,6 +46,7 @@ from compactlm_nemo.stages.context import Run, validation_loss
 from compactlm_nemo.training.best_weights import EVAL_LOSS, BestWeights
 from compactlm_nemo.training.callbacks import Callback, MetricsLog, PeakMemory, Speed, StopAfter
 from compactlm_nemo.training.checkpoint import Checkpoints
+from compactlm_nemo.training.fusions import available_fusions, fusions_text
 from compactlm_nemo.training.stability import LossSpikes, NonFiniteSteps
 from compactlm_nemo.training.tracker import METRICS, Tracker
 
@@ -64,6 +66,8 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
     student = run.load(source)
     checkpoints = Checkpoints(state / "checkpoints", keep=cfg.keep_checkpoints, is_main=is_main_rank())
+    fusions = fusions_text(available_fusions(is_cuda=torch.cuda.is_available()))
+    Console(quiet=not is_main_rank()).print(f"  fusions: {fusions}")
     start, shown = checkpoints.latest_step() or 0, settings_of(asdict(config))
     wandb = replace(config.wandb, name=config.wandb.name or Path(config.run.dir).resolve().name)
     with (
@@ -100,6 +104,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     return {
         "tokens": cfg.num_samples * config.data.sequence_length,
         "best_step": best_weights.best_step,
+        "fusions": fusions,
         "loss": loss,
     }
 
