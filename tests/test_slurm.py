@@ -15,76 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.support import commands
+from tests.support.slurm import OVERRIDES, RECORDER, ROOT, SCRIPT, recipes_in, run_with_stubs, write_script
 from tests.support.tiny_run import command, make_inputs
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "slurm" / "run.sbatch"
 PIPELINE_SECONDS = 600
 """Longest wait for part of a tiny run: minutes where other work takes the cores, yet a test that hangs still ends."""
-OVERRIDES = [
-    "experiment=smollm2_135m_cpu",
-    "run.dir=runs/with two  spaces",
-    "search.heads=[6, 9]",
-    "search.ffn_multiples=[2.5,*]",
-    """wandb.name='it''s "quoted" $HOME `id`'""",
-    "model.tokenizer=",
-    "data.train={a: {path: x\\y.jsonl}}",
-]
-# Prints its arguments and the variables Slurm and the script set, one JSON file a process.
-RECORDER = """#!{python}
-import json, os, sys
-keys = ["MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NNODES", "SLURMD_NODENAME"]
-env = {{key: os.environ.get(key) for key in keys + ["RANK", "WORLD_SIZE"]}}
-name = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-with open({folder!r} + "/{prefix}" + name + ".json", "w") as file:
-    json.dump({{"argv": sys.argv[1:], "env": env}}, file)
-"""
-FAKE_SRUN = """#!{python}
-import json, os, sys
-options = [arg for arg in sys.argv[1:] if arg.startswith("--")]
-count = next(i for i, arg in enumerate(sys.argv[1:]) if not arg.startswith("--"))
-with open({folder!r} + "/srun.json", "w") as file:
-    json.dump(sys.argv[1 : 1 + count], file)
-os.execvp(sys.argv[1 + count], sys.argv[1 + count :])
-"""
-# `yes`-long output: the first line must be taken without breaking the pipe.
-FAKE_SCONTROL = """#!/bin/bash
-[[ "$*" == "show hostnames gpu[01-99]" ]] || exit 7
-for i in $(seq 1 20000); do printf '{host}-%d\\n' "$i"; done | sed '1s/.*/{host}/'
-"""
-
-
-def _script(path: Path, text: str, **values: str) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text.format(python=sys.executable, **values))
-    path.chmod(0o755)
-    return path
-
-
-def _run_with_fakes(
-    tmp_path: Path, words: list[str], host: str = "gpu01", **env: str
-) -> subprocess.CompletedProcess[str]:
-    """The script as Slurm starts it in a folder that has recipes, with these arguments and stubs of all programs."""
-    folder, bin_dir = str(tmp_path), tmp_path / "bin"
-    _recipes_in(tmp_path)
-    _script(bin_dir / "srun", FAKE_SRUN, folder=folder)
-    _script(bin_dir / "scontrol", FAKE_SCONTROL, host=host)
-    _script(bin_dir / "python", RECORDER, folder=folder, prefix="python")
-    job = {"SLURM_JOB_ID": "135791", "SLURM_JOB_NODELIST": "gpu[01-99]", "SLURM_NNODES": "3"}
-    return subprocess.run(
-        ["bash", str(SCRIPT), *words],
-        cwd=tmp_path,
-        env={"PATH": f"{bin_dir}:/usr/bin:/bin", "HOME": folder} | job | env,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def _recipes_in(folder: Path) -> None:
-    """Make the folder one that jobs can be submitted from, unless it has recipes."""
-    if not (folder / "recipes").exists():
-        (folder / "recipes").symlink_to(ROOT / "recipes")
 
 
 def test_the_script_is_valid_bash_stops_at_errors_and_requeues() -> None:
@@ -103,7 +38,7 @@ def test_the_script_is_valid_bash_stops_at_errors_and_requeues() -> None:
     ids=" ".join,
 )
 def test_a_recipe_that_is_none_ends_in_one_line_before_anything_starts(tmp_path: Path, words: list[str]) -> None:
-    done = _run_with_fakes(tmp_path, [*words, *OVERRIDES] if words else [])
+    done = run_with_stubs(tmp_path, [*words, *OVERRIDES] if words else [])
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: RECIPE={words[0] if words else ''} must be the first argument")
     assert "recipes/RECIPE.py" in done.stderr and done.stderr.count("\n") == 1
@@ -112,21 +47,21 @@ def test_a_recipe_that_is_none_ends_in_one_line_before_anything_starts(tmp_path:
 
 def test_a_folder_without_recipes_is_named(tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
-    done = _run_with_fakes(tmp_path, ["distill"])
+    done = run_with_stubs(tmp_path, ["distill"])
     assert (done.returncode, (tmp_path / "srun.json").exists()) == (2, False)
     assert f"RECIPE=distill must be the first argument and a file recipes/RECIPE.py in {tmp_path};" in done.stderr
 
 
 @pytest.mark.parametrize(("recipe", "last"), [("rank", ["rank.only=3"]), ("compress", [])])
 def test_a_task_of_an_array_trains_the_candidate_of_its_number(tmp_path: Path, recipe: str, last: list[str]) -> None:
-    assert _run_with_fakes(tmp_path, [recipe, *OVERRIDES], SLURM_ARRAY_TASK_ID="3").returncode == 0
+    assert run_with_stubs(tmp_path, [recipe, *OVERRIDES], SLURM_ARRAY_TASK_ID="3").returncode == 0
     record = json.loads((tmp_path / "python0.json").read_text())
     assert record["argv"][record["argv"].index(f"recipes.{recipe}") + 1 :] == [*OVERRIDES, *last]
 
 
 @pytest.mark.parametrize("recipe", ["compress", "distill", "rank", "cache_teacher"])
 def test_overrides_and_rendezvous_arrive_untouched(tmp_path: Path, recipe: str) -> None:
-    done = _run_with_fakes(tmp_path, [recipe, *OVERRIDES])
+    done = run_with_stubs(tmp_path, [recipe, *OVERRIDES])
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "python0.json").read_text())
     # 10000 + 135791 % 20000, worked out by hand.
@@ -144,37 +79,83 @@ def test_overrides_and_rendezvous_arrive_untouched(tmp_path: Path, recipe: str) 
     ]
     assert (record["env"]["MASTER_ADDR"], record["env"]["MASTER_PORT"]) == ("gpu01", "25791")
     srun = json.loads((tmp_path / "srun.json").read_text())
-    assert srun == ["--kill-on-bad-exit=1", "--nodes=3", "--ntasks-per-node=1"]
+    assert srun == ["--kill-on-bad-exit=1", "--cpu-bind=none", "--nodes=3", "--ntasks-per-node=1"]
+
+
+def _environment(tmp_path: Path, **env: str) -> dict[str, str | None]:
+    done = run_with_stubs(tmp_path, ["distill"], **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    found: dict[str, str | None] = json.loads((tmp_path / "python0.json").read_text())["env"]
+    return found
+
+
+def test_devices_and_threads_are_set_and_nccl_is_not(tmp_path: Path) -> None:
+    env = _environment(tmp_path, SLURM_CPUS_ON_NODE="96")
+    assert (env["CUDA_DEVICE_MAX_CONNECTIONS"], env["OMP_NUM_THREADS"]) == ("1", "12")  # 96 CPUs, 8 ranks
+    assert env["PYTORCH_ALLOC_CONF"] == env["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert env["NCCL_IB_HCA"] is None and env["NCCL_DEBUG"] is None
+    assert _environment(tmp_path, SLURM_CPUS_ON_NODE="5")["OMP_NUM_THREADS"] == "1"
+    assert _environment(tmp_path, SLURM_CPUS_ON_NODE="96", GPUS_PER_NODE="4")["OMP_NUM_THREADS"] == "24"
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_what_the_user_exports_wins(tmp_path: Path, name: str) -> None:
+    own = {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "OMP_NUM_THREADS": "3", name: "max_split_size_mb:64"}
+    env = _environment(tmp_path, SLURM_CPUS_ON_NODE="96", **own)
+    assert (env["CUDA_DEVICE_MAX_CONNECTIONS"], env["OMP_NUM_THREADS"]) == ("8", "3")
+    assert env["PYTORCH_ALLOC_CONF"] == env["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+
+
+def test_the_sites_file_comes_between_the_user_and_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    lines = [
+        "# of this cluster",
+        "",
+        "NCCL_IB_HCA=mlx5_0:1,mlx5_1:1",
+        "NCCL_DEBUG=WARN=$HOME `id`",
+        "not a line",
+        "OMP_NUM_THREADS=7",
+    ]
+    (tmp_path / "slurm" / "site.env").write_text("\n".join(lines))  # without an end of the last line
+    env = _environment(tmp_path, SLURM_CPUS_ON_NODE="96", NCCL_IB_HCA="mlx5_9")
+    assert (env["NCCL_IB_HCA"], env["NCCL_DEBUG"], env["OMP_NUM_THREADS"]) == ("mlx5_9", "WARN=$HOME `id`", "7")
+
+
+def test_the_example_of_a_sites_file_is_one(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
+    shutil.copyfile(ROOT / "slurm" / "site.env.example", tmp_path / "slurm" / "site.env")
+    env = _environment(tmp_path)
+    assert (env["NCCL_IB_HCA"], env["NCCL_DEBUG"]) == ("mlx5", "WARN")
 
 
 def test_environment_sets_python_gpus_and_container(tmp_path: Path) -> None:
-    other = _script(tmp_path / "venv" / "my python", RECORDER, folder=str(tmp_path), prefix="venv")
+    other = write_script(tmp_path / "venv" / "my python", RECORDER, folder=str(tmp_path), prefix="venv")
     settings = {"COMPACTLM_PYTHON": str(other), "SLURM_GPUS_ON_NODE": "4", "CONTAINER_IMAGE": "image with space.sqsh"}
-    done = _run_with_fakes(tmp_path, ["distill", *OVERRIDES], **settings, CONTAINER_MOUNTS="/data:/data")
+    done = run_with_stubs(tmp_path, ["distill", *OVERRIDES], **settings, CONTAINER_MOUNTS="/data:/data")
     assert done.returncode == 0, done.stderr
     assert "--nproc-per-node=4" in json.loads((tmp_path / "venv0.json").read_text())["argv"]
-    assert json.loads((tmp_path / "srun.json").read_text())[3:] == [
+    assert json.loads((tmp_path / "srun.json").read_text())[4:] == [
         "--container-image=image with space.sqsh",
         f"--container-mounts={tmp_path}:{tmp_path},/data:/data",
         f"--container-workdir={tmp_path}",
     ]
     (tmp_path / "venv0.json").unlink()
-    assert _run_with_fakes(tmp_path, ["distill", *OVERRIDES], **settings, GPUS_PER_NODE="2").returncode == 0
+    assert run_with_stubs(tmp_path, ["distill", *OVERRIDES], **settings, GPUS_PER_NODE="2").returncode == 0
     assert "--nproc-per-node=2" in json.loads((tmp_path / "venv0.json").read_text())["argv"]
 
 
 def test_failure_of_a_rank_or_of_scontrol_fails_the_job(tmp_path: Path) -> None:
-    assert _run_with_fakes(tmp_path, ["distill", *OVERRIDES], COMPACTLM_PYTHON="/bin/false").returncode == 1
-    assert _run_with_fakes(tmp_path, ["distill", *OVERRIDES], SLURM_JOB_NODELIST="unknown").returncode == 7
+    assert run_with_stubs(tmp_path, ["distill", *OVERRIDES], COMPACTLM_PYTHON="/bin/false").returncode == 1
+    assert run_with_stubs(tmp_path, ["distill", *OVERRIDES], SLURM_JOB_NODELIST="unknown").returncode == 7
 
 
 @pytest.mark.slow
 def test_overrides_pass_through_the_real_launcher(tmp_path: Path) -> None:
     """torch.distributed.run parses its own options; the ranks' argv must still be the overrides."""
-    _script(tmp_path / "recipes" / "distill.py", RECORDER, folder=str(tmp_path), prefix="rank")
+    write_script(tmp_path / "recipes" / "distill.py", RECORDER, folder=str(tmp_path), prefix="rank")
     (tmp_path / "recipes" / "__init__.py").touch()
     env = {"COMPACTLM_PYTHON": sys.executable, "GPUS_PER_NODE": "2", "SLURM_NNODES": "1"}
-    done = _run_with_fakes(tmp_path, ["distill", *OVERRIDES], "localhost", **env)
+    done = run_with_stubs(tmp_path, ["distill", *OVERRIDES], "localhost", **env)
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         record = json.loads((tmp_path / f"rank{rank}.json").read_text())
@@ -292,8 +273,8 @@ def _idle_nodes(env: dict[str, str]) -> int:
 
 @pytest.mark.slow
 def test_two_node_job_on_a_real_slurm(tmp_path: Path, slurm_env: dict[str, str]) -> None:
-    stub = _script(tmp_path / "venv" / "python", RECORDER, folder=str(tmp_path), prefix="node")
-    _recipes_in(tmp_path)
+    stub = write_script(tmp_path / "venv" / "python", RECORDER, folder=str(tmp_path), prefix="node")
+    recipes_in(tmp_path)
     done = subprocess.run(
         ["sbatch", "--wait", "--parsable", "--nodes=2", str(SCRIPT), "distill", *OVERRIDES],
         cwd=tmp_path,
@@ -324,9 +305,9 @@ def test_two_node_job_on_a_real_slurm(tmp_path: Path, slurm_env: dict[str, str])
 def test_a_requeued_job_on_two_nodes_goes_on_to_the_end(tmp_path: Path, slurm_env: dict[str, str]) -> None:
     """The real recipe, one rank a node, tensor parallel across nodes; requeued by hand in the middle of training."""
     inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
-    _recipes_in(tmp_path)
+    recipes_in(tmp_path)
     # No name service here knows the nodes; their names are replaced on the way to the real launcher.
-    python = _script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n1:/127.0.0.1:}}"\n')
+    python = write_script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n1:/127.0.0.1:}}"\n')
     overrides = command(inputs, run, "parallel.tp=2", "distill.steps=40")[2:]
     submit = ["sbatch", "--parsable", "--nodes=2", str(SCRIPT), "compress", *overrides]
     env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
@@ -355,8 +336,8 @@ def test_a_requeued_job_on_two_nodes_goes_on_to_the_end(tmp_path: Path, slurm_en
 def test_an_array_trains_the_candidates_and_a_last_job_ranks_them(tmp_path: Path, slurm_env: dict[str, str]) -> None:
     """The real recipe: two tasks side by side, each a candidate; the ranking is that of one process."""
     inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
-    _recipes_in(tmp_path)
-    python = _script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n[12]:/127.0.0.1:}}"\n')
+    recipes_in(tmp_path)
+    python = write_script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n[12]:/127.0.0.1:}}"\n')
     extra = ["search.ffn=[32,48]", "rank.candidates=2", "rank.steps=2"]
     env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
     env |= {"PYTHONPATH": str(ROOT)}
