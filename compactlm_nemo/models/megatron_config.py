@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.activations import squared_relu
+from megatron.core import activations
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from compactlm_nemo.config.parallel import ParallelConfig
@@ -36,7 +36,7 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         layernorm_zero_centered_gamma=dims.layer_norm_1p,
         layernorm_epsilon=dims.norm_eps,
         gated_linear_unit=dims.gated_mlp,
-        activation_func=F.silu if dims.gated_mlp else squared_relu,
+        activation_func=F.silu if dims.gated_mlp else activations.squared_relu,
         add_bias_linear=False,  # attention and MLP have their own switches: spec.py
         add_qkv_bias=dims.qkv_bias,
         qk_layernorm=dims.qk_norm,

@@ -9,6 +9,7 @@ another library, and this one does nothing where CUDA is available.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,22 @@ def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(state)
 
 
+def _undo_megatron_fusions() -> None:
+    """Put plain functions where Megatron-Core wrapped its own in `torch.compile`.
+
+    On a CPU Inductor would compile C++ for minutes at the first call. Megatron's own switch (`disable_jit_fuser`) acts
+    on modules that are imported later; these two are the ones that our models call. What this package compiles itself
+    (`torch.compile` of a layer) is not touched.
+    """
+    from megatron.core import activations
+    from megatron.core.jit import disable_jit_fuser
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    disable_jit_fuser()
+    activations.squared_relu = inspect.unwrap(activations.squared_relu)
+    TopKRouter._apply_expert_bias = inspect.unwrap(TopKRouter._apply_expert_bias)
+
+
 _mode: _CudaNamesMeanCpu | None = None
 
 
@@ -84,5 +101,6 @@ def use_cpu() -> None:
     from megatron.core.transformer.moe import moe_utils
 
     moe_utils.te_general_gemm = None  # it tests this name, but only imports it together with Transformer Engine
+    _undo_megatron_fusions()
     _mode = _CudaNamesMeanCpu()
     _mode.__enter__()
