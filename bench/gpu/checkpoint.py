@@ -53,8 +53,13 @@ def measure(record: Record, *, dry: bool) -> None:
         later = train()
         record.figure("load", _seconds(lambda: checkpoints.load(model)), "s")
         loaded = [parameter.detach() for parameter in model.ddps.parameters()]
-        if all(map(torch.equal, saved, later)) or not all(map(torch.equal, saved, loaded)):
+        if are_equal(saved, later) or not are_equal(saved, loaded):
             raise ValueError("the loaded weights are not those that were saved")
+
+
+def are_equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    """Return whether all weights are equal, bit for bit."""
+    return all(map(torch.equal, some, others))
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -24,7 +24,20 @@ def test_files() -> list[str]:
 
 def measure(record: Record, *, dry: bool) -> None:
     """Record how many tests passed and failed, and why; a dry run lets them run on the CPU."""
-    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-m", "gpu", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-o",
+        "console_output_style=classic",
+        "-rfE",
+        "--tb=short",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+    ]
     environment = os.environ | ({"GPU_TESTS_ON_CPU": "1"} if dry else {}) | {"COLUMNS": "400"}
     outcomes: dict[str, str] = {}
     reasons: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """One part of `bench.gpu` in a process of its own.
 
-python -m bench.gpu.worker --part head --seconds 90 --out part.json
+python -m bench.gpu.worker --part bench.gpu.head --seconds 90 --out part.json
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from bench.gpu.record import Record, one_line
 
 
 def work(part: str, out: Path, seconds: float, dry: bool) -> int:
-    """Run a part, whose module is called as the part is; an error goes into the record. Returns an exit code."""
+    """Run `measure` of the module `part`, or the function of `MODULE:FUNCTION`; an error goes into the record.
+
+    Returns an exit code.
+    """
     record = Record(out, seconds, has_goals=not dry)
     try:
-        importlib.import_module(f"bench.gpu.{part}").measure(record, dry=dry)
+        module, _, function = part.partition(":")
+        getattr(importlib.import_module(module), function or "measure")(record, dry=dry)
     except BaseException as error:
         traceback.print_exc()
         record.detail("error", one_line(error))

@@ -12,8 +12,8 @@ import torch
 
 from tests.support import commands
 
-CPU = {"CUDA_VISIBLE_DEVICES": ""}
-"""Variables by which a process sees no GPU."""
+CPU = {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
+"""Variables by which a process sees no GPU, and compiles no C++ for minutes."""
 
 
 def start(words: list[str], log: Path, changes: dict[str, str] | None = None) -> Callable[[], int]:
@@ -21,7 +21,7 @@ def start(words: list[str], log: Path, changes: dict[str, str] | None = None) ->
 
     Where a GPU is, the process is no fork: CUDA cannot be used in a fork of a process that has asked for a device.
     """
-    env = {**os.environ, **(changes or {})}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(changes or {})}
     if not torch.cuda.is_available():
         fork = commands.start(words, log, log.with_suffix(".err"), env=env)
 
