@@ -14,6 +14,7 @@ import pytest
 from compactlm_nemo.config import load
 from compactlm_nemo.config.load import COMPARE, CONF, compose, compose_root, schema_reference
 from compactlm_nemo.errors import CompactLMError
+from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.manual import reference_markdown
 from compactlm_nemo.workflow.runner import run_stages
 from compactlm_nemo.workflow.stage_table import STAGES, stages_of
@@ -47,13 +48,28 @@ def test_an_experiment_plans_the_published_sizes(experiment: str, capsys: pytest
     want_teacher, want_student = PUBLISHED_BILLIONS[experiment]
     assert teacher == pytest.approx(want_teacher, abs=0.06)
     assert student == pytest.approx(want_student, abs=0.02)
-    assert "ranks needed: a multiple of tp 8 x pp 1 = 8" in out
+    assert f"ranks needed: a multiple of tp {config.parallel.tp} x pp 1 = {config.parallel.tp}" in out
     for stage in map(STAGES.get, stages_of(config)):
         assert re.search(rf"^{stage.name}: .*writes runs/{experiment}/{stage.writes}$", out, re.M)
 
 
+@pytest.mark.parametrize("experiment", sorted(PUBLISHED_BILLIONS))
+def test_an_experiment_fits_80_gb_on_any_number_of_nodes(experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the optimizer's state unsharded and at least 24 GB left for activations, on 1 to 16 nodes of 8 GPUs."""
+    config = compose(_dry(experiment))
+    run_stages(config)
+    held = [int(n.replace(",", "")) for n in re.findall(r"^\w+: ([\d,]+) bytes a rank", capsys.readouterr().out, re.M)]
+    assert len(held) >= 4 and max(held) < 56e9
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    (named,) = re.findall(r"(?:state \(|it is )(\d+) GB", text)
+    assert int(named) == round(max(held) / 1e9)
+    assert [launch_problems(config, 8 * nodes) for nodes in (1, 2, 4, 8, 16)] == [""] * 5
+    assert config.parallel.sequence_parallel and config.distill.overlap
+    assert launch_problems(config, 8 * 7), "7 nodes do not divide the batch"
+
+
 def test_bytes_of_a_stage_are_those_of_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    run_stages(compose(_dry("llama31_8b_to_4b_depth")))
+    run_stages(compose([*_dry("llama31_8b_to_4b_depth"), "parallel.tp=8"]))
     out = capsys.readouterr().out
     held = {stage: int(n.replace(",", "")) for stage, n in re.findall(r"^(\w+): ([\d,]+) bytes a rank", out, re.M)}
     # Llama 3.1 8B, counted by hand: 2 x 129024 x 4096 outside the layers (128256 padded to 8 ranks x 128 rows); a layer
