@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.teacher import LiveTeacher
 from compactlm_nemo.distill.teacher_correction import TeacherCorrection
 from compactlm_nemo.errors import ConfigError, NumericsError
+from compactlm_nemo.losses.targets import Targets
 from compactlm_nemo.models.build import ModelChunks, global_names
 from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.training.batches import Batch
 from compactlm_nemo.training.best_weights import EVAL_LOSS, BestWeights
 from compactlm_nemo.training.callbacks import Callback, MetricsLog, Step
 from compactlm_nemo.training.checkpoint import Checkpoints, TrainState
@@ -45,7 +47,7 @@ def sample(idx: int) -> Tensor:
 
 
 class Training:
-    """One run of the real loop on a tiny model; `disturb` may change the teacher's head before a batch is drawn."""
+    """One run of the real loop on a tiny model."""
 
     def __init__(
         self, root: Path, mesh: Mesh, cfg: DistillConfig, evaluate: Callable[[], dict[str, float]] | None = None
@@ -85,7 +87,10 @@ class Training:
     def weights(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in global_names(self.student)}
 
-    def run(self, name: str, draw: Callable[[int, ModelChunks], Tensor]) -> TrainState:
+    def run(
+        self, name: str, draw: Callable[[int], Tensor] = sample, disturb: Callable[[int, Tensor], Tensor] | None = None
+    ) -> TrainState:
+        """Train on what `draw` gives; `disturb` changes the teacher's head for a global batch, by its number."""
         cfg, checkpoints = self.cfg, Checkpoints(self.root / name, self.cfg.keep_checkpoints, True)
         self.best_weights = BestWeights(
             self.evaluate, every=cfg.eval_every, num_steps=cfg.steps, result=cfg.result, checkpoints=checkpoints
@@ -93,8 +98,8 @@ class Training:
         log = MetricsLog(self.log, every=cfg.log_every, rewind=self.rewound.append)
         return distill(
             self.student,
-            LiveTeacher(self.teacher, self.on_input),
-            lambda idx: draw(idx, self.teacher),
+            _DisturbedTeacher(self.teacher, self.on_input, disturb or (lambda batch, head: head)),
+            draw,
             cfg,
             [self.spikes, self.non_finite, *self.others, self.best_weights, log],
             checkpoints=checkpoints,
@@ -108,22 +113,22 @@ class Training:
         self.metrics[step] = values
 
 
-def undisturbed(idx: int, teacher: ModelChunks) -> Tensor:
-    return sample(idx)
+class _DisturbedTeacher(LiveTeacher):
+    """Changes its head before the pass over a batch, whenever that batch was read."""
 
+    def __init__(self, chunks: ModelChunks, on_input: Any, disturb: Callable[[int, Tensor], Tensor]) -> None:
+        super().__init__(chunks, on_input)
+        self.disturb, self.head = disturb, chunks.head_weight.detach().clone()
 
-def disturbing(batch: int, change: Callable[[Tensor], Tensor]) -> Callable[[int, ModelChunks], Tensor]:
-    """Draws as usual; while this global batch is drawn, and only then, the teacher's head is changed."""
-    kept: list[Tensor] = []
-
-    def draw(idx: int, teacher: ModelChunks) -> Tensor:
-        if not kept:
-            kept.append(teacher.head_weight.detach().clone())
+    def targets(self, batches: list[Batch]) -> Sequence[Targets]:
         with torch.no_grad():
-            teacher.head_weight.copy_(change(kept[0]) if idx // CONFIG.global_batch == batch else kept[0])
-        return sample(idx)
+            self.chunks.head_weight.copy_(self.disturb(batches[0].samples[0] // CONFIG.global_batch, self.head))
+        return super().targets(batches)
 
-    return draw
+
+def at(batch: int, change: Callable[[Tensor], Tensor]) -> Callable[[int, Tensor], Tensor]:
+    """Change the head for this global batch alone."""
+    return lambda number, head: change(head) if number == batch else head
 
 
 def _nan_is_skipped(rank: int, world: int, root: Path) -> None:
@@ -135,7 +140,7 @@ def _nan_is_skipped(rank: int, world: int, root: Path) -> None:
         return {EVAL_LOSS: 1.0}
 
     training = Training(root, mesh, replace(CONFIG, eval_every=1), note)
-    end = training.run("nan", disturbing(3, lambda head: head * math.nan))
+    end = training.run("nan", disturb=at(3, lambda head: head * math.nan))
     assert end.step == CONFIG.steps
     assert [training.metrics[step]["train/skipped_steps"] for step in range(6)] == [0, 0, 0, 1, 1, 1]
     assert math.isnan(training.metrics[3]["train/loss"]) and math.isfinite(training.metrics[4]["train/loss"])
@@ -145,24 +150,24 @@ def _nan_is_skipped(rank: int, world: int, root: Path) -> None:
 
     assert training.non_finite.skipped == 1
     again = Training(root, mesh, CONFIG)
-    assert again.run("nan", undisturbed) == end
+    assert again.run("nan") == end
     assert again.states() == training.states()  # it is counted on after a restart
 
     stubborn = Training(root, mesh, replace(CONFIG, skip_limit=1))
     with pytest.raises(NumericsError, match=r"step 1: train/loss is nan for the 2th step in a row; lower distill.lr"):
-        stubborn.run("stubborn", lambda idx, teacher: disturbing(idx // 2, lambda head: head * math.nan)(idx, teacher))
+        stubborn.run("stubborn", disturb=lambda batch, head: head * math.nan)
 
 
 def _spike_goes_back(rank: int, world: int, root: Path) -> None:
     mesh = mesh_of()
     cfg = replace(CONFIG, steps=FEWEST + 5, spike_factor=3.0)
     training = Training(root, mesh, cfg)
-    end = training.run("spike", disturbing(FEWEST + 2, lambda head: head * 20))  # batch 10, of step 10
+    end = training.run("spike", disturb=at(FEWEST + 2, lambda head: head * 20))  # batch 10, of step 10
     assert (end.step, end.skipped_batches, training.spikes.rewinds) == (13, 2, 1)
     assert training.rewound == [9]
     assert training.metrics[12]["train/rewinds"] == 1
 
-    def passed_over(idx: int, teacher: ModelChunks) -> Tensor:
+    def passed_over(idx: int) -> Tensor:
         batch, place = divmod(idx, CONFIG.global_batch)
         return sample((batch + 2 * (batch >= 9)) * CONFIG.global_batch + place)
 
@@ -171,12 +176,12 @@ def _spike_goes_back(rank: int, world: int, root: Path) -> None:
     assert all(value.equal(training.weights()[key]) for key, value in straight.weights().items())
 
     again = Training(root, mesh, cfg)  # what was passed over is remembered
-    assert again.run("spike", undisturbed) == end
+    assert again.run("spike") == end
     assert again.states() == training.states()
 
     hopeless = Training(root, mesh, replace(cfg, spike_limit=0))
     with pytest.raises(NumericsError, match=r"step 10: train/loss=.* exceeds 3 x the median .* for the 1th time"):
-        hopeless.run("hopeless", disturbing(10, lambda head: head * 20))
+        hopeless.run("hopeless", disturb=at(10, lambda head: head * 20))
 
 
 class _SpikeAtStep5(LossSpikes):
@@ -190,11 +195,11 @@ class _SpikeAtStep5(LossSpikes):
 def _spike_takes_back_all_that_trains(rank: int, world: int, root: Path) -> None:
     mesh, cfg = mesh_of(), replace(CONFIG, steps=8, spike_factor=3.0)
 
-    def passed_over(idx: int, teacher: ModelChunks) -> Tensor:
+    def passed_over(idx: int) -> Tensor:
         return sample(idx + 3 * CONFIG.global_batch * (idx >= 3 * CONFIG.global_batch))
 
     found = []
-    for name, spikes, draw in (("rewound", _SpikeAtStep5, undisturbed), ("straight", LossSpikes, passed_over)):
+    for name, spikes, draw in (("rewound", _SpikeAtStep5, sample), ("straight", LossSpikes, passed_over)):
         training = Training(root, mesh, cfg)
         training.spikes = spikes(cfg.spike_factor, cfg.spike_limit)
         training.add_hidden_loss_and_correction(name)
@@ -218,7 +223,7 @@ def _best_is_the_result(rank: int, world: int, root: Path) -> None:
 
     cfg = replace(CONFIG, eval_every=1, keep_checkpoints=1, result=Result.best, log_every=4)
     training = Training(root, mesh, cfg, measure)
-    end = training.run("best", undisturbed)
+    end = training.run("best")
     assert (end.step, training.best_weights.best_step, training.best_weights.best_loss) == (6, 2, 2.0)
     assert sorted(path.name for path in (root / "best").glob("step_*")) == ["step_0000002", "step_0000006"]
     assert all(value.equal(reached[1][key]) for key, value in training.weights().items())
