@@ -12,7 +12,6 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from compactlm_nemo.models.attention import SdpaCoreAttention
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.experts import Experts
 
 
 class Norm(torch.nn.Module):
@@ -109,7 +109,7 @@ def mlp_spec(dims: Dims) -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
-            experts=ModuleSpec(module=SequentialMLP, submodules=matrices),
+            experts=ModuleSpec(module=Experts, submodules=matrices),
             shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=matrices),
         ),
     )

@@ -37,6 +37,7 @@ from compactlm_nemo.models.build import ModelChunks, tp_share
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.compile import compile_layers, compiling_nothing
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.experts import can_group, group_experts
 from compactlm_nemo.parallel.devices import device, device_name, peak_tflops
 from compactlm_nemo.parallel.launch import main_rank_writes, second_mesh
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
@@ -74,8 +75,10 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
         closing(_teacher(run, cfg)) as teacher,
         Tracker(state, wandb, shown, is_main_rank(), cfg.steps, start_step=start) as tracker,
     ):
-        if _compiles(run, cfg):
-            for chunks in [student, *([teacher.chunks] if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)) else [])]:
+        for chunks in [student, *([teacher.chunks] if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)) else [])]:
+            if can_group(chunks, device()):
+                group_experts(chunks)
+            if _compiles(run, cfg):
                 compile_layers(chunks)
         best_weights = BestWeights(
             _heldout_metrics(run, student, teacher),

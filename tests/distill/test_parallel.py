@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.distill.step import forward_backward
 from compactlm_nemo.distill.teacher import LiveTeacher, OwnMeshTeacher
-from compactlm_nemo.models.build import global_names, recompute_activations, tp_share
+from compactlm_nemo.models.build import ModelChunks, global_names, recompute_activations, tp_share
 from compactlm_nemo.models.compile import compile_layers
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.experts import group_experts
 from compactlm_nemo.models.forward import positions_of
 from compactlm_nemo.models.hf import open_hf
 from compactlm_nemo.parallel.collectives import all_gather
@@ -125,7 +127,7 @@ def _step(
     own_layout: ParallelConfig | None = None,
     recompute: bool = False,
     overlap: bool = False,
-    backend: str | None = None,
+    prepare: Callable[[ModelChunks], None] | None = None,
 ) -> tuple[Any, Any, dict[str, float]]:
     _, learner = filled(root / student, mesh)
     if recompute:
@@ -142,9 +144,9 @@ def _step(
     if root.name in DOCUMENT_CASES:
         for chunk in [*learner, *live.chunks]:
             chunk.document_end = DOCUMENT_END
-    if backend is not None:
-        compile_layers(learner, backend)
-        compile_layers(live.chunks, backend)
+    if prepare is not None:
+        prepare(learner)
+        prepare(live.chunks)
     batches = [Batch(part, ()) for part in samples()[mesh.dp_rank :: mesh.dp_size].split(micro_batch)]
     settings: dict[str, Any] = {"loss": LossConfig(), "temperature": TEMPERATURE}
     # Twice: the second must not see anything of the first.
@@ -162,12 +164,12 @@ def _matches(
     own_layout: ParallelConfig | None = None,
     recompute: bool = False,
     overlap: bool = False,
-    backend: str | None = None,
+    prepare: Callable[[ModelChunks], None] | None = None,
 ) -> None:
     mesh = mesh_of(**layout)
     for case in cases:
         micro_batch = 1 if case == "llama" or mesh.layout.virtual_stages > 1 else 2
-        ddps, dims, terms = _step(root / case, mesh, "student", micro_batch, own_layout, recompute, overlap, backend)
+        ddps, dims, terms = _step(root / case, mesh, "student", micro_batch, own_layout, recompute, overlap, prepare)
         assert terms == pytest.approx(torch.load(root / case / "terms.pt"), rel=1e-5), case
         _, wanted = open_hf(root / case / "gradients")
         padded = dims.padded_vocab(mesh.tp_size, VOCAB_MULTIPLE)
@@ -184,7 +186,7 @@ def _matches(
             compared += 1
         assert compared == sum(len(list(ddp.module.parameters())) for ddp in ddps)
 
-        if backend is not None:
+        if prepare is not None:
             continue
         ddps, _, terms = _step(root / case, mesh, "teacher", micro_batch, own_layout, overlap=overlap)
         assert abs(terms["train/loss"]) < 1e-6
@@ -334,7 +336,7 @@ def _compiled(
 ) -> None:
     if overlap:
         optimizer.DistributedDataParallelConfig = _small_buckets  # type: ignore[misc,assignment]
-    _matches(rank, world, layout, cases, root, None, recompute, overlap, backend)
+    _matches(rank, world, layout, cases, root, None, recompute, overlap, partial(compile_layers, backend=backend))
     assert counters["stats"]["unique_graphs"] > 0
     if world == 1:  # student and teacher, each a graph for all four layers, and one for the strides of the first
         assert counters["stats"]["unique_graphs"] == 4, counters["stats"]
@@ -360,3 +362,13 @@ def test_compiled_layers_change_nothing(layout, recompute, overlap, backend, roo
 def test_compiled_attention_of_layers_with_experts_changes_nothing(root, tmp_path):
     ranks, fields = EXPERT_LAYOUTS["ep2"]
     run_ranks(_compiled, ranks, tmp_path, fields, EXPERT_CASES[1:2], root, False, False, "aot_eager")
+
+
+def _grouped(rank: int, world: int, layout: dict[str, Any], root: Path, recompute: bool) -> None:
+    _matches(rank, world, layout, EXPERT_CASES, root, None, recompute, prepare=group_experts)
+
+
+@pytest.mark.parametrize(("layout", "recompute"), [("1", True), ("ep2", False), ("tp2_sp_ep2", False)])
+def test_experts_in_one_product_are_the_definition(layout, recompute, root, tmp_path):
+    ranks, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]
+    run_ranks(_grouped, ranks, tmp_path, fields, root, recompute)

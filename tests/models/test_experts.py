@@ -1,0 +1,109 @@
+"""Experts computed together against sums over numbers, and where they are."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from torch import Tensor
+
+from compactlm_nemo.models.experts import Experts, can_group
+
+HIDDEN, WIDTH = 8, 4
+COUNTS = [3, 0, 2, 4]
+"""Tokens of each expert; one has none."""
+
+
+def experts(gated: bool) -> Any:
+    """Experts of Megatron's shape without its parallel linears."""
+    module = Experts.__new__(Experts)
+    torch.nn.Module.__init__(module)
+    module.config = SimpleNamespace(gated_linear_unit=gated, activation_func=F.silu if gated else squared_relu)
+    module.local_experts = torch.nn.ModuleList()
+    generator = torch.Generator().manual_seed(2)
+    for _ in COUNTS:
+        expert = torch.nn.Module()
+        for name, shape in (("linear_fc1", (WIDTH * (2 if gated else 1), HIDDEN)), ("linear_fc2", (HIDDEN, WIDTH))):
+            linear = torch.nn.Module()
+            linear.weight = torch.nn.Parameter(torch.randn(shape, generator=generator))
+            setattr(expert, name, linear)
+        module.local_experts.append(expert)
+    module.is_grouped = True
+    return module
+
+
+def one_token(x: list[float], fc1: list[list[float]], fc2: list[list[float]], prob: float, gated: bool) -> list[float]:
+    wide = [sum(w * v for w, v in zip(row, x, strict=True)) for row in fc1]
+    if gated:
+        inner = [g / (1 + math.exp(-g)) * u for g, u in zip(wide[:WIDTH], wide[WIDTH:], strict=True)]
+    else:
+        inner = [max(v, 0.0) ** 2 for v in wide]
+    return [sum(w * v * prob for w, v in zip(row, inner, strict=True)) for row in fc2]
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_one_product_is_every_expert_by_itself(gated: bool) -> None:
+    module, generator = experts(gated), torch.Generator().manual_seed(3)
+    hidden_NH = torch.randn(sum(COUNTS), HIDDEN, generator=generator, requires_grad=True)
+    probs_N = torch.rand(sum(COUNTS), generator=generator, requires_grad=True)
+    got, bias = module(hidden_NH, torch.tensor(COUNTS), probs_N)
+    assert bias is None
+    expert_N = [expert for expert, count in enumerate(COUNTS) for _ in range(count)]
+    want = []
+    for n, number in enumerate(expert_N):
+        expert = module.local_experts[number]
+        weights = [expert.linear_fc1.weight.tolist(), expert.linear_fc2.weight.tolist()]
+        want.append(one_token(hidden_NH[n].tolist(), *weights, probs_N[n].item(), gated))
+    torch.testing.assert_close(got, torch.tensor(want), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradients_are_those_of_the_experts_one_after_another(gated: bool) -> None:
+    module, generator = experts(gated), torch.Generator().manual_seed(4)
+    hidden_NH = torch.randn(sum(COUNTS), HIDDEN, generator=generator, requires_grad=True)
+    probs_N = torch.rand(sum(COUNTS), generator=generator, requires_grad=True)
+    weight_NH = torch.randn(sum(COUNTS), HIDDEN, generator=generator)
+    inputs = [hidden_NH, probs_N, *module.parameters()]
+
+    def in_turn() -> Tensor:
+        outs = []
+        parts = zip(hidden_NH.split(COUNTS), probs_N.split(COUNTS), module.local_experts, strict=True)
+        for x, prob, expert in parts:
+            wide = x @ expert.linear_fc1.weight.T
+            inner = F.silu(wide[:, :WIDTH]) * wide[:, WIDTH:] if gated else F.relu(wide) ** 2
+            outs.append((inner * prob[:, None]) @ expert.linear_fc2.weight.T)
+        return torch.cat(outs)
+
+    got = torch.autograd.grad((module(hidden_NH, torch.tensor(COUNTS), probs_N)[0] * weight_NH).sum(), inputs)
+    want = torch.autograd.grad((in_turn() * weight_NH).sum(), inputs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "capability", "changes", "tp", "wanted"),
+    [
+        (torch.bfloat16, "cuda", (9, 0), {}, 1, True),
+        (torch.bfloat16, "cuda", (10, 0), {}, 2, True),
+        (torch.bfloat16, "cuda", (8, 0), {}, 1, False),
+        (torch.float32, "cuda", (9, 0), {}, 1, False),
+        (torch.bfloat16, "cpu", (9, 0), {}, 1, False),
+        (torch.bfloat16, "cuda", (9, 0), {"num_experts": 0}, 1, False),
+        (torch.bfloat16, "cuda", (9, 0), {"mlp_bias": True}, 1, False),
+        (torch.bfloat16, "cuda", (9, 0), {"hidden_size": 60}, 1, False),
+        (torch.bfloat16, "cuda", (9, 0), {"ffn_hidden_size": 48}, 4, False),
+    ],
+)
+def test_experts_are_grouped_where_the_device_can(monkeypatch, dtype, device, capability, changes, tp, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dims = SimpleNamespace(
+        **({"num_experts": 4, "mlp_bias": False, "hidden_size": 64, "ffn_hidden_size": 48} | changes)
+    )
+    chunk = SimpleNamespace(config=SimpleNamespace(params_dtype=dtype))
+    chunks: Any = SimpleNamespace(dims=dims, mesh=SimpleNamespace(tp_size=tp), plain=lambda: [chunk])
+    assert can_group(chunks, torch.device(device)) is wanted
