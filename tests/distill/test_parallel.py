@@ -368,6 +368,7 @@ def _grouped(rank: int, world: int, layout: dict[str, Any], root: Path, recomput
     _matches(rank, world, layout, EXPERT_CASES, root, None, recompute, prepare=group_experts)
 
 
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch before 2.10 has no grouped product on the CPU")
 @pytest.mark.parametrize(("layout", "recompute"), [("1", True), ("ep2", False), ("tp2_sp_ep2", False)])
 def test_experts_in_one_product_are_the_definition(layout, recompute, root, tmp_path):
     ranks, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]
