@@ -50,17 +50,19 @@ def measure(record: Record, *, dry: bool) -> None:
     """Record the machine."""
     record.detail("versions", versions())
     importable = [name for name, module in FUSIONS.items() if importlib.util.find_spec(module)]
-    record.detail("fusions", importable)
+    record.detail("importable", importable)
     record.detail("cpus", len(os.sched_getaffinity(0)))
     record.detail("nvidia-smi", driver())
     import torch
 
     from compactlm_nemo.parallel.devices import device_name, peak_tflops
+    from compactlm_nemo.training.fusions import available_fusions, fusions_text
 
     record.detail("card", device_name())
     record.detail("peak_tflops", peak_tflops(device_name()))
     record.figure("card", device_name())
     record.figure("importable", ", ".join(importable) or "nothing")
+    record.figure("fusions", fusions_text(available_fusions(is_cuda=torch.cuda.is_available())))
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         record.detail("torch CUDA", {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()})

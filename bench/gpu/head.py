@@ -21,7 +21,7 @@ from bench.gpu.record import Record
 from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.targets import TeacherHead
-from compactlm_nemo.losses.vocabulary import Head, VocabShard
+from compactlm_nemo.losses.vocabulary import Head, VocabShard, chunk_tokens
 from compactlm_nemo.parallel.devices import device
 
 
@@ -35,8 +35,6 @@ class Sizes(NamedTuple):
 
 
 REAL, TOY = Sizes(8192, 128256, 4096, (2048, 4096)), Sizes(96, 512, 64, (32, 64))
-CHUNK_TOKENS = 2048
-"""Tokens whose logits exist at the same time: 1 GB of both models' in bf16 at the real vocabulary."""
 ROUNDS = 9
 LEAST_TFLOPS = 600
 MOST_PEAK_GB = 2
@@ -45,11 +43,12 @@ CLOSE = 0.02
 """Largest relative difference of loss and gradients from plain torch: a few roundings of bf16, 2^-8 each."""
 
 
-def ours() -> Way:
-    """Return this package's head."""
+def ours(fused: bool | None = None) -> Way:
+    """Return this package's head with the chunk that it has by default; `fused` as in `Head`."""
 
     def loss(hidden_NH: Tensor, weight_VH: Tensor, teacher_NG: Tensor, teacher_VG: Tensor, labels_N: Tensor) -> Tensor:
-        head = Head(weight_VH, VocabShard(len(weight_VH)), CHUNK_TOKENS)
+        chunk = chunk_tokens(None, *weight_VH.shape, dtype=weight_VH.dtype, device=weight_VH.device)
+        head = Head(weight_VH, VocabShard(len(weight_VH)), chunk, fused)
         mask_N = torch.ones(len(labels_N), device=labels_N.device)
         targets = TeacherHead(teacher_NG, teacher_VG)
         losses = linear_kd(hidden_NH, head, targets, labels_N, mask_N, loss=LossConfig(), backward_once=True)
@@ -70,7 +69,12 @@ def plain() -> Way:
     return loss
 
 
-WAYS: dict[str, Callable[[], Way]] = {OURS: ours, "plain torch": plain, "Liger": partial(liger, False)}
+WAYS: dict[str, Callable[[], Way]] = {
+    OURS: ours,
+    "this package without kernels": partial(ours, False),
+    "plain torch": plain,
+    "Liger": partial(liger, False),
+}
 COMPILED: dict[str, Callable[[], Way]] = {OURS: ours, "Liger, compiled": partial(liger, True)}
 """Measured last, as it may compile for longer than there is time."""
 

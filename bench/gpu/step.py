@@ -25,12 +25,14 @@ from compactlm_nemo.parallel.devices import device_name, peak_tflops
 from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.search.cost import flops_per_token_forward, num_params
+from compactlm_nemo.stages.training_run import prepare_layers
 from compactlm_nemo.training.batches import Batch
 from compactlm_nemo.training.optimizer import TrainableModel
 from compactlm_nemo.training.tracker import LOSS
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
+    "not compiled": ("model.compile=false",),
     "recompute": ("distill.recompute=true",),
 }
 """Name -> settings that differ from the experiment's."""
@@ -63,8 +65,11 @@ class Subject:
 
     def __init__(self, config: Config, mesh: Mesh, teacher: Dims, student: Dims) -> None:
         self.cfg, self.spans, run = config.distill, Spans(), models.run_on(config, mesh)
-        self.teacher = _TimedTeacher(models.random_model(run, teacher), self.spans)
-        self.model = TrainableModel(models.random_model(run, student).train(), config.distill)
+        pair = [models.random_model(run, dims) for dims in (teacher, student)]
+        for chunks in pair:
+            prepare_layers(run, config.distill, chunks)
+        self.teacher = _TimedTeacher(pair[0], self.spans)
+        self.model = TrainableModel(pair[1].train(), config.distill)
         tokens = models.random_tokens(student, MICRO_BATCHES, config.data.sequence_length + 1)
         self.batches = [Batch(part, ()) for part in tokens.split(1)]
         self.loss = 0.0

@@ -76,10 +76,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
         Tracker(state, wandb, shown, is_main_rank(), cfg.steps, start_step=start) as tracker,
     ):
         for chunks in [student, *([teacher.chunks] if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)) else [])]:
-            if can_group(chunks, device()):
-                group_experts(chunks)
-            if _compiles(run, cfg):
-                compile_layers(chunks)
+            prepare_layers(run, cfg, chunks)
         best_weights = BestWeights(
             _heldout_metrics(run, student, teacher),
             every=cfg.eval_every, num_steps=cfg.steps, result=cfg.result, checkpoints=checkpoints,
@@ -110,6 +107,14 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
         "fusions": fusions,
         "loss": loss,
     }
+
+
+def prepare_layers(run: Run, cfg: DistillConfig, chunks: ModelChunks) -> None:
+    """Group the experts of a model that trains or teaches and compile its layers, where settings and device allow."""
+    if can_group(chunks, device()):
+        group_experts(chunks)
+    if _compiles(run, cfg):
+        compile_layers(chunks)
 
 
 def _compiles(run: Run, cfg: DistillConfig) -> bool:
