@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help install compress test lint format docs clean
+.PHONY: help install compress test fakecuda lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -28,6 +28,15 @@ compress: $(STAMP)  ## Fetch, prune and distil SmolLM2-135M on the CPU; override
 test: $(STAMP)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
+# A torch with CUDA (3 GB) that sees devices which compute nothing: tests/fakecuda/device.py says what they count.
+FAKECUDA ?= .fakecuda
+FAKECUDA_TORCH ?= 2.11.0
+$(FAKECUDA)/python: $(STAMP) tests/fakecuda/build.sh tests/fakecuda/runtime.c tests/fakecuda/driver.c
+	bash tests/fakecuda/build.sh $(FAKECUDA) $(VENV) $(FAKECUDA_TORCH)
+
+fakecuda: $(FAKECUDA)/python  ## Run the package on CUDA devices that are not there: device errors, waits, kernels
+	OMP_NUM_THREADS=1 $(FAKECUDA)/python -m pytest -q tests/fakecuda $(ARGS)
+
 lint: $(STAMP)  ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,6 +55,6 @@ docs: $(STAMP)  ## Remake docs/configuration.md and check the links of all pages
 		done; \
 	done; exit $$fail
 
-clean:  ## Remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+clean:  ## Remove environments and caches; runs/ stays
+	rm -rf $(VENV) $(FAKECUDA) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,7 +3,7 @@
 Megatron-Core names the CUDA device in its source: `device="cuda"`, `torch.cuda.current_device()`, streams, RNG states,
 `param.type() == "torch.cuda.FloatTensor"`. On a CPU this module gives these names a CPU meaning, so that
 Megatron-Core's schedules, optimizer and checkpoints run unchanged on gloo. No other module replaces functions of
-another library, and this one does nothing where CUDA is available.
+another library; where CUDA is available this one adds a name that Megatron-Core lacks without Transformer Engine.
 """
 
 from __future__ import annotations
@@ -79,8 +79,12 @@ _mode: _CudaNamesMeanCpu | None = None
 
 
 def use_cpu() -> None:
-    """Make Megatron-Core run on the CPU in this process; a second call, and a call where CUDA is, has no effect."""
+    """Make Megatron-Core run in this process: on the CPU, or where CUDA is without Transformer Engine."""
     global _mode
+    from megatron.core.transformer.moe import moe_utils
+
+    # A router tests this name, which Megatron-Core only imports together with Transformer Engine.
+    vars(moe_utils).setdefault("te_general_gemm", None)
     if _mode is not None or torch.cuda.is_available():
         return
     import megatron.core.models.gpt.gpt_model  # noqa: F401  before the names change: it reads them when imported
@@ -98,9 +102,6 @@ def use_cpu() -> None:
 
     megatron_random._get_cuda_rng_state = _cpu_rng_state
     megatron_random._set_cuda_rng_state = _set_cpu_rng_state
-    from megatron.core.transformer.moe import moe_utils
-
-    moe_utils.te_general_gemm = None  # it tests this name, but only imports it together with Transformer Engine
     _undo_megatron_fusions()
     _mode = _CudaNamesMeanCpu()
     _mode.__enter__()
