@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ def _stored(folder: Path, kind: str, width: int) -> StoredTargets:
     else:
         record = encode_hidden(torch.zeros(LENGTH, width, dtype=torch.bfloat16))
     write_shard(folder, 0, [record] * SAMPLES)
-    (folder / METADATA).write_text(f'{{"k": {K}, "samples": {SAMPLES}, "shard_samples": {SAMPLES}}}')
+    header = {"k": K, "samples": SAMPLES, "shard_samples": SAMPLES, "sequence_length": LENGTH}
+    (folder / METADATA).write_text(json.dumps(header))
     return StoredTargets(folder)
 
 
@@ -87,10 +89,24 @@ def test_stored_targets_are_queued_to_the_device(tmp_path: Path, kind: str, layo
     assert not unlisted(there.counts, STEP)
 
 
+def _all_places(layout: dict[str, Any], own: dict[str, Any]) -> Gathered:
+    """Answer for all ranks which of them has a teacher's hidden states, and whose samples each compares."""
+
+    def dp_rank(rank: int, tp: int = 1, pp: int = 1, *, every_tp: bool) -> int | None:
+        stage, place = divmod(rank, layout["world"] // pp)
+        return place // tp if stage == pp - 1 and (every_tp or place % tp == 0) else None
+
+    places = [
+        (dp_rank(rank, **own, every_tp=False), dp_rank(rank, layout.get("tp", 1), every_tp=True))
+        for rank in range(layout["world"])
+    ]
+    return lambda obj: places if isinstance(obj, tuple) and len(obj) == 2 else [obj] * layout["world"]
+
+
 @pytest.mark.parametrize("own", [{"tp": 4}, {"tp": 2, "pp": 2}])
 @pytest.mark.parametrize("layout", [{"world": 8}, {"world": 8, "tp": 2, "sequence_parallel": True}])
 def test_a_teacher_on_a_mesh_of_its_own_runs_on_the_device(layout: dict[str, Any], own: dict[str, Any]) -> None:
-    with cluster(**layout) as there:
+    with cluster(**layout, gathered=_all_places(layout, own)) as there:
         teacher_dims, student_dims = shapes(there.mesh, layers=2)
         own_mesh = second_mesh(ParallelConfig(**own), seed=1)
         with own_mesh.active():
