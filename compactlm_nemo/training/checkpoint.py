@@ -153,7 +153,7 @@ def _layout(mesh: Mesh) -> dict[str, Any]:
 
 def _random_states() -> dict[str, Tensor]:
     """Return the states of this rank's generators: CPU, CUDA, and those that Megatron makes from both parallel axes."""
-    by_name = {f"parallel.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    by_name = {f"parallel.{name}": state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state()} | by_name
 
 

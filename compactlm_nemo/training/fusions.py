@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 import megatron.core.optimizer
+import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
@@ -46,12 +47,14 @@ def fuse_gradient_accumulation(chunks: list[Any]) -> None:
     """Let the linear layers of chunks in Megatron's DDP add their weight gradients to the float32 sum by themselves.
 
     Without it each micro-batch writes a gradient of the weights' dtype, and reads it and the sum to add it. Only a
-    model in DDP has the sum, `main_grad`.
+    model in DDP has the sum, `main_grad`. A compiled layer's graph ends at such a layer, whose backward pass it could
+    not follow.
     """
     for chunk in chunks:
         for module in chunk.modules():
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
                 module.gradient_accumulation_fusion = True
+                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
 
 
 def use_torch_fused_adam(optimizer: Any) -> None:

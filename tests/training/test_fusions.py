@@ -16,8 +16,13 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from compactlm_nemo.models.build import ModelChunks
+from compactlm_nemo.models.compile import compile_layers
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training import optimizer as optimizer_module
 from compactlm_nemo.training.fusions import available_fusions, fusions_text
+from tests.distill import test_resume
 from tests.distill.test_resume import CASE, CONFIG, STOP, STUDENT, train
 from tests.support import fused_kernels
 from tests.support.fused_kernels import write_stubs
@@ -124,11 +129,19 @@ def _on_cuda() -> None:
     optimizer_module.device = lambda: torch.device("cuda")
 
 
-def _accumulates(rank: int, world: int, folder: str) -> None:
+def _compiled(folder: Path, mesh: Mesh, **others: Any) -> tuple[Dims, ModelChunks]:
+    dims, chunks = filled(folder, mesh, **others)
+    compile_layers(chunks, backend="aot_eager")
+    return dims, chunks
+
+
+def _accumulates(rank: int, world: int, folder: str, is_compiled: str) -> None:
     root, mesh = Path(folder), mesh_of()
     _on_cuda()
+    if is_compiled == "compiled":
+        test_resume.filled = _compiled
     assert fusions_text(available_fusions(is_cuda=True)) == "apex FusedAdam, gradient accumulation"
-    got, _ = train(root, mesh, root / "accumulated", rank, None, cfg=SPIKES)
+    got, _ = train(root, mesh, root / is_compiled, rank, None, cfg=SPIKES)
     _close(got, torch.load(root / "plain.pt")[0])
     linears = [got[name] for name in got if "linear" in name]
     assert len(fused_kernels.calls) == len(linears) * CONFIG.global_batch * CONFIG.steps
@@ -139,8 +152,9 @@ def _accumulates(rank: int, world: int, folder: str) -> None:
     assert modules and not any(module.gradient_accumulation_fusion for module in modules)
 
 
-def test_weight_gradients_are_added_by_the_product_that_makes_them(root: Path) -> None:
-    _ranks_with("apex", "_accumulates", 1, root)
+@pytest.mark.parametrize("layers", ["plain_layers", "compiled"])
+def test_weight_gradients_are_added_by_the_product_that_makes_them(layers: str, root: Path) -> None:
+    _ranks_with("apex", "_accumulates", 1, root, layers)
 
 
 def _torch_fused(rank: int, world: int, folder: str) -> None:
