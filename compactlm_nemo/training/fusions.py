@@ -54,7 +54,7 @@ def fuse_gradient_accumulation(chunks: list[Any]) -> None:
         for module in chunk.modules():
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
                 module.gradient_accumulation_fusion = True
-                module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign]
+                module.forward = torch.compiler.disable(module.forward)
 
 
 def use_torch_fused_adam(optimizer: Any) -> None:
