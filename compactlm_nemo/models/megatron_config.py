@@ -81,5 +81,4 @@ def _expert_settings(dims: Dims) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",  # keeps the order of the tokens, by which scoring tells samples apart
         "moe_shared_expert_intermediate_size": dims.shared_expert_ffn or None,
-        "moe_shared_expert_gate": dims.shared_expert_ffn > 0,
     }

@@ -72,6 +72,13 @@ class BiasedRowLinear(RowLinear):
         super().__init__(*args, **{**kwargs, "bias": True})
 
 
+class GatedSharedExpertMLP(SharedExpertMLP):
+    """A shared expert with its gate, however this Megatron says so: in the specification (0.15) or in the config."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "gate": True})
+
+
 def layer_spec(dims: Dims) -> ModuleSpec:
     """Return one decoder layer: separate norms, so that scoring can hook the same places in every model."""
     norm_qk = Norm if dims.qk_norm else IdentityOp
@@ -110,7 +117,7 @@ def mlp_spec(dims: Dims) -> ModuleSpec:
         module=MoELayer,
         submodules=MoESubmodules(
             experts=ModuleSpec(module=Experts, submodules=matrices),
-            shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=matrices),
+            shared_experts=ModuleSpec(module=GatedSharedExpertMLP, submodules=matrices),
         ),
     )
 

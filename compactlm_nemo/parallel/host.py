@@ -62,17 +62,16 @@ def _set_cpu_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 def _undo_megatron_fusions() -> None:
     """Put plain functions where Megatron-Core wrapped its own in `torch.compile`.
 
-    On a CPU Inductor would compile C++ for minutes at the first call. Megatron's own switch (`disable_jit_fuser`) acts
-    on modules that are imported later; these two are the ones that our models call. What this package compiles itself
-    (`torch.compile` of a layer) is not touched.
+    On a CPU Inductor would compile C++ for minutes at the first call. These two are the ones that our models call;
+    what this package compiles itself (`torch.compile` of a layer) is not touched. Megatron's own switch,
+    `jit.disable_jit_fuser`, is missing in 0.15 and acts only on modules that are imported after it.
     """
     from megatron.core import activations
-    from megatron.core.jit import disable_jit_fuser
     from megatron.core.transformer.moe.router import TopKRouter
 
-    disable_jit_fuser()
-    activations.squared_relu = inspect.unwrap(activations.squared_relu)
-    TopKRouter._apply_expert_bias = inspect.unwrap(TopKRouter._apply_expert_bias)
+    for owner, name in ((activations, "squared_relu"), (TopKRouter, "_apply_expert_bias")):
+        if name in vars(owner):  # Megatron-Core 0.15 does the router's sum elsewhere, uncompiled
+            setattr(owner, name, inspect.unwrap(getattr(owner, name)))
 
 
 _mode: _CudaNamesMeanCpu | None = None
