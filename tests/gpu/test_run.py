@@ -24,6 +24,7 @@ ROUNDING = 1e-4
 rounding, 2^-11, is 5 times over it."""
 SETTINGS = (
     "model.precision=fp32",
+    "model.compile=false",
     "score.second_moments=true",
     "prune.reconstruct=least_squares",
     "prune.by_error=[mlp]",
@@ -32,7 +33,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs. Three go on side by side: `cpu`, `device` and `bf16`; `stopped` is another training."""
+    """The folder of all runs: `cpu`, `device` and `bf16`; `stopped` and `compiled` are other trainings of `device`."""
     folder = tmp_path_factory.mktemp("runs")
     kinds = {"cpu": ([], CPU), "device": ([], {}), "bf16": (["model.precision=bf16"], {})}
     logs = {name: folder / f"{name}.log" for name in kinds}
@@ -41,14 +42,24 @@ def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, (changes, variables) in kinds.items()
     ]
     assert [end() for end in ends] == [0, 0, 0], written(*logs.values())
-    shutil.copytree(folder / "device", folder / "stopped")
-    for done in ("distill", "progress/distill"):
-        shutil.rmtree(folder / "stopped" / done)
-    for number, stop in enumerate((["distill.stop_after=3"], [])):
-        log = folder / f"stopped_{number}.log"
-        assert start(command(inputs, folder / "stopped", *SETTINGS, *stop, recipe="distill"), log)() == 0, written(log)
-    assert "stopped before its end" in (folder / "stopped_0.log").read_text()
+    for name in ("stopped", "compiled"):
+        shutil.copytree(folder / "device", folder / name)
+        for done in ("distill", "progress/distill"):
+            shutil.rmtree(folder / name / done)
+    _train(inputs, folder, stopped="distill.stop_after=3", compiled="model.compile=null")
+    assert "stopped before its end" in (folder / "stopped.log").read_text()
+    _train(inputs, folder, stopped="distill.stop_after=null")
     return folder
+
+
+def _train(inputs: Path, folder: Path, **changes: str) -> None:
+    """Train in the runs of these names side by side, each with a setting changed."""
+    ends = {
+        name: start(command(inputs, folder / name, *SETTINGS, change, recipe="distill"), folder / f"{name}.log")
+        for name, change in changes.items()
+    }
+    for name, end in ends.items():
+        assert end() == 0, written(folder / f"{name}.log")
 
 
 def _gap(got: Tensor, want: Tensor) -> float:
@@ -94,6 +105,14 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(runs: Path) -> Non
     for step, (ours, theirs) in enumerate(zip(got, want, strict=True)):
         for name, value in theirs.items():  # sums of a GPU may be taken in another order
             assert ours[name] == pytest.approx(value, rel=ROUNDING), (step, name)
+
+
+def test_compiled_layers_train_as_they_do_uncompiled(runs: Path) -> None:
+    got, want = (metrics(runs / name) for name in ("compiled", "device"))
+    assert len(got) == len(want) == 6
+    for step, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=10 * ROUNDING), (step, name)
 
 
 def test_bf16_trains_as_float32_does_to_its_rounding(runs: Path) -> None:
