@@ -56,19 +56,26 @@ Gathered = Callable[[Any], list[Any]]
 
 
 def _object_collectives(world: int, gathered: Gathered | None) -> dict[str, Any]:
-    """Return the stand-ins, with the names of arguments that torch's functions have."""
+    """Return the stand-ins, with the names of arguments that torch's functions have.
+
+    Where another rank has gathered objects and sends them on, this rank gets what it would have gathered.
+    """
+    gathered_elsewhere: list[Any] = []
 
     def ranks(obj: Any, size: int) -> list[Any]:
         return gathered(obj) if gathered and size == world else [obj] * size
 
     def gather_object(obj: Any, object_gather_list: list[Any] | None = None, **_: Any) -> None:
+        gathered_elsewhere[:] = ranks(obj, world) if object_gather_list is None else []
         if object_gather_list is not None:
             object_gather_list[:] = ranks(obj, len(object_gather_list))
 
     def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
         object_list[:] = ranks(obj, len(object_list))
 
-    def broadcast_object_list(object_list: list[Any], *_: Any, **__: Any) -> None: ...
+    def broadcast_object_list(object_list: list[Any], *_: Any, **__: Any) -> None:
+        if object_list == [[]] and gathered_elsewhere:
+            object_list[0] = list(gathered_elsewhere)
 
     def scatter_object_list(
         scatter_object_output_list: list[Any], scatter_object_input_list: list[Any] | None = None, **_: Any
