@@ -93,3 +93,27 @@ def _gather(model: TrainableModel) -> None:
 def test_saving_and_loading_hold_one_ranks_share_in_host_memory(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model", **WIDE)
     run_ranks(_memory, 4, tmp_path, tmp_path)
+
+
+def _experts(rank: int, world: int, root: Path) -> None:
+    """Two ranks of experts store twice the weight as its mean gradient; one rank finds it so."""
+    mesh = mesh_of(ep=world)
+    model = TrainableModel(filled(root / "model", mesh)[1], DistillConfig(steps=3, global_batch=4))
+    allocate(model.optimizer)
+    checkpoints = Checkpoints(root / "checkpoints", keep=1, is_main=rank == 0)
+    states = [
+        (main, state) for part in model.optimizer.chained_optimizers for main, state in part.optimizer.state.items()
+    ]
+    if world == 2:
+        for main, state in states:
+            state["exp_avg"].copy_(2 * main)
+        checkpoints.save(model, TrainState(step=1))
+        return
+    checkpoints.load(model, step=1)
+    assert all(torch.equal(state["exp_avg"], 2 * main) and main.any() for main, state in states)
+
+
+def test_moments_of_experts_on_two_ranks_load_on_one(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "model")
+    run_ranks(_experts, 2, tmp_path, tmp_path)
+    run_ranks(_experts, 1, tmp_path, tmp_path)
