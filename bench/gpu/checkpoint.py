@@ -40,8 +40,7 @@ def measure(record: Record, *, dry: bool) -> None:
         def train() -> list[torch.Tensor]:
             model.advance_schedule()
             forward_backward(model.ddps, NoTeacher(mesh), [Batch(tokens, ())], loss=CROSS_ENTROPY, temperature=1.0)
-            model.gradient_norm()
-            model.update()
+            model.update(model.gradient_norm())
             return [parameter.detach().clone() for parameter in model.ddps.parameters()]
 
         saved = train()

@@ -83,8 +83,7 @@ class Subject:
             )
             self.loss = terms[LOSS]
             with self.spans.span("optimizer"):
-                self.model.gradient_norm()
-                self.model.update()
+                self.model.update(self.model.gradient_norm())
 
     def shares(self) -> Shares:
         """Run one step and return its parts."""

@@ -52,9 +52,10 @@ def distill(
             if any([callback.must_rewind(step) for callback in callbacks]):
                 state = _rewind(state, model, callbacks, checkpoints)
                 continue
-            step.metrics |= {"train/grad_norm": model.gradient_norm(), "train/lr": model.lr}
+            grad_norm = model.gradient_norm()
+            step.metrics |= {"train/grad_norm": grad_norm, "train/lr": model.lr}
             if not any([callback.should_skip(step) for callback in callbacks]):
-                model.update()
+                model.update(grad_norm)
                 for callback in callbacks:
                     callback.after_update(step)
             state.step += 1

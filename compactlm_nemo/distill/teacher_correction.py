@@ -57,9 +57,10 @@ class TeacherCorrection(Callback):
             self.model.ddps, NoTeacher(self.chunks.mesh), batches, loss=self.cfg.loss, temperature=1.0
         )
         self.chunks.eval()
-        metrics = {LOSS_NAME: terms[LOSS], NORM_NAME: self.model.gradient_norm()}
+        grad_norm = self.model.gradient_norm()
+        metrics = {LOSS_NAME: terms[LOSS], NORM_NAME: grad_norm}
         if not self.non_finite.should_skip(Step(number=step, model=self.model, batches=batches, metrics=metrics)):
-            self.model.update()
+            self.model.update(grad_norm)
         return metrics | {RATE_NAME: self.model.lr}
 
     def save(self, step: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from compactlm_nemo.config.distill import DistillConfig
@@ -118,6 +119,7 @@ class TrainableModel:
     def __init__(self, chunks: ModelChunks, cfg: DistillConfig, *, overlap: bool = False) -> None:
         if cfg.recompute:
             recompute_activations(chunks)
+        self.clip_grad = cfg.clip_grad
         self.fusions = available_fusions(is_cuda=device().type == "cuda")
         self.ddps = wrap_data_parallel(chunks, overlap=overlap)
         self.optimizer = build_optimizer(self.ddps, cfg)
@@ -149,9 +151,13 @@ class TrainableModel:
         self.optimizer.prepare_grads()
         return float(self.optimizer.get_grad_norm())
 
-    def update(self) -> None:
-        """Move the weights against the gradients."""
-        self.optimizer.step()
+    def update(self, grad_norm: float) -> None:
+        """Move the weights against the gradients, clipped by what `gradient_norm` has returned."""
+        for part in self.optimizer.chained_optimizers:
+            parameters = part.get_parameters()
+            if parameters and self.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, self.clip_grad, grad_norm)
+        self.optimizer.step_with_ready_grads()
         start_gathering(self.ddps)
 
     def finish_gathering(self) -> None:

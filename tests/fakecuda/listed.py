@@ -25,8 +25,8 @@ class Listed(NamedTuple):
 STEP = [
     # The loss terms of a step are logged, and a loss that is not finite or jumps decides what the step does.
     Listed("parallel/collectives.py", "last_stage_total", ".cpu()", 1),
-    # Whether the norm is finite decides whether the step is taken; Megatron-Core finds it again to clip.
-    Listed("megatron/core/optimizer/clip_grads.py", "get_grad_norm_fp32", "total_norm.item()", 2),
+    # Whether the norm is finite decides whether the step is taken.
+    Listed("megatron/core/optimizer/clip_grads.py", "get_grad_norm_fp32", "total_norm.item()", 1),
     # Megatron-Core without apex and Transformer Engine: a norm a parameter, not one kernel for all.
     Listed("megatron/core/utils.py", "local_multi_tensor_l2_norm", "torch.tensor(", None),
     # Gradients of no token are left as they are.
