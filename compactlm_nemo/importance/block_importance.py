@@ -98,7 +98,7 @@ def _gram(states: list[Tensor], counted_N: Tensor, mesh: Mesh, dims: Dims) -> Te
     """Sum the products of all normalised states over the counted tokens, `[L + 1, L + 1]`."""
     flat = [state.flatten(0, 1) for state in states]
     order, most = _order(mesh, dims)
-    order = order.to(counted_N.device)
+    order = order.to(counted_N.device, non_blocking=True)
     gram = torch.zeros(dims.num_layers + 1, dims.num_layers + 1, dtype=torch.float64, device=counted_N.device)
     for start in range(0, len(counted_N), CHUNK_TOKENS):
         rows = slice(start, start + CHUNK_TOKENS)

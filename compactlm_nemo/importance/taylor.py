@@ -124,7 +124,7 @@ def _batches(windows_NS: Tensor, mesh: Mesh, micro_batch: int) -> list[_Batch]:
         missing = size - len(tokens_BS)
         counted_B = F.pad(samples.counted(idx, mesh.dp_rank).float(), (0, missing))
         whole_BS = torch.cat([tokens_BS, tokens_BS[-1:].expand(missing, -1)])
-        batches.append(_Batch(whole_BS, counted_B.to(tokens_BS.device), samples.num_counted(idx)))
+        batches.append(_Batch(whole_BS, counted_B.to(tokens_BS.device, non_blocking=True), samples.num_counted(idx)))
     tokens_BS, counted_B, _ = batches[-1]
     return fill_schedule(batches, _Batch(tokens_BS, torch.zeros_like(counted_B), 0), mesh)
 
