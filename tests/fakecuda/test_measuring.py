@@ -141,7 +141,7 @@ def test_experts_are_measured_on_the_device(name: str, layout: str) -> None:
     waits(measure, EXPERT_LAYOUTS[layout], 2, **EXPERTS)
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp4_sp", "pp2_last"])
+@pytest.mark.parametrize("layout", ["tp1", "tp4_sp"])
 def test_timing_waits_for_the_device_once(layout: str) -> None:
     with cluster(**LAYOUTS[layout]) as there:
         model = model_of(shapes(there.mesh, layers=1)[0], there.mesh)
