@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 from compactlm_nemo.errors import CheckpointError
 
@@ -29,6 +30,10 @@ ALLOWED = {
 }  # fmt: skip
 """Module -> names that a checkpoint's index may refer to, beside the dtypes of torch."""
 
+_MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+STAND_INS = {(_MEGATRON, "MCoreMetadata"): Metadata, (_MEGATRON, "MCoreSavePlan"): SavePlan}
+"""Names in an index of Megatron-Core 0.15 or NeMo 2 -> torch's class that theirs extends by a dict."""
+
 
 class _RefusedName(Exception):
     """A name that no checkpoint needs."""
@@ -39,6 +44,8 @@ class _Unpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if name in ALLOWED.get(module, ()) or is_dtype:
             return super().find_class(module, name)
+        if (module, name) in STAND_INS:
+            return STAND_INS[module, name]
         raise _RefusedName(f"{module}.{name}")
 
 

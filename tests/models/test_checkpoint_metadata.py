@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies import torch as megatron_torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
@@ -81,3 +85,25 @@ def test_a_real_index_is_read_as_torch_reads_it(tmp_path: Path) -> None:
     stored = index.state_dict_metadata["a"]
     assert isinstance(stored, TensorStorageMetadata)
     assert stored.size == torch.Size([2, 3]) and stored.properties.dtype is torch.bfloat16
+
+
+@dataclass
+class _OldMetadata(Metadata):
+    mcore_data: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _OldSavePlan(SavePlan):
+    mcore_data: dict[str, Any] | None = None
+
+
+def test_an_index_of_megatron_core_0_15_is_read_as_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, cls in (("MCoreMetadata", _OldMetadata), ("MCoreSavePlan", _OldSavePlan)):
+        monkeypatch.setattr(megatron_torch, name, cls)
+        cls.__module__, cls.__qualname__ = megatron_torch.__name__, name  # pickle writes these
+    plan = _OldSavePlan(items=[], planner_data={"a": ("a",)}, mcore_data={"a": {"shape": (2,)}})
+    index = _OldMetadata(state_dict_metadata={}, planner_data=plan, mcore_data={})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    got = read_metadata(tmp_path)
+    assert type(got) is Metadata and type(got.planner_data) is SavePlan
+    assert got.planner_data.planner_data == {"a": ("a",)}
