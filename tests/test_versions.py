@@ -102,13 +102,6 @@ def test_the_table_has_one_row_for_each_file_of_pins() -> None:
     assert rows == {pins.file: [pins.python, *pins.versions.values()] for pins in PINS}
 
 
-def test_continuous_integration_runs_the_second_newest_combination_too() -> None:
-    by_age = sorted(PINS, key=lambda pins: Version(pins.versions["torch"]))
-    second = by_age[-2]
-    assert second.file == f"python{second.python}.txt"
-    assert f"second=python{second.python}\n" in (ROOT / ".ci" / "run").read_text()
-
-
 # --- pip beside NVIDIA's builds ----------------------------------------------------------------------------------
 
 
