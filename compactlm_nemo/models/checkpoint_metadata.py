@@ -7,7 +7,7 @@ that checkpoints hold are looked up; any other name ends in an error before anyt
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import torch
@@ -31,8 +31,13 @@ ALLOWED = {
 """Module -> names that a checkpoint's index may refer to, beside the dtypes of torch."""
 
 _MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
-STAND_INS = {(_MEGATRON, "MCoreMetadata"): Metadata, (_MEGATRON, "MCoreSavePlan"): SavePlan}
-"""Names in an index of Megatron-Core 0.15 or NeMo 2 -> torch's class that theirs extends by a dict."""
+STAND_INS = {
+    (_MEGATRON, "MCoreMetadata"): Metadata,
+    (_MEGATRON, "MCoreSavePlan"): SavePlan,
+    ("pathlib._local", "PosixPath"): PosixPath,
+}
+"""Names in an index of Megatron-Core 0.15 or NeMo 2 -> torch's class that theirs extends by a dict; and the class of
+paths as Python 3.13 calls it."""
 
 
 class _RefusedName(Exception):

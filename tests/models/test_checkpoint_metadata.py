@@ -107,3 +107,13 @@ def test_an_index_of_megatron_core_0_15_is_read_as_torchs(tmp_path: Path, monkey
     got = read_metadata(tmp_path)
     assert type(got) is Metadata and type(got.planner_data) is SavePlan
     assert got.planner_data.planner_data == {"a": ("a",)}
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])  # what Python 3.12 and 3.13 call it
+def test_a_path_in_an_index_is_read_whichever_python_wrote_it(module: str, tmp_path: Path) -> None:
+    index = Metadata(state_dict_metadata={}, planner_data=[Path("a/b")])
+    data = pickle.dumps(index, protocol=2)
+    name = type(Path()).__module__.encode() + b"\nPosixPath\n"
+    assert data.count(name) == 1
+    (tmp_path / ".metadata").write_bytes(data.replace(name, module.encode() + b"\nPosixPath\n"))
+    assert read_metadata(tmp_path).planner_data == [Path("a/b")]
