@@ -45,8 +45,7 @@ def evaluate_lm_loss(
         progress(share.num_counted(idx))
         everywhere_N = torch.ones_like(labels_N, dtype=torch.float32)
         losses_N = linear_ce(hidden_SBH.flatten(0, 1), model.head(), labels_N, everywhere_N)
-        counted = int(share.counted(idx, mesh.dp_rank).sum())  # the leading ones
-        counted_SB = losses_N.view_as(labels_SB)[:, :counted]
+        counted_SB = losses_N.view_as(labels_SB)[:, : share.num_local(idx)]
         return counted_SB.double().sum(), counted_SB.numel()
 
     model.eval()

@@ -170,7 +170,7 @@ def collect(
 
     def start(idx: int | None) -> None:
         current[0] = idx
-        on_batch(0 if idx is None else int(samples.counted(idx, mesh.dp_rank).sum()))
+        on_batch(0 if idx is None else samples.num_local(idx))
 
     try:
         forward_each(chunks, samples.batches, lambda idx, hidden: progress(samples.num_counted(idx)), start)

@@ -74,7 +74,7 @@ def layer_sums(
     samples = DataParallelSamples(windows_NS, mesh, micro_batch)
 
     def measure(idx: int, left_out: int | None, hidden_SBH: Tensor, whole_SBH: Tensor) -> Tensor:
-        counted = int(samples.counted(idx, mesh.dp_rank).sum())  # the leading ones
+        counted = samples.num_local(idx)
         hidden_SBH, whole_SBH = hidden_SBH[:, :counted], whole_SBH[:, :counted]
         sums = hidden_SBH.new_zeros(3, dtype=torch.float64)
         if token_losses is not None:

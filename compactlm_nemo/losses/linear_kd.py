@@ -123,7 +123,7 @@ class _ChunkedLoss:
 class _LinearKD(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, chunked: _ChunkedLoss) -> tuple[Tensor, Tensor]:
-        gradients = _Gradients(hidden_NH, chunked.head, chunked.wanted)
+        gradients = _Gradients(hidden_NH, chunked.head, chunked.wanted, fused=chunked.objective.fused)
         sums = chunked.run(hidden_NH, gradients)
         input_gradients = gradients.finish()
         if chunked.backward_once:  # held by nothing else, so that autograd takes it over as it is
@@ -154,8 +154,8 @@ class _LinearKD(torch.autograd.Function):
 class _Gradients:
     """`_Gradients` adds up the gradients to hidden states and head, chunk by chunk, from those to the logits."""
 
-    def __init__(self, hidden_NH: Tensor, head: Head, wanted: tuple[bool, bool]) -> None:
-        self.hidden_NH, self.head, self.fused = hidden_NH, head, head.is_fused(hidden_NH)
+    def __init__(self, hidden_NH: Tensor, head: Head, wanted: tuple[bool, bool], *, fused: bool) -> None:
+        self.hidden_NH, self.head, self.fused = hidden_NH, head, fused
         self.to_hidden_NH = torch.zeros_like(hidden_NH) if wanted[0] else None
         sum_dtype = at_least_float32(hidden_NH)
         self.to_weight_VH = torch.empty_like(head.weight_VH, dtype=sum_dtype) if wanted[1] else None

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from compactlm_nemo.models.layout import context_positions
+from compactlm_nemo.models.layout import context_positions, gathered_positions
 from compactlm_nemo.parallel.collectives import all_gather
 
 FUSED_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -88,12 +88,13 @@ class AttentionMask:
         length = tokens_BS.shape[1]
         has_window = self.window is not None and self.window < length * self.cp_size
         if document_end is not None:
-            return self._additive(self._positions(length, tokens_BS.device) & self._documents(tokens_BS, document_end))
+            places = self._places(length, tokens_BS.device)
+            return self._additive(self._positions(*places) & self._documents(tokens_BS, document_end, *places))
         if self.cp_size == 1 and not has_window:
             return None
         key = (length, tokens_BS.device)
         if self._made is None or self._made[0] != key:
-            self._made = key, self._additive(self._positions(*key))
+            self._made = key, self._additive(self._positions(*self._places(*key)))
         return self._made[1]
 
     def _additive(self, attends: Tensor) -> Tensor:
@@ -102,20 +103,19 @@ class AttentionMask:
 
     def _places(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return places in the sequence, `[S]` of this rank's queries and `[T]` of the gathered keys."""
-        places = [context_positions(length, rank, self.cp_size, device) for rank in range(self.cp_size)]
-        return places[self.cp_group.rank() if self.cp_size > 1 else 0], torch.cat(places)
+        rank = self.cp_group.rank() if self.cp_size > 1 else 0
+        queries_S = context_positions(length, rank, self.cp_size, device)
+        return queries_S, gathered_positions(length, self.cp_size, device)
 
-    def _positions(self, length: int, device: torch.device) -> Tensor:
+    def _positions(self, queries_S: Tensor, keys_T: Tensor) -> Tensor:
         """Return `[1, 1, S, T]`, true where a token's place allows it to attend."""
-        queries_S, keys_T = self._places(length, device)
         attends_ST = keys_T <= queries_S[:, None]
         if self.window is not None:
             attends_ST &= keys_T > queries_S[:, None] - self.window
         return attends_ST[None, None]
 
-    def _documents(self, tokens_BS: Tensor, document_end: int) -> Tensor:
+    def _documents(self, tokens_BS: Tensor, document_end: int, queries_S: Tensor, keys_T: Tensor) -> Tensor:
         """Return `[B, 1, S, T]`, true where two tokens are of one document."""
-        queries_S, keys_T = self._places(tokens_BS.shape[1], tokens_BS.device)
         begins_BT = tokens_BS == document_end
         if self.cp_size > 1:
             begins_BT = all_gather(begins_BT, self.cp_group, dim=1)[:, keys_T.argsort()]

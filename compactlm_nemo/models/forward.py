@@ -107,6 +107,10 @@ class DataParallelSamples:
         places = torch.arange(first, first + len(self.batches[idx]))
         return places * self.dp_size + dp_rank < self.num
 
+    def num_local(self, idx: int) -> int:
+        """Return samples of this rank's batch `idx` that count: they are the leading ones."""
+        return int(self.counted(idx, self.rank).sum())
+
     def num_counted(self, idx: int) -> int:
         """Return samples of batch `idx` over all data-parallel ranks."""
         return sum(int(self.counted(idx, rank).sum()) for rank in range(self.dp_size))

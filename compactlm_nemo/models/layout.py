@@ -48,3 +48,13 @@ def context_positions(length: int, rank: int, size: int, device: torch.device | 
     half = length // 2
     parts = torch.arange(2 * size * half, device=device).view(2 * size, half)
     return torch.cat([parts[rank], parts[2 * size - 1 - rank]])
+
+
+def gathered_positions(length: int, size: int, device: torch.device | None = None) -> Tensor:
+    """Return `[length * size]` places in the sequence of tokens that were gathered in the order of the ranks.
+
+    Its `argsort` puts gathered tokens into the order of the sequence.
+    """
+    import torch
+
+    return torch.cat([context_positions(length, rank, size, device) for rank in range(size)])

@@ -1,6 +1,6 @@
 """Work beside the step: threads that read, decode and encode while the device computes, and copies it goes on during.
 
-Every pool is a context: leaving it waits for the work under way and drops the rest, so no thread outlives its stage.
+Closing a pool waits for the work under way and drops the rest, so no thread outlives its stage (`contextlib.closing`).
 What work raises is raised where its result is taken.
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from threading import BoundedSemaphore, Lock
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -61,12 +60,6 @@ class Workers:
     def close(self) -> None:
         """Drop work that has not begun, and return when the rest is done."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 def _use_device(of_process: torch.device) -> None:

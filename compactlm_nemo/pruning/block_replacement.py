@@ -87,7 +87,7 @@ def measure_replacements(
     try:
         for idx, tokens_BS in enumerate(samples.batches):
             forward_each(chunks, [tokens_BS], lambda *_: None)
-            counted = int(samples.counted(idx, mesh.dp_rank).sum())  # the leading ones
+            counted = samples.num_local(idx)
             for start, end in blocks:
                 x_NF = tokens_of(f"x.{start - 1}", dims.ffn_hidden_size, tokens_BS, counted)
                 r_NH = tokens_of(f"r.{start - 1}", dims.hidden_size, tokens_BS, counted)

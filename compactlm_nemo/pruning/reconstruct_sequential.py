@@ -159,10 +159,6 @@ class SequentialReconstruction:
         for chunk in chunks:
             chunk.advance()
 
-    def _counted(self, samples: DataParallelSamples, batch: int) -> int:
-        """Return the number of samples of a micro-batch that count, the leading ones."""
-        return int(samples.counted(batch, self.mesh.dp_rank).sum())
-
     def _fit(
         self,
         part: str,
@@ -187,7 +183,7 @@ class SequentialReconstruction:
         def visit(batch: int) -> None:
             if module is None:
                 return
-            counted = self._counted(samples, batch)
+            counted = samples.num_local(batch)
             x_NE = self._tokens(taps.seen["x"], counted, is_sharded=part in ("proj", "fc2"))
             target_NH = targets[part, batch].to(x_NE.device).float()
             if part in ("proj", "fc2"):
@@ -257,7 +253,7 @@ class SequentialReconstruction:
                     tokens_BS = samples.batches[batch]
                     value_SBH = on_every_stage(taps.pop(part), self.mesh, tokens_BS=tokens_BS, width=width)
                     if keep:
-                        value_NH = value_SBH[:, : self._counted(samples, batch)].flatten(0, 1)
+                        value_NH = value_SBH[:, : samples.num_local(batch)].flatten(0, 1)
                         targets[part, batch] = value_NH.to(dtype).cpu()
 
             self._walk(teacher, layer, samples, visit)

@@ -35,7 +35,7 @@ from compactlm_nemo.losses.targets import top_k_targets
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each, micro_batches
-from compactlm_nemo.models.layout import context_positions
+from compactlm_nemo.models.layout import gathered_positions
 from compactlm_nemo.parallel.background import Workers, num_workers, pinned, to_device, to_host
 from compactlm_nemo.parallel.collectives import all_gather, barrier, broadcast_object
 from compactlm_nemo.parallel.launch import main_rank_writes
@@ -138,8 +138,7 @@ def _records(run: Run, teacher: ModelChunks, dims: Dims, tokens_NT: Tensor, writ
 
     def visit(idx: int, hidden_SBG: Tensor) -> list[Future[bytes]]:
         if mesh.cp_size > 1:
-            places = [context_positions(len(hidden_SBG), rank, mesh.cp_size) for rank in range(mesh.cp_size)]
-            order = torch.cat(places).argsort().to(hidden_SBG.device, non_blocking=True)
+            order = gathered_positions(len(hidden_SBG), mesh.cp_size, hidden_SBG.device).argsort()
             hidden_SBG = all_gather(hidden_SBG, mesh.cp_group, dim=0)[order]
         if config.cache.kind is StoredKind.hidden:
             if not is_writer:

@@ -120,12 +120,12 @@ class TrainableModel:
         if cfg.recompute:
             recompute_activations(chunks)
         self.clip_grad = cfg.clip_grad
-        self.fusions = available_fusions(is_cuda=device().type == "cuda")
+        fusions = available_fusions(is_cuda=device().type == "cuda")
         self.ddps = wrap_data_parallel(chunks, overlap=overlap)
         self.optimizer = build_optimizer(self.ddps, cfg)
-        if Fusion.gradient_accumulation in self.fusions:
+        if Fusion.gradient_accumulation in fusions:
             fuse_gradient_accumulation(self.ddps)
-        if Fusion.torch_adam in self.fusions:
+        if Fusion.torch_adam in fusions:
             use_torch_fused_adam(self.optimizer)
         self.schedule = build_schedule(self.optimizer, cfg)
 

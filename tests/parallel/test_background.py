@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import CancelledError, Future
+from contextlib import closing
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_what_a_thread_raises_is_raised_where_its_result_is_taken_and_only_there
 def test_no_thread_outlives_its_pool() -> None:
     before = set(threading.enumerate())
     gate = Gate()
-    with Workers(2) as workers:
+    with closing(Workers(2)) as workers:
         jobs = [workers.submit(gate, i) for i in range(5)]
         assert eventually(lambda: len(gate.begun) == 2)
         assert len(set(threading.enumerate()) - before) == 2
@@ -95,7 +96,7 @@ def test_no_thread_outlives_its_pool() -> None:
 
 def test_submitting_waits_while_too_much_is_pending() -> None:
     gate, submitted = Gate(), list[Future[int]]()
-    with Workers(1, most_pending=2) as workers:
+    with closing(Workers(1, most_pending=2)) as workers:
         thread = threading.Thread(target=lambda: submitted.extend(workers.submit(gate, i) for i in range(4)))
         thread.start()
         assert eventually(lambda: len(gate.begun) == 1)

@@ -13,7 +13,7 @@ from compactlm_nemo.models.build import ModelChunks, build_model, fill
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each
 from compactlm_nemo.models.hf import open_hf
-from compactlm_nemo.models.layout import context_positions
+from compactlm_nemo.models.layout import gathered_positions
 from compactlm_nemo.parallel.collectives import all_gather
 from compactlm_nemo.parallel.host import use_cpu
 from compactlm_nemo.parallel.launch import start_mesh
@@ -76,8 +76,8 @@ def whole_logits(model: ModelChunks, dims: Dims, mesh: Mesh, tokens_BS: Tensor) 
         logits_BSV = all_gather(own, mesh.tp_group, dim=-1)[..., : dims.vocab_size]
         if mesh.cp_size == 1:
             return logits_BSV
-        places = [context_positions(own.shape[1], rank, mesh.cp_size) for rank in range(mesh.cp_size)]
-        return all_gather(logits_BSV, mesh.cp_group, dim=1)[:, torch.cat(places).argsort()]
+        order = gathered_positions(own.shape[1], mesh.cp_size).argsort()
+        return all_gather(logits_BSV, mesh.cp_group, dim=1)[:, order]
 
     results = forward_each(model, [tokens_BS], visit)
     return results[0] if mesh.is_last_stage else None
