@@ -22,19 +22,22 @@ Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def plain() -> Way:
-    """Plain torch makes all logits, the log-softmax of both models, and the KL."""
+    """Plain torch makes all logits, the float32 log-softmax of both models, and the KL."""
 
     def loss(hidden_NH: Tensor, weight_VH: Tensor, teacher_NG: Tensor, teacher_VG: Tensor, labels_N: Tensor) -> Tensor:
         with torch.no_grad():
-            log_p_NV = torch.log_softmax(teacher_NG @ teacher_VG.T, dim=-1)
-        log_q_NV = torch.log_softmax(hidden_NH @ weight_VH.T, dim=-1)
+            log_p_NV = torch.log_softmax(teacher_NG @ teacher_VG.T, dim=-1, dtype=torch.float32)
+        log_q_NV = torch.log_softmax(hidden_NH @ weight_VH.T, dim=-1, dtype=torch.float32)
         return torch.nn.functional.kl_div(log_q_NV, log_p_NV, reduction="batchmean", log_target=True)
 
     return loss
 
 
-def ours() -> Way:
-    """This package runs `linear_kd` with the chunk that the default of `distill.loss_memory_mib` gives."""
+def ours(fused: bool | None = None) -> Way:
+    """This package runs `linear_kd` with the chunk that the default of `distill.loss_memory_mib` gives.
+
+    `fused` says whether by kernels; None takes them on a GPU.
+    """
     from compactlm_nemo.config.distill import DistillConfig
     from compactlm_nemo.config.loss import LossConfig
     from compactlm_nemo.losses.linear_kd import linear_kd
@@ -45,8 +48,8 @@ def ours() -> Way:
 
     def loss(hidden_NH: Tensor, weight_VH: Tensor, teacher_NG: Tensor, teacher_VG: Tensor, labels_N: Tensor) -> Tensor:
         tokens = chunk_tokens(memory_mib, *weight_VH.shape, dtype=weight_VH.dtype, device=weight_VH.device)
-        head = Head(weight_VH, VocabShard(len(weight_VH)), tokens)
-        targets, mask_N = TeacherHead(teacher_NG, teacher_VG), torch.ones(len(labels_N))
+        head = Head(weight_VH, VocabShard(len(weight_VH)), tokens, fused)
+        targets, mask_N = TeacherHead(teacher_NG, teacher_VG), torch.ones(len(labels_N), device=labels_N.device)
         losses = linear_kd(hidden_NH, head, targets, labels_N, mask_N, loss=LossConfig(), backward_once=True)
         return losses.loss_sum / len(labels_N)
 

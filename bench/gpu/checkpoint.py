@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench.gpu import models
+from bench.gpu import clock, models
 from bench.gpu.record import Record
 from compactlm_nemo.config.loss import CROSS_ENTROPY
 from compactlm_nemo.distill.step import forward_backward
@@ -44,13 +42,13 @@ def measure(record: Record, *, dry: bool) -> None:
             return [parameter.detach().clone() for parameter in model.ddps.parameters()]
 
         saved = train()
-        save = _seconds(lambda: checkpoints.save(model, TrainState(step=1)))
+        save = clock.seconds(lambda: checkpoints.save(model, TrainState(step=1)))
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
         record.figure("save", save, "s")
         record.figure("checkpoint", models.gigabytes(size), "GB")
         record.figure("save", models.gigabytes(size) / save, "GB/s")
         later = train()
-        record.figure("load", _seconds(lambda: checkpoints.load(model)), "s")
+        record.figure("load", clock.seconds(lambda: checkpoints.load(model)), "s")
         loaded = [parameter.detach() for parameter in model.ddps.parameters()]
         if are_equal(saved, later) or not are_equal(saved, loaded):
             raise ValueError("the loaded weights are not those that were saved")
@@ -59,11 +57,3 @@ def measure(record: Record, *, dry: bool) -> None:
 def are_equal(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
     """Return whether all weights are equal, bit for bit."""
     return all(map(torch.equal, some, others))
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

@@ -57,19 +57,31 @@ def milliseconds(run: Run) -> float:
     return spans.milliseconds()["call"]
 
 
-def in_turn(runs: dict[str, Run], rounds: int, seconds_left: Callable[[], float]) -> dict[str, list[float]]:
-    """Return the milliseconds of every way in every round, the order turned round in every other one.
+def seconds(run: Run) -> float:
+    """Return the time of one call on the wall clock, with the kernels that it has started."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
-    The rounds end early, but not before the first, when another one might not fit.
-    """
+
+def in_turn(runs: dict[str, Run], rounds: int, seconds_left: Callable[[], float]) -> dict[str, list[float]]:
+    """Return the milliseconds of every way in every round `that_fit`, the order turned round in every other one."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        start = time.monotonic()
+    for number in that_fit(rounds, seconds_left):
         for name in list(runs) if number % 2 == 0 else list(runs)[::-1]:
             times[name].append(milliseconds(runs[name]))
+    return times
+
+
+def that_fit(rounds: int, seconds_left: Callable[[], float]) -> Iterator[int]:
+    """Yield the numbers of the rounds; they end early, but not before the first, when another one might not fit."""
+    for number in range(rounds):
+        start = time.monotonic()
+        yield number
         if seconds_left() < 2 * (time.monotonic() - start) + 1:
             break
-    return times
 
 
 def peak_bytes(run: Run) -> int | None:

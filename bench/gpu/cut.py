@@ -7,15 +7,12 @@ its layers. Scores and second moments come from a scoring pass over random token
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from bench.gpu import models
+from bench.gpu import clock, models
 from bench.gpu.record import Record
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.importance.activations import collect
@@ -49,9 +46,9 @@ def measure(record: Record, *, dry: bool) -> None:
         plan = make_plan(teacher, student, scores)
         cut = _Cut(run, teacher, student, plan, weights.__getitem__, moments, config.prune.ridge)
         label = f"cut of {LAYERS} layers"
-        record.figure(f"{label}, plain", _seconds(cut.plain), "s")
-        record.figure(f"{label}, refitted", _seconds(cut.refitted), "s")
-        record.figure("order in which the units of one layer leave", _seconds(cut.eliminated), "s")
+        record.figure(f"{label}, plain", clock.seconds(cut.plain), "s")
+        record.figure(f"{label}, refitted", clock.seconds(cut.refitted), "s")
+        record.figure("order in which the units of one layer leave", clock.seconds(cut.eliminated), "s")
 
 
 class _Cut:
@@ -103,11 +100,3 @@ def _measured(chunks: ModelChunks, config: Config, folder: Path) -> tuple[dict[s
     prefix = f"{config.score.width[0].name}."
     scores = {name.removeprefix(prefix): x for name, x in vectors.items() if name.startswith(prefix)}
     return scores | {DEPTH: vectors[f"{DEPTH}.{config.score.depth[0].name}"]}, MomentSource(folder / "moments")
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

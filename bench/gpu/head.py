@@ -15,13 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.distill.head import Way, liger
+from bench.distill.head import Way, liger, ours, plain
 from bench.gpu import clock
 from bench.gpu.record import Record
-from compactlm_nemo.config.loss import LossConfig
-from compactlm_nemo.losses.linear_kd import linear_kd
-from compactlm_nemo.losses.targets import TeacherHead
-from compactlm_nemo.losses.vocabulary import Head, VocabShard, chunk_tokens
 from compactlm_nemo.parallel.devices import device
 
 
@@ -41,32 +37,6 @@ MOST_PEAK_GB = 2
 OURS = "this package"
 CLOSE = 0.02
 """Largest relative difference of loss and gradients from plain torch: a few roundings of bf16, 2^-8 each."""
-
-
-def ours(fused: bool | None = None) -> Way:
-    """Return this package's head with the chunk that it has by default; `fused` as in `Head`."""
-
-    def loss(hidden_NH: Tensor, weight_VH: Tensor, teacher_NG: Tensor, teacher_VG: Tensor, labels_N: Tensor) -> Tensor:
-        chunk = chunk_tokens(None, *weight_VH.shape, dtype=weight_VH.dtype, device=weight_VH.device)
-        head = Head(weight_VH, VocabShard(len(weight_VH)), chunk, fused)
-        mask_N = torch.ones(len(labels_N), device=labels_N.device)
-        targets = TeacherHead(teacher_NG, teacher_VG)
-        losses = linear_kd(hidden_NH, head, targets, labels_N, mask_N, loss=LossConfig(), backward_once=True)
-        return losses.loss_sum / len(labels_N)
-
-    return loss
-
-
-def plain() -> Way:
-    """Return plain torch: all logits, the float32 log-softmax of both models, and the KL."""
-
-    def loss(hidden_NH: Tensor, weight_VH: Tensor, teacher_NG: Tensor, teacher_VG: Tensor, labels_N: Tensor) -> Tensor:
-        with torch.no_grad():
-            log_p_NV = torch.log_softmax(teacher_NG @ teacher_VG.T, dim=-1, dtype=torch.float32)
-        log_q_NV = torch.log_softmax(hidden_NH @ weight_VH.T, dim=-1, dtype=torch.float32)
-        return torch.nn.functional.kl_div(log_q_NV, log_p_NV, reduction="batchmean", log_target=True)
-
-    return loss
 
 
 WAYS: dict[str, Callable[[], Way]] = {

@@ -6,7 +6,6 @@ Of the passes of one round, bare, a, bare, b, bare, each scored one is held agai
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -57,14 +56,11 @@ def _rounds(
 ) -> tuple[list[float], dict[str, list[float]]]:
     """Return the milliseconds of the bare passes and the ratios of the others; stops when time runs out."""
     bares, ratios = [clock.milliseconds(bare)], {name: [] for name in passes}
-    for _ in range(ROUNDS):
-        start = time.monotonic()
+    for _ in clock.that_fit(ROUNDS, seconds_left):
         for name, run in passes.items():
             took = clock.milliseconds(run)
             bares.append(clock.milliseconds(bare))
             ratios[name].append(2 * took / (bares[-2] + bares[-1]))
-        if seconds_left() < 2 * (time.monotonic() - start) + 1:
-            break
     return bares, ratios
 
 

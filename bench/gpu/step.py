@@ -8,6 +8,7 @@ the teacher, whatever is recomputed.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -104,7 +105,7 @@ class _TimedTeacher(LiveTeacher):
         super().__init__(chunks)
         self.spans = spans
 
-    def targets(self, batches: list[Batch]) -> list[Targets]:
+    def targets(self, batches: list[Batch]) -> Sequence[Targets]:
         with self.spans.span("teacher"):
             return super().targets(batches)
 
