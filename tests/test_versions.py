@@ -1,4 +1,4 @@
-"""Versions: setup.py's ranges, the pins, the table and continuous integration agree, and pip keeps NVIDIA's builds."""
+"""Versions: setup.py's ranges, the pins and the table agree, and pip keeps NVIDIA's builds."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SETUP = _setup_arguments()
 RANGES = {need.name: need.specifier for need in map(Requirement, SETUP["install_requires"]) if need.name in PINNED}
 
 
-# --- ranges, pins, table, continuous integration -----------------------------------------------------------------
+# --- ranges, pins, table -----------------------------------------------------------------------------------------
 
 
 def test_every_file_of_pins_names_a_python_and_the_three_versions() -> None:

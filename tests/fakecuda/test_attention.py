@@ -13,33 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from compactlm_nemo.models import attention
 from compactlm_nemo.models.attention import AttentionMask, SdpaCoreAttention
+from tests.fakecuda.device import IS_HERE, REASON
+from tests.support.attention_kernels import AttentionKernels
 
-pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() and torch.cuda.get_device_name().endswith("(stub)")),
-    reason="needs the fake CUDA devices of `make fakecuda`",
-)
+pytestmark = pytest.mark.skipif(not IS_HERE, reason=REASON)
 
 SAMPLES, LENGTH, HEADS, WIDTH = 2, 1024, 8, 128
 DTYPES = [torch.float32, torch.bfloat16]
 MASKS = {"causal": {}, "documents": {"document_end": 2}, "window": {"window": 300}, "context": {"cp": 2}}
-
-
-class Kernels(TorchDispatchMode):
-    """Remembers the attention kernels, and that of a softmax, which only attention without a fused kernel runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        if "attention" in name or "softmax" in name:
-            self.seen.add(name)
-        return func(*args, **(kwargs or {}))
 
 
 def kernels_of(
@@ -53,7 +37,7 @@ def kernels_of(
     config: Any = SimpleNamespace(
         context_parallel_size=cp, params_dtype=dtype, window_size=None if window is None else (window - 1, 0)
     )
-    with FakeTensorMode(), Kernels() as kernels:
+    with FakeTensorMode(), AttentionKernels() as kernels:
         tokens_BS = torch.zeros(SAMPLES, LENGTH, dtype=torch.long, device="cuda")
         mask = AttentionMask(config, group)(tokens_BS, document_end)
         core = SdpaCoreAttention(config, pg_collection=SimpleNamespace(cp=group))
@@ -82,7 +66,7 @@ def test_attention_runs_a_fused_kernel(monkeypatch, has_cudnn, dtype, groups, ma
 
 
 def test_torch_alone_would_write_the_scores_of_grouped_float32_queries():
-    with FakeTensorMode(), Kernels() as kernels:
+    with FakeTensorMode(), AttentionKernels() as kernels:
         query, key = (torch.zeros(1, heads, LENGTH, WIDTH, device="cuda") for heads in (HEADS, 2))
         F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
     assert [name for name in kernels.seen if "softmax" in name]

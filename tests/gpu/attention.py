@@ -6,10 +6,9 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.models.build import build_model
@@ -18,6 +17,7 @@ from compactlm_nemo.models.forward import positions_of
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.launch import launched
 from compactlm_nemo.parallel.mesh import Mesh
+from tests.support.attention_kernels import AttentionKernels
 
 DIMS = Dims(
     family="llama", num_layers=1, hidden_size=128, ffn_hidden_size=128, num_heads=4, num_query_groups=2, head_dim=64,
@@ -44,19 +44,6 @@ CASES = {
 }
 
 
-class _Names(TorchDispatchMode):
-    """Notes the names of operators that attend, and of the softmax that attention without a kernel would run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "attention" in str(func) or "softmax" in str(func):
-            self.names.add(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def operators(case: Case, mesh: Mesh) -> list[str]:
     """Names of what one layer runs."""
     (chunk,) = build_model(replace(DIMS, window=case.window), mesh, dtype=case.dtype, vocab_multiple=128)
@@ -65,9 +52,9 @@ def operators(case: Case, mesh: Mesh) -> list[str]:
             parameter.normal_(std=0.02)
     chunk.document_end = END if case.has_documents else None
     tokens_BS = (torch.arange(512, device=device()).view(2, 256) * 7) % DIMS.vocab_size
-    with _Names() as seen:
+    with AttentionKernels() as kernels:
         chunk.train()(tokens_BS, positions_of(tokens_BS), None).sum().backward()
-    return sorted(seen.names)
+    return sorted(kernels.seen)
 
 
 def main() -> None:

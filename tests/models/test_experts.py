@@ -38,6 +38,12 @@ def experts(gated: bool) -> Any:
     return module
 
 
+def routed(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return hidden states and probabilities of `COUNTS` tokens, as leaves."""
+    hidden_NH = torch.randn(sum(COUNTS), HIDDEN, generator=generator, requires_grad=True)
+    return hidden_NH, torch.rand(sum(COUNTS), generator=generator, requires_grad=True)
+
+
 def one_token(x: list[float], fc1: list[list[float]], fc2: list[list[float]], prob: float, gated: bool) -> list[float]:
     wide = [sum(w * v for w, v in zip(row, x, strict=True)) for row in fc1]
     if gated:
@@ -50,9 +56,8 @@ def one_token(x: list[float], fc1: list[list[float]], fc2: list[list[float]], pr
 @needs_products
 @pytest.mark.parametrize("gated", [True, False])
 def test_one_product_is_every_expert_by_itself(gated: bool) -> None:
-    module, generator = experts(gated), torch.Generator().manual_seed(3)
-    hidden_NH = torch.randn(sum(COUNTS), HIDDEN, generator=generator, requires_grad=True)
-    probs_N = torch.rand(sum(COUNTS), generator=generator, requires_grad=True)
+    module = experts(gated)
+    hidden_NH, probs_N = routed(torch.Generator().manual_seed(3))
     got, bias = module(hidden_NH, torch.tensor(COUNTS), probs_N)
     assert bias is None
     expert_N = [expert for expert, count in enumerate(COUNTS) for _ in range(count)]
@@ -68,8 +73,7 @@ def test_one_product_is_every_expert_by_itself(gated: bool) -> None:
 @pytest.mark.parametrize("gated", [True, False])
 def test_gradients_are_those_of_the_experts_one_after_another(gated: bool) -> None:
     module, generator = experts(gated), torch.Generator().manual_seed(4)
-    hidden_NH = torch.randn(sum(COUNTS), HIDDEN, generator=generator, requires_grad=True)
-    probs_N = torch.rand(sum(COUNTS), generator=generator, requires_grad=True)
+    hidden_NH, probs_N = routed(generator)
     weight_NH = torch.randn(sum(COUNTS), HIDDEN, generator=generator)
     inputs = [hidden_NH, probs_N, *module.parameters()]
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from compactlm_nemo.models.build import build_model, fill
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import export_hf, open_hf
+from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.reconstruct_sequential import SequentialReconstruction
 from compactlm_nemo.pruning.residual_stream import RotatedStream, Selection
@@ -120,27 +121,37 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def reconstruction(
+    kind: type[SequentialReconstruction],
+    folder: Path,
+    mesh: Mesh,
+    hidden: list[int],
+    dtype: torch.dtype = torch.float32,
+) -> SequentialReconstruction:
+    """Return the reconstruction of a plainly cut student of the teacher in `folder`, ready to run."""
+    dims, teacher = filled(folder, mesh, dtype=dtype)
+    wide, narrow = plain_source(dims, open_hf(folder)[1], hidden)
+    model = build_model(student_of(dims, hidden), mesh, dtype=dtype, vocab_multiple=8)
+    fill(model, narrow, 8)
+    return kind(
+        student=model,
+        teacher=teacher.eval(),
+        plan=plan_of(hidden),
+        hidden=Selection(torch.tensor(hidden)),
+        wide_source=wide,
+        windows_NS=calibration(),
+        micro_batch=2,
+        ridge=RIDGE,
+    )
+
+
 def _walk(rank: int, world: int, layout: str, root: Path) -> None:
     mesh = mesh_of(**LAYOUTS[layout][1])
     for case, hidden in CASES.items():
-        dims, teacher = filled(root / case, mesh)
-        student_dims = student_of(dims, hidden)
-        wide, narrow = plain_source(dims, open_hf(root / case)[1], hidden)
-        model = build_model(student_dims, mesh, dtype=torch.float32, vocab_multiple=8)
-        fill(model, narrow, 8)
-        done: list[int] = []
-        SequentialReconstruction(
-            student=model,
-            teacher=teacher.eval(),
-            plan=plan_of(hidden),
-            hidden=Selection(torch.tensor(hidden)),
-            wide_source=wide,
-            windows_NS=calibration(),
-            micro_batch=2,
-            ridge=RIDGE,
-        ).run(done.append)
+        walk, done = reconstruction(SequentialReconstruction, root / case, mesh, hidden), list[int]()
+        walk.run(done.append)
         assert sum(done) == 2
-        logits = whole_logits(model, student_dims, mesh, tokens())
+        logits = whole_logits(walk.student, walk.dims, mesh, tokens())
         if logits is not None:
             want = torch.load(root / f"{case}.pt")
             torch.testing.assert_close(logits.double(), want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
@@ -161,23 +172,9 @@ class _Watched(SequentialReconstruction):
 
 
 def _keeps_one_layer(rank: int, world: int, root: Path) -> None:
-    mesh = mesh_of()
-    dims, teacher = filled(root / "llama", mesh, dtype=torch.bfloat16)
-    wide, narrow = plain_source(dims, open_hf(root / "llama")[1], HIDDEN)
-    model = build_model(student_of(dims, HIDDEN), mesh, dtype=torch.bfloat16, vocab_multiple=8)
-    fill(model, narrow, 8)
-    walk = _Watched(
-        student=model,
-        teacher=teacher.eval(),
-        plan=plan_of(HIDDEN),
-        hidden=Selection(torch.tensor(HIDDEN)),
-        wide_source=wide,
-        windows_NS=calibration(),
-        micro_batch=2,
-        ridge=RIDGE,
-    )
+    walk = reconstruction(_Watched, root / "llama", mesh_of(), HIDDEN, dtype=torch.bfloat16)
     walk.run(lambda done: None)
-    stream_bytes = calibration().numel() * dims.hidden_size * 2
+    stream_bytes = calibration().numel() * walk.teacher_dims.hidden_size * 2
     # Each of two layers is fitted in four parts, of which every part has its own target.
     assert vars(walk)["held"] == [(layer, 4 * stream_bytes, {torch.bfloat16}) for layer in (0, 1) for _ in range(4)]
 
