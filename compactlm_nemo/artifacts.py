@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from compactlm_nemo.errors import CheckpointError, ConfigError
+from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 
 MANIFEST = "manifest.json"
 
@@ -56,6 +57,28 @@ def atomic_write_text(path: Path, text: str) -> None:
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, atomically.
+
+    Raises:
+        NumericsError: it holds NaN or infinity, which no JSON has.
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError:
+        where = ", ".join(_nonfinite(value, ""))
+        raise NumericsError(f"{path} would hold a number that is not finite ({where}); nothing is written.") from None
+    atomic_write_text(path, text + "\n")
+
+
+def _nonfinite(value: Any, at: str) -> list[str]:
+    """Return `KEY=NUMBER` of every number in a JSON value that is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{at}={value}"]
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, inner in items for found in _nonfinite(inner, f"{at}.{key}".lstrip("."))]
 
 
 def settings_of(sections: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +169,7 @@ def write_manifest(
         "results": dict(results),
         "outputs": {str(path.relative_to(folder)): _describe(path) for path in _output_files(folder)},
     }
-    atomic_write_text(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+    write_json(folder / MANIFEST, manifest)
     (folder / _MARKER).unlink(missing_ok=True)
 
 

@@ -11,7 +11,7 @@ import pytest
 from compactlm_nemo import artifacts
 from compactlm_nemo.config.data import CorpusConfig, DataConfig
 from compactlm_nemo.config.score import ScoreConfig
-from compactlm_nemo.errors import CheckpointError, ConfigError
+from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 
 SETTINGS = {"score.samples": 1024, "score.lr": 0.1, "score.axes": [1, 2], "run.seed": 7}
 
@@ -146,3 +146,12 @@ def test_a_kill_while_cleaning_leaves_a_folder_that_can_be_cleaned_again(tmp_pat
         artifacts.fresh_folder(folder)
     monkeypatch.undo()
     assert [path.name for path in artifacts.fresh_folder(folder).iterdir()] == [".in_progress"]
+
+
+def test_numbers_that_are_not_finite_are_not_written(tmp_path):
+    path = tmp_path / "results.json"
+    with pytest.raises(NumericsError, match=r"results.json would hold .* \(0.loss=nan, 1.top.2=inf\); nothing"):
+        artifacts.write_json(path, [{"loss": float("nan")}, {"top": [0, 1.0, float("inf")]}])
+    assert not path.exists()
+    artifacts.write_json(path, {"loss": 1.5})
+    assert json.loads(path.read_text()) == {"loss": 1.5}

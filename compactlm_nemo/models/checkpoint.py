@@ -9,18 +9,22 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.errors import CheckpointError, NumericsError
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.source import WEIGHTS, find_weights
+from compactlm_nemo.parallel.collectives import all_gather_objects
 from compactlm_nemo.parallel.mesh import Mesh
 
 
@@ -41,11 +45,40 @@ def load_state(chunks: ModelChunks, state: dict[str, Any]) -> None:
         chunk.load_state_dict(state[f"model{i}"], strict=True)
 
 
-def save_model(folder: Path, chunks: ModelChunks) -> None:
-    """Save the model's shards under `folder/weights`; collective over all ranks."""
+def save_model(folder: Path, chunks: ModelChunks, way_out: str = "mend what made it") -> None:
+    """Save the model's shards under `folder/weights`; collective over all ranks.
+
+    Raises:
+        NumericsError: a weight is not finite; `way_out` ends the message.
+    """
+    state = model_state(chunks)
+    if key := first_nonfinite(state):
+        raise NumericsError(f"{key} holds NaN or infinity, so {folder} is not written; {way_out}.")
     target = folder / WEIGHTS
     target.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(model_state(chunks), str(target))
+    dist_checkpointing.save(state, str(target))
+
+
+def first_nonfinite(state: dict[str, Any]) -> str | None:
+    """Return the key of a tensor of Megatron's sharded state, of any rank, that holds NaN or infinity. Collective."""
+    shards = [shard for value in nested_values(state) for shard in _shards(value) if shard.data is not None]
+    shards = [shard for shard in shards if shard.data.is_floating_point()]
+    finite = torch.stack([shard.data.isfinite().all() for shard in shards]).cpu()  # one wait for the device
+    mine = next((_name(shard) for shard, is_finite in zip(shards, finite.tolist(), strict=True) if not is_finite), None)
+    return next((name for name in all_gather_objects(mine) if name), None)
+
+
+def _shards(value: Any) -> list[ShardedTensor]:
+    """Return the tensors that Megatron makes of an entry of its state; none of plain values."""
+    if isinstance(value, ShardedTensorFactory):
+        return list(nested_values(value.build()))
+    return [value] if isinstance(value, ShardedTensor) else []
+
+
+def _name(shard: ShardedTensor) -> str:
+    """Return a tensor's key, with its place where layers or experts are stacked under one key."""
+    place = shard.global_offset[: shard.prepend_axis_num]
+    return f"{shard.key}[{', '.join(map(str, place))}]" if place else shard.key
 
 
 def load_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:

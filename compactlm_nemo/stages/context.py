@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from compactlm_nemo.config.model import Precision
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.tokens import end_of_text
 from compactlm_nemo.data.windows import validation_windows
-from compactlm_nemo.errors import CheckpointError, ConfigError
+from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.importance.scores import load_scores
 from compactlm_nemo.losses.vocabulary import chunk_tokens
@@ -90,11 +91,15 @@ class Run:
         load_model(self.path(artifact), model)
         return model
 
-    def save(self, folder: Path, model: ModelChunks) -> None:
-        """Write a model as an artifact. Collective."""
+    def save(self, folder: Path, model: ModelChunks, *, if_not_finite: str) -> None:
+        """Write a model as an artifact. Collective.
+
+        Raises:
+            NumericsError: a weight is NaN or infinite; `if_not_finite`, the way out, ends the message.
+        """
         if is_main_rank():
             model.dims.save(folder / MODEL)
-        save_model(folder, model)
+        save_model(folder, model, if_not_finite)
 
     def unit_scores(self) -> dict[str, torch.Tensor]:
         """Return the scores that decide the cut, of this run's teacher."""
@@ -135,4 +140,16 @@ def validation_loss(run: Run, model: ModelChunks, label: str) -> float:
         run.train_prefixes(), config.score.samples, config.prune.samples, config.data.sequence_length, config.run.seed
     ).to(device())
     with progress_bar(f"validate {label}", len(windows_NT), config.data.sequence_length) as advance:
-        return evaluate_lm_loss(model, windows_NT, micro_batch=config.evaluate.micro_batch, progress=advance).loss_nats
+        result = evaluate_lm_loss(model, windows_NT, micro_batch=config.evaluate.micro_batch, progress=advance)
+    return check_loss(result.loss_nats, label)
+
+
+def check_loss(loss_nats: float, label: str) -> float:
+    """Return a loss that becomes part of a result.
+
+    Raises:
+        NumericsError: it is NaN or infinite.
+    """
+    if not math.isfinite(loss_nats):
+        raise NumericsError(f"the loss of the {label} is {loss_nats}; its weights or model.precision do not hold.")
+    return loss_nats

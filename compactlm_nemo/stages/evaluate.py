@@ -30,9 +30,7 @@ def evaluate_problems(config: Config, models: list[Dims]) -> list[str]:
 
 def evaluate(run: Run, folder: Path) -> dict[str, Any]:
     """Measure held-out LM loss, size, forward speed and lm-eval tasks of teacher, pruned and distilled model."""
-    import json
-
-    from compactlm_nemo.artifacts import atomic_write_text, read_manifest
+    from compactlm_nemo.artifacts import read_manifest, write_json
     from compactlm_nemo.parallel.launch import main_rank_writes
     from compactlm_nemo.search.cost import num_params
 
@@ -47,7 +45,7 @@ def evaluate(run: Run, folder: Path) -> dict[str, Any]:
         if writes:
             for row, (_, artifact, _) in zip(rows, models, strict=True):
                 row |= _task_results(run, artifact, folder / "as_hf")
-            atomic_write_text(folder / "results.json", json.dumps(rows, indent=2) + "\n")
+            write_json(folder / "results.json", rows)
     return {"recovered": {name: _recovered(rows, f"loss_{name}") for name in run.config.data.heldout}}
 
 
@@ -57,6 +55,7 @@ def _heldout_losses(run: Run, label: str, artifact: str) -> dict[str, float]:
     from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
     from compactlm_nemo.parallel.devices import device
     from compactlm_nemo.progress import progress_bar
+    from compactlm_nemo.stages.context import check_loss
 
     config, model = run.config, run.load(artifact)
     row: dict[str, float] = {}
@@ -66,6 +65,7 @@ def _heldout_losses(run: Run, label: str, artifact: str) -> dict[str, float]:
         windows = heldout_windows(prefix, config.data.sequence_length, config.evaluate.tokens).to(device())
         with progress_bar(f"evaluate {label} on {name}", len(windows), config.data.sequence_length) as advance:
             result = evaluate_lm_loss(model, windows, micro_batch=config.evaluate.micro_batch, progress=advance)
+        check_loss(result.loss_nats, f"{label} on {name}")
         row |= {f"loss_{name}": result.loss_nats, f"tokens_{name}": result.tokens}
         speeds.append(result.tokens_per_second)
     return row | {"forward_tokens_per_second": max(speeds)}

@@ -57,7 +57,7 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
             copy_hf_assets(hf_assets_folder(teacher), folder / HF)
     model = run.build(dims)
     fill(model, weights, run.config.model.vocab_multiple)
-    run.save(folder, model)
+    run.save(folder, model, if_not_finite="give model.source a copy that is not damaged")
     with main_rank_writes() as writes:
         if writes:
             shutil.rmtree(converted, ignore_errors=True)

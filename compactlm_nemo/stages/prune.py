@@ -57,7 +57,7 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
     plan = pruner.plan(student, run.path("search"))
     before = validation_loss(run, run.load("teacher"), "teacher")
     model = pruner.student(student, plan)
-    run.save(folder, model)
+    run.save(folder, model, if_not_finite="raise prune.ridge, or measure the second moments on more score.samples")
     with main_rank_writes() as writes:
         if writes:
             atomic_write_text(folder / PLAN, json.dumps(plan.to_json()) + "\n")

@@ -95,7 +95,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
         end = distill(student, teacher, samples.sample, cfg, callbacks, checkpoints=checkpoints)
     if end.step < cfg.steps:
         return None
-    run.save(folder, student)
+    run.save(folder, student, if_not_finite="lower the learning rate")
     with main_rank_writes() as writes:
         if writes:
             shutil.copyfile(state / METRICS, folder / METRICS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,7 @@ class BestWeights(Callback):
         step.model.train()
         step.metrics |= values
         step.must_log = True
-        if self.best_loss is None or values[EVAL_LOSS] < self.best_loss:
+        if math.isfinite(values[EVAL_LOSS]) and (self.best_loss is None or values[EVAL_LOSS] < self.best_loss):
             self.best_step, self.best_loss = step.num_done, values[EVAL_LOSS]
             step.must_save = True
 

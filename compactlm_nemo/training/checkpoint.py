@@ -22,8 +22,8 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from compactlm_nemo.artifacts import atomic_write_text
-from compactlm_nemo.errors import CheckpointError
-from compactlm_nemo.models.checkpoint import load_shards, load_state, model_state
+from compactlm_nemo.errors import CheckpointError, NumericsError
+from compactlm_nemo.models.checkpoint import first_nonfinite, load_shards, load_state, model_state
 from compactlm_nemo.parallel.collectives import barrier
 from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.callbacks import Callback
@@ -63,8 +63,15 @@ class Checkpoints:
         return int(json.loads((self.folder / LATEST).read_text())["step"])
 
     def save(self, model: TrainableModel, state: TrainState, callbacks: Sequence[Callback] = ()) -> None:
-        """Save the training at this state, and delete older checkpoints that need not be kept."""
+        """Save the training at this state, and delete older checkpoints that need not be kept.
+
+        Raises:
+            NumericsError: a weight or moment is not finite; the checkpoints stay as they were.
+        """
         model.finish_gathering()
+        saved = _model_state(model, _sharded_by_rank(_random_states()))
+        if key := first_nonfinite(saved):
+            raise NumericsError(self._diverged(key, state.step))
         for callback in callbacks:
             callback.save(state.step)
         target = self._step_folder(state.step)
@@ -73,7 +80,7 @@ class Checkpoints:
             target.mkdir(parents=True)
         barrier()
         dist_checkpointing.save(
-            _model_state(model, _sharded_by_rank(_random_states()))
+            saved
             | {
                 "layout": _layout(model.ddps.mesh),
                 "train_state": asdict(state),
@@ -112,6 +119,15 @@ class Checkpoints:
     def load_weights(self, model: TrainableModel, step: int) -> None:
         """Load the weights, and nothing else, of the checkpoint of `step` finished steps."""
         load_state(model.ddps, load_shards(model_state(model.ddps), self._step_folder(step)))
+
+    def _diverged(self, key: str, step: int) -> str:
+        """Return the message about a training whose state is not finite."""
+        newest = self.latest_step()
+        kept = f"the checkpoint of step {newest} stays" if newest is not None else "nothing is saved"
+        return (
+            f"after step {step} {key} holds NaN or infinity: training has diverged, and {kept}; lower the learning "
+            f"rate, look at the data, and delete {self.folder.parent} to train with other settings."
+        )
 
     def _has_layout(self, step: int, mesh: Mesh) -> bool:
         """Whether a checkpoint's ranks are placed as these are; only then do its random states have ranks to go to."""

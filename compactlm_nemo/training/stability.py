@@ -59,9 +59,10 @@ class NonFiniteSteps(Callback):
         step.metrics["train/skipped_steps"] = float(self.skipped)
 
     def state(self) -> dict[str, Any]:
-        return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state(self, state: dict[str, Any]) -> None:
+        self.in_a_row = state["in_a_row"]  # a run that is stopped and goes on does not start to count again
         self.skipped = max(self.skipped, state["skipped"])  # a rewind takes no skipped step back
 
 

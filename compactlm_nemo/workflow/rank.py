@@ -10,12 +10,13 @@ Source: Minitron (arXiv 2407.14679), section 2.3; halving: Jamieson and Talwalka
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compactlm_nemo.artifacts import atomic_write_text, read_manifest
+from compactlm_nemo.artifacts import read_manifest, write_json
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.workflow import RankConfig
 from compactlm_nemo.errors import ConfigError
@@ -116,7 +117,8 @@ def _round_loss(config: Config, index: int, steps: int) -> float:
     """Return mean distillation loss over the last tenth of the steps before `steps`: of the same batches for all."""
     first = steps - max(1, steps // 10)
     losses = [line[LOSS] for line in _metrics(config, index) if first <= line["step"] < steps]
-    return sum(losses) / len(losses)
+    finite = [loss for loss in losses if loss is not None]  # a step that was skipped has none
+    return sum(finite) / len(finite) if finite else math.inf
 
 
 def _write_ranking(config: Config, found: list[dict[str, Any]], trained: list[int]) -> None:
@@ -126,4 +128,4 @@ def _write_ranking(config: Config, found: list[dict[str, Any]], trained: list[in
     folder = Path(config.run.dir) / FOLDER
     losses = {i: read_manifest(folder / str(i) / "distill")["results"]["loss"] for i in trained}
     ranked = [found[i] | {"candidate": i, "loss": losses[i]} for i in sorted(trained, key=lambda i: losses[i])]
-    atomic_write_text(folder / RANKING, json.dumps(ranked, indent=2) + "\n")
+    write_json(folder / RANKING, ranked)

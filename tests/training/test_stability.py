@@ -212,6 +212,54 @@ def _spike_takes_back_all_that_trains(rank: int, world: int, root: Path) -> None
     assert all(value.equal(rewound[key]) for key, value in straight.items())
 
 
+def _weights_that_are_not_finite_are_not_saved(rank: int, world: int, root: Path) -> None:
+    mesh = mesh_of()
+
+    class Ruin(Callback):
+        """Leaves a NaN of the last rank in the weights, or in a moment, at step 4."""
+
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
+
+        def after_update(self, step: Step) -> None:
+            if step.number != 4:
+                return
+            with torch.no_grad():
+                if self.kind == "weight":
+                    next(step.model.ddps[0].parameters()).view(-1)[-1] = math.nan
+                else:
+                    adam = step.model.optimizer.chained_optimizers[0].optimizer
+                    next(iter(adam.state.values()))["exp_avg_sq"].view(-1)[0] = math.inf
+
+    for kind in ("weight", "moment"):
+        training = Training(root, mesh, replace(CONFIG, keep_checkpoints=1))
+        training.others = [Ruin(kind)]
+        with pytest.raises(NumericsError, match=r"after step 6 .* NaN or infinity.* the checkpoint of step 3 stays"):
+            training.run(f"ruined_{kind}")
+        assert [path.name for path in (root / f"ruined_{kind}").glob("step_*")] == ["step_0000003"]
+        assert json.loads((root / f"ruined_{kind}" / "latest.json").read_text()) == {"step": 3}
+
+
+def _a_loss_that_is_not_finite_is_never_the_best(rank: int, world: int, root: Path) -> None:
+    losses = iter([math.nan, 3.0, math.nan, 2.0, -math.inf, 2.5])
+    cfg = replace(CONFIG, eval_every=1, result=Result.best)
+    training = Training(root, mesh_of(), cfg, lambda: {EVAL_LOSS: next(losses)})
+    training.run("best_of_nan")
+    assert (training.best_weights.best_step, training.best_weights.best_loss) == (4, 2.0)
+
+
+def _bad_steps_in_a_row_are_counted_over_a_restart(rank: int, world: int, root: Path) -> None:
+    mesh, cfg = mesh_of(), replace(CONFIG, skip_limit=2, checkpoint_every=1)
+
+    def ruin(batch: int, head: Tensor) -> Tensor:
+        return head * math.nan if batch >= 2 else head
+
+    for _ in range(2):
+        with pytest.raises(NumericsError, match=r"step 4: train/loss is nan for the 3th step in a row"):
+            Training(root, mesh, cfg).run("crawl", disturb=ruin)
+    assert json.loads((root / "crawl" / "latest.json").read_text()) == {"step": 4}
+
+
 def _best_is_the_result(rank: int, world: int, root: Path) -> None:
     mesh = mesh_of()
     losses = iter([3.0, 2.0, 2.5, 4.0, 3.0, 2.2])
@@ -233,7 +281,16 @@ def _best_is_the_result(rank: int, world: int, root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "scenario", [_nan_is_skipped, _spike_goes_back, _spike_takes_back_all_that_trains, _best_is_the_result]
+    "scenario",
+    [
+        _nan_is_skipped,
+        _spike_goes_back,
+        _spike_takes_back_all_that_trains,
+        _weights_that_are_not_finite_are_not_saved,
+        _a_loss_that_is_not_finite_is_never_the_best,
+        _bad_steps_in_a_row_are_counted_over_a_restart,
+        _best_is_the_result,
+    ],
 )
 def test_the_loop_survives(scenario: Callable[..., None], root: Path, tmp_path: Path) -> None:
     run_ranks(scenario, 1, tmp_path, root)
