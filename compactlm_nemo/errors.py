@@ -12,6 +12,10 @@ class CompactLMError(Exception):
     """Base of all errors that end a command with exit code 2 and one line."""
 
 
+class OtherRankError(CompactLMError):
+    """What another rank has failed of, on a rank that only takes notice of it."""
+
+
 class ConfigError(CompactLMError):
     """A setting, or a combination of settings, that cannot work."""
 

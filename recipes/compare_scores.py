@@ -1,7 +1,8 @@
 """Two scores files of one model -> how far their ranks agree, axis by axis and metric by metric."""
 
+from compactlm_nemo.config.command import recipe_root
 from compactlm_nemo.config.evaluate import CompareConfig
-from compactlm_nemo.config.load import COMPARE, recipe_root, to_yaml
+from compactlm_nemo.config.load import COMPARE, to_yaml
 
 
 def compare_scores(config: CompareConfig) -> None:

@@ -3,7 +3,7 @@
 With rank.candidates > 0 the best candidates are trained a little after the search, and the winner is pruned.
 """
 
-from compactlm_nemo.config.load import recipe
+from compactlm_nemo.config.command import recipe
 from compactlm_nemo.workflow.compress import compress
 
 main = recipe(compress, __doc__)

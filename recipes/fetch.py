@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from compactlm_nemo.config.load import recipe
+from compactlm_nemo.config.command import recipe
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.bundled import fetch_bundled
 

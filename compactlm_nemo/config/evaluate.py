@@ -28,6 +28,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.tokens > 0, f"evaluate.tokens={self.tokens} must be > 0.")
         require(self.micro_batch > 0, f"evaluate.micro_batch={self.micro_batch} must be > 0.")
+        require(
+            self.task_limit is None or self.task_limit > 0,
+            f"evaluate.task_limit={self.task_limit} must be > 0; null takes all samples.",
+        )
 
 
 @dataclass(kw_only=True)

@@ -1,13 +1,11 @@
-"""From Hydra's tree to dataclasses and from exceptions to exit codes: the only user of hydra and omegaconf."""
+"""From a command line to dataclasses by Hydra: composition, rules of every setting, and the reference of settings."""
 
 from __future__ import annotations
 
+import difflib
 import re
-import signal
-import sys
-from collections.abc import Callable
 from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -21,12 +19,21 @@ from omegaconf.errors import OmegaConfBaseException
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.errors import CompactLMError, ConfigError
+from compactlm_nemo.errors import ConfigError, listed
 
 OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture|search\.multiples)\.[^.=]+=")
 """A name of the user's choosing, as in `data.train.web=web.jsonl`; Hydra would ask for `++` before it."""
+OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][^=\s]*)(?P<value>=.*)?$", re.DOTALL)
+"""The parts of an override that decide whether Hydra heeds it."""
 _FOR_DEVELOPERS = ("full_key:", "object_type=", "reference_type=", "See ", "Config search path:", "provider=")
+_APPEND = re.compile(r"To append to your config use \S+")  # which `override_problems` would refuse
 CONF = Path(__file__).resolve().parents[2] / "conf"
+
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
+"""What composing a command line raises, besides errors of our own."""
+
+LARGEST = 1e18
+"""No setting is larger in size."""
 
 T = TypeVar("T")
 
@@ -64,7 +71,21 @@ def to_config(tree: DictConfig, schema: type[T]) -> T:
         raise ConfigError(f"{', '.join(missing)} must be set; for example {missing[0]}=VALUE on the command line.")
     config = OmegaConf.to_object(tree)
     assert isinstance(config, schema)
+    if problems := _number_problems(config, ""):
+        raise ConfigError(listed(problems))
     return config
+
+
+def _number_problems(value: Any, key: str) -> list[str]:
+    """Return every number of a configuration that no setting can mean, and that some library would stumble over."""
+    inner: dict[Any, Any] = {}
+    if is_dataclass(value):
+        inner = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif isinstance(value, (dict, list)):
+        inner = dict(value.items() if isinstance(value, dict) else enumerate(value))
+    if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
+        return [f"{key}={value} must be a number of at most {LARGEST:g}; give a smaller one."]
+    return [problem for name, part in inner.items() for problem in _number_problems(part, f"{key}.{name}".lstrip("."))]
 
 
 def compose(overrides: list[str]) -> Config:
@@ -75,15 +96,44 @@ def compose(overrides: list[str]) -> Config:
 def compose_root(root: Root[T], overrides: list[str]) -> T:
     """Return the configuration of any root that a command line of these overrides gives."""
     register_schema(root)
+    if problems := override_problems(root, overrides):
+        raise ConfigError(listed(problems))
     overrides = ["++" + text if OPEN_KEY.match(text) else text for text in overrides]
     with hydra.initialize_config_dir(str(CONF), version_base=None):
         try:
             tree = hydra.compose(root.file, overrides)
-        except (HydraException, OmegaConfBaseException):
+        except HYDRA_ERRORS:
             raise
         except ValueError as error:  # Hydra's word on `experiment=null`, which names no file
             raise ConfigError(f"{error}; name a file of conf/ or leave the override out.") from error
         return to_config(tree, root.schema)
+
+
+def override_problems(root: Root[Any], overrides: list[str]) -> list[str]:
+    """Return what is wrong with overrides that Hydra would take without a word, and that would have no effect.
+
+    `~KEY` gives a setting its default back, and `++KEY` adds one that nobody reads; Hydra's own settings move its
+    logs and working folder, which recipes do not use.
+    """
+    known = [key for key, *_ in schema_reference(root.schema)]
+    problems = []
+    for text in overrides:
+        match = OVERRIDE.match(text)
+        if match is None:
+            problems.append(f"{text!r} is no setting; write KEY=VALUE, and quotes around a value with special letters.")
+            continue
+        sign, key = match["sign"], match["key"]
+        if key.partition(".")[0] == "hydra":
+            problems.append(f"{text} has no effect, recipes write into run.dir alone; leave it out.")
+        elif OPEN_KEY.match(f"{key}="):
+            continue
+        elif sign == "~":
+            problems.append(f"{text} takes nothing away but gives defaults; leave it out, or set the value you want.")
+        elif sign and key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "--help lists all."
+            problems.append(f"{text} sets nothing, as there is no setting {key}; {hint}")
+    return problems
 
 
 def to_yaml(config: Any) -> str:
@@ -94,67 +144,15 @@ def to_yaml(config: Any) -> str:
 def one_line(error: BaseException) -> str:
     """Return an error's message without the parts that Hydra adds for its developers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    lines = [line for line in lines if not line.startswith(_FOR_DEVELOPERS)]
+    lines = [_APPEND.sub("", line) for line in lines if not line.startswith(_FOR_DEVELOPERS)]
     if error.__cause__ is not None:
         lines.append(one_line(error.__cause__))
     return " ".join(lines)
 
 
-def recipe(run: Callable[[Config], None], description: str | None) -> Callable[[], None]:
-    """Turn a function of a run's configuration into a command."""
-    return recipe_root(RUN, run, description)
-
-
-def recipe_root(root: Root[T], run: Callable[[T], None], description: str | None) -> Callable[[], None]:
-    """Turn a function of a root's configuration into a command: `key=value` overrides in, exit code out.
-
-    A user's error ends in one line and exit code 2, without a traceback.
-    """
-
-    def command() -> None:
-        overrides = sys.argv[1:]
-        if {"-h", "--help"} & set(overrides):
-            print(help_text(description or "", root))
-            return
-        try:
-            run(compose_root(root, overrides))
-        except CompactLMError as error:
-            sys.exit(_fail(f"error: {error}"))
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
-        except (HydraException, OmegaConfBaseException) as error:
-            sys.exit(_fail(f"error: {_user_cause(error) or one_line(error)}"))
-
-    return command
-
-
-def help_text(description: str, root: Root[Any] = RUN) -> str:
-    """Return what `--help` prints: the recipe, the experiments and models of a run, and every setting."""
-    lines = [description, "", f"usage: python -m {root.usage}", ""]
-    if root is RUN:
-        lines += [f"{group}s: {', '.join(group_names(group))}" for group in ("experiment", "model")] + [""]
-    lines += ["settings (key = default):"]
-    lines += [f"  {key} = {default}\n      {meaning}" for key, default, meaning, _ in schema_reference(root.schema)]
-    return "\n".join(lines)
-
-
 def group_names(group: str) -> list[str]:
     """Return names of the files that conf/ has in a group, `experiment` or `model`."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-def _user_cause(error: BaseException | None) -> CompactLMError | None:
-    while error is not None:
-        if isinstance(error, CompactLMError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _fail(message: str) -> int:
-    print(message, file=sys.stderr)
-    return 2
 
 
 def schema_reference(top: type = Config) -> list[tuple[str, str, str, str]]:

@@ -8,6 +8,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from compactlm_nemo.config.fingerprint import setting
+from compactlm_nemo.errors import require
 
 
 class WandbMode(Enum):
@@ -25,6 +26,11 @@ class RunConfig:
     """Folder of this run; each stage writes its artifact into a subfolder."""
     seed: int = setting(1234)
     """Seed of calibration windows and data order."""
+
+    def __post_init__(self) -> None:
+        require(self.dir.strip() != "", "run.dir is empty; name a folder, for example run.dir=runs/first.")
+        require("\0" not in self.dir, "run.dir holds a NUL; name a folder, for example run.dir=runs/first.")
+        require(0 <= self.seed < 2**32, f"run.seed={self.seed} must be in [0, 2^32), as numpy asks; 1234 is usual.")
 
 
 @dataclass(kw_only=True)

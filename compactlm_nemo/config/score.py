@@ -124,6 +124,10 @@ class ScoreConfig:
             f"score.depth=[lm_loss_blocks] and score.block_lengths={self.block_lengths} need each other; set both.",
         )
         require(
+            all(length > 0 for length in self.block_lengths),
+            f"score.block_lengths={self.block_lengths} must be numbers > 0; leave out what is not.",
+        )
+        require(
             self.second_moments or not self.expert_moments,
             "score.expert_moments=true needs score.second_moments=true; set both.",
         )

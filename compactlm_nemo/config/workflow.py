@@ -39,7 +39,7 @@ class RankConfig:
         require(self.candidates >= 0, f"rank.candidates={self.candidates} must be >= 0; 0 trains none.")
         require(self.steps > 0, f"rank.steps={self.steps} must be > 0.")
         require(
-            0 <= self.halving and 2**self.halving <= self.steps,
+            0 <= self.halving < self.steps.bit_length(),
             f"rank.halving={self.halving} must be >= 0 and leave a step of rank.steps={self.steps} to each round.",
         )
         require(

@@ -32,6 +32,14 @@ def harness_problem(cfg: EvaluateConfig) -> str:
     return ""
 
 
+def unknown_tasks(cfg: EvaluateConfig) -> list[str]:
+    """Return those of `evaluate.tasks` that lm-eval does not know; it reads its index, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=cfg.task_folder)
+    return [task for task in cfg.tasks if not manager.match_tasks([task])]
+
+
 def run_tasks(folder: Path, cfg: EvaluateConfig) -> dict[str, float]:
     """Run lm-eval on the model that transformers loads from `folder`, and return `task/metric` -> value.
 

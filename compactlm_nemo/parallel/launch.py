@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from compactlm_nemo.config.hardware import has_cuda
 from compactlm_nemo.config.parallel import ParallelConfig
-from compactlm_nemo.errors import CompactLMError
+from compactlm_nemo.errors import OtherRankError
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.host import use_cpu
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
@@ -41,7 +41,7 @@ def main_rank_writes() -> Iterator[bool]:
     finally:
         problem_on_main = broadcast_object(problem)
         if problem_on_main is not None and not is_main_rank():
-            raise CompactLMError(problem_on_main)
+            raise OtherRankError(problem_on_main)
 
 
 def start_mesh(layout: ParallelConfig, seed: int) -> Mesh:

@@ -6,6 +6,7 @@ files can tell, which needs torch and transformers, follows when there are none.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def check(config: Config) -> Dims | None:
         ConfigError: a rule between settings is broken, or a file cannot be used.
     """
     dims = quick_source_dims(config.model)
-    if problems := rule_problems(config, dims):
+    if problems := run_dir_problems(Path(config.run.dir)) + rule_problems(config, dims):
         raise ConfigError(listed(problems))
     try:
         dims_of_files = source_dims(config)
@@ -37,9 +38,24 @@ def check(config: Config) -> Dims | None:
     if dims_of_files is not None:
         problems += _tokenizer_problems(config, dims_of_files)
         problems += _token_file_problems(config, dims_of_files)
-    if problems:
+    if problems := problems + _task_problems(config):
         raise ConfigError(listed(problems))
     return dims_of_files
+
+
+def run_dir_problems(folder: Path) -> list[str]:
+    """Return why a folder cannot be made or written to."""
+    nearest = folder.absolute()
+    try:
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            return [f"run.dir={folder} is or lies below the file {nearest}; choose another folder."]
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            return [f"run.dir={folder}: {nearest} may not be written to; let this user, or choose another folder."]
+    except OSError as error:
+        return [f"run.dir={str(folder)[:80]} cannot be a folder ({error.strerror}); choose another."]
+    return []
 
 
 def rule_problems(config: Config, dims: Dims | None) -> list[str]:
@@ -83,6 +99,21 @@ def _tokenizer_problems(config: Config, dims: Dims) -> list[str]:
         check_vocabulary(load_tokenizer(hf_assets_folder(config.model)), dims.vocab_size)
     except CompactLMError as error:
         return [str(error)]
+    return []
+
+
+def _task_problems(config: Config) -> list[str]:
+    """Return which tasks lm-eval does not know, on one rank, until they have been evaluated."""
+    done = (Path(config.run.dir) / "evaluate" / MANIFEST).is_file()
+    if not config.evaluate.tasks or done or not is_main_rank():
+        return []
+    from compactlm_nemo.evaluation.harness import unknown_tasks
+
+    if unknown := unknown_tasks(config.evaluate):
+        return [
+            f"evaluate.tasks: lm-eval knows no {', '.join(unknown)}; `lm_eval --tasks list` shows its tasks, and "
+            "evaluate.task_folder adds your own."
+        ]
     return []
 
 

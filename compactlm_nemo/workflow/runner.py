@@ -16,7 +16,8 @@ from compactlm_nemo.artifacts import (
     stage_is_done,
     write_manifest,
 )
-from compactlm_nemo.config.load import recipe, to_yaml
+from compactlm_nemo.config.command import recipe
+from compactlm_nemo.config.load import to_yaml
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import CompactLMError, ConfigError
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
@@ -117,7 +118,7 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
     except CompactLMError as error:
         raise type(error)(f"{stage.name}: {error}") from error
     except Exception as error:
-        error.add_note(f"The stage that failed: {stage.name}")
+        error.add_note(stage.name)  # where the failure is told
         raise
     barrier()
     if results is None:

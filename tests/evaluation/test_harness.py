@@ -15,7 +15,7 @@ from compactlm_nemo.config.load import compose
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.evaluation.harness import run_tasks
 from compactlm_nemo.workflow.runner import run_stages
-from tests.support.tiny_run import TASK
+from tests.support.tiny_run import TASK, command
 
 
 @pytest.fixture
@@ -59,3 +59,10 @@ def test_a_missing_task_folder_is_told_before_anything_runs() -> None:
     overrides = ["experiment=llama31_8b_to_4b_width", "dry_run=true", "model.source=absent"]
     with pytest.raises(ConfigError, match="evaluate.task_folder=nowhere"):
         run_stages(compose([*overrides, "evaluate.tasks=[arc_easy]", "evaluate.task_folder=nowhere"]))
+
+
+def test_tasks_that_nobody_knows_are_told_before_anything_runs(inputs: Path, tmp_path: Path) -> None:
+    tasks = ["evaluate.tasks=[own_choice,nope,arc_easy]", f"evaluate.task_folder={inputs}/tasks", "dry_run=true"]
+    _, _, *words = command(inputs, tmp_path / "run", *tasks)
+    with pytest.raises(ConfigError, match="evaluate.tasks: lm-eval knows no nope; "):
+        run_stages(compose(words))

@@ -1,0 +1,150 @@
+"""What an exception means to a user: one line that says what failed and the way out, and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from compactlm_nemo.config.load import HYDRA_ERRORS, one_line
+from compactlm_nemo.errors import CompactLMError, OtherRankError
+
+FAULT, USER, TRY_AGAIN = 1, 2, 75
+"""Exit codes: a fault of this program; settings or inputs; what may pass by itself, so that a job is requeued."""
+
+FULL = 2**20
+"""Free bytes of a file system below which a write that failed is taken for one that found no space."""
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_WRONG_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST)
+_PASSING = (
+    errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EAGAIN,
+    errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EBUSY, errno.ENOMEM, errno.EMFILE, errno.ENFILE,
+)  # fmt: skip
+
+_LOST_RANK = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "nccl")
+_NETWORK_ERRORS = ("DistNetworkError", "DistBackendError", "DistStoreError")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failure has one line for the user, an exit code, and says whether another rank's was before it."""
+
+    line: str
+    code: int
+    is_of_another_rank: bool = False
+
+
+def explain(error: BaseException, run_dir: str | None = None) -> Failure:
+    """Return what an exception means; what is not known here is a fault of this program.
+
+    Args:
+        run_dir: Folder that the command writes to, None where it writes nothing.
+    """
+    chain = list(_chain(error))
+    if isinstance(error, CompactLMError):
+        return Failure(f"error: {error}", USER, isinstance(error, OtherRankError))
+    if isinstance(error, HYDRA_ERRORS):
+        ours = next((cause for cause in chain if isinstance(cause, CompactLMError)), None)
+        return Failure(f"error: {ours or one_line(error)}", USER)
+    stage = "".join(f"{note}: " for note in getattr(error, "__notes__", []))
+    for cause in chain:
+        # A wrong path that somebody met and went on from explains no later failure.
+        was_met = cause is not error and cause is not error.__cause__
+        if isinstance(cause, OSError) and was_met and cause.errno in (*_FORBIDDEN, *_WRONG_PATH):
+            continue
+        if isinstance(cause, OSError) and (failure := _of_system(cause.errno, _path_of(cause), stage)):
+            return failure
+    if _is_out_of_memory(chain):
+        return Failure(
+            f"error: {stage}out of memory ({_first_line(error)}); lower micro_batch, set distill.recompute=true, or "
+            "spread the models over more ranks (parallel.tp, parallel.pp).",
+            USER,
+        )
+    text = " ".join(str(cause) for cause in chain)
+    for number in (*_FULL_DISK, errno.EROFS, errno.ESTALE, errno.EIO):  # raised again as text by those who write
+        if os.strerror(number) in text and (failure := _of_system(number, run_dir, stage)):
+            return failure
+    if run_dir is not None and _is_full(Path(run_dir)):
+        return Failure(_full_disk(run_dir, stage), TRY_AGAIN)
+    if any(type(cause).__name__ in _NETWORK_ERRORS for cause in chain) or any(w in text.lower() for w in _LOST_RANK):
+        return Failure(
+            f"error: {stage}the connection to another rank is lost ({_first_line(error)}); the same command goes on.",
+            TRY_AGAIN,
+            is_of_another_rank=True,
+        )
+    return Failure(
+        f"error: {stage}{type(error).__name__}: {_first_line(error)}: a fault of this program, please report it", FAULT
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception, what it came from, and what a distributed checkpoint collected from its ranks."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        cause = waiting.pop(0)
+        if cause is None or id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        waiting += [cause.__cause__, cause.__context__]
+        for failed in (
+            getattr(cause, "failures", {}).values() if isinstance(getattr(cause, "failures", 0), dict) else ()
+        ):
+            waiting.append(failed[0] if isinstance(failed, tuple) else failed)
+
+
+def _of_system(number: int | None, path: str | None, stage: str) -> Failure | None:
+    """Return what an error of the operating system means; None for those that only a fault can cause."""
+    if number is None:
+        return None
+    what = f"error: {stage}{path or 'a file'}: {os.strerror(number)}"
+    if number in _FULL_DISK:
+        return Failure(_full_disk(path, stage), TRY_AGAIN)
+    if number in _FORBIDDEN:
+        return Failure(f"{what}; let this user read and write there, or choose another run.dir.", USER)
+    if number in _WRONG_PATH:
+        return Failure(f"{what}; correct the path, or run the stage that makes it.", USER)
+    if number in _PASSING:
+        return Failure(f"{what}; this may pass: the same command goes on from the last good state.", TRY_AGAIN)
+    return None
+
+
+def _full_disk(path: str | None, stage: str) -> str:
+    return (
+        f"error: {stage}no space left for {path or 'a file'}; free some, or raise the quota: the same command goes on "
+        "from the last good state."
+    )
+
+
+def _path_of(error: OSError) -> str | None:
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    return names[-1] if names else None
+
+
+def _is_full(folder: Path) -> bool:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free < FULL
+    except OSError:
+        return False
+
+
+def _is_out_of_memory(chain: list[BaseException]) -> bool:
+    return any(
+        isinstance(cause, MemoryError)
+        or type(cause).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(cause)
+        for cause in chain
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or ["no message"])[0][:300]
