@@ -136,11 +136,22 @@ def open_hf(folder: Path) -> tuple[Dims, HFSource]:
 
 
 def copy_hf_assets(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and generation settings, not the weights."""
+    """Copy config, tokenizer and generation settings, not the weights.
+
+    Raises:
+        CheckpointError: a JSON file among them is none, of which transformers would only tell who loads the export.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for name in HF_ASSETS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        path = source / name
+        if not path.is_file():
+            continue
+        if path.suffix == ".json":
+            try:
+                json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise CheckpointError(f"{path} is damaged ({error}); fetch it again, or remove it.") from None
+        shutil.copyfile(path, target / name)
 
 
 def export_hf(hf_assets: Path, folder: Path, dims: Dims, source: ParameterSource, dtype: torch.dtype) -> int:

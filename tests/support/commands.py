@@ -68,7 +68,7 @@ def run(
     """
     with tempfile.TemporaryDirectory() as folder:
         files = [(Path(folder) / f"out{rank}", Path(folder) / f"err{rank}") for rank in range(ranks)]
-        port = str(_free_port())
+        port = str(free_port())
         processes = []
         for rank, (out, err) in enumerate(files):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -97,7 +97,8 @@ def _wait(processes: list[ForkServerProcess], words: list[str], timeout: float) 
         time.sleep(0.02)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port on which nobody listens."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
