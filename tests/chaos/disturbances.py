@@ -127,7 +127,8 @@ def full_disks(world: World, count: int, random_: random.Random) -> Tally:
             else:
                 ended = world.run(run)
             tally.tried += 1
-            _judge_refusal(ended, tally, "read-only disk" if becomes_read_only else "full disk", codes=(2, 75))
+            if not (becomes_read_only and ended.code == 0):  # that late, the work was done
+                judge_refusal(ended, tally, "read-only disk" if becomes_read_only else "full disk", codes=(2, 75))
             _remount(disk, f"rw,size={16 * needed}")
             world.judge(run, tally, "after a full disk")
     return tally
@@ -170,7 +171,7 @@ def export_damages(world: World, count: int, random_: random.Random) -> Tally:
         damage(run / path)
         tally.tried += 1
         for recipe in ("verify", *(("compress",) if _shows(damage) else ())):
-            _judge_refusal(world.run(run, recipe=recipe), tally, f"{recipe}: {path} {damage.__name__}", (2,), path.name)
+            judge_refusal(world.run(run, recipe=recipe), tally, f"{recipe}: {path} {damage.__name__}", (2,), path.name)
     return tally
 
 
@@ -219,10 +220,10 @@ def _judge_damage(world: World, ended: Ended, run: Path, tally: Tally, note: str
         if identity(run) != world.expected:
             tally.harm("silent", note)
     else:
-        _judge_refusal(ended, tally, note, (2,))
+        judge_refusal(ended, tally, note, (2,))
 
 
-def _judge_refusal(ended: Ended, tally: Tally, note: str, codes: tuple[int, ...], word: str = "error: ") -> None:
+def judge_refusal(ended: Ended, tally: Tally, note: str, codes: tuple[int, ...], word: str = "error: ") -> None:
     """Count harm where a command did not end in one line of error with one of these codes."""
     lines = [line for line in ended.errors.splitlines() if line.startswith("error: ")]
     if ended.has_traceback:
