@@ -3,13 +3,15 @@
 Megatron-Core names the CUDA device in its source: `device="cuda"`, `torch.cuda.current_device()`, streams, RNG states,
 `param.type() == "torch.cuda.FloatTensor"`. On a CPU this module gives these names a CPU meaning, so that
 Megatron-Core's schedules, optimizer and checkpoints run unchanged on gloo. No other module replaces functions of
-another library; where CUDA is available this one adds a name that Megatron-Core lacks without Transformer Engine.
+another library; where CUDA is available this one adds a name that Megatron-Core lacks without Transformer Engine, and
+lets the process that trains write its own checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import queue
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,6 +76,17 @@ def _undo_megatron_fusions() -> None:
             setattr(owner, name, inspect.unwrap(getattr(owner, name)))
 
 
+def _write_checkpoints_in_this_process() -> None:
+    """Give Megatron-Core's checkpoint writer a queue of this process for its results.
+
+    Its own is that of a manager, made so that another process can write: one of 400 MB that takes seconds to start and
+    stays behind when this one is killed. Here the process that trains writes its checkpoints.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()
+
+
 _mode: _CudaNamesMeanCpu | None = None
 
 
@@ -84,6 +97,7 @@ def use_cpu() -> None:
 
     # A router tests this name, which Megatron-Core only imports together with Transformer Engine.
     vars(moe_utils).setdefault("te_general_gemm", None)
+    _write_checkpoints_in_this_process()
     if _mode is not None or torch.cuda.is_available():
         return
     import megatron.core.models.gpt.gpt_model  # noqa: F401  before the names change: it reads them when imported

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from compactlm_nemo.config.hardware import has_cuda
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.errors import OtherRankError
+from compactlm_nemo.parallel.children import end_children_with_this_process
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.host import use_cpu
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
@@ -79,6 +80,7 @@ def launched(layout: ParallelConfig, seed: int) -> Iterator[Mesh]:
     from megatron.core import parallel_state
 
     use_cpu()
+    end_children_with_this_process()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if has_cuda() != torch.cuda.is_available():
