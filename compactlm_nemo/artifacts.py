@@ -14,7 +14,9 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
@@ -25,11 +27,14 @@ from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 MANIFEST = "manifest.json"
 
 
+HASHES = "hashes.json"
+"""In each training checkpoint: size and SHA-256 of its files, by name."""
+
+
 SCHEMA_VERSION = 1
 
 
-HASHED_BYTES = 64 * 2**20
-"""Larger outputs are listed with their size only."""
+_SEAL = ".sha256"
 
 
 _MARKER = ".in_progress"
@@ -104,16 +109,19 @@ def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
 
 
 def stage_is_done(folder: Path, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-    """Whether the folder holds this stage's finished result.
+    """Whether the folder holds this stage's finished result, every file there and of its size.
+
+    A file that was changed after the manifest was written is hashed as well.
 
     Raises:
         ConfigError: it holds the result of other settings or inputs; the message names what differs.
-        CheckpointError: the manifest is damaged.
+        CheckpointError: the manifest or an output is damaged.
     """
     if not (folder / MANIFEST).exists():
         return False
     manifest = read_manifest(folder)
     if manifest["fingerprint"] == fingerprint(settings, inputs):
+        refuse_damage(folder, _changed_problems(folder, manifest["outputs"]))
         return True
     differing = [
         *differences(manifest["settings"], settings),
@@ -125,6 +133,104 @@ def stage_is_done(folder: Path, settings: Mapping[str, Any], inputs: Mapping[str
         f"run.dir={folder.parent} holds {folder.name} of another configuration (differs: {shown}{more}); "
         f"choose another run.dir or delete {folder}."
     )
+
+
+def refuse_damage(folder: Path, problems: list[str]) -> None:
+    """Raise CheckpointError when an artifact has such problems."""
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{problems[0]}{more}; delete {folder} and run again, which makes it anew.")
+
+
+def file_problems(folder: Path, recorded: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
+    """Return what is wrong with files of a folder, by size and SHA-256; those that are as recorded are not named.
+
+    Args:
+        recorded: Name -> `{"bytes": ..., "sha256": ...}`; a name must lead to a file inside the folder.
+        names: Those to look at, None for all.
+    """
+    names = list(recorded if names is None else names)
+    problems = {name: _size_problem(folder, name, recorded[name]) for name in names}
+    whole = [name for name in names if problems[name] is None and "sha256" in recorded[name]]
+    for name, digest in zip(whole, _hashes([folder / name for name in whole]), strict=True):
+        if digest != recorded[name]["sha256"]:
+            problems[name] = f"{folder / name} is damaged: its SHA-256 is not the recorded one"
+    return [problem for problem in problems.values() if problem is not None]
+
+
+def _size_problem(folder: Path, name: str, recorded: Mapping[str, Any]) -> str | None:
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"{folder / MANIFEST} names {name!r}, which lies outside of its folder"
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        return f"{path} is missing or cannot be read ({error.strerror})"
+    if not path.is_file():
+        return f"{path} is no file"
+    return None if size == recorded["bytes"] else f"{path} has {size} bytes, not the recorded {recorded['bytes']}"
+
+
+def _changed_problems(folder: Path, recorded: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with sizes, and with the content of files that are younger than the manifest."""
+    problems = [found for name in recorded if (found := _size_problem(folder, name, recorded[name]))]
+    written = (folder / MANIFEST).stat().st_mtime
+    return problems or file_problems(
+        folder, recorded, [name for name in recorded if (folder / name).stat().st_mtime > written]
+    )
+
+
+def describe_files(paths: Iterable[Path]) -> dict[Path, dict[str, Any]]:
+    """Return size and SHA-256 of files, hashed side by side."""
+    paths = list(paths)
+    return {
+        path: {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, _hashes(paths), strict=True)
+    }
+
+
+def _hashes(paths: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing runs beside other threads
+        return list(threads.map(file_sha256, paths))
+
+
+@contextmanager
+def sealed(path: Path) -> Iterator[Path]:
+    """Replace a file of unfinished work by what the body writes to the path it is given, with its hash beside it.
+
+    The hash, of the new file or the old one, is on disk before the file is: a kill leaves a file that is known whole.
+    """
+    temporary, seal = path.with_name(f".{path.name}.tmp"), _seal_of(path)
+    yield temporary
+    old = seal.read_text().split()[:1] if seal.is_file() else []
+    atomic_write_text(seal, "\n".join([file_sha256(temporary), *old]) + "\n")
+    os.replace(temporary, path)
+
+
+def remove_sealed(path: Path) -> None:
+    """Remove a file of unfinished work and its hash."""
+    _seal_of(path).unlink(missing_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def damaged_seals(folder: Path) -> dict[Path, str]:
+    """Return the sealed files of a folder of unfinished work that are not whole, each with what is wrong."""
+    problems = {}
+    for seal in folder.glob(f".*{_SEAL}"):
+        path = folder / seal.name[1 : -len(_SEAL)]
+        if not path.is_file():
+            problems[path] = f"{path} is missing"
+        elif file_sha256(path) not in seal.read_text(errors="replace").split():
+            problems[path] = f"{path} is damaged: its SHA-256 is not the recorded one"
+    lost = [path for path in folder.glob("*.safetensors") if not _seal_of(path).is_file()]
+    return dict(sorted((problems | {path: f"{path} has lost its SHA-256" for path in lost}).items()))
+
+
+def _seal_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_SEAL}")
 
 
 def fresh_folder(folder: Path) -> Path:
@@ -144,6 +250,11 @@ def fresh_folder(folder: Path) -> Path:
         raise ConfigError(f"{folder} holds files of something else; choose another run.dir or move them away.")
     (folder / _MARKER).touch()
     return folder
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a stage has begun to write this folder and has not ended."""
+    return (folder / _MARKER).exists() and not (folder / MANIFEST).exists()
 
 
 def write_manifest(
@@ -167,9 +278,12 @@ def write_manifest(
         "settings": dict(settings),
         "inputs": dict(inputs),
         "results": dict(results),
-        "outputs": {str(path.relative_to(folder)): _describe(path) for path in _output_files(folder)},
+        "outputs": {
+            str(path.relative_to(folder)): described
+            for path, described in describe_files(_output_files(folder)).items()
+        },
     }
-    write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest | {"digest": _digest(manifest)})
     (folder / _MARKER).unlink(missing_ok=True)
 
 
@@ -182,6 +296,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no {MANIFEST}; the stage did not finish, run it first.") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); delete {folder} and run the stage again.") from None
+    if isinstance(manifest, dict) and manifest.get("digest", _digest(manifest)) != _digest(manifest):
+        raise CheckpointError(f"{path} was changed after it was written; delete {folder} and run the stage again.")
     needed = {"schema_version", "fingerprint", "settings", "inputs", "results", "outputs"}
     if not isinstance(manifest, dict) or not needed <= manifest.keys():
         raise CheckpointError(f"{path} is incomplete; delete {folder} and run the stage again.")
@@ -191,6 +307,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"delete {folder} and run the stage again."
         )
     return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """Return SHA-256 over a manifest without its digest."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -227,11 +349,6 @@ def _short(value: Any) -> str:
 
 def _output_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, _MARKER))
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    num_bytes = path.stat().st_size
-    return {"bytes": num_bytes} | ({"sha256": file_sha256(path)} if num_bytes < HASHED_BYTES else {})
 
 
 def _package_versions() -> dict[str, str | None]:

@@ -47,7 +47,6 @@ def test_other_input_is_another_configuration(tmp_path):
 
 def test_manifest_content(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "very-secret-value")
-    monkeypatch.setattr(artifacts, "HASHED_BYTES", 100)
     folder = artifacts.fresh_folder(tmp_path / "score")
     (folder / "sub").mkdir()
     (folder / "sub" / "small").write_bytes(b"abc")
@@ -55,7 +54,7 @@ def test_manifest_content(tmp_path, monkeypatch):
     artifacts.write_manifest(folder, SETTINGS, {"teacher": "t"}, {"loss": 1.5})
     manifest = artifacts.read_manifest(folder)
     assert manifest["outputs"] == {
-        "large": {"bytes": 100},
+        "large": {"bytes": 100, "sha256": hashlib.sha256(b"x" * 100).hexdigest()},
         "sub/small": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()},
     }
     assert (manifest["seed"], manifest["settings"], manifest["results"]) == (7, SETTINGS, {"loss": 1.5})
@@ -155,3 +154,77 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     assert not path.exists()
     artifacts.write_json(path, {"loss": 1.5})
     assert json.loads(path.read_text()) == {"loss": 1.5}
+
+
+def test_a_finished_stage_with_a_damaged_output_is_not_skipped(tmp_path):
+    folder = finished(tmp_path)
+    path = folder / "scores.bin"
+    assert artifacts.stage_is_done(folder, SETTINGS, {})
+    later = (folder / "manifest.json").stat().st_mtime + 10
+    path.write_bytes(b"abd")  # as long as before
+    os.utime(path, (later, later))
+    with pytest.raises(CheckpointError, match=r"scores.bin is damaged: its SHA-256 is not the recorded .*; delete"):
+        artifacts.stage_is_done(folder, SETTINGS, {})
+    path.write_bytes(b"abc")
+    os.utime(path, (later, later))
+    assert artifacts.stage_is_done(folder, SETTINGS, {})
+    path.write_bytes(b"ab")
+    with pytest.raises(CheckpointError, match=r"scores.bin has 2 bytes, not the recorded 3; delete"):
+        artifacts.stage_is_done(folder, SETTINGS, {})
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"scores.bin is missing or cannot be read \(No such file"):
+        artifacts.stage_is_done(folder, SETTINGS, {})
+
+
+def test_problems_of_files_are_named_one_by_one(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(name.encode() * 5)
+    recorded = {path.name: x for path, x in artifacts.describe_files(sorted(tmp_path.iterdir())).items()}
+    assert artifacts.file_problems(tmp_path, recorded) == []
+    (tmp_path / "b").write_bytes(b"bbbba")
+    (tmp_path / "c").unlink()
+    (tmp_path / "c").mkdir()
+    assert [problem.split(" ")[0].rpartition("/")[2] for problem in artifacts.file_problems(tmp_path, recorded)] == [
+        "b", "c",
+    ]  # fmt: skip
+    assert artifacts.file_problems(tmp_path, recorded, ["a"]) == []
+    assert artifacts.file_problems(tmp_path, {"d": {"bytes": 5}, "a": {"bytes": 5}})[0].startswith(f"{tmp_path}/d is")
+    for name in ("../outside", "/etc/passwd"):
+        (problem,) = artifacts.file_problems(tmp_path, {name: {"bytes": 1}})
+        assert "lies outside of its folder" in problem
+
+
+@pytest.mark.parametrize("dies_at", ["write", "seal", "replace", "never"])
+def test_a_sealed_file_is_known_whole_after_a_kill_at_any_instant(tmp_path, monkeypatch, dies_at):
+    path = tmp_path / "state.safetensors"
+
+    def put(content):
+        with artifacts.sealed(path) as temporary:
+            temporary.write_bytes(content)
+            if dies_at == "write" and content == b"new":
+                raise KeyboardInterrupt
+
+    put(b"old")
+    assert artifacts.damaged_seals(tmp_path) == {}
+    replace = os.replace
+
+    def die(source, target):
+        if dies_at == "seal" or (dies_at == "replace" and str(target) == str(path)):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    if dies_at == "never":
+        put(b"new")
+    else:
+        monkeypatch.setattr(os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            put(b"new")
+    assert path.read_bytes() == (b"new" if dies_at == "never" else b"old")
+    assert artifacts.damaged_seals(tmp_path) == {}
+    path.write_bytes(b"odd")
+    assert list(artifacts.damaged_seals(tmp_path)) == [path]
+    path.unlink()
+    assert "is missing" in artifacts.damaged_seals(tmp_path)[path]
+    artifacts.remove_sealed(path)
+    path.write_bytes(b"from elsewhere")
+    assert "has lost its SHA-256" in artifacts.damaged_seals(tmp_path)[path]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from compactlm_nemo.config import load
-from compactlm_nemo.config.load import COMPARE, CONF, compose, compose_root, schema_reference
+from compactlm_nemo.config.load import COMPARE, CONF, VERIFY, compose, compose_root, schema_reference
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.manual import reference_markdown
@@ -215,8 +215,8 @@ def test_documented_commands_plan() -> None:
         module = next(word for word in words if word.startswith("recipes."))
         rest = [word for word in words[words.index(module) + 1 :] if "=" in word]
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), command
-        if module == "recipes.compare_scores":
-            compose_root(COMPARE, rest)
+        if (root := {"recipes.compare_scores": COMPARE, "recipes.verify": VERIFY}.get(module)) is not None:
+            compose_root(root, rest)
             continue
         config = compose([*rest, "dry_run=true"])
         if config.model.architecture:

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.fingerprint import MARK
+from compactlm_nemo.config.run import VerifyConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError, listed
 
@@ -57,6 +58,8 @@ COMPARE = Root(
     "compare_scores",
     "recipes.compare_scores a=RUN/score b=OTHER/score [key=value ...] [dry_run=true]",
 )
+
+VERIFY = Root(VerifyConfig, "verify_schema", "verify", "recipes.verify run.dir=RUN [dry_run=true]")
 
 
 def register_schema(root: Root[Any]) -> None:
@@ -182,8 +185,9 @@ def _meanings(cls: type) -> dict[str, str]:
     import ast
     import inspect
 
+    inherited = {key: text for base in cls.__bases__ if base is not object for key, text in _meanings(base).items()}
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
-    return {
+    return inherited | {
         item.target.id: str(after.value.value)
         for item, after in zip(body, body[1:], strict=False)
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)

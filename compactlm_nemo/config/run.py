@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import MISSING
@@ -21,15 +21,22 @@ class WandbMode(Enum):
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class RunFolder:
     dir: str = setting(MISSING, changes_result=False)
     """Folder of this run; each stage writes its artifact into a subfolder."""
-    seed: int = setting(1234)
-    """Seed of calibration windows and data order."""
 
     def __post_init__(self) -> None:
         require(self.dir.strip() != "", "run.dir is empty; name a folder, for example run.dir=runs/first.")
         require("\0" not in self.dir, "run.dir holds a NUL; name a folder, for example run.dir=runs/first.")
+
+
+@dataclass(kw_only=True)
+class RunConfig(RunFolder):
+    seed: int = setting(1234)
+    """Seed of calibration windows and data order."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.seed < 2**32, f"run.seed={self.seed} must be in [0, 2^32), as numpy asks; 1234 is usual.")
 
 
@@ -41,3 +48,12 @@ class WandbConfig:
     """W&B project."""
     name: str | None = setting(None, changes_result=False)
     """Run name; null takes the name of `run.dir`."""
+
+
+@dataclass(kw_only=True)
+class VerifyConfig:
+    """Settings of `recipes.verify`, which reads a run and changes nothing."""
+
+    run: RunFolder = field(default_factory=RunFolder)
+    dry_run: bool = False
+    """Name the artifacts that would be read, and exit 0."""

@@ -79,11 +79,10 @@ class SearchConfig:
         for name in ("batch", "context", "bytes_per_value"):
             require(getattr(self, name) > 0, f"search.{name}={getattr(self, name)} must be > 0.")
         axes = ("layers", "hidden", "ffn", "heads", "groups", "experts", "shared_expert_ffn")
-        for name in (*axes, "ffn_multiples"):
-            require(
-                all(value > 0 for value in getattr(self, name)),
-                f"search.{name}={getattr(self, name)} must be numbers > 0; leave out what is not.",
-            )
+        require(
+            all(number > 0 for number in self.groups),
+            f"search.groups={self.groups} must be numbers > 0; leave out what is not.",
+        )
         for axis in [*self.multiples, *self.divisors]:
             require(axis in axes, f"search.multiples and search.divisors know no axis {axis}; use one of {list(axes)}.")
             require(

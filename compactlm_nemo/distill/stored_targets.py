@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compactlm_nemo.artifacts import sealed
 from compactlm_nemo.errors import DataError
 
 METADATA = "targets.json"
@@ -220,6 +221,5 @@ def write_shard(folder: Path, shard: int, records: list[bytes]) -> None:
     """Write a shard; a kill at any instant leaves the whole file or none."""
     lengths = torch.tensor([0, *map(len, records)], dtype=torch.int64)
     data = torch.frombuffer(bytearray(b"".join(records)), dtype=torch.uint8)
-    path = shard_path(folder, shard)
-    save_file({"data": data, "offsets": lengths.cumsum(0)}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    with sealed(shard_path(folder, shard)) as path:
+        save_file({"data": data, "offsets": lengths.cumsum(0)}, path)

@@ -8,7 +8,6 @@ after equal numbers of samples.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,15 +63,13 @@ class ScoreState:
             )
 
     def save(self, path: Path) -> None:
-        """Write atomically: a kill leaves the old or the new file."""
+        """Write the file; the caller replaces one atomically."""
         tensors: dict[str, Tensor] = {}
         for (element, agg), state in self.states.items():
             tensors |= {f"{element}/{agg.name}/{part}": x.clone() for part, x in state._asdict().items()}
         tensors |= {f"sum/{name}": x.clone() for name, x in self.sums.items()}
         metadata = {"samples": self.samples, "settled_checks": self.settled_checks, "summed": self.summed}
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"metadata": json.dumps(metadata, sort_keys=True)})
-        os.replace(temporary, path)
+        save_file(tensors, path, metadata={"metadata": json.dumps(metadata, sort_keys=True)})
 
     @staticmethod
     def load(path: Path) -> ScoreState:

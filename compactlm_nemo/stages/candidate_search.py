@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from compactlm_nemo.artifacts import atomic_write_text
+from compactlm_nemo.artifacts import atomic_write_text, damaged_seals, remove_sealed, sealed
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.devices import device, device_name
@@ -25,6 +26,8 @@ from compactlm_nemo.search.space import Budget, enumerate_space, within
 from compactlm_nemo.search.timing import time_layers
 from compactlm_nemo.stages.context import Run
 from compactlm_nemo.stages.pruner import Pruner
+
+_log = logging.getLogger(__name__)
 
 
 def search(run: Run, folder: Path) -> dict[str, Any]:
@@ -67,13 +70,18 @@ def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | N
         "parallel": vars(layout) | {"world": launch_world_size()},
     }
     path = run.progress / LATENCY
+    if is_main_rank():
+        for damaged, what in damaged_seals(run.progress).items():
+            _log.warning("%s; layers are timed again.", what)
+            remove_sealed(damaged)
     known = broadcast_object(LatencyTable.load(path, metadata))
     tokens_BS = torch.randint(found[0].vocab_size, (cfg.batch, cfg.context), generator=torch.Generator().manual_seed(0))
 
     def keep(table: LatencyTable) -> None:
         if is_main_rank():
             path.parent.mkdir(parents=True, exist_ok=True)
-            table.save(path)
+            with sealed(path) as temporary:
+                table.save(temporary)
 
     with progress_bar("time layers", len(known.missing(found)), tokens_BS.numel()) as advance:
         table = time_layers(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compactlm_nemo.artifacts import atomic_write_text, differences, read_manifest
+from compactlm_nemo.artifacts import atomic_write_text, damaged_seals, differences, read_manifest, remove_sealed
 from compactlm_nemo.config.model import Precision
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.tokens import end_of_text
@@ -34,6 +36,8 @@ MODEL = "model.json"
 
 
 HF = "hf"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,10 +112,18 @@ class Run:
             raise CheckpointError(f"{self.path('score')} holds scores of another model; delete it and score again.")
         return scores.ranking(self.config.search.width, self.config.search.depth)
 
-    def open_progress(self, settings: dict[str, Any]) -> Path:
-        """Return the folder of unfinished work; refuse to continue work that was started with other settings."""
+    def open_progress(self, settings: dict[str, Any], *, are_independent: bool = False) -> Path:
+        """Return the folder of unfinished work; refuse to continue work that was started with other settings.
+
+        Work of which a file is damaged is dropped, which a warning tells; training checkpoints look after themselves.
+
+        Args:
+            are_independent: Of its files only the damaged ones are dropped.
+        """
         path, text = self.progress / "settings.json", json.dumps(settings, sort_keys=True)
         with main_rank_writes() as writes:
+            if writes:
+                self._drop_damaged_progress(path, are_independent)
             if writes and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 atomic_write_text(path, text)
@@ -122,6 +134,24 @@ class Run:
                 f"{self.progress}."
             )
         return self.progress
+
+    def _drop_damaged_progress(self, settings: Path, are_independent: bool) -> None:
+        """Remove damaged files of unfinished work, or all of it; `settings` tells with which settings it was begun."""
+        problem = ""
+        if self.progress.is_dir() and any(self.progress.iterdir()):
+            try:
+                if not isinstance(json.loads(settings.read_text()), dict):
+                    problem = f"{settings} is damaged"
+            except (OSError, ValueError) as error:
+                problem = f"{settings} is damaged or missing ({error})"
+        damaged = damaged_seals(self.progress)
+        if problem or (damaged and not are_independent):
+            _log.warning("%s; %s begins anew.", problem or next(iter(damaged.values())), self.stage.name)
+            shutil.rmtree(self.progress)
+            return
+        for path, what in damaged.items():
+            _log.warning("%s; %s makes it anew.", what, self.stage.name)
+            remove_sealed(path)
 
     def train_prefixes(self) -> list[tuple[Path, float]]:
         """Return token files and share of every training corpus."""

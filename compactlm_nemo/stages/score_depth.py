@@ -11,7 +11,6 @@ from compactlm_nemo.config.score import DepthMetric
 from compactlm_nemo.evaluation.harness import accuracy, run_tasks_without
 from compactlm_nemo.importance.block_importance import block_importance, state_cosines
 from compactlm_nemo.importance.depth import LayerSums, layer_sums, lm_loss_rise, logit_mse, logit_mse_iterative
-from compactlm_nemo.importance.score_state import STATE
 from compactlm_nemo.losses.linear_ce import linear_ce
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.hf import export_hf
@@ -60,7 +59,7 @@ def _in_parts(scoring: Scoring, name: str, samples: int, measure: Measure) -> Te
             with main_rank_writes() as writes:
                 if writes:
                     running.add_sum(name, value, len(part_NS))
-                    running.save(scoring.state / STATE)
+                    scoring.keep()
             done += len(part_NS)
     return broadcast_object(running.sums[name] if is_main_rank() else torch.empty(0))
 

@@ -15,8 +15,9 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compactlm_nemo.artifacts import remove_sealed, sealed
 from compactlm_nemo.config.score import DepthMetric, ScoreConfig
-from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.importance.accumulator import StateKey
 from compactlm_nemo.importance.activations import collect
 from compactlm_nemo.importance.aggregators import State
@@ -74,7 +75,7 @@ class Scoring:
         if cfg.second_moments:
             moments = MomentCollector(self.teacher, experts=cfg.expert_moments)
         if moments and done:
-            moments.load_state(load_file(self._rank_file(MOMENTS, done)))
+            moments.load_state(self._load_rank(MOMENTS, done))
         on_batch = moments.on_batch if moments else lambda counted: None
         with self.progress("score", total - done) as advance:
             while done < total:
@@ -98,21 +99,33 @@ class Scoring:
                 running.add(states, samples)
                 running.check_finite(self.dims)
                 stop = running.has_converged(before, running.rankings(self.dims, self.cfg), self.cfg)
-                running.save(self.state / STATE)
+                self.keep()
         return broadcast_object(stop)
+
+    def keep(self) -> None:
+        """Save what has been measured, on the main rank; a kill leaves the old or the new state."""
+        with sealed(self.state / STATE) as path:
+            self.running.save(path)
 
     def _rank_file(self, kind: str, samples: int) -> Path:
         return self.state / f"{kind}_{samples}_rank_{launch_rank()}.safetensors"
 
+    def _load_rank(self, kind: str, samples: int) -> dict[str, Tensor]:
+        """Return what `_save_rank` stored of this rank after so many samples."""
+        path = self._rank_file(kind, samples)
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; delete {self.state} to score anew.")
+        return load_file(path)
+
     def _save_rank(self, kind: str, state: dict[str, Tensor], before: int, after: int) -> None:
         """Store what this rank alone has; the file that the saved states go with is there at every instant."""
         path = self._rank_file(kind, after)
-        save_file({name: block.cpu() for name, block in state.items()}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        with sealed(path) as temporary:
+            save_file({name: block.cpu() for name, block in state.items()}, temporary)
         barrier()
         for old in self.state.glob(f"{kind}_*_rank_{launch_rank()}.safetensors"):
             if old not in (self._rank_file(kind, before), path):
-                old.unlink()
+                remove_sealed(old)
 
     def taylor(self) -> dict[str, Tensor]:
         """Return first-order Taylor importance, on the main rank: one forward and backward pass over all samples."""
@@ -124,7 +137,7 @@ class Scoring:
         gradients = Gradients(ddps, loss_sum, self.cfg.micro_batch)
         done, total = broadcast_object(self.running.summed.get(TAYLOR, 0)), len(self.windows_NS)
         if done:
-            gradients.load_state(load_file(self._rank_file(TAYLOR, done)))
+            gradients.load_state(self._load_rank(TAYLOR, done))
         with self.progress(TAYLOR, total - done) as advance:
             while done < total:
                 part_NS = self.windows_NS[done : done + self.cfg.save_every]
@@ -134,7 +147,7 @@ class Scoring:
                 with main_rank_writes() as writes:
                     if writes:
                         self.running.summed[TAYLOR] = done
-                        self.running.save(self.state / STATE)
+                        self.keep()
         return taylor_scores(gradients)
 
 

@@ -58,7 +58,8 @@ def store_targets(run: Run, folder: Path) -> dict[str, Any]:
         "model": run.fingerprint(run.teaching_artifact),
     }  # fmt: skip
     state = run.open_progress(
-        settings_of({"cache": result_settings(config.cache), "targets": metadata} | training_text(config))
+        settings_of({"cache": result_settings(config.cache), "targets": metadata} | training_text(config)),
+        are_independent=True,
     )
     every = range(num_shards(samples, config.cache.shard_samples))
     missing = broadcast_object([shard for shard in every if not shard_path(state, shard).exists()])

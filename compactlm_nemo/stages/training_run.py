@@ -67,6 +67,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
     student = run.load(source)
     checkpoints = Checkpoints(state / "checkpoints", keep=cfg.keep_checkpoints, is_main=is_main_rank())
+    checkpoints.drop_damaged(*_teacher_checkpoints(run, state))
     fusions = fusions_text(available_fusions(is_cuda=torch.cuda.is_available()))
     Console(quiet=not is_main_rank()).print(f"  fusions: {fusions}")
     start, shown = checkpoints.latest_step() or 0, settings_of(asdict(config))
@@ -153,9 +154,16 @@ def _teacher_correction(run: Run, teacher: Teacher, state: Path) -> list[Callbac
     """Return teacher correction while distilling, if it is on; correct_teacher itself has no live teacher."""
     if not run.config.correct.while_distilling or not isinstance(teacher, LiveTeacher):
         return []
-    cfg = run.config.correction
-    checkpoints = Checkpoints(state / "teacher", keep=cfg.keep_checkpoints + 1, is_main=is_main_rank())
-    return [TeacherCorrection(teacher.chunks, cfg, checkpoints=checkpoints)]
+    (checkpoints,) = _teacher_checkpoints(run, state)
+    return [TeacherCorrection(teacher.chunks, run.config.correction, checkpoints=checkpoints)]
+
+
+def _teacher_checkpoints(run: Run, state: Path) -> list[Checkpoints]:
+    """Return the checkpoints of a teacher that is trained while it teaches, none of another."""
+    if not run.config.correct.while_distilling or run.stage.name != "distill":
+        return []
+    keep = run.config.correction.keep_checkpoints + 1
+    return [Checkpoints(state / "teacher", keep=keep, is_main=is_main_rank())]
 
 
 def _hidden_state_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teacher: Teacher) -> list[Callback]:

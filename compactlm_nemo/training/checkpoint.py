@@ -1,7 +1,8 @@
 """Training checkpoints: weights, optimizer, schedule, progress, callbacks and random states, loadable in any layout.
 
 A checkpoint counts only when `latest.json` names it; that file is replaced atomically after everything is on disk,
-so a kill at any instant leaves the previous checkpoint in force.
+so a kill at any instant leaves the previous checkpoint in force. Each holds the hashes of its files: one that is
+damaged gives way to the one before it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
-from compactlm_nemo.artifacts import atomic_write_text
+from compactlm_nemo.artifacts import HASHES, atomic_write_text
 from compactlm_nemo.errors import CheckpointError, NumericsError
 from compactlm_nemo.models.checkpoint import first_nonfinite, load_shards, load_state, model_state
-from compactlm_nemo.parallel.collectives import barrier
+from compactlm_nemo.parallel.collectives import barrier, broadcast_object
 from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.parallel.shared_files import describe_shared_files, shared_file_problems
 from compactlm_nemo.training.callbacks import Callback
 from compactlm_nemo.training.optimizer import TrainableModel
 from compactlm_nemo.training.optimizer_state import allocate, num_updates, set_num_updates, sharded_state
@@ -58,9 +60,60 @@ class Checkpoints:
 
     def latest_step(self) -> int | None:
         """Return finished steps at the newest complete checkpoint, None without one."""
-        if not (self.folder / LATEST).is_file():
+        return self._named_step()
+
+    def drop_damaged(self, *others: Checkpoints) -> None:
+        """Let the newest checkpoint that is whole, here and at the same step of `others`, be in force, and say so.
+
+        Without one training begins anew. Every file of the checkpoints that are looked at is read once. Collective.
+        """
+        named = broadcast_object(self._named_step() if self.is_main else None)
+        steps = broadcast_object(sorted(self._steps(), reverse=True) if self.is_main else [])
+        if named is not None:  # newer ones were being written when a run was killed
+            steps = [step for step in steps if step <= named]
+        for step in steps:
+            problems = [problem for one in (self, *others) for problem in one._problems(step)]
+            if not problems:
+                break
+            self._warn(f"{problems[0]}; that checkpoint is left out.")
+        else:
+            step = None
+            if steps or (self.is_main and (self.folder / LATEST).exists()):
+                self._warn(f"{self.folder} holds no whole checkpoint; training begins anew.")
+        if step != named and self.is_main:
+            if step is None:
+                (self.folder / LATEST).unlink(missing_ok=True)
+            else:
+                atomic_write_text(self.folder / LATEST, json.dumps({"step": step}) + "\n")
+        barrier()
+
+    def _named_step(self) -> int | None:
+        """Return the step that `latest.json` names, None without that file or where it is damaged."""
+        try:
+            return int(json.loads((self.folder / LATEST).read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError):
             return None
-        return int(json.loads((self.folder / LATEST).read_text())["step"])
+
+    def _steps(self) -> list[int]:
+        """Return finished steps of the checkpoints that were written to their end."""
+        return [int(path.parent.name.removeprefix("step_")) for path in self.folder.glob(f"step_*/{HASHES}")]
+
+    def _problems(self, step: int) -> list[str]:
+        """Return, on every rank, what is wrong with the files of a checkpoint."""
+        folder, recorded = self._step_folder(step), None
+        if self.is_main:
+            try:
+                recorded = dict(json.loads((folder / HASHES).read_text()))
+            except (OSError, ValueError, TypeError):
+                recorded = None
+        recorded = broadcast_object(recorded)
+        if not recorded or not all(isinstance(x, dict) and {"bytes", "sha256"} <= x.keys() for x in recorded.values()):
+            return [f"{folder / HASHES} is damaged or missing"]
+        return shared_file_problems(folder, recorded)
+
+    def _warn(self, message: str) -> None:
+        if self.is_main:
+            _log.warning("%s", message)
 
     def save(self, model: TrainableModel, state: TrainState, callbacks: Sequence[Callback] = ()) -> None:
         """Save the training at this state, and delete older checkpoints that need not be kept.
@@ -89,7 +142,9 @@ class Checkpoints:
             str(target),
         )
         barrier()
+        hashes = describe_shared_files(target)
         if self.is_main:
+            atomic_write_text(target / HASHES, json.dumps(hashes, indent=2) + "\n")
             atomic_write_text(self.folder / LATEST, json.dumps({"step": state.step}) + "\n")
             self._delete_others(target, {step for callback in callbacks for step in callback.kept_checkpoints()})
 
@@ -118,6 +173,8 @@ class Checkpoints:
 
     def load_weights(self, model: TrainableModel, step: int) -> None:
         """Load the weights, and nothing else, of the checkpoint of `step` finished steps."""
+        if problems := self._problems(step):
+            raise CheckpointError(f"{problems[0]}; delete {self.folder} to train again, or set distill.result=last.")
         load_state(model.ddps, load_shards(model_state(model.ddps), self._step_folder(step)))
 
     def _diverged(self, key: str, step: int) -> str:

@@ -34,7 +34,9 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drop the lines of `step` and later, and any line that a crash cut short, before training goes on at `step`."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if num_damaged := sum(_step_of(line) is None for line in lines[:-1]):
+        _log.warning("%s: %d lines are damaged and left out; the training itself is not touched.", path, num_damaged)
     atomic_write_text(path, "".join(f"{line}\n" for line in lines if _is_before(line, step)))
 
 
@@ -191,7 +193,13 @@ class _ConsoleView:
 
 
 def _is_before(line: str, step: int) -> bool:
+    found = _step_of(line)
+    return found is not None and found < step
+
+
+def _step_of(line: str) -> int | None:
+    """Return the step of a line, None of one that is damaged."""
     try:
-        return json.loads(line)["step"] < step
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return False
+        return None

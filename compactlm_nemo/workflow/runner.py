@@ -12,6 +12,7 @@ from compactlm_nemo.artifacts import (
     file_identity,
     fresh_folder,
     read_manifest,
+    refuse_damage,
     settings_of,
     stage_is_done,
     write_manifest,
@@ -28,6 +29,9 @@ from compactlm_nemo.workflow.stage_table import MAKERS, STAGES, stages_of
 
 if TYPE_CHECKING:
     from compactlm_nemo.parallel.mesh import Mesh
+
+_whole: set[Path] = set()
+"""Artifacts whose hashes were checked in this launch, or which it made."""
 
 
 def stage_recipe(name: str, description: str | None) -> Callable[[], None]:
@@ -95,6 +99,17 @@ def _inputs(stage: Stage, config: Config) -> dict[str, str]:
     return identities
 
 
+def _check_inputs(stage: Stage, config: Config) -> None:
+    """Read every artifact that a stage uses once, when a launch first uses it, and refuse one that is damaged."""
+    from compactlm_nemo.parallel.shared_files import shared_file_problems
+
+    for artifact in stage.artifacts(config):
+        folder = (Path(config.run.dir) / artifact).resolve()
+        if folder not in _whole:
+            refuse_damage(folder, shared_file_problems(folder, read_manifest(folder)["outputs"]))
+            _whole.add(folder)
+
+
 def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None:
     from compactlm_nemo.parallel.collectives import barrier, broadcast_object
     from compactlm_nemo.parallel.launch import main_rank_writes
@@ -113,6 +128,7 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
         console.print(f"{stage.name}: done before, skipped")
         return
     console.print(f"{stage.name} ...")
+    _check_inputs(stage, config)
     try:
         results = stage.run(Run(config, mesh, stage), folder)
     except CompactLMError as error:
@@ -127,3 +143,4 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
     with main_rank_writes() as writes:
         if writes:
             write_manifest(folder, settings, inputs, results)
+    _whole.add(folder.resolve())

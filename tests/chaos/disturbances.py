@@ -157,7 +157,7 @@ def artifact_damages(world: World, count: int, random_: random.Random) -> Tally:
         for later in [*ORDER[ORDER.index(path.parts[0]) + 1 :], "report.md"]:
             shutil.rmtree(run / later) if (run / later).is_dir() else (run / later).unlink(missing_ok=True)
         damage(run / path)
-        _judge_damage(world, world.run(run), run, tally, f"{path} {damage.__name__}")
+        _judge_damage(world, world.run(run), run, tally, path, damage)
     return tally
 
 
@@ -193,7 +193,7 @@ def progress_damages(world: World, count: int, random_: random.Random) -> Tally:
     for path, damage in random_.sample(cases, min(count, len(cases))):
         run = copied(half, world.root / "damaged")
         damage(run / path)
-        _judge_damage(world, world.run(run), run, tally, f"{path} {damage.__name__}")
+        _judge_damage(world, world.run(run), run, tally, path, damage)
     return tally
 
 
@@ -213,11 +213,12 @@ def input_damages(world: World, count: int, random_: random.Random) -> Tally:
     return tally
 
 
-def _judge_damage(world: World, ended: Ended, run: Path, tally: Tally, note: str) -> None:
-    """Count harm of a damage: a result that differs, or an end that is no line about the damaged file."""
+def _judge_damage(world: World, ended: Ended, run: Path, tally: Tally, path: Path, damage: Damage) -> None:
+    """Count harm of a damage: a result that differs without a warning, or an end without a line of error."""
+    note = f"{path} {damage.__name__}"
     tally.tried += 1
     if ended.code == 0:
-        if identity(run) != world.expected:
+        if identity(run) != world.expected and f"{path.name}: " not in ended.errors:
             tally.harm("silent", note)
     else:
         judge_refusal(ended, tally, note, (2,))

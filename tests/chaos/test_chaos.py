@@ -44,6 +44,18 @@ def test_a_damaged_input_is_refused_in_one_line(world: World) -> None:
     assert_no_harm(disturbances.input_damages(world, 6, random.Random(1)))
 
 
+def test_a_damaged_artifact_is_refused_where_it_is_needed(world: World) -> None:
+    assert_no_harm(disturbances.artifact_damages(world, 8, random.Random(1)))
+
+
+def test_a_damaged_export_is_not_skipped(world: World) -> None:
+    assert_no_harm(disturbances.export_damages(world, 4, random.Random(1)))
+
+
+def test_damaged_progress_gives_way_to_what_was_before_it(world: World) -> None:
+    assert_no_harm(disturbances.progress_damages(world, 6, random.Random(1)))
+
+
 def test_harm_is_seen(world: World, tmp_path: Path) -> None:
     """Each kind of harm, made on purpose, is counted."""
     tally = Tally()

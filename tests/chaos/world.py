@@ -74,6 +74,8 @@ class World:
 
     def words(self, run: Path, *overrides: str, inputs: Path | None = None, recipe: str = "compress") -> list[str]:
         """Arguments of a command of this run."""
+        if recipe == "verify":
+            return ["-m", "recipes.verify", f"run.dir={run}"]
         return command(inputs or self.inputs, run, *SHORT, *overrides, recipe=recipe)
 
     def run(self, run: Path, *overrides: str, inputs: Path | None = None, recipe: str = "compress") -> Ended:
