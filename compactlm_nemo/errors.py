@@ -16,6 +16,14 @@ class OtherRankError(CompactLMError):
     """What another rank has failed of, on a rank that only takes notice of it."""
 
 
+class Interrupted(CompactLMError):
+    """A run that was asked to stop and has saved what it had; `code` is its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class ConfigError(CompactLMError):
     """A setting, or a combination of settings, that cannot work."""
 

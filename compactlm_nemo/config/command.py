@@ -71,14 +71,16 @@ def _report(failure: Failure, error: BaseException, run_dir: str | None) -> int:
     Other ranks fail because one did, or as all do. They wait until the launcher ends them, and speak when it does not:
     then theirs was the only failure.
     """
-    line = failure.line
+    line, rank = failure.line, os.environ.get("RANK", "0")
+    if failure.is_of_all_ranks and rank != "0":
+        return failure.code
     if failure.code == FAULT:
         line += f" (traceback in {_keep_traceback(error, run_dir)})"
-    if failure.is_of_another_rank or os.environ.get("RANK", "0") != "0":
+    if failure.is_of_another_rank or rank != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.stdout.flush()
         time.sleep(MAIN_RANK_FIRST * (2 if failure.is_of_another_rank else 1))
-        line = f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}: {line}"
+        line = f"rank {rank} on {socket.gethostname()}: {line}"
     print(line, file=sys.stderr, flush=True)
     return failure.code
 

@@ -63,6 +63,8 @@ class DistillConfig:
     """Global gradient norm above which gradients are scaled down; 0 is off."""
     checkpoint_every: int = setting(200, changes_result=lambda cfg: cfg.spike_factor is not None)
     """Steps between checkpoints, to which a loss spike goes back; the last step is always saved."""
+    checkpoint_minutes: float | None = setting(None, changes_result=lambda cfg: cfg.spike_factor is not None)
+    """Minutes after which there is a checkpoint, besides those by steps; null counts steps alone."""
     keep_checkpoints: int = setting(2, changes_result=False)
     """Newest checkpoints kept."""
     log_every: int = setting(1, changes_result=False)
@@ -105,7 +107,15 @@ class DistillConfig:
             require(getattr(self, name) > 0, f"distill.{name}={getattr(self, name)} must be > 0.")
         for name in ("skip_limit", "spike_limit"):
             require(getattr(self, name) >= 0, f"distill.{name}={getattr(self, name)} must be >= 0; 5 is usual.")
-        for name in ("loss_memory_mib", "eval_every", "eval_tokens", "peak_tflops", "teacher_tp", "teacher_pp"):
+        for name in (
+            "loss_memory_mib",
+            "eval_every",
+            "eval_tokens",
+            "peak_tflops",
+            "teacher_tp",
+            "teacher_pp",
+            "checkpoint_minutes",
+        ):
             value = getattr(self, name)
             require(value is None or value > 0, f"distill.{name}={value} must be > 0; or leave it out.")
         require(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compactlm_nemo.config.load import HYDRA_ERRORS, one_line
-from compactlm_nemo.errors import CompactLMError, OtherRankError
+from compactlm_nemo.errors import CompactLMError, Interrupted, OtherRankError
 
 FAULT, USER, TRY_AGAIN = 1, 2, 75
 """Exit codes: a fault of this program; settings or inputs; what may pass by itself, so that a job is requeued."""
@@ -32,11 +32,13 @@ _NETWORK_ERRORS = ("DistNetworkError", "DistBackendError", "DistStoreError")
 
 @dataclass(frozen=True)
 class Failure:
-    """A failure has one line for the user, an exit code, and says whether another rank's was before it."""
+    """A failure has one line for the user, an exit code, and says on which ranks it is."""
 
     line: str
     code: int
     is_of_another_rank: bool = False
+    is_of_all_ranks: bool = False
+    """Whether every rank has the same to tell."""
 
 
 def explain(error: BaseException, run_dir: str | None = None) -> Failure:
@@ -46,6 +48,8 @@ def explain(error: BaseException, run_dir: str | None = None) -> Failure:
         run_dir: Folder that the command writes to, None where it writes nothing.
     """
     chain = list(_chain(error))
+    if isinstance(error, Interrupted):
+        return Failure(f"stopped: {error}", error.code, is_of_all_ranks=True)
     if isinstance(error, CompactLMError):
         return Failure(f"error: {error}", USER, isinstance(error, OtherRankError))
     if isinstance(error, HYDRA_ERRORS):

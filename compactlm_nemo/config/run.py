@@ -34,10 +34,18 @@ class RunFolder:
 class RunConfig(RunFolder):
     seed: int = setting(1234)
     """Seed of calibration windows and data order."""
+    time_limit: float | None = setting(None, changes_result=False)
+    """Minutes after which the command saves and stops with exit code 75, early enough for a save; null takes the end
+    of the Slurm job."""
+    hang_minutes: float | None = setting(30.0, changes_result=False)
+    """Minutes without progress after which a training names the rank that stalls and ends; null waits for ever."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.seed < 2**32, f"run.seed={self.seed} must be in [0, 2^32), as numpy asks; 1234 is usual.")
+        for name in ("time_limit", "hang_minutes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"run.{name}={value} must be > 0; null is off.")
 
 
 @dataclass(kw_only=True)

@@ -117,6 +117,23 @@ def last_stage_total(total: Tensor, mesh: Mesh) -> Tensor:
     return reduced.cpu()  # the one place that waits for the device
 
 
+def host_group() -> ProcessGroup | None:
+    """Return a group of all ranks whose tensors are on the CPU; None stands for the default group. Collective."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        return dist.new_group(backend="gloo")
+    return None
+
+
+def greatest(numbers: Sequence[int], group: ProcessGroup | None) -> list[int]:
+    """Return the maximum over all ranks of each number; `group` is `host_group()`, so that no device is waited for."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return list(numbers)
+    box = torch.tensor(numbers)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group)
+    found: list[int] = box.tolist()
+    return found
+
+
 def barrier() -> None:
     """Return when every rank has called this function."""
     if dist.is_initialized():  # NCCL takes a device's number from the rank's unless it is told

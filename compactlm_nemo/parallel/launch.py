@@ -19,6 +19,7 @@ from compactlm_nemo.errors import OtherRankError
 from compactlm_nemo.parallel.children import end_children_with_this_process
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.host import use_cpu
+from compactlm_nemo.parallel.interruption import listening
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 
 if TYPE_CHECKING:
@@ -75,8 +76,12 @@ def second_mesh(layout: ParallelConfig, seed: int) -> Mesh:
 
 
 @contextmanager
-def launched(layout: ParallelConfig, seed: int) -> Iterator[Mesh]:
-    """Start the process group and the mesh for the body, and take both down afterwards."""
+def launched(layout: ParallelConfig, seed: int, deadline: float | None = None) -> Iterator[Mesh]:
+    """Start the process group and the mesh for the body, and take both down afterwards.
+
+    Args:
+        deadline: When this job ends, seconds since the epoch; see `interruption`.
+    """
     from megatron.core import parallel_state
 
     use_cpu()
@@ -98,7 +103,8 @@ def launched(layout: ParallelConfig, seed: int) -> Iterator[Mesh]:
         else:
             dist.init_process_group(backend, timeout=MAIN_RANK_WORK)
         try:
-            yield start_mesh(layout, seed)
+            with listening(deadline):
+                yield start_mesh(layout, seed)
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()

@@ -15,6 +15,7 @@ from compactlm_nemo.losses.linear_ce import linear_ce
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.hf import export_hf
 from compactlm_nemo.parallel.collectives import broadcast_object
+from compactlm_nemo.parallel.interruption import stop_if_asked
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.parallel.world import is_main_rank
 from compactlm_nemo.progress import progress_bar
@@ -61,6 +62,7 @@ def _in_parts(scoring: Scoring, name: str, samples: int, measure: Measure) -> Te
                     running.add_sum(name, value, len(part_NS))
                     scoring.keep()
             done += len(part_NS)
+            stop_if_asked(f"{name} of {done} of {samples} samples is kept")
     return broadcast_object(running.sums[name] if is_main_rank() else torch.empty(0))
 
 

@@ -29,6 +29,7 @@ from compactlm_nemo.losses.linear_ce import linear_ce_sum
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import barrier, broadcast_object
+from compactlm_nemo.parallel.interruption import stop_if_asked
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.parallel.world import launch_rank
 from compactlm_nemo.progress import progress_bar
@@ -87,6 +88,7 @@ class Scoring:
                 done += len(part_NS)
                 if stop:
                     break
+                stop_if_asked(f"{done} of {total} samples are scored")
         if moments:
             save_moments(folder / MOMENTS, moments.reduce(), self.run.mesh, done * self.windows_NS.shape[1])
 
@@ -148,6 +150,7 @@ class Scoring:
                     if writes:
                         self.running.summed[TAYLOR] = done
                         self.keep()
+                stop_if_asked(f"gradients of {done} of {total} samples are kept")
         return taylor_scores(gradients)
 
 

@@ -38,6 +38,7 @@ from compactlm_nemo.models.forward import forward_each, micro_batches
 from compactlm_nemo.models.layout import gathered_positions
 from compactlm_nemo.parallel.background import Workers, num_workers, pinned, to_device, to_host
 from compactlm_nemo.parallel.collectives import all_gather, barrier, broadcast_object
+from compactlm_nemo.parallel.interruption import stop_if_asked
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.parallel.world import is_main_rank
 from compactlm_nemo.progress import progress_bar
@@ -80,6 +81,7 @@ def store_targets(run: Run, folder: Path) -> dict[str, Any]:
             if records and mesh.dp_rank < len(turn):
                 writer.write(shard, records)
             advance(len(turn) * config.cache.shard_samples)
+            stop_if_asked(f"{first + len(turn)} of {len(missing)} shards are made")
         writer.finish()
     barrier()
     with main_rank_writes() as writes:

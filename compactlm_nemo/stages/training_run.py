@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -38,14 +39,17 @@ from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.compile import compile_layers, compiling_nothing
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.experts import can_group, group_experts
+from compactlm_nemo.parallel.collectives import all_gather_objects
 from compactlm_nemo.parallel.devices import device, device_name, peak_tflops
+from compactlm_nemo.parallel.hang import watched
+from compactlm_nemo.parallel.interruption import interrupted
 from compactlm_nemo.parallel.launch import main_rank_writes, second_mesh
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.pruning.plan import PLAN, Plan
 from compactlm_nemo.search.cost import flops_per_token_forward
 from compactlm_nemo.stages.context import Run, validation_loss
 from compactlm_nemo.training.best_weights import EVAL_LOSS, BestWeights
-from compactlm_nemo.training.callbacks import Callback, MetricsLog, PeakMemory, Speed, StopAfter
+from compactlm_nemo.training.callbacks import Callback, MetricsLog, PeakMemory, Speed, StopAfter, StopWhenAsked
 from compactlm_nemo.training.checkpoint import Checkpoints
 from compactlm_nemo.training.fusions import available_fusions, fusions_text
 from compactlm_nemo.training.stability import LossSpikes, NonFiniteSteps
@@ -84,6 +88,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
         )  # fmt: skip
         callbacks = [
             StopAfter(cfg.stop_after),
+            asked := StopWhenAsked(cfg.checkpoint_minutes),
             LossSpikes(cfg.spike_factor, cfg.spike_limit),
             NonFiniteSteps(cfg.skip_limit),
             *_hidden_state_loss(run, cfg, student, teacher),
@@ -93,8 +98,11 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
             PeakMemory(),
             MetricsLog(tracker.log, every=cfg.log_every, rewind=tracker.rewind),
         ]
-        end = distill(student, teacher, samples.sample, cfg, callbacks, checkpoints=checkpoints)
+        with watched(Path(config.run.dir), config.run.hang_minutes, all_gather_objects(socket.gethostname())):
+            end = distill(student, teacher, samples.sample, cfg, callbacks, checkpoints=checkpoints)
     if end.step < cfg.steps:
+        if asked.number:
+            raise interrupted(asked.number, f"{end.step} of {cfg.steps} steps are saved in {checkpoints.folder}")
         return None
     run.save(folder, student, if_not_finite="lower the learning rate")
     with main_rank_writes() as writes:

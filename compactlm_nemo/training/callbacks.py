@@ -14,6 +14,9 @@ from typing import Any, Protocol
 
 import torch
 
+from compactlm_nemo.parallel.hang import beat
+from compactlm_nemo.parallel.interruption import boundary
+from compactlm_nemo.parallel.world import is_main_rank
 from compactlm_nemo.training.batches import Batch
 from compactlm_nemo.training.optimizer import TrainableModel
 
@@ -130,6 +133,30 @@ class StopAfter(Callback):
 
     def must_stop(self, num_done: int) -> bool:
         return self.steps is not None and num_done >= self.steps
+
+
+class StopWhenAsked(Callback):
+    """Ends a training that a signal or the end of a job stops, after a checkpoint, and saves by the clock.
+
+    Args:
+        minutes: Minutes between checkpoints, on the main rank's clock; None saves by steps alone.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes, self.number, self.save_is_due = minutes, 0, False
+        self.last_save = time.monotonic()
+
+    def must_stop(self, num_done: int) -> bool:
+        beat(f"after step {num_done}")
+        due = self.minutes is not None and is_main_rank() and time.monotonic() - self.last_save > 60 * self.minutes
+        self.number, self.save_is_due = boundary(due)
+        return self.number > 0
+
+    def after_step(self, step: Step) -> None:
+        step.must_save |= self.save_is_due
+
+    def save(self, step: int) -> None:
+        self.last_save = time.monotonic()
 
 
 class Speed(Callback):

@@ -26,6 +26,7 @@ from compactlm_nemo.artifacts import HASHES, atomic_write_text
 from compactlm_nemo.errors import CheckpointError, NumericsError
 from compactlm_nemo.models.checkpoint import first_nonfinite, load_shards, load_state, model_state
 from compactlm_nemo.parallel.collectives import barrier, broadcast_object
+from compactlm_nemo.parallel.interruption import saving
 from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.parallel.shared_files import describe_shared_files, shared_file_problems
 from compactlm_nemo.training.callbacks import Callback
@@ -121,6 +122,10 @@ class Checkpoints:
         Raises:
             NumericsError: a weight or moment is not finite; the checkpoints stay as they were.
         """
+        with saving():
+            self._save(model, state, callbacks)
+
+    def _save(self, model: TrainableModel, state: TrainState, callbacks: Sequence[Callback]) -> None:
         model.finish_gathering()
         saved = _model_state(model, _sharded_by_rank(_random_states()))
         if key := first_nonfinite(saved):

@@ -24,6 +24,7 @@ from compactlm_nemo.errors import CompactLMError, ConfigError
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.stages.stage import Stage
 from compactlm_nemo.workflow.layout_checks import launch_problems
+from compactlm_nemo.workflow.owner import owned
 from compactlm_nemo.workflow.preflight import check
 from compactlm_nemo.workflow.stage_table import MAKERS, STAGES, stages_of
 
@@ -60,11 +61,17 @@ def run_stages(config: Config, only: str | None = None) -> None:
             console.print(f"{pending[0]}: done before, skipped")
             pending = pending[1:]
     if pending:
+        from compactlm_nemo.parallel.interruption import job_deadline, stop_if_asked
         from compactlm_nemo.parallel.launch import launched
 
-        with launched(config.parallel, config.run.seed) as mesh:
+        with (
+            owned(Path(config.run.dir)),
+            launched(config.parallel, config.run.seed, job_deadline(config.run.time_limit)) as mesh,
+        ):
             for name in pending:
                 _run_one(STAGES[name], config, mesh, console)
+                if name != names[-1]:
+                    stop_if_asked(f"{name} is done")
     if names[-1] == "report":
         from compactlm_nemo.report.markdown import show
 
@@ -132,7 +139,8 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
     try:
         results = stage.run(Run(config, mesh, stage), folder)
     except CompactLMError as error:
-        raise type(error)(f"{stage.name}: {error}") from error
+        error.args = (f"{stage.name}: {error}", *error.args[1:])
+        raise
     except Exception as error:
         error.add_note(stage.name)  # where the failure is told
         raise
