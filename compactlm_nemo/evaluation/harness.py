@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from compactlm_nemo.config.evaluate import EvaluateConfig
-from compactlm_nemo.errors import CompactLMError
+from compactlm_nemo.errors import CompactLMError, DataError
+from compactlm_nemo.evaluation.outside_tasks import refuse_code
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_")
 """Variables that begin so would make lm-eval believe that the ranks of this launch share its work."""
@@ -29,6 +30,11 @@ def harness_problem(cfg: EvaluateConfig) -> str:
         return f"evaluate.tasks={cfg.tasks} needs lm-eval; pip install 'compactlm-nemo[eval]' or leave the tasks out."
     if cfg.task_folder is not None and not Path(cfg.task_folder).is_dir():
         return f"evaluate.task_folder={cfg.task_folder} does not exist; give a folder of lm-eval task files."
+    if cfg.task_folder is not None:
+        try:
+            refuse_code(Path(cfg.task_folder))
+        except DataError as error:
+            return str(error)
     return ""
 
 
@@ -115,10 +121,17 @@ def _values(outcome: dict[str, Any]) -> dict[str, float]:
 
 def _main(folder: str, settings: str, left_out: str, results: str) -> None:
     import lm_eval
+    import lm_eval.utils
     import torch
+    from jinja2.sandbox import SandboxedEnvironment
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    # Templates of task files are text of others: their own environment could reach all of Python.
+    theirs = lm_eval.utils.env
+    sandbox = SandboxedEnvironment(loader=theirs.loader, undefined=theirs.undefined, keep_trailing_newline=True)
+    sandbox.filters |= theirs.filters
+    lm_eval.utils.env = sandbox
     cfg, file = EvaluateConfig(**json.loads(settings)), Path(results)
     finished = "".join(json.dumps(values) + "\n" for values in _finished(file))
     file.write_text(finished)  # without a line that was cut off

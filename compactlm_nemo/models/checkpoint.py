@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import pickle
 import re
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
@@ -83,9 +93,23 @@ def _name(shard: ShardedTensor) -> str:
 
 def load_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Load what `state` describes from a distributed checkpoint, whose index is checked first. Collective."""
-    read_metadata(folder)  # Megatron's own reader would run whatever the index says
-    loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+    stored = read_metadata(folder).state_dict_metadata  # Megatron's own reader would run whatever the index says
+    for shard in (shard for value in nested_values(state) for shard in _shards(value)):
+        if isinstance(stored.get(shard.key), BytesStorageMetadata):  # torch would unpickle these
+            raise CheckpointError(f"{folder} stores {shard.key} as an object and not as a tensor; do not use it.")
+    with naming_damage(folder):
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
     return loaded
+
+
+@contextmanager
+def naming_damage(folder: Path) -> Iterator[None]:
+    """Turn what torch and Megatron-Core say of a damaged checkpoint, or of one that could run code, into one line."""
+    try:
+        yield
+    except (pickle.UnpicklingError, CheckpointingException, CheckpointException, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder} cannot be read ({type(error).__name__}: {reason}); delete it.") from error
 
 
 def load_model(folder: Path, chunks: ModelChunks) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 
 from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.models.outside import own_file
 
 _DCP = "torch.distributed.checkpoint"
 ALLOWED = {
@@ -73,4 +74,22 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); fetch the folder again.") from None
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{path} holds a {type(metadata).__name__} and no index; fetch the folder again.")
+    _check_places(path, metadata)
     return metadata
+
+
+def _check_places(path: Path, metadata: Metadata) -> None:
+    """Raise CheckpointError unless every part of a tensor lies in a file of the folder, inside that file."""
+    sizes: dict[str, int] = {}
+    for part in (metadata.storage_data or {}).values():
+        name = str(part.relative_path)
+        if name not in sizes:
+            file = own_file(path.parent, name)
+            if not file.is_file():
+                raise CheckpointError(f"{path} names {name}, which is not there; fetch the folder again.")
+            sizes[name] = file.stat().st_size
+        if not 0 <= part.offset <= part.offset + part.length <= sizes[name]:
+            raise CheckpointError(
+                f"{path.parent / name} has {sizes[name]} bytes, by the index {part.offset + part.length}; it was cut "
+                "off: fetch the folder again."
+            )

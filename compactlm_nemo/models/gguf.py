@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.models.outside import check_gguf_lengths, refuse_absurd_sizes
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -42,6 +43,7 @@ _CONFIG = {
     "vocab_size": "vocab_size",
 }
 """Key of a llama's GGUF file -> key of its Hugging Face config."""
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
 
 def undo_rope_interleaving(weight: Tensor, heads: int) -> Tensor:
@@ -56,9 +58,10 @@ def undo_rope_interleaving(weight: Tensor, heads: int) -> Tensor:
 def _open(path: Path) -> Any:
     import gguf
 
+    check_gguf_lengths(path)
     try:
         return gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError) as error:
+    except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError) as error:
         raise CheckpointError(f"model.source={path} is not a readable GGUF file: {error}") from None
 
 
@@ -73,6 +76,7 @@ def config_values(path: Path) -> dict[str, Any] | None:
     values = {name: _field(reader, f"llama.{key}") for key, name in _CONFIG.items()}
     if None in values.values():
         return None
+    refuse_absurd_sizes(values, f"model.source={path}")
     return values | {
         "model_type": "llama",
         "rms_norm_eps": round(values["rms_norm_eps"], 12),
@@ -92,7 +96,9 @@ def read(path: Path) -> tuple[Any, Any]:
     scaling = _field(reader, "llama.rope.scaling.type")
     if scaling not in (None, "none"):
         raise CheckpointError(f"model.source={path}: GGUF rope scaling {scaling} is not supported; use the HF folder.")
-    config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    values = {name: _field(reader, f"llama.{key}") for key, name in _CONFIG.items()}
+    refuse_absurd_sizes(values, f"model.source={path}")
+    config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **_NO_CODE)
     config.__dict__.pop("_model_name_or_path", None)  # a remark of the file's author, not of the model
     config.tie_word_embeddings = "lm_head.weight" not in {_hf_name(tensor.name) for tensor in reader.tensors}
     config.rms_norm_eps = round(config.rms_norm_eps, 12)  # GGUF holds it in float32: 1e-5 reads 9.99999974e-06
@@ -117,7 +123,7 @@ def convert(path: Path, folder: Path) -> None:
         tensors[_hf_name(tensor.name)] = _in_hf_order(tensor.name, weight, config)
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **_NO_CODE).save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

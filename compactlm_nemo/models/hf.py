@@ -16,6 +16,7 @@ from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import FAMILIES, dims_of, hf_names, hf_shapes, parameter_shapes, resized
+from compactlm_nemo.models.outside import companion, own_file, refuse_absurd_sizes, refuse_large_config
 from compactlm_nemo.models.source import HF_ASSETS
 
 SHARD_BYTES = 4 * 2**30
@@ -32,11 +33,14 @@ def read_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"model.source={folder} has no config.json; give a Hugging Face folder or a .gguf file.")
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        refuse_large_config(folder / "config.json")
+        values = json.loads((folder / "config.json").read_text())
+        kind = values.get("model_type")
         if kind not in FAMILIES:  # here, because transformers' own message on an unknown type is about upgrading it
             raise CheckpointError(
                 f"{folder}/config.json: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}."
             )
+        refuse_absurd_sizes(values, f"{folder}/config.json")
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
@@ -116,7 +120,7 @@ def _weight_files(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index} is damaged; fetch it again.") from None
-        if missing := [name for name in names if not (folder / name).is_file()]:
+        if missing := [name for name in names if not own_file(folder, name).is_file()]:
             raise CheckpointError(
                 f"model.source={folder} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; fetch them."
             )
@@ -143,8 +147,7 @@ def copy_hf_assets(source: Path, target: Path) -> None:
     """
     target.mkdir(parents=True, exist_ok=True)
     for name in HF_ASSETS:
-        path = source / name
-        if not path.is_file():
+        if (path := companion(source, name)) is None:
             continue
         if path.suffix == ".json":
             try:

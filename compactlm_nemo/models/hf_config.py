@@ -15,6 +15,7 @@ from typing import Any
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import FAMILIES, dims_of
+from compactlm_nemo.models.outside import refuse_absurd_sizes, refuse_large_config
 
 _COMMON: dict[str, Any] = {
     "hidden_act": "silu", "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32,
@@ -82,6 +83,7 @@ def quick_dims(values: Any) -> Dims | None:
     """Return the architecture of a config's values; None where transformers has to decide or to complain."""
     if not isinstance(values, Mapping) or values.get("model_type") not in FAMILIES:
         return None
+    refuse_absurd_sizes(values, "config.json")
     try:
         dims = dims_of(_Config(values))
     except (CompactLMError, AttributeError, TypeError, ValueError, ArithmeticError):
@@ -94,6 +96,7 @@ def quick_dims(values: Any) -> Dims | None:
 def quick_folder_dims(folder: Path) -> Dims | None:
     """Return the architecture of a Hugging Face folder, as `quick_dims`."""
     try:
+        refuse_large_config(folder / "config.json")
         return quick_dims(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError):
         return None

@@ -10,6 +10,7 @@ from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import dims_of
 from compactlm_nemo.models.hf_config import quick_dims, quick_folder_dims
+from compactlm_nemo.models.outside import refuse_absurd_sizes
 
 if TYPE_CHECKING:
     from compactlm_nemo.models.build import ParameterSource
@@ -55,6 +56,7 @@ def declared_dims(cfg: ModelConfig) -> Dims | None:
     kind = values.pop("model_type", None)
     if kind is None:
         raise ConfigError("model.architecture has no model_type; give for example model.architecture.model_type=llama.")
+    refuse_absurd_sizes(values, "model.architecture")
     try:
         return dims_of(AutoConfig.for_model(kind, **values))
     except (ValueError, TypeError, AttributeError) as error:

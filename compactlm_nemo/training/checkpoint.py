@@ -24,7 +24,7 @@ from torch import Tensor
 
 from compactlm_nemo.artifacts import HASHES, atomic_write_text
 from compactlm_nemo.errors import CheckpointError, NumericsError
-from compactlm_nemo.models.checkpoint import first_nonfinite, load_shards, load_state, model_state
+from compactlm_nemo.models.checkpoint import first_nonfinite, load_shards, load_state, model_state, naming_damage
 from compactlm_nemo.parallel.collectives import barrier, broadcast_object
 from compactlm_nemo.parallel.interruption import saving
 from compactlm_nemo.parallel.mesh import Mesh
@@ -193,7 +193,8 @@ class Checkpoints:
 
     def _has_layout(self, step: int, mesh: Mesh) -> bool:
         """Whether a checkpoint's ranks are placed as these are; only then do its random states have ranks to go to."""
-        saved = dist_checkpointing.load_common_state_dict(str(self._step_folder(step)))["layout"]
+        with naming_damage(self._step_folder(step)):
+            saved = dist_checkpointing.load_common_state_dict(str(self._step_folder(step)))["layout"]
         if saved == _layout(mesh):
             return True
         if self.is_main:
