@@ -130,6 +130,13 @@ def test_tests_mirror_the_package() -> None:
     assert folders - {"support", "fakecuda", "gpu", "chaos"} <= rooms
 
 
+def test_every_promise_has_its_test() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 20
+    for path, test in named:
+        assert f"\ndef {test}(" in (ROOT / path).read_text(), f"{path}::{test}"
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_what_a_page_points_to_is_there(page: str) -> None:
     """Paths in backticks and links exist, so that the map shows the house as it is."""
