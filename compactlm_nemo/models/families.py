@@ -67,6 +67,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _READ = {
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "norm_eps",
@@ -99,6 +100,7 @@ def dims_of(config: Any) -> Dims:
     for key, value in given.items():
         if key not in known and value not in (None, False):
             raise CheckpointError(f"config.json: {key}={value!r} is not supported for model_type={kind}.")
+    _whole_sizes(config, family)
     _only(kind, "hidden_act", config.hidden_act, family.activation)
     for key, value in family.also.items():
         _only(kind, key, getattr(config, key, value), value)
@@ -130,6 +132,16 @@ def dims_of(config: Any) -> Dims:
         **rope,
         **(_experts(config, kind) if family.experts else {}),
     )
+
+
+def _whole_sizes(config: Any, family: Family) -> None:
+    """Refuse a size that is no whole number; some versions of transformers take any value."""
+    experts = ("num_experts", "num_experts_per_tok") if family.experts else ()
+    may_be_missing = ("num_key_value_heads", "head_dim", "shared_expert_intermediate_size")
+    for key in (*_SIZES, family.ffn, *experts, *may_be_missing):
+        size = getattr(config, key, None)
+        if type(size) is not int and not (size is None and key in may_be_missing):
+            raise CheckpointError(f"config.json: {key}={size!r} must be a whole number.")
 
 
 def _experts(config: Any, kind: str) -> dict[str, Any]:

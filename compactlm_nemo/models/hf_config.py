@@ -85,12 +85,9 @@ def quick_dims(values: Any) -> Dims | None:
         return None
     refuse_absurd_sizes(values, "config.json")
     try:
-        dims = dims_of(_Config(values))
+        return dims_of(_Config(values))
     except (CompactLMError, AttributeError, TypeError, ValueError, ArithmeticError):
         return None
-    kinds = ("num_", "hidden_", "ffn_", "head_", "max_", "vocab_")
-    sizes = [value for name, value in vars(dims).items() if name.startswith(kinds)]
-    return dims if all(type(size) is int for size in sizes) else None
 
 
 def quick_folder_dims(folder: Path) -> Dims | None:

@@ -88,11 +88,11 @@ def _write(path: Path, model: Any, tensors: dict[str, Tensor], *, arch: str = "l
     writer.add_vocab_size(config.vocab_size)
     if scaling:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-    characters = [chr(code) for code in range(33, 32 + config.vocab_size)] + ["ab"]
+    characters = [chr(code) for code in range(33, 31 + config.vocab_size)] + ["ab", "abc"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(characters)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(characters))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "ab c"])  # two: transformers 5.2 takes a list of one for its element
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, tensor in tensors.items():

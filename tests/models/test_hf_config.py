@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
 from compactlm_nemo.config.load import CONF, compose
+from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.families import FAMILIES, dims_of
 from compactlm_nemo.models.hf import read_config
 from compactlm_nemo.models.hf_config import DEFAULTS, quick_dims, quick_folder_dims
@@ -60,6 +62,16 @@ def test_what_is_not_certain_is_left_to_transformers(values: Any, tmp_path: Path
     assert quick_dims(values) is None
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert quick_folder_dims(tmp_path) is None
+
+
+@pytest.mark.parametrize("size", ["wide", 4096.0, None, True])
+def test_a_size_that_is_no_whole_number_is_named(size: Any) -> None:
+    """Versions of transformers that check types refuse it before; 5.2 does not."""
+    config = SimpleNamespace(**DEFAULTS["llama"], model_type="llama", to_diff_dict=dict)
+    assert dims_of(config).hidden_size == 4096
+    config.hidden_size = size
+    with pytest.raises(CheckpointError, match=f"hidden_size={size!r} must be a whole number"):
+        dims_of(config)
 
 
 @pytest.mark.parametrize("content", ["", "{", "\udcff"])

@@ -73,7 +73,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), ["has no config.json"]),
     "config is no json": (lambda folder: (folder / "config.json").write_text("{"), ["config.json cannot be read"]),
     "config is no object": (lambda folder: (folder / "config.json").write_text("[]"), ["config.json cannot be read"]),
-    "config of a wrong type": (_config(hidden_size="wide"), ["config.json cannot be read", "hidden_size"]),
+    "config of a wrong type": (_config(hidden_size="wide"), ["config.json", "hidden_size"]),
     "invented model_type": (_config(model_type="mamba9"), ["model_type=mamba9", "llama, mistral, qwen2"]),
     "other model_type": (_config(model_type="gpt2"), ["model_type=gpt2", "llama, mistral, qwen2"]),
     "yarn": (_config(rope_parameters=YARN), ["rope_type='yarn'", "default or llama3"]),

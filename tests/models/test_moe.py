@@ -97,8 +97,10 @@ def test_the_router_of_the_cases_decides_clearly_and_differently(case: str) -> N
     model = tiny_model(case)
     routed: list[tuple[Tensor, Tensor]] = []
 
-    def remember(router: Any, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        routed.append((output[0].detach().sort(dim=-1, descending=True).values, output[2]))
+    def remember(router: Any, args: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        # From the weight: transformers 5.2 returns probabilities where later versions return logits.
+        logits_NE = args[0].detach().flatten(0, -2) @ router.weight.detach().T
+        routed.append((logits_NE.sort(dim=-1, descending=True).values, output[2]))
 
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(remember)
