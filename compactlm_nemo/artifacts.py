@@ -273,8 +273,8 @@ def write_manifest(
         "fingerprint": fingerprint(settings, inputs),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": settings.get("run.seed"),
-        "git_commit": _git_commit(),
-        "packages": _package_versions(),
+        "git_commit": git_commit(),
+        "packages": package_versions(),
         "settings": dict(settings),
         "inputs": dict(inputs),
         "results": dict(results),
@@ -351,7 +351,8 @@ def _output_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, _MARKER))
 
 
-def _package_versions() -> dict[str, str | None]:
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of the packages that decide results, None for one that is not installed."""
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
@@ -361,7 +362,8 @@ def _package_versions() -> dict[str, str | None]:
     return versions
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """Return the commit of this checkout, None of an installed package."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():  # an installed package must not report the commit of a repository around it
         return None

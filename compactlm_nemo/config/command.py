@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compactlm_nemo.config.failures import FAULT, Failure, explain
+from compactlm_nemo.config.failures import FAULT, Failure, explain, tell_exit_code
 from compactlm_nemo.config.load import RUN, Root, compose_root, group_names, schema_reference
 from compactlm_nemo.config.schema import Config
 
@@ -82,6 +82,7 @@ def _report(failure: Failure, error: BaseException, run_dir: str | None) -> int:
         time.sleep(MAIN_RANK_FIRST * (2 if failure.is_of_another_rank else 1))
         line = f"rank {rank} on {socket.gethostname()}: {line}"
     print(line, file=sys.stderr, flush=True)
+    tell_exit_code(failure.code)
     return failure.code
 
 

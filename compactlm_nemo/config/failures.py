@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from compactlm_nemo.errors import CompactLMError, Interrupted, OtherRankError
 
 FAULT, USER, TRY_AGAIN = 1, 2, 75
 """Exit codes: a fault of this program; settings or inputs; what may pass by itself, so that a job is requeued."""
+
+EXIT_FILE = "COMPACTLM_EXIT_FILE"
+"""Variable with the path of the file that takes a run's exit code; `slurm/run.sbatch` sets it."""
 
 FULL = 2**20
 """Free bytes of a file system below which a write that failed is taken for one that found no space."""
@@ -84,6 +88,16 @@ def explain(error: BaseException, run_dir: str | None = None) -> Failure:
     return Failure(
         f"error: {stage}{type(error).__name__}: {_first_line(error)}: a fault of this program, please report it", FAULT
     )
+
+
+def tell_exit_code(code: int) -> None:
+    """Write an exit code where the batch script of a job looks for it, as the launcher of ranks ends with 1 for any."""
+    path = os.environ.get(EXIT_FILE)
+    if path:
+        try:
+            Path(path).write_text(f"{code}\n")
+        except OSError as error:
+            print(f"{EXIT_FILE}={path} cannot be written ({error.strerror})", file=sys.stderr)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

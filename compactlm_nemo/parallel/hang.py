@@ -17,10 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from compactlm_nemo.config.failures import TRY_AGAIN, tell_exit_code
 from compactlm_nemo.parallel.world import is_main_rank, launch_rank, launch_world_size
-
-HANG_CODE = 75
-"""Exit code of a run that hung: the job is to be queued again."""
 
 GRACE_SECONDS = 5.0
 """Time that the other ranks have to write where they are."""
@@ -97,7 +95,8 @@ def _give_up(run_dir: Path, seconds: float, hosts: list[str], main: int) -> None
         "the same command goes on from the last checkpoint.",
         file=sys.stderr, flush=True,
     )  # fmt: skip
-    os._exit(HANG_CODE)
+    tell_exit_code(TRY_AGAIN)
+    os._exit(TRY_AGAIN)
 
 
 def _culprits(folder: Path, since: float, hosts: list[str]) -> list[str]:

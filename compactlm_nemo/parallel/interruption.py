@@ -16,6 +16,7 @@ from types import FrameType
 
 from torch.distributed import ProcessGroup
 
+from compactlm_nemo.config.failures import TRY_AGAIN
 from compactlm_nemo.errors import Interrupted
 from compactlm_nemo.parallel.collectives import greatest, host_group
 from compactlm_nemo.parallel.hang import beat
@@ -25,9 +26,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 TIME_IS_UP = 1000
 """Stands for a signal where the job's time ends."""
-
-TRY_AGAIN = 75
-"""Exit code of a run that its job's end has stopped: the job is to be queued again."""
 
 LEAST_MARGIN = 60.0
 """Seconds before the end of a job at which a run stops at the latest."""

@@ -138,7 +138,9 @@ def test_other_ranks_leave_the_first_word_to_the_main_rank(
 
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("COMPACTLM_EXIT_FILE", str(tmp_path / "exit"))
     assert ended(fails(error), monkeypatch, tmp_path) == USER
+    assert (tmp_path / "exit").read_text() == "2\n"
     assert slept == [(seconds, signal.SIG_DFL, "")]
     assert re.match(r"rank 3 on \S+: error: ", capsys.readouterr().err)
 
