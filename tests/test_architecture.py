@@ -31,7 +31,7 @@ ONLY_USERS = {
     "omegaconf": {"config/load.py", "config/evaluate.py", "config/model.py", "config/run.py"},
     "megatron.core.parallel_state": {"parallel/mesh.py", "parallel/launch.py"},
     "pickle": {"models/checkpoint.py", "models/checkpoint_metadata.py"},  # the first for the name of an error
-    "wandb": {"training/tracker.py"},
+    "wandb": {"training/wandb_run.py"},
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -12,7 +14,7 @@ from compactlm_nemo.errors import require
 
 
 class WandbMode(Enum):
-    """Where W&B metrics go; `auto` is online with a login in the environment and disabled without."""
+    """Where W&B metrics go; `auto` heeds WANDB_MODE, else it is online with a login and disabled without."""
 
     auto = "auto"
     disabled = "disabled"
@@ -50,12 +52,43 @@ class RunConfig(RunFolder):
 
 @dataclass(kw_only=True)
 class WandbConfig:
+    """Where W&B shows a training, and under which words; what is null is left to W&B's own environment."""
+
     mode: WandbMode = setting(WandbMode.auto, changes_result=False)
-    """auto, disabled, offline or online."""
-    project: str = setting("compactlm", changes_result=False)
-    """W&B project."""
+    """auto, disabled, offline or online; auto heeds WANDB_MODE, else it is online with a login and disabled without."""
+    entity: str | None = setting(None, changes_result=False)
+    """User or team; null takes WANDB_ENTITY, else the login's own."""
+    project: str | None = setting(None, changes_result=False)
+    """Project; null takes WANDB_PROJECT, else compactlm."""
     name: str | None = setting(None, changes_result=False)
-    """Run name; null takes the name of `run.dir`."""
+    """Name of the W&B run; null takes WANDB_NAME, else the name of `run.dir`."""
+    group: str | None = setting(None, changes_result=False)
+    """Group of a run's trainings, those of its candidates included; null takes WANDB_RUN_GROUP, else the run's name."""
+    job_type: str | None = setting(None, changes_result=False)
+    """Kind of training within the group; null takes WANDB_JOB_TYPE, else the stage, or `rank` for a candidate."""
+    tags: list[str] = setting([], changes_result=False)
+    """Tags; none takes those of WANDB_TAGS."""
+    notes: str | None = setting(None, changes_result=False)
+    """A longer remark; null takes WANDB_NOTES."""
+    parent: str | None = setting(None, changes_result=False)
+    """Name of the run that this one is a part of, shown in its W&B config; recipes.rank and recipes.rounds set it."""
+
+    def named(self, run_dir: str, job_type: str) -> WandbConfig:
+        """Return these settings with the words that neither they nor W&B's environment give taken from the run."""
+        name = self.name or os.environ.get("WANDB_NAME") or Path(run_dir).resolve().name
+        return replace(
+            self,
+            entity=self.entity or os.environ.get("WANDB_ENTITY"),  # which W&B leaves out of offline files
+            project=self.project or os.environ.get("WANDB_PROJECT") or "compactlm",
+            name=name,
+            group=self.group or os.environ.get("WANDB_RUN_GROUP") or name,
+            job_type=self.job_type or os.environ.get("WANDB_JOB_TYPE") or job_type,
+        )
+
+    def part(self, run_dir: str, suffix: str, job_type: str) -> WandbConfig:
+        """Return the settings of a run that is a part of the run in `run_dir`: in its group, with it as the parent."""
+        named = self.named(run_dir, job_type)
+        return replace(named, name=f"{named.name}-{suffix}", parent=named.name)
 
 
 @dataclass(kw_only=True)

@@ -15,6 +15,7 @@ from compactlm_nemo.training.batches import BatchFeed
 from compactlm_nemo.training.callbacks import Callback, Step
 from compactlm_nemo.training.checkpoint import Checkpoints, TrainState
 from compactlm_nemo.training.optimizer import TrainableModel
+from compactlm_nemo.training.wandb_run import BATCH
 
 
 def distill(
@@ -53,7 +54,7 @@ def distill(
                 state = _rewind(state, model, callbacks, checkpoints)
                 continue
             grad_norm = model.gradient_norm()
-            step.metrics |= {"train/grad_norm": grad_norm, "train/lr": model.lr}
+            step.metrics |= {"train/grad_norm": grad_norm, "train/lr": model.lr, BATCH: float(number)}
             if not any([callback.should_skip(step) for callback in callbacks]):
                 model.update(grad_norm)
                 for callback in callbacks:

@@ -75,7 +75,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     fusions = fusions_text(available_fusions(is_cuda=torch.cuda.is_available()))
     Console(quiet=not is_main_rank()).print(f"  fusions: {fusions}")
     start, shown = checkpoints.latest_step() or 0, settings_of(asdict(config))
-    wandb = replace(config.wandb, name=config.wandb.name or Path(config.run.dir).resolve().name)
+    wandb = config.wandb.named(config.run.dir, job_type=state.name)
     with (
         closing(_teacher(run, cfg)) as teacher,
         Tracker(state, wandb, shown, is_main_rank(), cfg.steps, start_step=start) as tracker,

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import secrets
 import time
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from compactlm_nemo.artifacts import atomic_write_text
-from compactlm_nemo.config.run import WandbConfig, WandbMode
+from compactlm_nemo.config.run import WandbConfig
+from compactlm_nemo.training.wandb_run import WandbRun
 
 METRICS = "metrics.jsonl"
-WANDB_ID = "wandb_id"
 LOSS, LM_LOSS, TEACHER_LM_LOSS = "train/loss", "train/lm_loss_nats", "train/teacher_lm_loss_nats"
 """The loss that is trained, which the console shows, and the language-model losses of both models."""
 SPEED = "perf/tokens_per_second"
@@ -40,27 +38,12 @@ def truncate_metrics(path: Path, step: int) -> None:
     atomic_write_text(path, "".join(f"{line}\n" for line in lines if _is_before(line, step)))
 
 
-def wandb_mode(mode: WandbMode) -> Literal["disabled", "offline", "online"]:
-    """Return W&B's word for a mode; auto is online with a W&B key in the environment or in ~/.netrc, else disabled."""
-    if mode is WandbMode.disabled:
-        return "disabled"
-    if mode is WandbMode.offline:
-        return "offline"
-    if mode is WandbMode.online:
-        return "online"
-    netrc = Path.home() / ".netrc"
-    has_login = bool(os.environ.get("WANDB_API_KEY")) or (
-        netrc.is_file() and "api.wandb.ai" in netrc.read_text(errors="replace")
-    )
-    return "online" if has_login else "disabled"
-
-
 class Tracker:
     """Writes the metrics of a training; a context manager around its loop.
 
     Args:
         folder: Stage folder, `run.dir/<stage>`; gets `metrics.jsonl`, `wandb_id` and `wandb/`.
-        wandb_cfg: Mode, project and name of the W&B run.
+        wandb_cfg: Mode and words of the W&B run.
         config: Shown as the W&B run's config; must hold no secret.
         is_writer: False on all ranks but one: every call is then free and without effect.
         total_steps: Steps of the whole training, those before a resume included.
@@ -79,13 +62,12 @@ class Tracker:
     ) -> None:
         self._folder, self._wandb_cfg, self._config = folder, wandb_cfg, config
         self._is_writer, self._total_steps, self._start_step = is_writer, total_steps, start_step
-        self._run: Any = None
 
     def __enter__(self) -> Tracker:
         if self._is_writer:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._open_metrics(self._start_step)
-            self._run = self._start_wandb()
+            self._wandb = WandbRun(self._folder, self._wandb_cfg, self._config, self._lines())
             self._console = _ConsoleView(self._total_steps, self._start_step)
         return self
 
@@ -98,12 +80,10 @@ class Tracker:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._console.show(step, values)
-        if self._run is not None:
-            # `step` is a value, not W&B's own counter: that one refuses to go back when a run resumes.
-            self._run.log({"step": step} | values)
+        self._wandb.log(step, values)
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of 0-based `step` and later, from where training goes on. W&B keeps the values it was sent."""
+        """Drop the lines of 0-based `step` and later, from where training goes on; W&B keeps what it has."""
         if self._is_writer:
             self._file.close()
             self._open_metrics(step)
@@ -119,41 +99,11 @@ class Tracker:
             return
         self._console.close()
         self._file.close()
-        if self._run is not None:
-            self._run.finish(exit_code=0 if kind is None else 1)
+        self._wandb.finish(exit_code=0 if kind is None else 1)
 
-    def _start_wandb(self) -> Any:
-        mode = wandb_mode(self._wandb_cfg.mode)
-        if mode == "disabled":
-            return None
-        try:
-            import wandb
-
-            run = wandb.init(
-                mode=mode,
-                project=self._wandb_cfg.project,
-                name=self._wandb_cfg.name or self._folder.resolve().parent.name,
-                id=self._wandb_id(secrets.token_hex(4)),
-                resume="allow",
-                dir=str(self._folder),
-                config=self._config,
-                settings=wandb.Settings(console="off"),
-            )
-            run.define_metric("step")
-            run.define_metric("*", step_metric="step")
-            return run
-        except Exception as error:  # network, login, a full disk: no metric service may end a training
-            reason = str(error).strip().partition("\n")[0]
-            _log.warning("W&B did not start (%s: %s); training goes on without it.", type(error).__name__, reason)
-            return None
-
-    def _wandb_id(self, new_id: str) -> str:
-        """Return the W&B id: that of the earlier process when training resumes, a new one when it starts."""
-        path = self._folder / WANDB_ID
-        if self._start_step > 0 and path.exists():
-            return path.read_text().strip()
-        atomic_write_text(path, new_id + "\n")
-        return new_id
+    def _lines(self) -> list[dict[str, Any]]:
+        """Return the lines of earlier processes, from which training goes on."""
+        return [json.loads(line) for line in (self._folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 class _ConsoleView:

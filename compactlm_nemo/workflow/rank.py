@@ -41,7 +41,7 @@ def candidate_config(config: Config, index: int, stop_after: int | None = None) 
         config,
         run=replace(config.run, dir=str(Path(config.run.dir) / FOLDER / str(index))),
         rank=RankConfig(),
-        wandb=replace(config.wandb, name=f"{config.wandb.name or Path(config.run.dir).name}-rank-{index}"),
+        wandb=config.wandb.part(config.run.dir, f"rank-{index}", job_type="rank"),
         prune=replace(config.prune, candidate=index),
         correct=config.correct.at_most(steps),
         distill=replace(

@@ -45,6 +45,7 @@ def round_config(config: Config, number: int, student: Dims, source: str) -> Con
         config,
         run=replace(config.run, dir=str(Path(config.run.dir) / f"round_{number}")),
         model=replace(config.model, source=source, hf_assets=None, architecture={}),
+        wandb=config.wandb.part(config.run.dir, f"round-{number}", job_type="round"),
         search=replace(SearchConfig(**axes), width=config.search.width, depth=config.search.depth),
         correct=config.correct.at_most(max(1, config.rounds.steps)),
         distill=replace(

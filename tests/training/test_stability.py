@@ -166,6 +166,7 @@ def _spike_goes_back(rank: int, world: int, root: Path) -> None:
     assert (end.step, end.skipped_batches, training.spikes.rewinds) == (13, 2, 1)
     assert training.rewound == [9]
     assert training.metrics[12]["train/rewinds"] == 1
+    assert [training.metrics[step]["train/batch"] for step in (8, 9, 12)] == [8, 11, 14]
 
     def passed_over(idx: int) -> Tensor:
         batch, place = divmod(idx, CONFIG.global_batch)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from compactlm_nemo.config.load import CONF
 from tests.support import commands
 from tests.support.tiny_run import command, metrics
-from tests.training.test_tracker import finished_records
+from tests.support.wandb_files import config_of, finished_records, history_rows
 
 ROOT = CONF.parent
 
@@ -75,20 +75,16 @@ def test_the_exported_folder_is_the_trained_student(finished: Path) -> None:
 def test_wandb_has_every_metric_of_every_step_and_the_configuration(finished: Path) -> None:
     records = finished_records(finished / "progress" / "distill", num_runs=1)
     (run,) = [record.run for record in records if record.HasField("run")]
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    config = config_of(run)
     assert config["distill.steps"] == 6 and config["search.ffn"] == [32]
-    history = [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.HasField("history")
-    ]
+    history = history_rows(records)
     lines = [json.loads(line) for line in (finished / "distill" / "metrics.jsonl").read_text().splitlines()]
     assert len(history) == len(lines) == 6
     for logged, line in zip(history, lines, strict=True):
         assert {key: logged[key] for key in line} == line
     assert {
         "train/loss", "train/kd_forward_kl", "train/lm_loss_nats", "train/teacher_lm_loss_nats", "train/grad_norm",
-        "train/lr", "train/tokens", "train/skipped_steps", "train/rewinds", "perf/tokens_per_second",
+        "train/lr", "train/tokens", "train/batch", "train/skipped_steps", "train/rewinds", "perf/tokens_per_second",
         "perf/tflops_per_device", "perf/step_seconds", "perf/peak_memory_bytes", "step",
     } == lines[0].keys()  # fmt: skip
 
