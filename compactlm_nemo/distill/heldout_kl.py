@@ -10,15 +10,19 @@ from torch import Tensor
 
 from compactlm_nemo.config.loss import LossConfig
 from compactlm_nemo.distill.teacher import Teacher
-from compactlm_nemo.losses.linear_kd import linear_kd
+from compactlm_nemo.losses.linear_kd import linear_kd, masked
 from compactlm_nemo.losses.targets import Targets
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
+from compactlm_nemo.models.layout import context_positions
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.training.batches import Batch
 
 GROUP = 8
 """Micro-batches whose teacher states are held at once."""
+
+MOST_RANGES = 8
+"""Ranges of positions whose KL is told apart."""
 
 
 class KDLoss(NamedTuple):
@@ -28,6 +32,8 @@ class KDLoss(NamedTuple):
     """Student's language-model loss."""
     kl: float
     """KL(teacher || student) at temperature 1."""
+    kl_from: dict[int, float]
+    """First position of a range -> the KL over its positions, which reach to the next range's first."""
 
 
 @torch.no_grad()
@@ -45,8 +51,12 @@ def evaluate_kd_loss(
     """
     mesh = student.mesh
     share = DataParallelSamples(windows_NT, mesh, micro_batch)
+    length = windows_NT.shape[1] - 1
+    num_ranges = min(MOST_RANGES, length)
+    places_S = context_positions(length // mesh.cp_size, mesh.cp_rank, mesh.cp_size, windows_NT.device)
+    ranges_S = places_S * num_ranges // length
     student.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=windows_NT.device)
+    sums = torch.zeros(3 + 2 * num_ranges, dtype=torch.float64, device=windows_NT.device)
     for first in range(0, len(share.batches), GROUP):
         batches = share.batches[first : first + GROUP]
         targets = teacher.targets([Batch(batch, ()) for batch in batches])
@@ -56,9 +66,20 @@ def evaluate_kd_loss(
             counts_B = share.counted(first + idx, mesh.dp_rank).to(labels_SB.device, non_blocking=True)
             mask_N = counts_B.float().expand_as(labels_SB).flatten()
             hidden_NH, labels_N = hidden_SBH.flatten(0, 1), labels_SB.flatten()
-            losses = linear_kd(hidden_NH, student.head(), targets[idx], labels_N, mask_N, loss=LossConfig())
-            return torch.stack([losses.ce_sum, losses.terms["forward_kl"], mask_N.sum()]).double()
+            losses = linear_kd(
+                hidden_NH, student.head(), targets[idx], labels_N, mask_N, loss=LossConfig(), keep_values=True
+            )
+            assert losses.values_LN is not None
+            ranges_N = ranges_S[:, None].expand_as(labels_SB).flatten()
+            kl_N = masked(losses.values_LN[0], mask_N)
+            by_range = [
+                mask_N.new_zeros(num_ranges).double().index_add(0, ranges_N, v.double()) for v in (kl_N, mask_N)
+            ]
+            whole = torch.stack([losses.ce_sum, losses.terms["forward_kl"], mask_N.sum()]).double()
+            return torch.cat([whole, *by_range])
 
         sums += sum(forward_each(student, [batch[:, :-1] for batch in batches], visit), torch.zeros_like(sums))
-    lm_loss, kl, tokens = last_stage_total(sums, mesh).tolist()
-    return KDLoss(lm_loss / tokens, kl / tokens)
+    lm_loss, kl, tokens, *by_range = last_stage_total(sums, mesh).tolist()
+    firsts = [-(-number * length // num_ranges) for number in range(num_ranges)]
+    pairs = zip(by_range[:num_ranges], by_range[num_ranges:], strict=True)
+    return KDLoss(lm_loss / tokens, kl / tokens, dict(zip(firsts, [kl / num for kl, num in pairs], strict=True)))

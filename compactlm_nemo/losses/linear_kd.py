@@ -35,6 +35,9 @@ class LinearKD(NamedTuple):
     """Student's language-model loss in nats at T = 1, detached."""
     teacher_ce_sum: Tensor
     """Teacher's language-model loss in nats at T = 1, detached."""
+    values_LN: Tensor | None
+    """What each token adds to those sums where the mask is 1: terms in order, then both models' cross entropy; None
+    unless they were to be kept."""
 
 
 def linear_kd(
@@ -47,6 +50,7 @@ def linear_kd(
     loss: LossConfig,
     temperature: float = 1.0,
     backward_once: bool = False,
+    keep_values: bool = False,
 ) -> LinearKD:
     """Return the summed distillation loss, computed chunk by chunk together with its gradient.
 
@@ -67,6 +71,7 @@ def linear_kd(
         temperature: T above, > 0. Cross entropy is at T = 1 always.
         backward_once: Backward scales the kept gradient in place instead of a copy, so it may run once only; saves
             memory as large as both inputs.
+        keep_values: The values of each token are returned too.
     Returns:
         ``LinearKD``. Logits and their gradient are multiplied in the input dtype, all else is float32, or float64 for
         float64 inputs; the ranks' shares of the hidden states' gradient are added in float32, on a GPU in their dtype.
@@ -86,10 +91,12 @@ def linear_kd(
     losses = weighted_losses(loss)
     fused = head.is_fused(hidden_NH)
     objective = Objective(losses, loss.cross_entropy, temperature, head.shard, with_gradient=any(wanted), fused=fused)
-    chunked = _ChunkedLoss(head, targets, objective, labels_N, mask_N, wanted, backward_once)
+    shape = (len(losses) + 2, hidden_NH.shape[0])
+    values_LN = hidden_NH.new_empty(shape, dtype=at_least_float32(hidden_NH)) if keep_values else None
+    chunked = _ChunkedLoss(head, targets, objective, labels_N, mask_N, wanted, backward_once, values_LN)
     loss_sum, sums = _LinearKD.apply(hidden_NH, head.weight_VH, chunked)
     *terms, ce_sum, teacher_ce_sum = sums.unbind()
-    return LinearKD(loss_sum, dict(zip(losses, terms, strict=True)), ce_sum, teacher_ce_sum)
+    return LinearKD(loss_sum, dict(zip(losses, terms, strict=True)), ce_sum, teacher_ce_sum, values_LN)
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,8 @@ class _ChunkedLoss:
     wanted: tuple[bool, bool]
     """Whether hidden states and head want a gradient."""
     backward_once: bool
+    values_LN: Tensor | None
+    """Takes the values of each token; None where sums alone are wanted."""
 
     def run(self, hidden_NH: Tensor, gradients: _Gradients) -> Tensor:
         """Return ``[L + 2]``: the sums of each loss and of both models' cross entropy; adds to `gradients`."""
@@ -114,6 +123,8 @@ class _ChunkedLoss:
             labels_N, mask_N = self.labels_N[rows], self.mask_N[rows].to(sums.dtype)
             for block, values_LN in self.targets.compare(rows, logits_NV, labels_N, self.objective):
                 sums += masked(values_LN, mask_N[block]).sum(dim=-1)
+                if self.values_LN is not None:
+                    self.values_LN[:, rows][:, block] = values_LN
             if self.objective.with_gradient:
                 gradients.add(rows, logits_NV, mask_N)  # the comparison has made the gradient of the logits
             del logits_NV  # before the next chunk's are made

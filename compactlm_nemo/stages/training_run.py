@@ -216,6 +216,7 @@ def _heldout_metrics(run: Run, student: ModelChunks, teacher: Teacher) -> Callab
             if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)):
                 got = evaluate_kd_loss(student, teacher, windows, micro_batch=micro_batch)
                 values |= {f"eval/{name}_lm_loss_nats": got.lm_loss, f"eval/{name}_kl_nats": got.kl}
+                values |= {f"eval/{name}_kl_nats_from_{first}": kl for first, kl in got.kl_from.items()}
             else:
                 loss = evaluate_lm_loss(student, windows, micro_batch=micro_batch, progress=lambda samples: None)
                 values[f"eval/{name}_lm_loss_nats"] = loss.loss_nats
