@@ -39,7 +39,7 @@ CONFIG = Config(
 TEXT = {"score", "correct_teacher", "cache_teacher", "distill"}
 """Stages that draw samples from the training text."""
 READ_BY = {
-    "run.dir": set(), "run.seed": TEXT,
+    "run": set(), "run.seed": TEXT,
     "model": set(), "model.precision": {"import_model"},
     "parallel": set(),
     "data": TEXT, "data.train": TEXT | {"tokenize"}, "data.heldout": {"tokenize"},
@@ -58,7 +58,8 @@ READ_BY = {
         f"distill.{name}": set()
         for name in (
             "teacher_tp", "teacher_pp", "stop_after", "micro_batch", "loss_memory_mib", "recompute", "overlap",
-            "checkpoint_every", "keep_checkpoints", "log_every", "eval_every", "eval_tokens", "peak_tflops",
+            "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every", "eval_every", "eval_tokens",
+            "peak_tflops",
         )
     },
     "evaluate": {"evaluate"}, "evaluate.micro_batch": set(),
@@ -134,7 +135,7 @@ def _void(before: Config, after: Config) -> set[str]:
 
 
 def _readers(key: str) -> set[str]:
-    while key not in READ_BY:
+    while key not in READ_BY and "." in key:
         key = key.rpartition(".")[0]
     return READ_BY[key]
 
