@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from compactlm_nemo.config.load import CONF, compose
 from compactlm_nemo.config.run import WandbConfig, WandbMode
@@ -40,9 +42,11 @@ with Tracker(Path(sys.argv[1]), cfg, {}, True, 16, start_step=start) as tracker:
 
 
 @pytest.fixture(autouse=True)
-def no_words_of_wandb_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_words_of_wandb_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
+    yield
+    wandb.teardown()
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -119,6 +123,7 @@ def test_the_config_and_the_words_of_the_settings_are_sent_and_no_secret(
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     for word in ("PROJECT", "NAME", "ENTITY", "RUN_GROUP", "JOB_TYPE", "NOTES", "TAGS"):
         monkeypatch.setenv(f"WANDB_{word}", f"env-{word.lower()}")
+    wandb.teardown()  # W&B reads its environment once a process
     given = WandbConfig(
         mode=WandbMode.offline, project="p", name="n", entity="e", group="g", job_type="j", notes="o", tags=["t", "u"]
     )
@@ -193,8 +198,6 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_training_goes_on_when_wandb_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wandb = pytest.importorskip("wandb")
-
     def fail(**_: Any) -> None:
         raise wandb.errors.CommError("no network\nsecond line")
 
