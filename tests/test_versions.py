@@ -102,6 +102,14 @@ def test_the_table_has_one_row_for_each_file_of_pins() -> None:
     assert rows == {pins.file: [pins.python, *pins.versions.values()] for pins in PINS}
 
 
+def test_continuous_integration_runs_the_second_newest_combination_too() -> None:
+    second = sorted(PINS, key=lambda pins: Version(pins.versions["torch"]))[-2]
+    assert second.file == f"python{second.python}.txt"
+    script = (ROOT / ".ci" / "run").read_text()
+    assert f"second=python{second.python}\n" in script
+    assert all((ROOT / path).exists() for path in re.findall(r"tests/[\w/.]+", script))
+
+
 # --- pip beside NVIDIA's builds ----------------------------------------------------------------------------------
 
 
