@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def hook_experts(hooks: ActivationHooks, moe: Any, layer_idx: int) -> None:
-    """Measure a Megatron MoE layer with the all-gather dispatcher, which keeps the place of every token."""
+    """Measure a Megatron MoE layer, whichever rank a token comes from."""
     places = TokenPlaces(hooks.mesh, moe)
     hooks.handles += places.follow()
     for local, expert in enumerate(moe.experts.local_experts):
@@ -58,11 +58,13 @@ class TokenPlaces:
         self.shape = (hidden_SBH.shape[0], hidden_SBH.shape[1])
 
     def dispatch(self, tokens_per_expert: Tensor) -> None:
-        """Work out the samples; rows that an expert sees are numbered `(rank in the group, position, sample)`."""
-        length, batch = self.shape
-        rows = self.moe.token_dispatcher.reversed_local_input_permutation_mapping
-        ep_rank = rows // (length * batch) // self.tp_ranks
-        self.samples = (ep_rank * batch + rows % batch).split(tokens_per_expert.tolist())
+        """Send the samples of this rank's rows, `(position, sample)`, the way that the rows went to the experts."""
+        dispatcher, batch = self.moe.token_dispatcher, self.shape[1]
+        sample_N = self.mesh.ep_rank * batch + dispatcher.reversed_local_input_permutation_mapping % batch
+        with torch.no_grad():
+            sample_N1, _ = dispatcher.token_dispatch(sample_N[:, None], sample_N)
+            sample_N1, _, _ = dispatcher.dispatch_postprocess(sample_N1, sample_N1[:, 0])
+        self.samples = sample_N1[:, 0].split(tokens_per_expert.tolist())
 
     @property
     def tp_ranks(self) -> int:

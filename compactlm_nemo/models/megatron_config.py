@@ -79,6 +79,6 @@ def _expert_settings(dims: Dims) -> dict[str, Any]:
         "moe_router_pre_softmax": not dims.norm_topk,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "allgather",  # keeps the order of the tokens, by which scoring tells samples apart
+        "moe_token_dispatcher_type": "alltoall",  # a token is sent to the ranks of its experts, not to all
         "moe_shared_expert_intermediate_size": dims.shared_expert_ffn or None,
     }

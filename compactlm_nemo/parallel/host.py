@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -25,6 +26,9 @@ class _InertStream:
     """Stands for a CUDA stream: everything on a CPU is already ordered."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def record_event(self) -> _InertStream:
+        return self
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
@@ -87,6 +91,37 @@ def _write_checkpoints_in_this_process() -> None:
     filesystem_async._results_queue = queue.Queue()
 
 
+def _host_values(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+    """Return what Megatron's function of that purpose copies from a device: a collective takes no tensor as sizes."""
+    return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+
+def _gather_parts(part: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """Return the parts of all ranks, `sizes` rows each, one after another; gloo gathers none but equal ones."""
+    whole = part.new_zeros(sum(sizes), *part.shape[1:])
+    whole.split(sizes)[group.rank()].copy_(part)
+    dist.all_reduce(whole, group=group)
+    return whole
+
+
+def _sum_own_part(whole: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """Return this rank's rows of the sum over the ranks, rank r has `sizes[r]`; gloo scatters none but equal parts."""
+    total = whole.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total.split(sizes)[group.rank()].clone()
+
+
+def _unless_uneven(megatron: Callable[..., Any], uneven: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Megatron's collective along the first dimension, and `uneven` where the sizes of the parts are given."""
+
+    def collective(x: torch.Tensor, group: Any, sizes: list[int] | None = None, *buffer: Any, **named: Any) -> Any:
+        if sizes is None or group.size() == 1:
+            return megatron(x, group, sizes, *buffer, **named)
+        return uneven(x, group, sizes)
+
+    return collective
+
+
 _mode: _CudaNamesMeanCpu | None = None
 
 
@@ -111,10 +146,16 @@ def use_cpu() -> None:
     torch.cuda.Stream = torch.cuda.Event = _InertStream  # type: ignore[misc,assignment]
     torch.cuda.current_stream = torch.cuda.default_stream = _InertStream  # type: ignore[assignment]
     torch.cuda.stream = _no_stream  # type: ignore[assignment]
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
     megatron_random._get_cuda_rng_state = _cpu_rng_state
     megatron_random._set_cuda_rng_state = _set_cpu_rng_state
+    token_dispatcher.maybe_move_tensor_to_cpu = _host_values
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+    mappings._gather_along_first_dim = _unless_uneven(gather, _gather_parts)
+    mappings._reduce_scatter_along_first_dim = _unless_uneven(reduce_scatter, _sum_own_part)
     _undo_megatron_fusions()
     _mode = _CudaNamesMeanCpu()
     _mode.__enter__()

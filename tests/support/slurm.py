@@ -22,9 +22,11 @@ RECORDER = """#!{python}
 import json, os, sys
 keys = ["MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NNODES", "SLURMD_NODENAME"]
 keys += ["CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS"]
-env = {{key: os.environ.get(key) for key in keys + ["NCCL_IB_HCA", "NCCL_DEBUG", "RANK", "WORLD_SIZE"]}}
+keys += ["NCCL_IB_HCA", "NCCL_DEBUG", "TORCH_NCCL_DUMP_ON_TIMEOUT", "RANK", "WORLD_SIZE"]
+env = {{key: os.environ.get(key) for key in keys}}
 name = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-with open({folder!r} + "/{prefix}" + name + ".json", "w") as file:
+checks = "-check" if "recipes.check_nodes" in sys.argv else ""
+with open({folder!r} + "/{prefix}" + name + checks + ".json", "w") as file:
     json.dump({{"argv": sys.argv[1:], "env": env}}, file)
 """
 FAKE_SRUN = """#!{python}
@@ -37,6 +39,7 @@ os.execvp(sys.argv[1 + count], sys.argv[1 + count :])
 """
 # `yes`-long output: the first line must be taken without breaking the pipe.
 FAKE_SCONTROL = """#!/bin/bash
+[[ "$1" == requeue ]] && exec touch {folder}/requeued-"$2"
 [[ "$*" == "show hostnames gpu[01-99]" ]] || exit 7
 for i in $(seq 1 20000); do printf '{host}-%d\\n' "$i"; done | sed '1s/.*/{host}/'
 """
@@ -56,7 +59,7 @@ def run_with_stubs(
     folder, bin_dir = str(tmp_path), tmp_path / "bin"
     recipes_in(tmp_path)
     write_script(bin_dir / "srun", FAKE_SRUN, folder=folder)
-    write_script(bin_dir / "scontrol", FAKE_SCONTROL, host=host)
+    write_script(bin_dir / "scontrol", FAKE_SCONTROL, host=host, folder=folder)
     write_script(bin_dir / "python", RECORDER, folder=folder, prefix="python")
     job = {"SLURM_JOB_ID": "135791", "SLURM_JOB_NODELIST": "gpu[01-99]", "SLURM_NNODES": "3"}
     return subprocess.run(

@@ -1,0 +1,153 @@
+"""A Slurm of two nodes on this machine, where its programs are installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+SlurmctldPort={ports[0]}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdSpoolDir={folder}/spool-%n
+StateSaveLocation={folder}/state
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+SlurmdTimeout=15
+GresTypes=gpu
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 Gres=gpu:8
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 Gres=gpu:8
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for sock in sockets:
+        sock.bind(("127.0.0.1", 0))
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+def _missing_for_slurm() -> str:
+    if os.name != "posix" or os.geteuid() != 0:
+        return "needs root to start Slurm's daemons"
+    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    programs = ("sbatch", "srun", "scontrol", "sinfo", "munged", "slurmctld", "slurmd")
+    missing = [name for name in programs if not shutil.which(name, path=path)]
+    return f"needs Slurm and munge installed; missing: {', '.join(missing)}" if missing else ""
+
+
+@contextmanager
+def slurm_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Start a munged, a slurmctld and two slurmd of this test alone; yield the environment that clients need."""
+    reason = _missing_for_slurm()
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path / "s"
+    for name in ("state", "spool-n1", "spool-n2"):
+        (folder / name).mkdir(parents=True)
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o400)
+    conf = folder / "slurm.conf"
+    conf.write_text(SLURM_CONF.format(host=socket.gethostname().split(".")[0], folder=folder, ports=_free_ports(3)))
+    # Plain files stand for the GPUs: slurmd counts them and never opens them.
+    for gpu in range(8):
+        (folder / f"gpu{gpu}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
+    env = os.environ | {"SLURM_CONF": str(conf), "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+    munge = [f"--{name}={folder}/munge.{end}" for name, end in (("key-file", "key"), ("socket", "socket"))]
+    munge += [f"--{name}={folder}/munge.{end}" for name, end in (("pid-file", "pid"), ("log-file", "log"))]
+    commands = [
+        ["munged", "--foreground", "--force", *munge, f"--seed-file={folder}/munge.seed"],
+        ["slurmctld", "-D", "-f", str(conf)],
+        ["slurmd", "-D", "-f", str(conf), "-N", "n1"],
+        ["slurmd", "-D", "-f", str(conf), "-N", "n2"],
+    ]
+    daemons: list[subprocess.Popen[bytes]] = []
+    try:
+        for command in commands:
+            with (folder / "daemons.log").open("ab") as log:
+                daemons.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+            if command[0] == "munged":
+                wait_for(lambda: (folder / "munge.socket").exists(), folder, "munged")
+        wait_for(lambda: _idle_nodes(env) == 2, folder, "two idle nodes")
+        yield env
+    finally:
+        if len(daemons) == len(commands):  # a test that failed leaves no job behind
+            subprocess.run(["scancel", "--partition=all"], env=env, capture_output=True, timeout=60)
+            end = time.monotonic() + 60  # the daemons would leave its processes behind
+            while time.monotonic() < end and subprocess.run(
+                ["squeue", "--noheader"], env=env, capture_output=True, timeout=30
+            ).stdout.strip():
+                time.sleep(0.5)
+        for daemon in reversed(daemons):
+            daemon.terminate()
+        for daemon in daemons:
+            try:
+                daemon.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+def wait_for(holds: Callable[[], bool], folder: Path, what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in folder.glob("*.log"))
+            pytest.fail(f"no {what} within {seconds:g} s\n{logs}")
+        time.sleep(0.2)
+
+
+def _idle_nodes(env: dict[str, str]) -> int:
+    command = ["sinfo", "--noheader", "--Node", "--format=%T"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30)
+    return done.stdout.split().count("idle")
+
+
+def job_facts(job: str, env: dict[str, str]) -> dict[str, str]:
+    """Return what `scontrol show job` says of a job."""
+    shown = subprocess.run(["scontrol", "show", "job", job], env=env, capture_output=True, text=True, check=True).stdout
+    return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+
+def kill_node(node: str, env: dict[str, str]) -> None:
+    """SIGKILL a node's daemon and all that it runs, as if its power was cut."""
+    conf = env["SLURM_CONF"]
+    daemons = [
+        process
+        for process in psutil.process_iter()
+        if process.cmdline()[:1] == ["slurmd"] and conf in process.cmdline() and process.cmdline()[-1] == node
+    ]
+    (daemon,) = daemons
+    steps = [
+        process
+        for process in psutil.process_iter()
+        if " ".join(process.cmdline()).startswith("slurmstepd:") and process.environ().get("SLURM_CONF") == conf
+    ]
+    for process in [daemon, *steps]:
+        for victim in [process, *process.children(recursive=True)]:
+            victim.kill()
