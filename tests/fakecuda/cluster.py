@@ -30,7 +30,7 @@ from compactlm_nemo.parallel import host
 from compactlm_nemo.parallel.launch import start_mesh
 from compactlm_nemo.parallel.mesh import Mesh
 from tests.fakecuda.counts import Counts
-from tests.fakecuda.device import IS_HERE, REASON, FakeDevice, fake_module_to
+from tests.fakecuda.device import IS_HERE, REASON, FakeDevice, fake_module_to, let_be
 
 
 def skip_without_fake_cuda() -> None:
@@ -87,6 +87,29 @@ def _object_collectives(world: int, gathered: Gathered | None) -> dict[str, Any]
     )}  # fmt: skip
 
 
+def _sizes_of_dispatch(preprocess: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return the stand-in for what a dispatcher counts: as every mask selects all, all tokens go to every expert."""
+
+    def stand_in(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
+        tokens_per_expert = preprocess(dispatcher, routing_map)
+        tokens = routing_map.shape[0]
+        sent = tokens * dispatcher.num_local_experts
+        sizes = [
+            (tokens_per_expert, tokens * dispatcher.tp_size * dispatcher.ep_size),
+            (dispatcher.input_splits, sent),
+            (dispatcher.output_splits, sent),
+            (dispatcher.output_splits_tp, sent * dispatcher.ep_size),
+        ]
+        if dispatcher.num_local_experts > 1:
+            sizes.append((dispatcher.num_global_tokens_per_local_expert, tokens))
+        for tensor, size in sizes:
+            if tensor is not None:
+                let_be(tensor, torch.full(tensor.shape, size))
+        return tokens_per_expert
+
+    return stand_in
+
+
 @contextlib.contextmanager
 def cluster(world: int = 1, rank: int = 0, *, gathered: Gathered | None = None, **layout: Any) -> Iterator[Cluster]:
     """Be one rank of a cluster for the body.
@@ -98,6 +121,7 @@ def cluster(world: int = 1, rank: int = 0, *, gathered: Gathered | None = None, 
         layout: Fields of `ParallelConfig`.
     """
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     host.use_cpu()  # as `launched` does; no part of the CPU's stand-ins may be there
@@ -124,6 +148,8 @@ def cluster(world: int = 1, rank: int = 0, *, gathered: Gathered | None = None, 
             stack.enter_context(mock.patch.object(waiting, "synchronize", device.synchronize))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda self: self.cpu().tolist()))
         stack.enter_context(mock.patch.object(torch, "save", _save))
+        sizes = _sizes_of_dispatch(MoEAlltoAllTokenDispatcher.preprocess)
+        stack.enter_context(mock.patch.object(MoEAlltoAllTokenDispatcher, "preprocess", sizes))
         stack.callback(parallel_state.destroy_model_parallel)
         mesh = start_mesh(ParallelConfig(**layout), seed=1)
         stack.enter_context(device)

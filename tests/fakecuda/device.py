@@ -37,6 +37,11 @@ _MATH = "math"
 _SAME = ("aten::detach", "aten::alias")
 
 
+def let_be(x: Tensor, values: Tensor) -> None:
+    """Let a tensor on the device have values, until it is written."""
+    x.known = (values, x._version)  # type: ignore[attr-defined]
+
+
 def _known(x: Any) -> Tensor | None:
     """Return the values of a tensor that was copied to the device and not written since."""
     values, version = getattr(x, "known", (None, None))
@@ -150,8 +155,9 @@ class FakeDevice(TorchDispatchMode):
         dtype = args[0].dtype
         return 1.0 if dtype.is_floating_point else dtype == torch.bool or 1
 
-    def _to_host(self, source: Tensor, dtype: torch.dtype | None) -> Tensor:
-        self._wait()
+    def _to_host(self, source: Tensor, dtype: torch.dtype | None, *, is_asynchronous: bool = False) -> Tensor:
+        if not is_asynchronous:
+            self._wait()
         if (known := _known(source)) is not None:
             return known.to(dtype or source.dtype, copy=True)
         return torch.ones(source.shape, dtype=dtype or source.dtype)
@@ -163,7 +169,8 @@ class FakeDevice(TorchDispatchMode):
     def _to_copy(self, func: Any, args: Any, kwargs: Any) -> Any:
         source, target = args[0], torch.device(kwargs.get("device") or args[0].device)
         if source.is_cuda and target.type == "cpu":
-            return self._to_host(source, kwargs.get("dtype"))
+            # Torch pins the memory of a copy that it makes without waiting: `pin_out` in TensorConversions.cpp.
+            return self._to_host(source, kwargs.get("dtype"), is_asynchronous=bool(kwargs.get("non_blocking")))
         if not source.is_cuda and target.type == "cuda":
             self._to_device(source, bool(kwargs.get("non_blocking")))
             out = self._run(func, args, kwargs)

@@ -33,6 +33,13 @@ STEP = [
     Listed("megatron/core/distributed/finalize_model_grads.py", "finalize_model_grads", "num_tokens > 0", 2),
 ]
 """In a step of distillation, under any layout."""
+EXPERT_LAYER = [
+    # Which rows the tokens become is looked up in the router's mask; Megatron-Core sorts instead from 0.18 on.
+    Listed("megatron/core/transformer/moe/moe_utils.py", "permute", "masked_select(routing_map)", 8),
+    # How many tokens each rank sends and gets is known before they go.
+    Listed("megatron/core/transformer/moe/token_dispatcher.py", "_maybe_dtoh_and_synchronize", "synchronize()", 4),
+]
+"""In a layer with experts of a teacher and a student, two micro-batches."""
 HIDDEN_LOSS = [
     # The ratio of the logit loss to the others is known before the next step.
     Listed("distill/hidden_states.py", "_finish", ".cpu()", 2),

@@ -20,7 +20,6 @@ WAITING = {
     "item": lambda: x(1).item(),
     "bool": lambda: bool(x(1) > 0),
     "cpu": lambda: x(3).cpu(),
-    "cpu without waiting": lambda: x(3).to("cpu", non_blocking=True),
     "copy to the host": lambda: torch.zeros(3).copy_(x(3)),
     "nonzero": lambda: x(3).nonzero(),
     "mask": lambda: x(3)[x(3) > 0],
@@ -35,6 +34,7 @@ WAITING = {
     "barrier": lambda: dist.barrier(),
 }
 QUEUED = {
+    "cpu without waiting": lambda: x(3).to("cpu", non_blocking=True),
     "arithmetic": lambda: (x(3) + 1) * torch.tensor(2.0),
     "index": lambda: x(3)[torch.arange(2, device="cuda")],
     "fill by mask": lambda: x(3).__setitem__(x(3) > 0, 0),

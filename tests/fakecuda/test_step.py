@@ -9,7 +9,7 @@ import torch
 
 from tests.fakecuda.cluster import cluster, skip_without_fake_cuda
 from tests.fakecuda.experiment import distillation_step
-from tests.fakecuda.listed import STEP, unlisted
+from tests.fakecuda.listed import EXPERT_LAYER, STEP, unlisted
 
 skip_without_fake_cuda()
 
@@ -70,9 +70,12 @@ def test_attention_never_writes_all_scores(case: str, context: int) -> None:
 
 
 @pytest.mark.parametrize("layout", [{"ep": 4}, {"ep": 2, "tp": 2, "sequence_parallel": True}, {"ep": 2, "pp": 2}])
-def test_experts_are_on_the_device(layout: dict[str, Any]) -> None:
+def test_experts_wait_for_the_device_where_it_is_listed(layout: dict[str, Any]) -> None:
     with cluster(world=8, **layout) as there:
         distillation_step(there, dims={"layers": 1, **EXPERTS}, length=SHORT)
+    assert not unlisted(there.counts, [*STEP, *EXPERT_LAYER])
+    sent = {(key.kind, key.size) for key in there.counts.collectives if key.group == "expert_model_parallel"}
+    assert sent == {("alltoall_base", layout["ep"])}
     assert "math" not in there.counts.attention
 
 
