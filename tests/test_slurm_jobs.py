@@ -137,7 +137,12 @@ def test_a_job_whose_node_is_lost_goes_on_on_another_to_equal_weights(
     node = job_facts(job, env)["NodeList"]
     kill_node(node, env)
     assert not (run / "distill" / "manifest.json").exists(), "killed too late to show anything"
-    wait_for(lambda: job_facts(job, env)["JobState"] == "PENDING", tmp_path / "s", f"requeued job\n{job_facts(job, env)}", 180)
+    wait_for(
+        lambda: job_facts(job, env)["JobState"] == "PENDING",
+        tmp_path / "s",
+        f"requeued job\n{job_facts(job, env)}",
+        180,
+    )
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=env, check=True)
     wait_for(lambda: job_facts(job, env)["JobState"] == "COMPLETED", tmp_path, "end", PIPELINE_SECONDS)
     facts = job_facts(job, env)

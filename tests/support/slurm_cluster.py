@@ -100,9 +100,10 @@ def slurm_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
         if len(daemons) == len(commands):  # a test that failed leaves no job behind
             subprocess.run(["scancel", "--partition=all"], env=env, capture_output=True, timeout=60)
             end = time.monotonic() + 60  # the daemons would leave its processes behind
-            while time.monotonic() < end and subprocess.run(
-                ["squeue", "--noheader"], env=env, capture_output=True, timeout=30
-            ).stdout.strip():
+            while (
+                time.monotonic() < end
+                and subprocess.run(["squeue", "--noheader"], env=env, capture_output=True, timeout=30).stdout.strip()
+            ):
                 time.sleep(0.5)
         for daemon in reversed(daemons):
             daemon.terminate()
