@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import commands
 from tests.support.slurm import OVERRIDES, RECORDER, ROOT, SCRIPT, recipes_in, write_script
-from tests.support.slurm_cluster import job_facts, kill_node, slurm_cluster, wait_for
+from tests.support.slurm_cluster import job_facts, slurm_cluster, wait_for
 from tests.support.stopped_runs import copy_artifacts, equal_weights, logged_steps
 from tests.support.tiny_run import command, make_inputs, metrics
 
@@ -124,30 +124,6 @@ def _prepared(tmp_path: Path, slurm_env: dict[str, str]) -> tuple[Path, Path, li
     python = write_script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n[12]:/127.0.0.1:}}"\n')
     env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
     return whole, run, [str(SCRIPT), "distill", *command(inputs, run, *size)[2:]], env | {"PYTHONPATH": str(ROOT)}
-
-
-@pytest.mark.slow
-def test_a_job_whose_node_is_lost_goes_on_on_another_to_equal_weights(
-    tmp_path: Path, slurm_env: dict[str, str]
-) -> None:
-    whole, run, words, env = _prepared(tmp_path, slurm_env)
-    line = ["sbatch", "--parsable", "--nodes=1", *words, "distill.checkpoint_every=20"]
-    job = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.strip()
-    wait_for(lambda: logged_steps(run) >= 30, tmp_path, "steps", PIPELINE_SECONDS)
-    node = job_facts(job, env)["NodeList"]
-    kill_node(node, env)
-    assert not (run / "distill" / "manifest.json").exists(), "killed too late to show anything"
-    wait_for(
-        lambda: job_facts(job, env)["JobState"] == "PENDING",
-        tmp_path / "s",
-        f"requeued job\n{job_facts(job, env)}",
-        180,
-    )
-    subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], env=env, check=True)
-    wait_for(lambda: job_facts(job, env)["JobState"] == "COMPLETED", tmp_path, "end", PIPELINE_SECONDS)
-    facts = job_facts(job, env)
-    assert facts["Restarts"] == "1" and facts["NodeList"] not in (node, "(null)")
-    assert equal_weights(run / "distill", whole / "distill")
 
 
 @pytest.mark.slow

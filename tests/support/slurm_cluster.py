@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 SLURM_CONF = """
@@ -34,7 +33,6 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
-SlurmdTimeout=15
 GresTypes=gpu
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 Gres=gpu:8
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 Gres=gpu:8
@@ -133,22 +131,3 @@ def job_facts(job: str, env: dict[str, str]) -> dict[str, str]:
     """Return what `scontrol show job` says of a job."""
     shown = subprocess.run(["scontrol", "show", "job", job], env=env, capture_output=True, text=True, check=True).stdout
     return dict(word.split("=", 1) for word in shown.split() if "=" in word)
-
-
-def kill_node(node: str, env: dict[str, str]) -> None:
-    """SIGKILL a node's daemon and all that it runs, as if its power was cut."""
-    conf = env["SLURM_CONF"]
-    daemons = [
-        process
-        for process in psutil.process_iter()
-        if process.cmdline()[:1] == ["slurmd"] and conf in process.cmdline() and process.cmdline()[-1] == node
-    ]
-    (daemon,) = daemons
-    steps = [
-        process
-        for process in psutil.process_iter()
-        if " ".join(process.cmdline()).startswith("slurmstepd:") and process.environ().get("SLURM_CONF") == conf
-    ]
-    for process in [daemon, *steps]:
-        for victim in [process, *process.children(recursive=True)]:
-            victim.kill()
