@@ -56,7 +56,7 @@ EXPERT_RUNS: dict[str, list[str]] = {
 
 
 @contextlib.contextmanager
-def _launched(layout: ParallelConfig, seed: int) -> Iterator[Mesh]:
+def _launched(layout: ParallelConfig, seed: int, deadline: float | None = None) -> Iterator[Mesh]:
     with cluster(**vars(layout)) as there:
         yield there.mesh
 
