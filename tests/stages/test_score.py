@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from compactlm_nemo.artifacts import read_manifest, write_manifest
 from compactlm_nemo.config.load import compose
 from compactlm_nemo.data.windows import calibration_windows
 from compactlm_nemo.evaluation.harness import accuracy, run_tasks
@@ -235,5 +236,7 @@ def test_scores_of_another_model_are_refused(inputs: Path, scored: Path, tmp_pat
     run = Path(shutil.copytree(scored, tmp_path / "run"))
     scores = load_file(run / "score" / "scores.safetensors")
     save_file(scores, run / "score" / "scores.safetensors", metadata={"metadata": json.dumps({"model": "another"})})
+    manifest = read_manifest(run / "score")
+    write_manifest(run / "score", manifest["settings"], manifest["inputs"], manifest["results"])  # as the stage's own
     status, errors = _run(command(inputs, run, *FEW, recipe="search"))
     assert status == 2 and "holds scores of another model" in errors and len(errors.splitlines()) == 1, errors
