@@ -145,7 +145,7 @@ def test_a_job_that_is_warned_of_its_end_or_cancelled_goes_on_to_equal_weights(
     subprocess.run(["scancel", "--batch", "--signal=USR1", first], env=env, check=True)
     wait_for(lambda: job_facts(first, env)["JobState"] == "PENDING", tmp_path, f"requeued job\n{log()}", 120)
     assert "1 ranks on 1 nodes are alike" in log()
-    assert "stopped by SIGUSR1:" in log() and "requeued: the run ended with code 138" in log()
+    assert "stopped: distill: SIGUSR1: " in log() and "requeued: the run ended with code 138" in log()
     saved = logged_steps(run)
     assert saved < 300
     subprocess.run(["scontrol", "update", f"JobId={first}", "StartTime=now"], env=env, check=True)
@@ -154,6 +154,6 @@ def test_a_job_that_is_warned_of_its_end_or_cancelled_goes_on_to_equal_weights(
     second = submit()
     wait_for(lambda: job_facts(second, env)["JobState"] == "COMPLETED", tmp_path, "end", PIPELINE_SECONDS)
     assert job_facts(first, env)["JobState"] == "CANCELLED"
-    assert "stopped by SIGTERM:" in log()
+    assert "stopped: distill: SIGTERM: " in log()
     assert metrics(run) == metrics(whole)
     assert equal_weights(run / "distill", whole / "distill")

@@ -98,7 +98,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
             PeakMemory(),
             MetricsLog(tracker.log, every=cfg.log_every, rewind=tracker.rewind),
         ]
-        with watched(Path(config.run.dir), config.run.hang_minutes, all_gather_objects(socket.gethostname())):
+        with watched(state.parents[1], config.run.hang_minutes, all_gather_objects(socket.gethostname())):
             end = distill(student, teacher, samples.sample, cfg, callbacks, checkpoints=checkpoints)
     if end.step < cfg.steps:
         if asked.number:

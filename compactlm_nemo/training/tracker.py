@@ -32,8 +32,9 @@ def truncate_metrics(path: Path, step: int) -> None:
     """Drop the lines of `step` and later, and any line that a crash cut short, before training goes on at `step`."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    if num_damaged := sum(_step_of(line) is None for line in lines[:-1]):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
+    if num_damaged := sum(_step_of(line) is None for line in (lines if text.endswith("\n") else lines[:-1])):
         _log.warning("%s: %d lines are damaged and left out; the training itself is not touched.", path, num_damaged)
     atomic_write_text(path, "".join(f"{line}\n" for line in lines if _is_before(line, step)))
 

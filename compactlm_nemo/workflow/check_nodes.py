@@ -32,6 +32,7 @@ FEWEST_FREE_BYTES = 2**30
 
 
 TOKEN = ".check_nodes"
+"""How the file in `run.dir` begins that all ranks look for; each launch has its own, as tasks of an array share one."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,12 @@ def _look(folder: Path, mesh: Mesh) -> Node:
     with main_rank_writes() as writes:
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(folder / TOKEN, token)
-    sees = (folder / TOKEN).is_file() and (folder / TOKEN).read_text() == token
+            atomic_write_text(folder / f"{TOKEN}-{token}", token)
+    sees = (folder / f"{TOKEN}-{token}").is_file()
     barrier()
     clock = time.time()
     if is_main_rank():
-        (folder / TOKEN).unlink()
+        (folder / f"{TOKEN}-{token}").unlink()
     return Node(
         rank=launch_rank(),
         host=socket.gethostname(),
