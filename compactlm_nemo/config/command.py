@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compactlm_nemo.config.failures import FAULT, Failure, explain, tell_exit_code
+from compactlm_nemo.config.failures import FAULT, FAULTS, Failure, explain, tell_exit_code
 from compactlm_nemo.config.load import RUN, Root, compose_root, group_names, schema_reference
 from compactlm_nemo.config.schema import Config
 
@@ -26,9 +26,6 @@ T = TypeVar("T")
 
 MAIN_RANK_FIRST = 3.0
 """Seconds that other ranks leave to the main rank, whose launcher ends them as soon as it has told what failed."""
-
-FAULTS = "faults"
-"""Folder of `run.dir` with the tracebacks of faults."""
 
 
 def recipe(run: Callable[[Config], None], description: str | None) -> Callable[[], None]:

@@ -19,6 +19,9 @@ FAULT, USER, TRY_AGAIN = 1, 2, 75
 EXIT_FILE = "COMPACTLM_EXIT_FILE"
 """Variable with the path of the file that takes a run's exit code; `slurm/run.sbatch` sets it."""
 
+FAULTS = "faults"
+"""Folder of `run.dir` with the tracebacks of faults, and the stacks of ranks that hung."""
+
 FULL = 2**20
 """Free bytes of a file system below which a write that failed is taken for one that found no space."""
 
@@ -111,10 +114,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(cause))
         yield cause
         waiting += [cause.__cause__, cause.__context__]
-        for failed in (
-            getattr(cause, "failures", {}).values() if isinstance(getattr(cause, "failures", 0), dict) else ()
-        ):
-            waiting.append(failed[0] if isinstance(failed, tuple) else failed)
+        by_rank = getattr(cause, "failures", None)  # of torch's CheckpointException
+        if isinstance(by_rank, dict):
+            waiting += [failed[0] if isinstance(failed, tuple) else failed for failed in by_rank.values()]
 
 
 def _of_system(number: int | None, path: str | None, stage: str) -> Failure | None:

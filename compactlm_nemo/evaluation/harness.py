@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,17 @@ def harness_problem(cfg: EvaluateConfig) -> str:
 
 
 def unknown_tasks(cfg: EvaluateConfig) -> list[str]:
-    """Return those of `evaluate.tasks` that lm-eval does not know; it reads its index, which takes seconds."""
+    """Return those of `evaluate.tasks` that lm-eval does not know."""
+    manager = _task_manager(cfg.task_folder)
+    return [task for task in cfg.tasks if not manager.match_tasks([task])]
+
+
+@cache
+def _task_manager(task_folder: str | None) -> Any:
+    """Return lm-eval's index, which reads thousands of task files; a chain of runs asks for it before each stage."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=cfg.task_folder)
-    return [task for task in cfg.tasks if not manager.match_tasks([task])]
+    return TaskManager(include_path=task_folder)
 
 
 def run_tasks(folder: Path, cfg: EvaluateConfig) -> dict[str, float]:
@@ -125,7 +132,6 @@ def _main(folder: str, settings: str, left_out: str, results: str) -> None:
     import torch
     from jinja2.sandbox import SandboxedEnvironment
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     # Templates of task files are text of others: their own environment could reach all of Python.
     theirs = lm_eval.utils.env
@@ -139,7 +145,7 @@ def _main(folder: str, settings: str, left_out: str, results: str) -> None:
     lm: Any = HFLM(pretrained=folder, trust_remote_code=False, batch_size=cfg.micro_batch, device=device)
     lm.model.config.use_cache = False  # its places are counted by layer
     every = lm.model.model.layers
-    manager = TaskManager(include_path=cfg.task_folder)  # reads thousands of task files
+    manager = _task_manager(cfg.task_folder)
     for layers in json.loads(left_out)[finished.count("\n") :]:
         lm.model.model.layers = torch.nn.ModuleList(layer for i, layer in enumerate(every) if i not in layers)
         outcome = lm_eval.simple_evaluate(

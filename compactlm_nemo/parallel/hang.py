@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from compactlm_nemo.config.failures import TRY_AGAIN, tell_exit_code
+from compactlm_nemo.config.failures import FAULTS, TRY_AGAIN, tell_exit_code
 from compactlm_nemo.parallel.world import is_main_rank, launch_rank, launch_world_size
 
 GRACE_SECONDS = 5.0
@@ -76,7 +76,7 @@ def _watch(run_dir: Path, seconds: float, hosts: list[str], main: int, done: thr
 def _give_up(run_dir: Path, seconds: float, hosts: list[str], main: int) -> None:
     """Write where this rank is, say on one rank which one hangs, and end the process."""
     frames = traceback.extract_stack(sys._current_frames()[main])
-    folder = run_dir / "faults"
+    folder = run_dir / FAULTS
     begin = time.time()
     waits = any(frame.filename.endswith(_WAITING_IN) for frame in frames[-6:])
     at = frames[-1]

@@ -60,15 +60,18 @@ class Checkpoints:
     """Whether this rank makes and deletes folders."""
 
     def latest_step(self) -> int | None:
-        """Return finished steps at the newest complete checkpoint, None without one."""
-        return self._named_step()
+        """Return finished steps at the newest complete checkpoint, which `latest.json` names; None without one."""
+        try:
+            return int(json.loads((self.folder / LATEST).read_text())["step"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def drop_damaged(self, *others: Checkpoints) -> None:
         """Let the newest checkpoint that is whole, here and at the same step of `others`, be in force, and say so.
 
         Without one training begins anew. Every file of the checkpoints that are looked at is read once. Collective.
         """
-        named = broadcast_object(self._named_step() if self.is_main else None)
+        named = broadcast_object(self.latest_step() if self.is_main else None)
         steps = broadcast_object(sorted(self._steps(), reverse=True) if self.is_main else [])
         if named is not None:  # newer ones were being written when a run was killed
             steps = [step for step in steps if step <= named]
@@ -87,13 +90,6 @@ class Checkpoints:
             else:
                 atomic_write_text(self.folder / LATEST, json.dumps({"step": step}) + "\n")
         barrier()
-
-    def _named_step(self) -> int | None:
-        """Return the step that `latest.json` names, None without that file or where it is damaged."""
-        try:
-            return int(json.loads((self.folder / LATEST).read_text())["step"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
 
     def _steps(self) -> list[int]:
         """Return finished steps of the checkpoints that were written to their end."""

@@ -33,10 +33,10 @@ def truncate_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.splitlines()
-    if num_damaged := sum(_step_of(line) is None for line in (lines if text.endswith("\n") else lines[:-1])):
+    steps = [(_step_of(line), line) for line in text.splitlines()]
+    if num_damaged := sum(found is None for found, _ in (steps if text.endswith("\n") else steps[:-1])):
         _log.warning("%s: %d lines are damaged and left out; the training itself is not touched.", path, num_damaged)
-    atomic_write_text(path, "".join(f"{line}\n" for line in lines if _is_before(line, step)))
+    atomic_write_text(path, "".join(f"{line}\n" for found, line in steps if found is not None and found < step))
 
 
 class Tracker:
@@ -141,11 +141,6 @@ class _ConsoleView:
         parts = [f"loss {values[LOSS]:.4f}"] if LOSS in values else []
         parts += [f"{values[SPEED]:,.0f} tokens/s"] if SPEED in values else []
         return "  ".join([*parts, f"{remaining} left"])
-
-
-def _is_before(line: str, step: int) -> bool:
-    found = _step_of(line)
-    return found is not None and found < step
 
 
 def _step_of(line: str) -> int | None:

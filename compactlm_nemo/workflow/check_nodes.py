@@ -11,7 +11,6 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from compactlm_nemo.artifacts import atomic_write_text, git_commit, package_versions
@@ -19,9 +18,6 @@ from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError, listed
 from compactlm_nemo.parallel.world import is_main_rank, launch_rank, launch_world_size
 from compactlm_nemo.workflow.layout_checks import launch_problems
-
-if TYPE_CHECKING:
-    from compactlm_nemo.parallel.mesh import Mesh
 
 MOST_CLOCK_SECONDS = 10.0
 """Difference of the nodes' clocks: with more, times in logs and the end of a job mean little."""
@@ -65,8 +61,8 @@ def check_nodes(config: Config) -> None:
     from compactlm_nemo.parallel.launch import launched
 
     start = time.monotonic()
-    with launched(config.parallel, config.run.seed) as mesh:
-        nodes = all_gather_objects(_look(Path(config.run.dir), mesh))
+    with launched(config.parallel, config.run.seed):
+        nodes = all_gather_objects(_look(Path(config.run.dir)))
     if differing := node_problems(nodes):
         raise ConfigError(listed(differing))
     if is_main_rank():
@@ -75,7 +71,7 @@ def check_nodes(config: Config) -> None:
         print(f"{len(nodes)} ranks on {hosts} nodes are alike; {free:.0f} GiB free; {time.monotonic() - start:.0f} s")
 
 
-def _look(folder: Path, mesh: Mesh) -> Node:
+def _look(folder: Path) -> Node:
     """Sum over all ranks on their devices, and return what this one sees."""
     import platform
 
@@ -89,16 +85,16 @@ def _look(folder: Path, mesh: Mesh) -> Node:
     expected = launch_world_size() * (launch_world_size() + 1) / 2
     if total != expected:
         raise ConfigError(f"the sum over all ranks is {total}, not {expected}; look at the network of these nodes.")
-    token = broadcast_object(uuid4().hex)
+    token = folder / f"{TOKEN}-{broadcast_object(uuid4().hex)}"
     with main_rank_writes() as writes:
         if writes:
             folder.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(folder / f"{TOKEN}-{token}", token)
-    sees = (folder / f"{TOKEN}-{token}").is_file()
+            atomic_write_text(token, "")
+    sees = token.is_file()
     barrier()
     clock = time.time()
     if is_main_rank():
-        (folder / f"{TOKEN}-{token}").unlink()
+        token.unlink()
     return Node(
         rank=launch_rank(),
         host=socket.gethostname(),

@@ -36,7 +36,7 @@ def kills(world: World, count: int, random_: random.Random, longest: float) -> T
                 below = running.children()
                 running.signal(signal.SIGSTOP if stops else signal.SIGKILL, rank)
                 time.sleep(0.5 if world.ranks > 1 else 0)  # the others meet the loss
-                errors = "" if done else "".join(err.read_text() for _, err in running.files)
+                errors = "" if done else running.ended().errors
             if left := orphans(below):
                 tally.harm("orphan", f"{len(left)} processes after a kill")
             if done:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from compactlm_nemo.artifacts import file_sha256
 from tests.support import commands
 from tests.support.tiny_run import command, make_inputs, metrics
 
@@ -46,6 +46,11 @@ class Ended:
     code: int
     out: str
     errors: str
+
+    @staticmethod
+    def of(done: subprocess.CompletedProcess[str]) -> Ended:
+        """Return the same of a completed process."""
+        return Ended(done.returncode, done.stdout, done.stderr)
 
     @property
     def has_traceback(self) -> bool:
@@ -81,8 +86,7 @@ class World:
     def run(self, run: Path, *overrides: str, inputs: Path | None = None, recipe: str = "compress") -> Ended:
         """Run a command to its end."""
         words = self.words(run, *overrides, inputs=inputs, recipe=recipe)
-        done = commands.run(words, timeout=PATIENCE_SECONDS, ranks=self.ranks)
-        return Ended(done.returncode, done.stdout, done.stderr)
+        return Ended.of(commands.run(words, timeout=PATIENCE_SECONDS, ranks=self.ranks))
 
     @contextmanager
     def started(self, run: Path, *overrides: str) -> Iterator[Started]:
@@ -108,14 +112,8 @@ class Started:
     def __init__(self, world: World, run: Path, overrides: tuple[str, ...]) -> None:
         self.folder = run.with_name(run.name + ".output")
         self.folder.mkdir(exist_ok=True)
-        self.files = [(self.folder / f"out{rank}", self.folder / f"err{rank}") for rank in range(world.ranks)]
-        self.processes: list[ForkServerProcess] = []
-        port = str(commands.free_port())
-        for rank, (out, err) in enumerate(self.files):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world.ranks)}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            env = {**os.environ, **(place if world.ranks > 1 else {})}
-            self.processes.append(commands.start(world.words(run, *overrides), out, err, env=env))
+        self.words = world.words(run, *overrides)
+        self.processes = commands.start_ranks(self.words, self.folder, world.ranks)
 
     def is_alive(self) -> bool:
         """Whether any rank runs."""
@@ -145,19 +143,14 @@ class Started:
 
     def ended(self) -> Ended:
         """Return how all ranks ended, once they have."""
-        code = next((process.exitcode for process in self.processes if process.exitcode), 0)
-        return Ended(code, self.files[0][0].read_text(), "".join(err.read_text() for _, err in self.files))
+        return Ended.of(commands.ended(self.processes, self.words, self.folder))
 
 
 def identity(run: Path) -> dict[str, object]:
     """Return what two runs have in common when they are equal: exported weights, and the metrics of each step."""
-    weights = {path.name: _hash(path) for path in sorted((run / "export").rglob("*.safetensors"))}
+    weights = {path.name: file_sha256(path) for path in sorted((run / "export").rglob("*.safetensors"))}
     assert weights, f"{run} has no export"
     return {"weights": weights, "metrics": json.dumps(metrics(run))}
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def descendants(pid: int) -> set[int]:

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from compactlm_nemo.config import command as command_module
 from compactlm_nemo.config import failures
-from compactlm_nemo.config.command import FAULTS, recipe
-from compactlm_nemo.config.failures import FAULT, TRY_AGAIN, USER, explain
+from compactlm_nemo.config.command import recipe
+from compactlm_nemo.config.failures import FAULT, FAULTS, TRY_AGAIN, USER, explain
 from compactlm_nemo.config.load import CONF
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError, OtherRankError

@@ -63,21 +63,37 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run `python WORDS` to its end, as `subprocess.run` with captured output.
 
-    Several ranks get the variables that torchrun would set (tests/test_slurm.py starts some with torchrun itself). The
-    output is that of rank 0, then the errors of the others; the exit code the first that is not 0.
+    The output is that of rank 0, then the errors of the others; the exit code the first that is not 0.
     """
     with tempfile.TemporaryDirectory() as folder:
-        files = [(Path(folder) / f"out{rank}", Path(folder) / f"err{rank}") for rank in range(ranks)]
-        port = str(free_port())
-        processes = []
-        for rank, (out, err) in enumerate(files):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            processes.append(start(words, out, err, cwd, {**(env or os.environ), **(place if ranks > 1 else {})}))
+        processes = start_ranks(words, Path(folder), ranks, cwd, env)
         _wait(processes, words, timeout)
-        code = next((process.exitcode for process in processes if process.exitcode), 0)
-        errors = "".join(err.read_text() for _, err in files)
-        return subprocess.CompletedProcess(words, code, files[0][0].read_text(), errors)
+        return ended(processes, words, Path(folder))
+
+
+def start_ranks(
+    words: list[str], folder: Path, ranks: int, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+) -> list[ForkServerProcess]:
+    """Start one process a rank of `python WORDS`; their output goes to `out{rank}` and `err{rank}` in the folder.
+
+    Several ranks get the variables that torchrun would set (tests/test_slurm_jobs.py starts some with torchrun itself).
+    """
+    port, processes = str(_free_port()), []
+    for rank in range(ranks):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        out, err = folder / f"out{rank}", folder / f"err{rank}"
+        for path in (out, err):  # there to be read, however early the process is killed
+            path.write_text("")
+        processes.append(start(words, out, err, cwd, {**(env or os.environ), **(place if ranks > 1 else {})}))
+    return processes
+
+
+def ended(processes: list[ForkServerProcess], words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Return how the processes of `start_ranks` have ended."""
+    code = next((process.exitcode for process in processes if process.exitcode), 0)
+    errors = "".join((folder / f"err{rank}").read_text() for rank in range(len(processes)))
+    return subprocess.CompletedProcess(words, code, (folder / "out0").read_text(), errors)
 
 
 def _wait(processes: list[ForkServerProcess], words: list[str], timeout: float) -> None:
@@ -97,8 +113,7 @@ def _wait(processes: list[ForkServerProcess], words: list[str], timeout: float) 
         time.sleep(0.02)
 
 
-def free_port() -> int:
-    """Return a port on which nobody listens."""
+def _free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]

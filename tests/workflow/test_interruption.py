@@ -13,6 +13,7 @@ import pytest
 from compactlm_nemo.parallel import interruption
 from compactlm_nemo.parallel.interruption import job_deadline
 from tests.chaos.world import World
+from tests.support.stopped_runs import logged_steps
 
 LONG = ("distill.steps=400", "distill.checkpoint_every=1000", "search.layers=[4]")
 """Long enough to be met in the middle, without a checkpoint of its own before the end."""
@@ -23,16 +24,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("stop")
 
 
-def steps_logged(run: Path) -> int:
-    path = run / "progress" / "distill" / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
-
-
 @pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR1), (1, signal.SIGINT)])
 def test_a_signal_saves_the_step_that_is_done(root: Path, tmp_path: Path, ranks: int, number: int) -> None:
     world, run = World(root, ranks), tmp_path / "run"
     with world.started(run, *LONG) as running:
-        while running.is_alive() and steps_logged(run) < 5:
+        while running.is_alive() and logged_steps(run) < 5:
             time.sleep(0.02)
         running.signal(number, rank=ranks - 1)  # one rank alone is asked
         assert running.wait()
