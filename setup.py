@@ -38,6 +38,8 @@ setup(
         "wandb>=0.31,<0.32",
         "transformers>=5.2,<6",  # 5.0 and 5.1 load an empty folder as an empty tokenizer
         "safetensors",
+        "sentencepiece",  # with protobuf, for folders that hold tokenizer.model alone
+        "protobuf",
         "gguf>=0.17,<0.20",
         "rich",
         "matplotlib",

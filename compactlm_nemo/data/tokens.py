@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +14,24 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from compactlm_nemo.config.data import DataConfig
-from compactlm_nemo.errors import CheckpointError, ConfigError, DataError
+from compactlm_nemo.errors import DataError
 
 _BATCH_DOCUMENTS = 512
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load the Hugging Face tokenizer of a local folder; nothing is downloaded and no code of the folder runs."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; give a folder with tokenizer.json.")
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{folder} holds no tokenizer that loads ({reason}); add tokenizer.json.") from error
-
-
-@cache
-def end_of_text(folder: Path) -> int:
-    """Return the token that ends a document, by the tokenizer in `folder`: `<|endoftext|>`, else the `eos_token`."""
-    tokenizer = load_tokenizer(folder)
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    if end is None or end == tokenizer.unk_token_id != tokenizer.eos_token_id:
-        end = tokenizer.eos_token_id
-    if end is None:
-        raise ConfigError("model.source: its tokenizer has no end-of-text token; set eos_token in its config.")
-    return int(end)
-
-
-def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Raise ConfigError when the tokenizer has more entries than the model."""
-    if len(tokenizer) > vocab_size:
-        raise ConfigError(
-            f"model.source: vocab_size={vocab_size} is smaller than its tokenizer's {len(tokenizer)}; give its own."
-        )
-
-
-def tokenize_corpus(path: Path, prefix: Path, tokenizer: Any, eod: int) -> int:
+def tokenize_corpus(path: Path, prefix: Path, tokenizer: Any, eod: int, vocab_size: int | None = None) -> int:
     """Tokenise every line's `text`; each document is its tokens, without special ones, followed by `eod`.
 
     Args:
         path: JSON lines, each an object with a non-empty string `text`; blank lines are skipped.
         prefix: `PREFIX.bin` and `PREFIX.idx` appear when everything is written (the index last), or not at all.
-        tokenizer: A Hugging Face tokenizer; ids must be in [0, len(tokenizer)).
+        tokenizer: A Hugging Face tokenizer.
         eod: End-of-document token.
+        vocab_size: Ids must be in [0, vocab_size): rows of the model, or None for the tokenizer's length.
     Returns:
         Number of tokens, ends of documents included. They are uint16 when the vocabulary allows, else int32.
     """
-    vocab_size = len(tokenizer)
+    vocab_size = min(len(tokenizer), vocab_size or len(tokenizer))
     if not 0 <= eod < vocab_size:
         raise DataError(f"{path}: end-of-document token {eod} is outside the vocabulary of {vocab_size} tokens.")
     if not path.is_file():

@@ -15,7 +15,7 @@ import torch
 from compactlm_nemo.artifacts import atomic_write_text, damaged_seals, differences, read_manifest, remove_sealed
 from compactlm_nemo.config.model import Precision
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.data.tokens import end_of_text
+from compactlm_nemo.data.tokenizer import end_of_text
 from compactlm_nemo.data.windows import validation_windows
 from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss

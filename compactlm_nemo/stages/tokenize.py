@@ -54,13 +54,8 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
 
 def tokenize(run: Run, folder: Path) -> dict[str, Any]:
     """Write token files of every corpus given as text; documents end with the tokenizer's end-of-text token."""
-    from compactlm_nemo.data.tokens import (
-        check_vocabulary,
-        end_of_text,
-        load_tokenizer,
-        refuse_shared_documents,
-        tokenize_corpus,
-    )
+    from compactlm_nemo.data.tokenizer import check_vocabulary, end_of_text, load_tokenizer
+    from compactlm_nemo.data.tokens import refuse_shared_documents, tokenize_corpus
     from compactlm_nemo.parallel.launch import main_rank_writes
     from compactlm_nemo.stages.context import HF
 
@@ -68,12 +63,13 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
     with main_rank_writes() as writes:
         if writes:
             tokenizer = load_tokenizer(run.path("teacher") / HF)
-            check_vocabulary(tokenizer, run.dims("teacher").vocab_size)  # a GGUF file's is known only now
+            vocab_size = run.dims("teacher").vocab_size
+            check_vocabulary(tokenizer, vocab_size)  # a GGUF file's is known only now
             end = end_of_text(run.path("teacher") / HF)
             refuse_shared_documents(run.config.data)
             for name, corpus in run.config.data.corpora().items():
                 if run.token_prefix(name).parent == folder:
-                    counts[name] = tokenize_corpus(Path(corpus.path), folder / name, tokenizer, end)
+                    counts[name] = tokenize_corpus(Path(corpus.path), folder / name, tokenizer, end, vocab_size)
     return {"tokens": counts}
 
 

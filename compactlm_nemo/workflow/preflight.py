@@ -91,7 +91,7 @@ def _difference(source: Path, declared: Dims, found: Dims) -> str:
 
 def _tokenizer_problems(config: Config, dims: Dims) -> list[str]:
     """Return whether the tokenizer has more entries than the model."""
-    from compactlm_nemo.data.tokens import check_vocabulary, load_tokenizer
+    from compactlm_nemo.data.tokenizer import check_vocabulary, load_tokenizer
 
     if not Path(config.model.source).is_dir() or not (hf_assets_folder(config.model) / "tokenizer.json").is_file():
         return []
@@ -137,7 +137,7 @@ def _token_file_problems(config: Config, dims: Dims) -> list[str]:
 
 def _end_problem(config: Config, stream: Any) -> list[str]:
     """Return whether the documents of a user's token file end with another token than the tokenizer's."""
-    from compactlm_nemo.data.tokens import end_of_text
+    from compactlm_nemo.data.tokenizer import end_of_text
 
     hf_assets = hf_assets_folder(config.model)
     if not (hf_assets / "tokenizer.json").is_file() or stream.last_token == (end := end_of_text(hf_assets)):

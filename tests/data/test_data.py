@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from compactlm_nemo.data import bundled as sources
-from compactlm_nemo.data.tokens import load_tokenizer, tokenize_corpus
+from compactlm_nemo.data.tokenizer import load_tokenizer
+from compactlm_nemo.data.tokens import tokenize_corpus
 from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
 from compactlm_nemo.errors import CheckpointError, DataError
 
