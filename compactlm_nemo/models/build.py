@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,8 +23,10 @@ from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.losses.vocabulary import chunk_tokens as tokens_that_fit
 from compactlm_nemo.models.attention import AttentionMask
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER
 from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.models.megatron_config import transformer_config
+from compactlm_nemo.models.rope import inverse_frequencies
 from compactlm_nemo.models.spec import block_spec
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.mesh import Mesh
@@ -43,9 +44,19 @@ class HiddenStateModel(GPTModel):
     document_end: int | None = None
     """Token at which a document begins and attention with it, as it ends the one before; None: samples are whole."""
 
+    inverse_frequencies: Callable[[int], Tensor]
+    """Length of a sequence -> its rotary frequencies."""
+    rotated_length: int | None = None
+    """Length of the sequence that the present frequencies are for."""
+
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None = None, **others: Any) -> Any:
         """Run `input_ids` `[b, s]` of this context-parallel rank; the mask is made here, once for all layers."""
         mask = self.attention_mask(input_ids, self.document_end)
+        length = input_ids.shape[1] * self.config.context_parallel_size
+        if length != self.rotated_length:  # Megatron keeps the angles of each length
+            rotary = self.rotary_pos_emb
+            rotary.inv_freq = self.inverse_frequencies(length).to(rotary.inv_freq.device)
+            self.rotated_length = length
         return super().forward(input_ids, position_ids, mask, **others)
 
     @cached_property
@@ -181,26 +192,8 @@ def _build_chunk(
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
             if module.weight is not None:  # None: a tied output layer on the stage of the embedding
                 module.weight.tensor_model_parallel = True
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(dims).to(model.rotary_pos_emb.inv_freq.device)
+    model.inverse_frequencies = partial(inverse_frequencies, dims)
     return model.to(device())
-
-
-def inverse_frequencies(dims: Dims) -> Tensor:
-    """Return rotary frequencies `theta^(-2i / d)`, `[d / 2]` float32, with Llama 3.1's scaling where the model has it.
-
-    Wavelengths longer than `original / low_freq_factor` are divided by `factor`, those shorter than
-    `original / high_freq_factor` kept, those between blended linearly in `original / wavelength`.
-    Source: Llama 3.1 reference code; the same rule as transformers' `llama3`.
-    """
-    rotary_dim = int(dims.head_dim * dims.rotary_percent)
-    inv_freq = 1.0 / dims.rope_theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
-    if dims.rope_scaling is None:
-        return inv_freq
-    scaling = dims.rope_scaling
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return inv_freq * (keep + (1 - keep) / scaling["factor"])
 
 
 def global_names(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
@@ -218,7 +211,7 @@ def global_names(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Tenso
 
 def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padded_vocab: int) -> Tensor:
     """Return this TP rank's part of a whole parameter, as Megatron's parallel layers expect it."""
-    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    if name in (EMBEDDING, OUTPUT_LAYER):
         full = F.pad(full, (0, 0, 0, padded_vocab - full.shape[0]))
         return full.chunk(size, 0)[rank]
     if ".linear_fc1." in name and gated:
@@ -236,8 +229,8 @@ def fill(chunks: ModelChunks, source: ParameterSource, vocab_multiple: int) -> N
     dims, mesh = chunks.dims, chunks.mesh
     padded = dims.padded_vocab(mesh.tp_size, vocab_multiple)
     for name, parameter in global_names(chunks):
-        if name == "output_layer.weight" and dims.tied_embeddings:
-            name = "embedding.word_embeddings.weight"
+        if name == OUTPUT_LAYER and dims.tied_embeddings:
+            name = EMBEDDING
         share = tp_share(
             name, source(name), rank=mesh.tp_rank, size=mesh.tp_size, gated=dims.gated_mlp, padded_vocab=padded
         )

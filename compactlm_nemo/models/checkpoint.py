@@ -32,7 +32,8 @@ from compactlm_nemo.errors import CheckpointError, NumericsError
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import parameter_shapes
+from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER, parameter_shapes
+from compactlm_nemo.models.outside import BLOCK_ROWS, refuse_other_head
 from compactlm_nemo.models.source import WEIGHTS, find_weights
 from compactlm_nemo.parallel.collectives import all_gather_objects
 from compactlm_nemo.parallel.mesh import Mesh
@@ -231,15 +232,31 @@ class CheckpointSource:
                     f"checkpoint {self.reader.path} has {count} {axis}, the config {self.counts[axis]}."
                 )
         have, want = size[len(at) :], list(self.shapes[name])
-        is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        is_vocabulary = name in (EMBEDDING, OUTPUT_LAYER)
         if have != want and not (is_vocabulary and have[1:] == want[1:] and have[0] >= want[0]):
             raise CheckpointError(f"checkpoint {self.reader.path}: {key} is {have} a layer, by the config {want}.")
 
     def __call__(self, name: str) -> Tensor:
         key, at = self.places[name]
         shape = self.shapes[name]
+        if name == EMBEDDING and OUTPUT_LAYER not in self.shapes:
+            self._refuse_other_head(key)
         offsets = [*at.values(), *[0] * len(shape)]
         return read_box(self.reader, self.metadata, key, offsets, [1] * len(at) + list(shape)).view(shape)
+
+    def _refuse_other_head(self, embedding: str) -> None:
+        """Compare what is stored as an output layer of a tied model, if anything is, with the embedding."""
+        head = embedding.replace(EMBEDDING, OUTPUT_LAYER)
+        if isinstance(self.metadata.state_dict_metadata.get(head), TensorStorageMetadata):
+            refuse_other_head(self._rows(embedding), self._rows(head), Path(self.reader.path))
+
+    def _rows(self, key: str) -> Iterator[Tensor]:
+        """Yield the rows of a stored matrix that are of the vocabulary, in blocks."""
+        stored = self.metadata.state_dict_metadata[key]
+        rows = min(self.shapes[EMBEDDING][0], stored.size[0])  # type: ignore[union-attr]
+        for first in range(0, rows, BLOCK_ROWS):
+            shape = [min(BLOCK_ROWS, rows - first), *stored.size[1:]]  # type: ignore[union-attr]
+            yield read_box(self.reader, self.metadata, key, [first, *[0] * (len(shape) - 1)], shape)
 
 
 def _possible_places(name: str) -> list[_Place]:

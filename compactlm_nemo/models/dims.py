@@ -31,7 +31,7 @@ class Dims:
     norm_eps: float
     rope_theta: float
     rope_scaling: dict[str, Any] | None = None
-    """Llama 3 scaling: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings."""
+    """`rope_type` and its numbers, as `models.rope.rope_of` gives them; None for frequencies as they are."""
     rotary_percent: float = 1.0
     tied_embeddings: bool = False
     qkv_bias: bool = False

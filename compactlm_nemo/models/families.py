@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.models.config_keys import refuse_unknown_keys
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.rope import rope_of
+
+EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
+"""Megatron's names of the two matrices over the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +78,7 @@ _READ = {
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "norm_eps",
     "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "hidden_act", "sliding_window", "use_sliding_window", "layer_types",
+    "original_max_position_embeddings",
 }  # fmt: skip
 _READ_WITH_EXPERTS = {
     "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size",
@@ -97,9 +103,7 @@ def dims_of(config: Any) -> Dims:
     family = FAMILIES[kind]
     given = config.to_diff_dict()
     known = _READ | _HARMLESS | (_READ_WITH_EXPERTS if family.experts else set())
-    for key, value in given.items():
-        if key not in known and value not in (None, False):
-            raise CheckpointError(f"config.json: {key}={value!r} is not supported for model_type={kind}.")
+    refuse_unknown_keys({key for key, value in given.items() if key not in known and value not in (None, False)}, kind)
     _whole_sizes(config, family)
     _only(kind, "hidden_act", config.hidden_act, family.activation)
     for key, value in family.also.items():
@@ -109,7 +113,9 @@ def dims_of(config: Any) -> Dims:
         _only(kind, "layer_types", layer_type, "full_attention" if window is None else "sliding_attention")
     attention_bias = bool(getattr(config, "attention_bias", False))
     mlp_bias = family.mlp_bias and bool(getattr(config, "mlp_bias", False))
-    rope = _rope(config, kind)
+    rope = rope_of(config)
+    if not family.partial_rotary:
+        _only(kind, "partial_rotary_factor", rope["rotary_percent"], 1.0)
     return Dims(
         family=kind,
         num_layers=config.num_hidden_layers,
@@ -170,28 +176,6 @@ def _only(kind: str, key: str, value: Any, supported: Any) -> None:
         raise CheckpointError(f"config.json: {key}={value!r} is not supported for {kind}; it must be {supported!r}.")
 
 
-def _rope(config: Any, kind: str) -> dict[str, Any]:
-    """Return theta, scaling and rotary share from either spelling (`rope_parameters`, or the older keys)."""
-    parameters = dict(getattr(config, "rope_parameters", None) or {})
-    old = getattr(config, "rope_scaling", None)
-    if not parameters and old:
-        parameters = dict(old)
-    theta = parameters.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0
-    percent = parameters.pop("partial_rotary_factor", None) or getattr(config, "partial_rotary_factor", None) or 1.0
-    if not FAMILIES[kind].partial_rotary:
-        _only(kind, "partial_rotary_factor", float(percent), 1.0)
-    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
-    if rope_type not in ("default", "llama3"):
-        raise CheckpointError(
-            f"config.json: rope_type={rope_type!r} is not supported for {kind}; use default or llama3."
-        )
-    return {
-        "rope_theta": float(theta),
-        "rotary_percent": float(percent),
-        "rope_scaling": parameters if rope_type == "llama3" else None,
-    }
-
-
 def resized(config: Any, dims: Dims) -> Any:
     """Return a copy of a transformers config with the sizes of `dims`."""
     values = config.to_dict()
@@ -246,9 +230,9 @@ def hf_names(name: str, dims: Dims) -> list[str]:
 
     Layer and expert numbers are global and 0-based.
     """
-    if name == "embedding.word_embeddings.weight":
+    if name == EMBEDDING:
         return ["model.embed_tokens.weight"]
-    if name == "output_layer.weight":
+    if name == OUTPUT_LAYER:
         return ["lm_head.weight"]
     if name.startswith("decoder.final_layernorm."):
         return ["model.norm." + name.rsplit(".", 1)[1]]
@@ -300,12 +284,12 @@ def parameter_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
         layer |= {"self_attention.q_layernorm.weight": (d,), "self_attention.k_layernorm.weight": (d,)}
     layer |= {f"pre_mlp_layernorm.{k}": s for k, s in norm.items()}
     layer |= _mlp_shapes(dims)
-    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (dims.vocab_size, h)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab_size, h)}
     for i in range(dims.num_layers):
         shapes |= {f"decoder.layers.{i}.{k}": s for k, s in layer.items()}
     shapes |= {f"decoder.final_layernorm.{k}": s for k, s in norm.items()}
     if not dims.tied_embeddings:
-        shapes["output_layer.weight"] = (dims.vocab_size, h)
+        shapes[OUTPUT_LAYER] = (dims.vocab_size, h)
     return shapes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,24 @@ from torch import Tensor
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import FAMILIES, dims_of, hf_names, hf_shapes, parameter_shapes, resized
-from compactlm_nemo.models.outside import companion, own_file, refuse_absurd_sizes, refuse_large_config
+from compactlm_nemo.models.families import (
+    EMBEDDING,
+    FAMILIES,
+    dims_of,
+    hf_names,
+    hf_shapes,
+    parameter_shapes,
+    resized,
+)
+from compactlm_nemo.models.hf_config import with_own_head_size
+from compactlm_nemo.models.outside import (
+    BLOCK_ROWS,
+    companion,
+    own_file,
+    refuse_absurd_sizes,
+    refuse_large_config,
+    refuse_other_head,
+)
 from compactlm_nemo.models.source import HF_ASSETS
 
 SHARD_BYTES = 4 * 2**30
@@ -41,6 +58,8 @@ def read_config(folder: Path) -> Any:
                 f"{folder}/config.json: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}."
             )
         refuse_absurd_sizes(values, f"{folder}/config.json")
+        if (as_mistral := with_own_head_size(values)) != values:
+            return AutoConfig.for_model(as_mistral.pop("model_type"), **as_mistral)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
@@ -102,11 +121,19 @@ class HFSource:
                 )
 
     def __call__(self, name: str) -> Tensor:
+        if name == EMBEDDING and self.dims.tied_embeddings and "lm_head.weight" in self.files:
+            refuse_other_head(self._rows(*hf_names(name, self.dims)), self._rows("lm_head.weight"), self.folder)
         parts = [self.files[n].get_tensor(n) for n in hf_names(name, self.dims)]
         if "linear_qkv" in name:
             q, k, v = parts
             return merge_qkv(q, k, v, self.dims.num_query_groups)
         return torch.cat(parts)
+
+    def _rows(self, key: str) -> Iterator[Tensor]:
+        """Yield a matrix in blocks of rows, so that two large ones can be compared."""
+        matrix = self.files[key].get_slice(key)
+        for first in range(0, matrix.get_shape()[0], BLOCK_ROWS):
+            yield matrix[first : first + BLOCK_ROWS]
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -60,6 +60,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """Family -> the values that transformers gives what a config leaves out (a test compares them)."""
 
 
+def with_own_head_size(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a Llama whose heads do not divide its width (1792 and 24 heads of 128) as the Mistral that it is.
+
+    transformers refuses such a Llama, and its Mistral is the same computation without that rule and without biases.
+    Every other config is returned as it is.
+    """
+    whole = dict(values)
+    sizes = [whole.get(key, DEFAULTS["llama"].get(key)) for key in ("hidden_size", "num_attention_heads")]
+    if whole.get("model_type") != "llama" or not whole.get("head_dim") or not all(type(size) is int for size in sizes):
+        return whole
+    hidden, heads = sizes
+    if not heads or hidden % heads == 0 or whole.get("attention_bias") or whole.get("mlp_bias"):
+        return whole
+    of_llama_alone = {"attention_bias", "mlp_bias", "pretraining_tp", "sliding_window"}
+    plain = {key: value for key, value in (DEFAULTS["llama"] | whole).items() if key not in of_llama_alone}
+    return plain | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+
+
 class _Config:
     """The values of a config as attributes, as `families.dims_of` reads them."""
 
@@ -85,7 +103,7 @@ def quick_dims(values: Any) -> Dims | None:
         return None
     refuse_absurd_sizes(values, "config.json")
     try:
-        return dims_of(_Config(values))
+        return dims_of(_Config(with_own_head_size(values)))
     except (CompactLMError, AttributeError, TypeError, ValueError, ArithmeticError):
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.layout import split_layers
+from compactlm_nemo.models.rope import attention_factor
 from compactlm_nemo.parallel.mesh import Mesh
 
 
@@ -25,7 +27,7 @@ def pipeline_layout(num_layers: int, layout: ParallelConfig) -> list[list[str]] 
 
 def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
     """Return Megatron's configuration of an architecture; fusions are off, gradients are summed per token."""
-    return TransformerConfig(
+    config = TransformerConfig(
         num_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
         ffn_hidden_size=dims.ffn_hidden_size,
@@ -67,6 +69,20 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         persist_layer_norm=False,
         **(_expert_settings(dims) if dims.num_experts else {}),
     )
+    if (factor := attention_factor(dims)) != 1.0:
+        _multiply_rotations(config, factor)
+    return config
+
+
+def _multiply_rotations(config: TransformerConfig, factor: float) -> None:
+    """Let Megatron multiply cosines and sines with `factor`.
+
+    Its attention does so by `(0.1 mscale ln(scale) + 1) / (0.1 mscale_all_dim ln(scale) + 1)`, with the names of yarn
+    whatever the frequencies are.
+    """
+    config.yarn_rotary_scaling_factor = math.exp(10.0)
+    config.yarn_mscale = factor - 1.0
+    config.yarn_mscale_all_dim = 0.0
 
 
 def _expert_settings(dims: Dims) -> dict[str, Any]:

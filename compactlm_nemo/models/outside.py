@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_CONFIG = 16 * 2**20
 """Bytes of a config.json; none known has a thousandth."""
@@ -58,6 +62,27 @@ def companion(folder: Path, name: str) -> Path | None:
     if root not in target.parents and not in_cache:
         raise CheckpointError(f"{path} is a link to {target}, outside of its folder; put a copy there.")
     return path
+
+
+BLOCK_ROWS = 8192
+"""Rows of embedding and output layer that are compared at a time."""
+
+
+def refuse_other_head(embedding: Iterable[Tensor], head: Iterable[Tensor], source: Path) -> None:
+    """Refuse the output layer that is stored beside a tied embedding and is no copy of it, as merged adapters leave it.
+
+    Both are given in blocks of `BLOCK_ROWS` rows.
+
+    Raises:
+        CheckpointError: they differ, and which of them is meant nobody can know.
+    """
+    pairs = zip_longest(embedding, head)
+    if all(rows is not None and others is not None and rows.equal(others) for rows, others in pairs):
+        return
+    raise CheckpointError(
+        f"model.source={source} has an output layer that differs from its embedding, and a config with "
+        "tie_word_embeddings=true; set that to false to keep both, or delete the tensor of the output layer."
+    )
 
 
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}

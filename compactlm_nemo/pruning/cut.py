@@ -14,6 +14,7 @@ from torch import Tensor
 from compactlm_nemo.importance.names import FINAL_NORM, attention_norm_key, mlp_norm_key
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER
 from compactlm_nemo.pruning.least_squares import columns_of
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.residual_stream import HiddenCut
@@ -93,9 +94,9 @@ class NarrowedSource:
 
     def __call__(self, name: str) -> Tensor:
         full, hidden = self.source(name), self.hidden
-        if name == "embedding.word_embeddings.weight":
+        if name == EMBEDDING:
             return hidden.embed(full)
-        if name == "output_layer.weight":
+        if name == OUTPUT_LAYER:
             return hidden.read(FINAL_NORM, full)
         if name.startswith("decoder.final_layernorm."):
             return hidden.norm(FINAL_NORM, full) if name.endswith("weight") else hidden.norm_bias(full)

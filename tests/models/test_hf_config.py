@@ -8,15 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from compactlm_nemo.config.load import CONF, compose
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.families import FAMILIES, dims_of
-from compactlm_nemo.models.hf import read_config
+from compactlm_nemo.models.hf import export_hf, open_hf, read_config
 from compactlm_nemo.models.hf_config import DEFAULTS, quick_dims, quick_folder_dims
 from compactlm_nemo.models.source import declared_dims, quick_source_dims
-from tests.support.tiny_models import CASES, save_tiny
+from tests.support.tiny_models import CASES, EAGER, save_tiny, tokens
 
 
 def test_every_family_has_defaults() -> None:
@@ -79,3 +80,46 @@ def test_a_damaged_file_is_left_to_transformers(content: str, tmp_path: Path) ->
     (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     assert quick_folder_dims(tmp_path) is None
     assert quick_folder_dims(tmp_path / "nowhere") is None
+
+
+NOTES = {"unsloth_fixed": True, "_attn_implementation_autoset": True, "tokenizer_class": "X", "max_sequence_length": 9}
+
+
+def test_notes_of_other_tools_pass_with_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Keys that no model of transformers reads have no effect; those that some model reads stay refused."""
+    save_tiny("llama", tmp_path)
+    plain = quick_folder_dims(tmp_path)
+    text = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(text | NOTES))
+    with caplog.at_level("WARNING"):
+        assert quick_folder_dims(tmp_path) == dims_of(read_config(tmp_path)) == plain is not None
+    (line,) = [record.getMessage() for record in caplog.records if "notes of other tools" in record.getMessage()]
+    assert all(key in line for key in NOTES)
+    for key, value in (("logit_scale", 0.5), ("quantization_config", {"bits": 4}), ("final_logit_softcapping", 30.0)):
+        (tmp_path / "config.json").write_text(json.dumps(text | NOTES | {key: value}))
+        assert quick_folder_dims(tmp_path) is None
+        with pytest.raises(CheckpointError, match=f"{key} is not supported for model_type=llama"):
+            dims_of(read_config(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(text | {"auto_map": {"AutoModel": "code.Model"}}))
+    with pytest.raises(CheckpointError, match="auto_map names code of the folder's own, which is never run"):
+        dims_of(read_config(tmp_path))
+
+
+def test_a_llama_whose_heads_do_not_divide_its_width_is_read(tmp_path: Path) -> None:
+    """As kanana-1.5-2.1b, 1792 wide with 24 heads of 128; transformers has it only as a Mistral."""
+    sizes = {"hidden_size": 42, "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}
+    model = save_tiny("mistral_tied_no_window", tmp_path, **sizes)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for key in ("architectures", "model_type", "sliding_window"):
+        del values[key]
+    llama = values | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "mlp_bias": False}
+    (tmp_path / "config.json").write_text(json.dumps(llama))
+    dims, source = open_hf(tmp_path)
+    assert dims == quick_folder_dims(tmp_path) and (dims.family, dims.head_dim, dims.window) == ("mistral", 16, None)
+    export_hf(tmp_path, tmp_path / "out", dims, source, torch.float32)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **EAGER).eval()
+    with torch.no_grad():
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    (tmp_path / "config.json").write_text(json.dumps(llama | {"attention_bias": True}))
+    with pytest.raises(CheckpointError, match="config.json cannot be read|lacks 16 tensors"):
+        open_hf(tmp_path)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.models.families import EMBEDDING
 from compactlm_nemo.models.hf import HFSource, open_hf
 from tests.support.tiny_models import save_tiny
 
@@ -65,7 +66,6 @@ def _lose_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 LAYER_0_UP = "model.layers.0.mlp.up_proj.weight"
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
@@ -76,10 +76,13 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config of a wrong type": (_config(hidden_size="wide"), ["config.json", "hidden_size"]),
     "invented model_type": (_config(model_type="mamba9"), ["model_type=mamba9", "llama, mistral, qwen2"]),
     "other model_type": (_config(model_type="gpt2"), ["model_type=gpt2", "llama, mistral, qwen2"]),
-    "yarn": (_config(rope_parameters=YARN), ["rope_type='yarn'", "default or llama3"]),
-    "yarn in the older spelling": (
-        _config(rope_parameters=None, rope_theta=10000.0, rope_scaling=YARN),
-        ["rope_type='yarn'", "default or llama3"],
+    "unknown rotation": (
+        _config(rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0}),
+        ["rope_type='spiral'", "default, linear"],
+    ),
+    "unknown rotation in the older spelling": (
+        _config(rope_parameters=None, rope_theta=10000.0, rope_scaling={"rope_type": "spiral"}),
+        ["rope_type='spiral'", "default, linear"],
     ),
     "llama3 without its numbers": (
         _config(rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0}),
@@ -87,7 +90,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "partial rotation": (_config(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5", "must be 1.0"]),
     "gelu": (_config(hidden_act="gelu"), ["hidden_act='gelu'", "'silu'"]),
-    "unknown setting": (_config(logit_scale=0.5), ["logit_scale=0.5"]),
+    "unknown setting": (_config(logit_scale=0.5), ["logit_scale is not supported"]),
     "layer types": (_config(layer_types=["full_attention"] * 3 + ["sliding_attention"]), ["layer_types"]),
     "truncated data": (_truncate(0.5), ["model.safetensors is damaged", "fetch it again"]),
     "truncated header": (_truncate(0.001), ["model.safetensors is damaged", "fetch it again"]),
@@ -156,3 +159,23 @@ def test_checks_read_no_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(HFSource, "__call__", fail)
     open_hf(folder)
+
+
+def test_a_tied_model_with_an_output_layer_of_its_own_is_refused_and_a_copy_accepted(tmp_path: Path) -> None:
+    """A merged adapter leaves `tie_word_embeddings: true` beside a head that was trained."""
+    folder = tmp_path / "model"
+    save_tiny("qwen2_tied", folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    _, copied = open_hf(folder)
+    assert torch.equal(copied(EMBEDDING), tensors["lm_head.weight"])
+    tensors["lm_head.weight"][-1, -1] += 1e-3
+    save_file(tensors, folder / "model.safetensors")
+    _, differing = open_hf(folder)
+    with pytest.raises(CheckpointError, match="tie_word_embeddings=true; set that to false to keep both, or delete"):
+        differing(EMBEDDING)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][:-1].clone()
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="differs from its embedding"):
+        open_hf(folder)[1](EMBEDDING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.checkpoint import CheckpointSource, sharding_metadata
+from compactlm_nemo.models.families import EMBEDDING
 from compactlm_nemo.models.hf import export_hf, open_hf
 from tests.support.meshes import filled, mesh_of
 from tests.support.ranks import run_ranks
@@ -30,6 +32,7 @@ def _transformer_engine_name(name: str) -> str:
 
 
 def _save_as(rank: int, world: int, hf: Path, nemo: Path, bridge: Path) -> None:
+    """Save a model as NeMo 2 and as Megatron-Bridge do."""
     mesh = mesh_of(world, 1)
     _, model = filled(hf, mesh, vocab_multiple=32)
     for folder, prefix in ((nemo / "weights", "module."), (bridge / "iter_0000007", "")):
@@ -69,3 +72,26 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "nemo" / "weights")
     with pytest.raises(CheckpointError, match="holds no model"):
         CheckpointSource(tmp_path / "nemo", dims)
+
+
+def _save_untied(rank: int, world: int, hf: Path, nemo: Path, off: float) -> None:
+    mesh = mesh_of(world, 1)
+    _, model = filled(hf, mesh, vocab_multiple=32)
+    with torch.no_grad():
+        model[0].output_layer.weight.copy_(model[0].embedding.word_embeddings.weight)
+        model[0].output_layer.weight[100, 3] += off
+        model[0].output_layer.weight[-1] += 1  # a row of the padding, which means nothing
+    (nemo / "weights").mkdir(parents=True)
+    dist_checkpointing.save(model[0].sharded_state_dict(metadata=sharding_metadata(mesh)), str(nemo / "weights"))
+
+
+def test_a_config_that_ties_what_the_checkpoint_does_not_is_refused(tmp_path: Path) -> None:
+    """The output layer would be dropped, and every logit be another's."""
+    save_tiny("llama", tmp_path / "hf")
+    dims = replace(open_hf(tmp_path / "hf")[0], tied_embeddings=True)
+    for name, off in (("copy", 0.0), ("other", 1e-3)):
+        (tmp_path / name).mkdir()
+        run_ranks(_save_untied, 1, tmp_path / name, tmp_path / "hf", tmp_path / name, off)
+    CheckpointSource(tmp_path / "copy", dims)(EMBEDDING)
+    with pytest.raises(CheckpointError, match="an output layer that differs from its embedding"):
+        CheckpointSource(tmp_path / "other", dims)(EMBEDDING)
