@@ -29,14 +29,19 @@ _PLAIN_LINES = 10
 
 
 def truncate_metrics(path: Path, step: int) -> None:
-    """Drop the lines of `step` and later, and any line that a crash cut short, before training goes on at `step`."""
-    if not path.exists():
-        return
-    text = path.read_text(encoding="utf-8", errors="replace")
+    """Drop the lines of `step` and later, and any line that a crash cut short, before training goes on at `step`.
+
+    Lines that are damaged or missing are told: the training itself is not touched.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     steps = [(_step_of(line), line) for line in text.splitlines()]
     if num_damaged := sum(found is None for found, _ in (steps if text.endswith("\n") else steps[:-1])):
         _log.warning("%s: %d lines are damaged and left out; the training itself is not touched.", path, num_damaged)
-    atomic_write_text(path, "".join(f"{line}\n" for found, line in steps if found is not None and found < step))
+    kept = [(found, line) for found, line in steps if found is not None and found < step]
+    if (num_missing := step - len({found for found, _ in kept})) > num_damaged:
+        _log.warning("%s: %d of %d steps have no line; the training itself is not touched.", path, num_missing, step)
+    if text:
+        atomic_write_text(path, "".join(f"{line}\n" for _, line in kept))
 
 
 class Tracker:

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from compactlm_nemo.config.run import WandbConfig, WandbMode
 from compactlm_nemo.training.tracker import LOSS, SPEED, Tracker, truncate_metrics
 
@@ -54,3 +56,19 @@ def test_about_ten_plain_lines_without_a_terminal(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == [f"{20 * k}/200" for k in range(1, 11)]
     assert "loss 3.2500" in lines[0] and "12,345 tokens/s" in lines[0] and lines[-1].endswith("0:00:00 left")
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 0}\n', None], ids=["emptied", "one line", "no file"])
+def test_metrics_that_are_gone_are_told(tmp_path, caplog, text):
+    path = tmp_path / "metrics.jsonl"
+    if text is not None:
+        path.write_text(text)
+    with caplog.at_level("WARNING"):
+        truncate_metrics(path, 0)
+        assert not caplog.text, "nothing was before the first step"
+        path.write_text("".join(f'{{"step": {step}}}\n' for step in range(5)))
+        truncate_metrics(path, 3)
+        assert not caplog.text and len(path.read_text().splitlines()) == 3
+        path.unlink() if text is None else path.write_text(text)
+        truncate_metrics(path, 3)
+    assert f"{2 if text else 3} of 3 steps have no line" in caplog.text
