@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help same-python install compress test fakecuda lint format docs clean
+.PHONY: help same-python install compress test older fakecuda lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -39,6 +39,16 @@ compress: $(STAMP)  ## Fetch, prune and distil SmolLM2-135M on the CPU; override
 # Files of tests run side by side; much of the time goes into processes that start, one thread each.
 test: $(STAMP)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
+
+# transformers 4 beside .venv's torch, as vLLM and others still have it: exported folders load there too.
+OLDER := .venv-transformers4
+$(OLDER)/bin/python: $(STAMP)
+	$(PYTHON) -m venv $(OLDER)
+	$(OLDER)/bin/pip install -q --no-deps transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1 hf-xet
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(OLDER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+
+older: $(OLDER)/bin/python  ## Build an environment with transformers 4, in which tests load exported folders
 
 # A torch with CUDA (3 GB) that sees devices which compute nothing: tests/fakecuda/device.py says what they count.
 FAKECUDA ?= .fakecuda

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from compactlm_nemo.config.data import DataConfig
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.evaluate import EvaluateConfig
+from compactlm_nemo.config.export import ExportConfig
 from compactlm_nemo.config.loss import CROSS_ENTROPY, HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.parallel import ParallelConfig
@@ -39,6 +40,7 @@ class Config:
     cache: CacheConfig = field(default_factory=CacheConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     dry_run: bool = False
     """Check everything, print the resolved configuration and the plan, and exit 0."""

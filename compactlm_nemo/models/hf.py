@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.errors import CheckpointError, NumericsError
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import (
@@ -25,19 +24,18 @@ from compactlm_nemo.models.families import (
     parameter_shapes,
     resized,
 )
+from compactlm_nemo.models.hf_assets import copy_hf_assets, write_for_every_reader
 from compactlm_nemo.models.hf_config import with_own_head_size
 from compactlm_nemo.models.outside import (
     BLOCK_ROWS,
-    companion,
     own_file,
     refuse_absurd_sizes,
     refuse_large_config,
     refuse_other_head,
 )
-from compactlm_nemo.models.source import HF_ASSETS
 
 SHARD_BYTES = 4 * 2**30
-"""A safetensors file is closed when it reaches this size."""
+"""A safetensors file is closed when it reaches this size, unless another one is asked for."""
 
 
 def read_config(folder: Path) -> Any:
@@ -166,42 +164,40 @@ def open_hf(folder: Path) -> tuple[Dims, HFSource]:
     return dims, HFSource(folder, dims)
 
 
-def copy_hf_assets(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and generation settings, not the weights.
+def export_hf(
+    hf_assets: Path,
+    folder: Path,
+    dims: Dims,
+    source: ParameterSource,
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write a Hugging Face folder from a source and return the number of parameters in the written files.
 
     Raises:
-        CheckpointError: a JSON file among them is none, of which transformers would only tell who loads the export.
+        NumericsError: a weight is NaN or infinite in this number format.
     """
-    target.mkdir(parents=True, exist_ok=True)
-    for name in HF_ASSETS:
-        if (path := companion(source, name)) is None:
-            continue
-        if path.suffix == ".json":
-            try:
-                json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise CheckpointError(f"{path} is damaged ({error}); fetch it again, or remove it.") from None
-        shutil.copyfile(path, target / name)
-
-
-def export_hf(hf_assets: Path, folder: Path, dims: Dims, source: ParameterSource, dtype: torch.dtype) -> int:
-    """Write a Hugging Face folder from a source and return the number of parameters in the written files."""
     copy_hf_assets(hf_assets, folder)
     config = resized(read_config(hf_assets), dims)
     config.dtype = dtype
     config.save_pretrained(folder)
+    write_for_every_reader(folder)
     shards: list[dict[str, Tensor]] = [{}]
     index: dict[str, int] = {}
     size_bytes = total_params = 0
     for name in parameter_shapes(dims):
         full = source(name).to(dtype)
+        if not full.isfinite().all():
+            raise NumericsError(
+                f"{name} is not finite as {dtype}; nothing of it is exported. Give another export.dtype."
+            )
         if "linear_qkv" in name:
             parts = split_qkv(full, dims.num_heads, dims.num_query_groups, dims.head_dim)
         else:
             names = hf_names(name, dims)
             parts = list(full.chunk(len(names))) if len(names) > 1 else [full]
         for hf_name, part in zip(hf_names(name, dims), parts, strict=True):
-            if size_bytes + part.nbytes > SHARD_BYTES and shards[-1]:
+            if size_bytes + part.nbytes > shard_bytes and shards[-1]:
                 _write_shard(folder, len(shards), shards[-1])
                 shards[-1] = {}
                 shards.append({})

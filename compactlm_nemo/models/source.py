@@ -18,12 +18,6 @@ if TYPE_CHECKING:
 WEIGHTS = "weights"
 """Subfolder of a model folder with the distributed checkpoint; `model.json` and `hf/` stand beside it."""
 
-HF_ASSETS = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
-"""Files that travel with a model from import to export."""
-
 
 def find_weights(folder: Path) -> Path | None:
     """Return the `torch_dist` folder in a model folder: ours and NeMo 2's `weights`, Bridge's newest `iter_*`."""

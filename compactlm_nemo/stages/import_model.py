@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.source import HF_ASSETS
+from compactlm_nemo.models.hf_assets import assets_of
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ def source_files(config: Config) -> dict[str, Path]:
         return {"model.source": source}
     kinds = ("*.safetensors", "*.distcp", ".metadata")
     files = {str(path.relative_to(source)): path for kind in kinds for path in source.rglob(kind)}
-    assets = Path(config.model.hf_assets or source)
-    return files | {f"hf_assets/{name}": assets / name for name in HF_ASSETS}
+    assets = assets_of(Path(config.model.hf_assets or source))
+    return files | {f"hf_assets/{name}": path for name, path in assets.items()}
 
 
 def import_problems(config: Config, models: list[Dims]) -> list[str]:
@@ -39,7 +39,7 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
 
     from compactlm_nemo.models import gguf
     from compactlm_nemo.models.build import fill
-    from compactlm_nemo.models.hf import copy_hf_assets
+    from compactlm_nemo.models.hf_assets import copy_hf_assets
     from compactlm_nemo.models.source import hf_assets_folder, open_teacher
     from compactlm_nemo.parallel.launch import main_rank_writes
     from compactlm_nemo.search.cost import num_params

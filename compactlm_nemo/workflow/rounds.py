@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from compactlm_nemo.config.export import ExportConfig, ExportDtype, ExportedModel
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.space import enumerate_space
-from compactlm_nemo.stages.export import STAGE as EXPORT
 from compactlm_nemo.workflow.preflight import check
 from compactlm_nemo.workflow.runner import run_stages
 
@@ -48,6 +48,10 @@ def round_config(config: Config, number: int, student: Dims, source: str) -> Con
         wandb=config.wandb.part(config.run.dir, f"round-{number}", job_type="round"),
         search=replace(SearchConfig(**axes), width=config.search.width, depth=config.search.depth),
         correct=config.correct.at_most(max(1, config.rounds.steps)),
+        export=ExportConfig(
+            of=ExportedModel.distilled if config.rounds.steps else ExportedModel.student,
+            dtype=ExportDtype(config.model.precision.value),  # the next round's teacher loses nothing
+        ),
         distill=replace(
             config.distill,
             steps=max(1, config.rounds.steps),
@@ -73,26 +77,7 @@ def run_rounds(config: Config) -> None:
             run_stages(round_settings, only=stage)
         if config.rounds.steps:
             run_stages(round_settings, only="distill")
-            run_stages(round_settings, only="export")
-        else:
-            _export_untrained(round_settings)
+        run_stages(round_settings, only="export")
         source = str(Path(round_settings.run.dir) / "export" / "hf")
     run_stages(replace(config, model=replace(config.model, source=source, hf_assets=None)))
     return None
-
-
-def _export_untrained(config: Config) -> None:
-    """Write the pruned student as a Hugging Face folder, once: the mark of the folder is written last."""
-    from compactlm_nemo.models.checkpoint import CheckpointSource
-    from compactlm_nemo.models.hf import export_hf
-    from compactlm_nemo.parallel.launch import launched, main_rank_writes
-    from compactlm_nemo.stages.context import HF, Run
-
-    stage = replace(EXPORT, reads=("teacher", "student"))  # nothing was distilled
-    with launched(config.parallel, config.run.seed) as mesh, main_rank_writes() as writes:
-        run = Run(config, mesh, stage)
-        target = run.path("export") / HF
-        if writes and not (target / "complete").exists():
-            dims, source = run.dims("student"), run.path("student")
-            export_hf(run.path("teacher") / HF, target, dims, CheckpointSource(source, dims), run.dtype)
-            (target / "complete").touch()

@@ -14,6 +14,7 @@ from compactlm_nemo.artifacts import settings_of
 from compactlm_nemo.config.data import CorpusConfig, DataConfig
 from compactlm_nemo.config.distill import DistillConfig, Result
 from compactlm_nemo.config.evaluate import EvaluateConfig
+from compactlm_nemo.config.export import ExportDtype
 from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.loss import HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
@@ -63,6 +64,7 @@ READ_BY = {
         )
     },
     "evaluate": {"evaluate"}, "evaluate.micro_batch": set(),
+    "export": {"export"},
     "wandb": set(),
 }  # fmt: skip
 """Setting, or section of those that are not listed themselves -> the stages whose result another value changes."""
@@ -118,6 +120,7 @@ def _other(key: str, value: Any) -> Any:
         kind = SETTINGS[key][0].type
         named = {"str | None": "x", "int | None": 3, "float | None": 3.0, "bool | None": True}
         enums = {"WidthMetric | None": WidthMetric.taylor, "DepthMetric | None": DepthMetric.tasks}
+        enums |= {"ExportDtype | None": ExportDtype.bf16}
         return (named | enums)[str(kind)]
     return {"list[int]": [3], "list[str]": ["x"]}[str(SETTINGS[key][0].type)]
 

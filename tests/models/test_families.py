@@ -85,10 +85,9 @@ def test_cases_would_show_the_difference() -> None:
         assert gap.abs().max() > 1e-2, (case, changes)
 
 
-def test_shards_hold_the_model_together(hf_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compactlm_nemo.models.hf.SHARD_BYTES", 60_000)
+def test_shards_hold_the_model_together(hf_root: Path, tmp_path: Path) -> None:
     dims, source = open_hf(hf_root / "qwen3")
-    export_hf(hf_root / "qwen3", tmp_path, dims, source, torch.float32)
+    export_hf(hf_root / "qwen3", tmp_path, dims, source, torch.float32, shard_bytes=60_000)
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     with torch.no_grad():

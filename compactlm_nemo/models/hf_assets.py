@@ -1,0 +1,100 @@
+"""The small files of a Hugging Face folder: which travel from import to export, and how an export's are written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.models.outside import companion
+
+SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+"""Files with config, tokenizer, templates and settings of generation."""
+PAPERS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
+"""How the names of files begin that a licence asks to pass on."""
+FOLDERS = ("additional_chat_templates",)
+OF_THE_FILES = (".index.json", "trainer_state.json", "training_args.json", "adapter_config.json", "_results.json")
+"""How names end that tell of the weights' files or of a training, and so of nothing that a student has."""
+LARGEST = 256 * 2**20
+"""Bytes of a file that travels; the largest tokenizers have a tenth."""
+
+
+def assets_of(folder: Path) -> dict[str, Path]:
+    """Return the files that travel with a model, by name: all small ones that are neither weights nor code."""
+    candidates = [folder / "config.json", *sorted(folder.glob("*"))]
+    candidates += [path for name in FOLDERS for path in sorted((folder / name).glob("*.jinja"))]
+    return {str(path.relative_to(folder)): path for path in candidates if path.is_file() and _travels(path)}
+
+
+def _travels(path: Path) -> bool:
+    is_paper = path.name.upper().startswith(PAPERS) and path.suffix != ".py"
+    return is_paper or (path.suffix in SUFFIXES and not path.name.endswith(OF_THE_FILES))
+
+
+def copy_hf_assets(source: Path, target: Path) -> None:
+    """Copy the files of `assets_of`.
+
+    Raises:
+        CheckpointError: a JSON file among them is none, of which transformers would only tell who loads the export; a
+            file is too large; or a link leads out of the folder.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for name in assets_of(source):
+        path = companion(source, name)
+        assert path is not None  # `assets_of` has seen it
+        if (size := path.stat().st_size) > LARGEST:
+            raise CheckpointError(f"{path} has {size} bytes, more than such a file has ({LARGEST}); move it away.")
+        if path.suffix == ".json":
+            _read(path)
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target / name)
+
+
+def dtype_of(folder: Path) -> str | None:
+    """Return the number format that a folder's config.json states, None where it states none."""
+    values = _read(folder / "config.json")
+    stated = values.get("dtype") or values.get("torch_dtype")
+    return stated if isinstance(stated, str) else None
+
+
+def write_for_every_reader(folder: Path) -> None:
+    """Say in an exported folder what readers of transformers 4's files look for, beside what version 5 writes.
+
+    Version 5 keeps theta and scaling of the rotary embedding in `rope_parameters` alone, the number format in `dtype`
+    and Qwen's experts in `num_local_experts`; others would take theta = 10000, no scaling, float32 and 128 experts. Its
+    class of tokenizers has another name there.
+    """
+    path = folder / "config.json"
+    values = _read(path)
+    rope = dict(values.get("rope_parameters") or {})
+    if "rope_theta" in rope:  # no families whose layers differ
+        values["rope_theta"] = rope.pop("rope_theta")
+        if "partial_rotary_factor" in rope:
+            values["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+        kind = rope.get("rope_type", "default")
+        values["rope_scaling"] = None if kind == "default" else rope
+    for written, read in (("num_local_experts", "num_experts"), ("num_experts", "num_local_experts")):
+        if written in values:
+            values.setdefault(read, values[written])  # Qwen's mixtures count them under either name, by version
+    if "dtype" in values:
+        values["torch_dtype"] = values["dtype"]
+    _write(path, values)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        values = _read(path)
+        if values.get("tokenizer_class") == "TokenizersBackend":
+            values["tokenizer_class"] = "PreTrainedTokenizerFast"
+        _write(path, {key: value for key, value in values.items() if key not in ("is_local", "backend")})
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); fetch it again, or remove it.") from None
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
