@@ -12,15 +12,18 @@ from pathlib import Path
 import pytest
 
 from compactlm_nemo.config import load
-from compactlm_nemo.config.load import COMPARE, CONF, VERIFY, compose, compose_root, schema_reference
+from compactlm_nemo.config.load import COMPARE, CONF, STATUS, SUBMIT, VERIFY, compose, compose_root, schema_reference
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.manual import reference_markdown
 from compactlm_nemo.workflow.runner import run_stages
 from compactlm_nemo.workflow.stage_table import STAGES, stages_of
+from compactlm_nemo.workflow.submit import split_words
 from tests.support import commands
 
 ROOT = CONF.parent
+OWN_ROOTS = {root.file: root for root in (COMPARE, STATUS, VERIFY)}
+"""Roots of the recipes with settings of their own, by recipe."""
 EXPERIMENTS, MODELS = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("experiment", "model"))
 # Published sizes: arXiv 2407.14679 tables 1 and 5 (15.6B, 8.27B, 4.19B), arXiv 2408.11796 (8.0B, 4.5B; 12.2B, 8.4B).
 PUBLISHED_BILLIONS = {
@@ -203,7 +206,7 @@ def documented_commands() -> list[str]:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "slurm").glob("*.md"))]:
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.S):
             joined = block.replace("\\\n", " ")
-            lines += [line.strip() for line in joined.splitlines() if "recipes." in line]
+            lines += [line.strip() for line in joined.splitlines() if re.search(r"-m (recipes|slurm)\.", line)]
     return lines
 
 
@@ -212,10 +215,15 @@ def test_documented_commands_plan() -> None:
     assert commands
     for command in commands:
         words = shlex.split(command)
-        module = next(word for word in words if word.startswith("recipes."))
+        module = next(word for word in words if word.startswith(("recipes.", "slurm.")))
         rest = [word for word in words[words.index(module) + 1 :] if "=" in word]
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), command
-        if (root := {"recipes.compare_scores": COMPARE, "recipes.verify": VERIFY}.get(module)) is not None:
+        if module in ("recipes.submit", "slurm.nemo_run"):
+            own, (recipe, *rest) = split_words(words[words.index(module) + 1 :])
+            job = compose_root(SUBMIT, own)
+            assert (ROOT / "recipes" / f"{recipe}.py").is_file(), command
+            assert launch_problems(compose(rest), job.nodes * job.site.gpus_per_node) == "", command
+        if (root := OWN_ROOTS.get(module.removeprefix("recipes."))) is not None:
             compose_root(root, rest)
             continue
         config = compose([*rest, "dry_run=true"])
@@ -231,6 +239,9 @@ def test_slurm_commands_plan() -> None:
     for recipe, words in commands:
         assert (ROOT / "recipes" / f"{recipe}.py").is_file()
         overrides = words.replace(")", "").split()
+        if (root := OWN_ROOTS.get(recipe)) is not None:
+            compose_root(root, overrides)
+            continue
         source = [] if "model.source" in words else ["model.source=absent"]
         run_stages(compose([*overrides, *source, "dry_run=true"]))
 

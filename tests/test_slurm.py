@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +74,41 @@ def test_overrides_and_rendezvous_arrive_untouched(tmp_path: Path, recipe: str) 
     assert check == [word.replace(f"recipes.{recipe}", "recipes.check_nodes") for word in record["argv"]]
 
 
+RECIPES = {path.stem for path in (ROOT / "recipes").glob("[a-z]*.py")}
+WITHOUT_A_MODEL = {"compare_scores", "status", "submit", "verify"}
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES - {"check_nodes"}))
+def test_a_recipe_without_a_model_is_one_process_and_every_other_is_checked_on_all_nodes(
+    tmp_path: Path, recipe: str
+) -> None:
+    """Those without a model have settings of their own, so that `recipes.check_nodes` would refuse their overrides."""
+    done = run_with_stubs(tmp_path, [recipe, *OVERRIDES])
+    assert done.returncode == 0, done.stderr
+    argv = json.loads((tmp_path / "python0.json").read_text())["argv"]
+    has_model = recipe not in WITHOUT_A_MODEL
+    nodes, ranks = (3, 8) if has_model else (1, 1)
+    assert argv[2:4] == [f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
+    assert json.loads((tmp_path / "srun.json").read_text())[2] == f"--nodes={nodes}"
+    assert (tmp_path / "python0-check.json").exists() == has_model
+
+
+def test_cpus_of_a_task_reach_srun(tmp_path: Path) -> None:
+    assert run_with_stubs(tmp_path, ["distill"], SLURM_CPUS_PER_TASK="96").returncode == 0
+    assert json.loads((tmp_path / "srun.json").read_text())[4:] == ["--cpus-per-task=96"]
+
+
+def test_a_run_knows_the_end_of_its_job(tmp_path: Path) -> None:
+    def end(**words: str) -> str | None:
+        assert run_with_stubs(tmp_path, ["distill"], TZ="UTC", **words).returncode == 0
+        told: str | None = json.loads((tmp_path / "python0.json").read_text())["env"]["SLURM_JOB_END_TIME"]
+        return told
+
+    assert end(ends="2026-11-26T17:19:58") == "1795713598"
+    assert end(ends="2026-11-26T17:19:58", SLURM_JOB_END_TIME="7") == "7", "what Slurm itself says"
+    assert end(ends="NONE") is end(ends="") is None, "a job without end"
+
+
 def _environment(tmp_path: Path, **env: str) -> dict[str, str | None]:
     done = run_with_stubs(tmp_path, ["distill"], **env)
     assert (done.returncode, done.stderr) == (0, "")
@@ -100,26 +134,13 @@ def test_what_the_user_exports_wins(tmp_path: Path, name: str) -> None:
     assert env["PYTORCH_ALLOC_CONF"] == env["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
 
 
-def test_the_sites_file_comes_between_the_user_and_the_defaults(tmp_path: Path) -> None:
-    (tmp_path / "slurm").mkdir()
-    lines = [
-        "# of this cluster",
-        "",
-        "NCCL_IB_HCA=mlx5_0:1,mlx5_1:1",
-        "NCCL_DEBUG=WARN=$HOME `id`",
-        "not a line",
-        "OMP_NUM_THREADS=7",
-    ]
-    (tmp_path / "slurm" / "site.env").write_text("\n".join(lines))  # without an end of the last line
-    env = _environment(tmp_path, SLURM_CPUS_ON_NODE="96", NCCL_IB_HCA="mlx5_9")
-    assert (env["NCCL_IB_HCA"], env["NCCL_DEBUG"], env["OMP_NUM_THREADS"]) == ("mlx5_9", "WARN=$HOME `id`", "7")
-
-
-def test_the_example_of_a_sites_file_is_one(tmp_path: Path) -> None:
-    (tmp_path / "slurm").mkdir()
-    shutil.copyfile(ROOT / "slurm" / "site.env.example", tmp_path / "slurm" / "site.env")
-    env = _environment(tmp_path)
-    assert (env["NCCL_IB_HCA"], env["NCCL_DEBUG"]) == ("mlx5", "WARN")
+def test_modules_are_loaded_in_order(tmp_path: Path) -> None:
+    profile = 'module() { printf "%s\\n" "$*" >>loaded; [[ "$2" != gone ]]; }; export -f module; exec bash "$@"'
+    command = ["bash", "-c", profile, "shell", str(SCRIPT), "distill"]
+    assert run_with_stubs(tmp_path, [], command=command, COMPACTLM_MODULES="cuda/13.0 nccl").returncode == 0
+    assert (tmp_path / "loaded").read_text() == "load cuda/13.0\nload nccl\n"
+    assert run_with_stubs(tmp_path, [], command=command, COMPACTLM_MODULES="gone nccl").returncode == 1
+    assert (tmp_path / "loaded").read_text().endswith("load gone\n"), "a job without its modules does not go on"
 
 
 def test_environment_sets_python_gpus_and_container(tmp_path: Path) -> None:
