@@ -38,7 +38,7 @@ def distill(
     model = TrainableModel(student.train(), cfg, overlap=cfg.overlap)
     state = _start(model, callbacks, checkpoints)
     is_over = _is_over(state, cfg, callbacks)
-    with closing(BatchFeed(sample, cfg, student.mesh)) as feed:
+    with closing(BatchFeed(sample, cfg, student.mesh)) as feed, checkpoints.finished():
         while not is_over:
             for callback in callbacks:
                 callback.before_step(state.step)
@@ -65,6 +65,8 @@ def distill(
                 callback.after_step(step)
             if step.is_last or step.must_save or state.step % cfg.checkpoint_every == 0:
                 checkpoints.save(model, state, callbacks)
+            else:
+                checkpoints.finish_if_written()
     if state.step == cfg.steps:
         for callback in callbacks:
             callback.after_training(model)

@@ -63,8 +63,9 @@ class TeacherCorrection(Callback):
             self.model.update(grad_norm)
         return metrics | {RATE_NAME: self.model.lr}
 
-    def save(self, step: int) -> None:
+    def save(self, step: int) -> Checkpoints:
         self.checkpoints.save(self.model, TrainState(step=step))
+        return self.checkpoints
 
     def load(self, step: int) -> None:
         self.checkpoints.load(self.model, step=step)

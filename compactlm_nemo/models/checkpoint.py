@@ -72,18 +72,19 @@ def save_model(folder: Path, chunks: ModelChunks, way_out: str = "mend what made
 
 def first_nonfinite(state: dict[str, Any]) -> str | None:
     """Return the key of a tensor of Megatron's sharded state, of any rank, that holds NaN or infinity. Collective."""
-    shards = [shard for value in nested_values(state) for shard in _shards(value) if shard.data is not None]
-    shards = [shard for shard in shards if shard.data.is_floating_point()]
+    shards = [shard for shard in shards_of(state) if shard.data is not None and shard.data.is_floating_point()]
     finite = torch.stack([shard.data.isfinite().all() for shard in shards]).cpu()  # one wait for the device
     mine = next((_name(shard) for shard, is_finite in zip(shards, finite.tolist(), strict=True) if not is_finite), None)
     return next((name for name in all_gather_objects(mine) if name), None)
 
 
-def _shards(value: Any) -> list[ShardedTensor]:
-    """Return the tensors that Megatron makes of an entry of its state; none of plain values."""
-    if isinstance(value, ShardedTensorFactory):
-        return list(nested_values(value.build()))
-    return [value] if isinstance(value, ShardedTensor) else []
+def shards_of(state: dict[str, Any]) -> Iterator[ShardedTensor]:
+    """Yield the tensors that Megatron stores for its sharded state, among which may be plain values."""
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            yield from nested_values(value.build())
+        elif isinstance(value, ShardedTensor):
+            yield value
 
 
 def _name(shard: ShardedTensor) -> str:
@@ -95,16 +96,16 @@ def _name(shard: ShardedTensor) -> str:
 def load_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Load what `state` describes from a distributed checkpoint, whose index is checked first. Collective."""
     stored = read_metadata(folder).state_dict_metadata  # Megatron's own reader would run whatever the index says
-    for shard in (shard for value in nested_values(state) for shard in _shards(value)):
+    for shard in shards_of(state):
         if isinstance(stored.get(shard.key), BytesStorageMetadata):  # torch would unpickle these
             raise CheckpointError(f"{folder} stores {shard.key} as an object and not as a tensor; do not use it.")
-    with naming_damage(folder):
+    with _naming_damage(folder):
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
     return loaded
 
 
 @contextmanager
-def naming_damage(folder: Path) -> Iterator[None]:
+def _naming_damage(folder: Path) -> Iterator[None]:
     """Turn what torch and Megatron-Core say of a damaged checkpoint, or of one that could run code, into one line."""
     try:
         yield

@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import queue
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -81,14 +82,41 @@ def _undo_megatron_fusions() -> None:
 
 
 def _write_checkpoints_in_this_process() -> None:
-    """Give Megatron-Core's checkpoint writer a queue of this process for its results.
+    """Let threads of this process write the files of Megatron-Core's checkpoints, each save with a queue of its own.
 
-    Its own is that of a manager, made so that another process can write: one of 400 MB that takes seconds to start and
-    stays behind when this one is killed. Here the process that trains writes its checkpoints.
+    Megatron's queue is that of a manager, made so that another process can write: one of 400 MB that takes seconds to
+    start and stays behind when this one is killed. Older versions fork a process for each file besides, which may hang
+    when other threads of this one hold locks; newer ones use threads. A queue that saves share would give the results
+    of one to another that is written at the same time.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._results_queue = queue.Queue()
+    for name in ("_get_write_results_queue", "get_write_results_queue"):  # the name in older and newer versions
+        if name in vars(filesystem_async):
+            setattr(filesystem_async, name, lambda *_: queue.Queue())
+    if "write_preloaded_data_multiproc" in vars(filesystem_async.FileSystemWriterAsync):
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_files)
+
+
+def _write_files(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:
+    """Write each file of a checkpoint in a thread, as Megatron's function of that place does in a process.
+
+    What the threads wrote, by their numbers, or the first failure goes into `results`.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    def write(number: int, bucket: Any) -> tuple[int, list[Any] | Exception]:
+        written: queue.Queue[Any] = queue.Queue()
+        left: queue.Queue[int] = queue.Queue()  # that Megatron counts what is done in
+        left.put(number)
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, written, left, True, use_msc=use_msc)
+        result: tuple[int, list[Any] | Exception] = written.get_nowait()
+        return result
+
+    with ThreadPoolExecutor(len(buckets)) as threads:
+        by_number = dict(threads.map(write, range(len(buckets)), buckets))
+    failures = [result for result in by_number.values() if isinstance(result, Exception)]
+    results.put(failures[0] if failures else by_number)
 
 
 def _host_values(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:

@@ -120,15 +120,23 @@ def interrupted(number: int, state: str) -> Interrupted:
     return Interrupted(f"{signal.Signals(number).name}: {state}; the same command goes on.", 128 + number)
 
 
+def on_any_rank(flag: bool) -> bool:
+    """Return, equal on every rank, whether the flag is set on one; no device is waited for. Collective."""
+    return bool(greatest([int(flag)], _asked.group)[0])
+
+
+def note_save(seconds: float) -> None:
+    """Take notice of a save that took so long, or takes by now, for which time must be left at the end of a job."""
+    _asked.longest_save = max(_asked.longest_save, seconds)
+
+
 @contextmanager
 def saving() -> Iterator[None]:
-    """Measure a save, for which time must be left at the end of a job."""
+    """Mark that a save holds up training: that time is no part of a block."""
     start = time.monotonic()
     yield
-    seconds = time.monotonic() - start
-    _asked.longest_save = max(_asked.longest_save, seconds)
     if _asked.last_boundary is not None:
-        _asked.last_boundary += seconds  # no part of a block
+        _asked.last_boundary += time.monotonic() - start
 
 
 def job_deadline(limit_minutes: float | None) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from compactlm_nemo.artifacts import describe_files, file_problems
+from compactlm_nemo.artifacts import file_problems
 from compactlm_nemo.parallel.collectives import all_gather_objects
 
 
@@ -16,13 +16,6 @@ def shared_file_problems(folder: Path, recorded: Mapping[str, Any]) -> list[str]
     """Return, on every rank, what is wrong with the files of a folder: see `artifacts.file_problems`. Collective."""
     mine = file_problems(folder, recorded, _share(sorted(recorded)))
     return [problem for problems in all_gather_objects(mine) for problem in problems]
-
-
-def describe_shared_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return, on every rank, size and SHA-256 of all files of a folder, by name. Collective."""
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    mine = {str(path.relative_to(folder)): x for path, x in describe_files(map(folder.joinpath, _share(names))).items()}
-    return {name: described for part in all_gather_objects(mine) for name, described in part.items()}
 
 
 def _share(names: list[str]) -> list[str]:

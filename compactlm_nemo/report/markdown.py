@@ -16,6 +16,7 @@ from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, p
 from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, tokens_curve
 from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
+from compactlm_nemo.training.saving_time import saving_text
 from compactlm_nemo.training.tracker import LOSS, METRICS
 
 SHORT_TABLE_LAYERS = 16
@@ -59,6 +60,7 @@ def write_report(run_dir: Path, folder: Path) -> None:
     plot_sizes(points, folder / "sizes.png")
     recovered = [f"- {name}: {_percent(share)}" for name, share in _recovered(run_dir).items()]
     shape = read_manifest(run_dir / "student")["results"]["shape"]
+    trained = read_manifest(run_dir / "distill")["results"]
     text = [
         f"# {run_dir.name}",
         "",
@@ -69,6 +71,8 @@ def write_report(run_dir: Path, folder: Path) -> None:
         *recovered,
         "",
         "Student: {layers} layers, hidden {hidden}, MLP {ffn}, heads {heads}.".format(**shape),
+        "",
+        f"In distillation, {saving_text(trained['saving_seconds'], trained['training_seconds'])}.",
         "",
         "![Loss over tokens](loss.png)",
         "![Loss against size](sizes.png)",

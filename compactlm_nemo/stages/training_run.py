@@ -52,6 +52,7 @@ from compactlm_nemo.training.best_weights import EVAL_LOSS, BestWeights
 from compactlm_nemo.training.callbacks import Callback, MetricsLog, PeakMemory, Speed, StopAfter, StopWhenAsked
 from compactlm_nemo.training.checkpoint import Checkpoints
 from compactlm_nemo.training.fusions import available_fusions, fusions_text
+from compactlm_nemo.training.saving_time import SavingTime, saving_text
 from compactlm_nemo.training.stability import LossSpikes, NonFiniteSteps
 from compactlm_nemo.training.tracker import METRICS, Tracker
 
@@ -70,7 +71,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     dims = run.dims(source)
     samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
     student = run.load(source)
-    checkpoints = Checkpoints(state / "checkpoints", keep=cfg.keep_checkpoints, is_main=is_main_rank())
+    checkpoints = _checkpoints(state / "checkpoints", cfg, keep=cfg.keep_checkpoints)
     checkpoints.drop_damaged(*_teacher_checkpoints(run, state))
     fusions = fusions_text(available_fusions(is_cuda=torch.cuda.is_available()))
     Console(quiet=not is_main_rank()).print(f"  fusions: {fusions}")
@@ -95,11 +96,13 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
             *_teacher_correction(run, teacher, state),
             Speed(_speed(run, dims, cfg)),
             best_weights,
+            saving_time := SavingTime(checkpoints),
             PeakMemory(),
             MetricsLog(tracker.log, every=cfg.log_every, rewind=tracker.rewind),
         ]
         with watched(state.parents[1], config.run.hang_minutes, all_gather_objects(socket.gethostname())):
             end = distill(student, teacher, samples.sample, cfg, callbacks, checkpoints=checkpoints)
+    Console(quiet=not is_main_rank()).print(f"  {saving_text(**(times := saving_time.totals()))}")
     if end.step < cfg.steps:
         if asked.number:
             raise interrupted(asked.number, f"{end.step} of {cfg.steps} steps are saved in {checkpoints.folder}")
@@ -115,7 +118,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
         "best_step": best_weights.best_step,
         "fusions": fusions,
         "loss": loss,
-    }
+    } | times
 
 
 def prepare_layers(run: Run, cfg: DistillConfig, chunks: ModelChunks) -> None:
@@ -170,8 +173,12 @@ def _teacher_checkpoints(run: Run, state: Path) -> list[Checkpoints]:
     """Return the checkpoints of a teacher that is trained while it teaches, none of another."""
     if not run.config.correct.while_distilling or run.stage.name != "distill":
         return []
-    keep = run.config.correction.keep_checkpoints + 1
-    return [Checkpoints(state / "teacher", keep=keep, is_main=is_main_rank())]
+    cfg = run.config.correction
+    return [_checkpoints(state / "teacher", cfg, keep=cfg.keep_checkpoints + 1)]
+
+
+def _checkpoints(folder: Path, cfg: DistillConfig, *, keep: int) -> Checkpoints:
+    return Checkpoints(folder, keep=keep, is_main=is_main_rank(), in_background=cfg.checkpoint_async)
 
 
 def _hidden_state_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teacher: Teacher) -> list[Callback]:

@@ -61,6 +61,16 @@ class ModelPass(Protocol):
         """Return the weighted sum of those terms that compare logits with the teacher's."""
 
 
+class Saving(Protocol):
+    """Files that threads of every rank may still be writing."""
+
+    def is_written(self) -> bool:
+        """Return whether this rank has written its files."""
+
+    def finish(self) -> None:
+        """Wait for the files of all ranks, and let them come into force. Collective."""
+
+
 class Callback:
     """An optional part of a training; every method may be overridden and does nothing by default."""
 
@@ -110,8 +120,12 @@ class Callback:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned, when training is resumed and when it rewinds."""
 
-    def save(self, step: int) -> None:
-        """Write files of this callback's own, before the checkpoint of `step` finished steps comes into force."""
+    def save(self, step: int) -> Saving | None:
+        """Save files of this callback's own for the checkpoint of `step` finished steps.
+
+        Files that are still written when this returns are returned: the checkpoint comes into force after them.
+        """
+        return None
 
     def load(self, step: int) -> None:
         """Go on from the checkpoint of `step` finished steps, when training is resumed and when it rewinds."""

@@ -1,8 +1,8 @@
 """Training checkpoints: weights, optimizer, schedule, progress, callbacks and random states, loadable in any layout.
 
 A checkpoint counts only when `latest.json` names it; that file is replaced atomically after everything is on disk,
-so a kill at any instant leaves the previous checkpoint in force. Each holds the hashes of its files: one that is
-damaged gives way to the one before it.
+so a kill at any instant leaves the previous checkpoint in force, also while threads write the files of the next one.
+Each holds the hashes of its files: one that is damaged gives way to the one before it.
 """
 
 from __future__ import annotations
@@ -10,30 +10,35 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from compactlm_nemo.artifacts import HASHES, atomic_write_text
 from compactlm_nemo.errors import CheckpointError, NumericsError
-from compactlm_nemo.models.checkpoint import first_nonfinite, load_shards, load_state, model_state, naming_damage
+from compactlm_nemo.models.checkpoint import first_nonfinite, load_shards, load_state, model_state
 from compactlm_nemo.parallel.collectives import barrier, broadcast_object
-from compactlm_nemo.parallel.interruption import saving
+from compactlm_nemo.parallel.interruption import note_save, on_any_rank, saving
 from compactlm_nemo.parallel.mesh import Mesh
-from compactlm_nemo.parallel.shared_files import describe_shared_files, shared_file_problems
-from compactlm_nemo.training.callbacks import Callback
+from compactlm_nemo.parallel.shared_files import shared_file_problems
+from compactlm_nemo.training.background_save import BackgroundSave
+from compactlm_nemo.training.callbacks import Callback, Saving
 from compactlm_nemo.training.optimizer import TrainableModel
 from compactlm_nemo.training.optimizer_state import allocate, num_updates, set_num_updates, sharded_state
 
 LATEST = "latest.json"
+
+LAYOUT = "layout.json"
+"""In each checkpoint: how its ranks were placed."""
 
 
 _log = logging.getLogger(__name__)
@@ -50,6 +55,18 @@ class TrainState:
 
 
 @dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that does not count yet."""
+
+    step: int
+    files: BackgroundSave
+    others: list[Saving]
+    """What callbacks save with it."""
+    kept_steps: set[int]
+    """Finished steps of the checkpoints that the callbacks, as they are in this one, still need."""
+
+
+@dataclass
 class Checkpoints:
     """The checkpoints of one training in a folder; all ranks call every method."""
 
@@ -58,6 +75,11 @@ class Checkpoints:
     """Newest checkpoints that are kept, besides those that callbacks keep."""
     is_main: bool
     """Whether this rank makes and deletes folders."""
+    in_background: bool = False
+    """Whether training goes on while threads write the files of a checkpoint, which then counts some steps later."""
+    seconds: float = field(default=0.0, init=False)
+    """Time for which saving has held up this process."""
+    _pending: _Pending | None = field(default=None, init=False, repr=False)
 
     def latest_step(self) -> int | None:
         """Return finished steps at the newest complete checkpoint, which `latest.json` names; None without one."""
@@ -115,45 +137,97 @@ class Checkpoints:
     def save(self, model: TrainableModel, state: TrainState, callbacks: Sequence[Callback] = ()) -> None:
         """Save the training at this state, and delete older checkpoints that need not be kept.
 
+        In the background only the copy is made before this returns; what it was before the copy is finished first.
+
         Raises:
             NumericsError: a weight or moment is not finite; the checkpoints stay as they were.
         """
-        with saving():
-            self._save(model, state, callbacks)
+        self.finish()
+        with self._measured():
+            self._pending = self._begin(model, state, callbacks)
+        if not self.in_background:
+            self.finish()
 
-    def _save(self, model: TrainableModel, state: TrainState, callbacks: Sequence[Callback]) -> None:
+    def is_written(self) -> bool:
+        """Return whether the threads of this rank have written the files of every checkpoint."""
+        pending = self._pending
+        return pending is None or (pending.files.is_written() and all(other.is_written() for other in pending.others))
+
+    def finish_if_written(self) -> None:
+        """Let the checkpoint that is being saved count, once every rank has written its files."""
+        if self._pending is None:
+            return
+        note_save(time.monotonic() - self._pending.files.begun)
+        with self._measured():
+            is_written = not on_any_rank(not self.is_written())
+        if is_written:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the files of the checkpoint that is being saved, if there is one, and let it count."""
+        if (pending := self._pending) is None:
+            return
+        self._pending = None
+        with self._measured():
+            for other in pending.others:
+                other.finish()
+            hashes = pending.files.finish()
+            target = self._step_folder(pending.step)
+            if self.is_main:
+                atomic_write_text(target / HASHES, json.dumps(hashes, indent=2) + "\n")
+                atomic_write_text(self.folder / LATEST, json.dumps({"step": pending.step}) + "\n")
+                self._delete_others(target, pending.kept_steps)
+        note_save(time.monotonic() - pending.files.begun)
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """Finish what is being saved when the body ends; an error that other ranks may not have leaves it out."""
+        try:
+            yield
+        except NumericsError:  # of metrics that are equal on every rank
+            self.finish()
+            raise
+        except BaseException:
+            if self._pending is not None:
+                self._pending.files.close()
+            raise
+        self.finish()
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        start = time.monotonic()
+        with saving():
+            yield
+        self.seconds += time.monotonic() - start
+
+    def _begin(self, model: TrainableModel, state: TrainState, callbacks: Sequence[Callback]) -> _Pending:
+        """Copy the state and let threads write it."""
         model.finish_gathering()
         saved = _model_state(model, _sharded_by_rank(_random_states()))
         if key := first_nonfinite(saved):
             raise NumericsError(self._diverged(key, state.step))
-        for callback in callbacks:
-            callback.save(state.step)
+        others = [other for callback in callbacks if (other := callback.save(state.step)) is not None]
         target = self._step_folder(state.step)
         if self.is_main:
             shutil.rmtree(target, ignore_errors=True)  # left by a run that was killed while saving
             target.mkdir(parents=True)
         barrier()
-        dist_checkpointing.save(
-            saved
-            | {
-                "layout": _layout(model.ddps.mesh),
-                "train_state": asdict(state),
-                "callbacks": {type(callback).__name__: callback.state() for callback in callbacks},
-            },
-            str(target),
-        )
-        barrier()
-        hashes = describe_shared_files(target)
+        common = {
+            "train_state": asdict(state),
+            "callbacks": {type(callback).__name__: callback.state() for callback in callbacks},
+        }
+        files = BackgroundSave(saved | common, target, may_change=self.in_background)
         if self.is_main:
-            atomic_write_text(target / HASHES, json.dumps(hashes, indent=2) + "\n")
-            atomic_write_text(self.folder / LATEST, json.dumps({"step": state.step}) + "\n")
-            self._delete_others(target, {step for callback in callbacks for step in callback.kept_checkpoints()})
+            atomic_write_text(target / LAYOUT, json.dumps(_layout(model.ddps.mesh)) + "\n")
+        kept_steps = {step for callback in callbacks for step in callback.kept_checkpoints()}
+        return _Pending(state.step, files, others, kept_steps)
 
     def load(self, model: TrainableModel, callbacks: Sequence[Callback] = (), *, step: int | None = None) -> TrainState:
         """Load the newest checkpoint, or that of `step` finished steps, into the model and the callbacks.
 
         A callback of which the checkpoint holds no state stays as it is.
         """
+        self.finish()
         step = self.latest_step() if step is None else step
         if step is None or not (self._step_folder(step) / "metadata.json").is_file():
             raise CheckpointError(f"{self.folder} names no complete checkpoint; delete the folder to start again.")
@@ -189,9 +263,11 @@ class Checkpoints:
 
     def _has_layout(self, step: int, mesh: Mesh) -> bool:
         """Whether a checkpoint's ranks are placed as these are; only then do its random states have ranks to go to."""
-        with naming_damage(self._step_folder(step)):
-            saved = dist_checkpointing.load_common_state_dict(str(self._step_folder(step)))["layout"]
-        if saved == _layout(mesh):
+        path, saved = self._step_folder(step) / LAYOUT, None
+        if self.is_main:
+            with suppress(OSError, ValueError):  # a damaged one was found by its hash
+                saved = json.loads(path.read_text())
+        if broadcast_object(saved) == _layout(mesh):
             return True
         if self.is_main:
             _log.warning("%s: saved in another layout; random states begin with run.seed.", self._step_folder(step))
@@ -201,9 +277,9 @@ class Checkpoints:
         return self.folder / f"step_{step:07d}"
 
     def _delete_others(self, newest: Path, kept_steps: set[int]) -> None:
-        for later in self.folder.glob("step_*"):  # of a run that got further and was killed before that counted
-            if later > newest:
-                shutil.rmtree(later)
+        for other in self.folder.glob("step_*"):  # of a run that was killed while saving, or before that counted
+            if other > newest or not (other / HASHES).exists():
+                shutil.rmtree(other)
         for old in sorted(self.folder.glob("step_*"))[: -self.keep]:
             if old not in {self._step_folder(step) for step in kept_steps}:
                 shutil.rmtree(old)

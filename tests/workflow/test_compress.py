@@ -85,7 +85,8 @@ def test_wandb_has_every_metric_of_every_step_and_the_configuration(finished: Pa
     assert {
         "train/loss", "train/kd_forward_kl", "train/lm_loss_nats", "train/teacher_lm_loss_nats", "train/grad_norm",
         "train/lr", "train/tokens", "train/batch", "train/skipped_steps", "train/rewinds", "perf/tokens_per_second",
-        "perf/tflops_per_device", "perf/step_seconds", "perf/peak_memory_bytes", "step",
+        "perf/tflops_per_device", "perf/step_seconds", "perf/peak_memory_bytes", "perf/checkpoint_seconds",
+        "perf/checkpoint_share", "step",
     } == lines[0].keys()  # fmt: skip
 
 
