@@ -86,20 +86,21 @@ def _write_checkpoints_in_this_process() -> None:
 
     Megatron's queue is that of a manager, made so that another process can write: one of 400 MB that takes seconds to
     start and stays behind when this one is killed. Older versions fork a process for each file besides, which may hang
-    when other threads of this one hold locks; newer ones use threads. A queue that saves share would give the results
-    of one to another that is written at the same time.
+    when other threads of this one hold locks; newer ones use threads, but lose what a file could not be written for. A
+    queue that saves share would give the results of one to another that is written at the same time.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     for name in ("_get_write_results_queue", "get_write_results_queue"):  # the name in older and newer versions
         if name in vars(filesystem_async):
             setattr(filesystem_async, name, lambda *_: queue.Queue())
-    if "write_preloaded_data_multiproc" in vars(filesystem_async.FileSystemWriterAsync):
-        filesystem_async.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_files)
+    for name in ("write_preloaded_data_multiproc", "write_preloaded_data_multithread"):
+        if name in vars(filesystem_async.FileSystemWriterAsync):
+            setattr(filesystem_async.FileSystemWriterAsync, name, staticmethod(_write_files))
 
 
 def _write_files(transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: Any) -> None:
-    """Write each file of a checkpoint in a thread, as Megatron's function of that place does in a process.
+    """Write each file of a checkpoint in a thread, in the place of Megatron's function.
 
     What the threads wrote, by their numbers, or the first failure goes into `results`.
     """
