@@ -16,8 +16,8 @@ _parent = 0
 def end_children_with_this_process() -> None:
     """Let the kernel end every process that is forked from now on, once the thread that forked it has ended.
 
-    Megatron-Core's checkpoint writer forks; without its parent such a process would wait for ever. Processes that are
-    started by another program's file (`subprocess`) are not meant. Linux only; elsewhere nothing happens.
+    A library may fork; without its parent such a process could wait for ever. Processes that are started by another
+    program's file (`subprocess`) are not meant. Linux only; elsewhere nothing happens.
     """
     global _is_registered
     if _is_registered or sys.platform != "linux":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from compactlm_nemo.artifacts import atomic_write_text, damaged_seals, remove_sealed, sealed
+from compactlm_nemo.artifacts import atomic_write_text, sealed
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.devices import device, device_name
@@ -26,8 +25,6 @@ from compactlm_nemo.search.space import Budget, enumerate_space, within
 from compactlm_nemo.search.timing import time_layers
 from compactlm_nemo.stages.context import Run
 from compactlm_nemo.stages.pruner import Pruner
-
-_log = logging.getLogger(__name__)
 
 
 def search(run: Run, folder: Path) -> dict[str, Any]:
@@ -71,9 +68,7 @@ def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | N
     }
     path = run.progress / LATENCY
     if is_main_rank():
-        for damaged, what in damaged_seals(run.progress).items():
-            _log.warning("%s; layers are timed again.", what)
-            remove_sealed(damaged)
+        run.drop_damaged_files()
     known = broadcast_object(LatencyTable.load(path, metadata))
     tokens_BS = torch.randint(found[0].vocab_size, (cfg.batch, cfg.context), generator=torch.Generator().manual_seed(0))
 

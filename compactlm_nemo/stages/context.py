@@ -120,36 +120,46 @@ class Run:
         Args:
             are_independent: Of its files only the damaged ones are dropped.
         """
-        path, text = self.progress / "settings.json", json.dumps(settings, sort_keys=True)
+        path, wanted = self.progress / "settings.json", json.loads(json.dumps(settings))
+        started = None
         with main_rank_writes() as writes:
             if writes:
-                self._drop_damaged_progress(path, are_independent)
-            if writes and not path.exists():
+                started = self._undamaged_progress(path, are_independent)
+            if writes and started is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write_text(path, text)
-        started: dict[str, Any] = broadcast_object(json.loads(path.read_text()) if is_main_rank() else {})
-        if differing := differences(started, json.loads(text)):
+                atomic_write_text(path, json.dumps(wanted, sort_keys=True))
+        if differing := differences(broadcast_object(wanted if started is None else started), wanted):
             raise ConfigError(
                 f"{self.progress} holds unfinished work with another {differing[0]}; choose another run.dir or delete "
                 f"{self.progress}."
             )
         return self.progress
 
-    def _drop_damaged_progress(self, settings: Path, are_independent: bool) -> None:
-        """Remove damaged files of unfinished work, or all of it; `settings` tells with which settings it was begun."""
-        problem = ""
+    def _undamaged_progress(self, path: Path, are_independent: bool) -> dict[str, Any] | None:
+        """Return the settings with which unfinished work was begun; None without such work.
+
+        Damaged files of it are removed first, or all of it.
+        """
+        problem, started = "", None
         if self.progress.is_dir() and any(self.progress.iterdir()):
             try:
-                if not isinstance(json.loads(settings.read_text()), dict):
-                    problem = f"{settings} is damaged"
+                started = json.loads(path.read_text())
+                problem = "" if isinstance(started, dict) else f"{path} is damaged"
             except (OSError, ValueError) as error:
-                problem = f"{settings} is damaged or missing ({error})"
-        damaged = damaged_seals(self.progress)
-        if problem or (damaged and not are_independent):
-            _log.warning("%s; %s begins anew.", problem or next(iter(damaged.values())), self.stage.name)
+                problem = f"{path} is damaged or missing ({error})"
+        if not problem and not are_independent:
+            problem = next(iter(damaged_seals(self.progress).values()), "")
+        if problem:
+            _log.warning("%s; %s begins anew.", problem, self.stage.name)
             shutil.rmtree(self.progress)
-            return
-        for path, what in damaged.items():
+            return None
+        if are_independent:
+            self.drop_damaged_files()
+        return started
+
+    def drop_damaged_files(self) -> None:
+        """Remove those files of unfinished work that are damaged, and say so; the main rank calls this."""
+        for path, what in damaged_seals(self.progress).items():
             _log.warning("%s; %s makes it anew.", what, self.stage.name)
             remove_sealed(path)
 

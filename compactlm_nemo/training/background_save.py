@@ -43,8 +43,8 @@ class BackgroundSave:
     def __init__(self, state: dict[str, Any], folder: Path, *, may_change: bool) -> None:
         self.begun = time.monotonic()
         """When the save began, by the monotonic clock."""
-        shards = shards_of(state) if may_change else ()
-        live = {shard.data.untyped_storage().data_ptr() for shard in shards if shard.data is not None}
+        tensors = [shard.data for shard in shards_of(state) if shard.data is not None] if may_change else []
+        live = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.device.type == "cpu"}
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **_OWN_WRITER)
         assert request is not None
         self._folder, self._finalize = folder, request.finalize_fns
