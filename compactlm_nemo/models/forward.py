@@ -10,6 +10,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from compactlm_nemo.data.marks import counts_of, ids_of
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.layout import context_positions
 from compactlm_nemo.parallel.mesh import Mesh
@@ -34,6 +35,16 @@ def context_share(tokens_BS: Tensor, mesh: Mesh) -> Tensor:
         return tokens_BS
     length = tokens_BS.shape[1] // mesh.cp_size
     return tokens_BS[:, context_positions(length, mesh.cp_rank, mesh.cp_size, tokens_BS.device)]
+
+
+def targets_of(tokens_BT: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """Return labels and float32 mask, `[S / cp * B]` each, of samples with their last label, in hidden states' order.
+
+    The mask is 0 where a prediction is marked as one that does not count (`data.marks`).
+    """
+    labels_BS, counts_BS = ids_of(tokens_BT[:, 1:]), counts_of(tokens_BT[:, :-1])
+    labels_N, counts_N = (context_share(x_BS, mesh).T.flatten() for x_BS in (labels_BS, counts_BS))
+    return labels_N, counts_N.float()
 
 
 def fill_schedule(numbered: list[Any], filler: Any, mesh: Mesh) -> list[Any]:

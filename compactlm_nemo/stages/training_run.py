@@ -229,19 +229,20 @@ def _heldout_metrics(run: Run, student: ModelChunks, teacher: Teacher) -> Callab
     return measure_as_compiled
 
 
-def _speed(run: Run, student: Dims, cfg: DistillConfig) -> Callable[[float, float], dict[str, float]]:
-    """Return a function from tokens and seconds to tokens a second, model FLOPs, and their share of the peak.
+def _speed(run: Run, student: Dims, cfg: DistillConfig) -> Callable[[float], dict[str, float]]:
+    """Return a function from a step's seconds to tokens a second, model FLOPs, and their share of the peak.
 
     A training step is three forward passes of the student (backward is two) and one of a live teacher; what
     recomputation adds is not counted.
     """
     length = run.config.data.sequence_length
+    tokens = cfg.global_batch * length  # all of them are work, whether their prediction counts or not
     flops = 3 * flops_per_token_forward(student, length)
     if cfg.teacher is TeacherSource.live:
         flops += flops_per_token_forward(run.dims("teacher"), length)
     peak = cfg.peak_tflops or peak_tflops(device_name())
 
-    def measure(tokens: float, seconds: float) -> dict[str, float]:
+    def measure(seconds: float) -> dict[str, float]:
         achieved = tokens * flops / seconds / launch_world_size() / 1e12
         utilisation = {"perf/mfu": achieved / peak} if peak else {}
         return {"perf/tokens_per_second": tokens / seconds, "perf/tflops_per_device": achieved} | utilisation
