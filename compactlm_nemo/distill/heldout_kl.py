@@ -45,7 +45,7 @@ def evaluate_kd_loss(
     *,
     micro_batch: int,
 ) -> KDLoss:
-    """Measure both losses over the predictions of `windows_NT` `[N, S + 1]` that count; equal on every rank. Collective.
+    """Measure both losses over predictions of `windows_NT` `[N, S + 1]` that count; equal on every rank. Collective.
 
     Data-parallel ranks take every dp-th window and run in step; repetitions do not count, so the means are exact for
     any number of windows.

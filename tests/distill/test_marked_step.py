@@ -122,9 +122,7 @@ def _matches(rank: int, world: int, layout: dict[str, Any], root: Path, micro_ba
             parts = marked_samples()[mesh.dp_rank :: mesh.dp_size].split(micro_batch)
             batches = [Batch(part, ()) for part in parts]
             for _ in range(2):  # the second must not see anything of the first
-                terms = forward_backward(
-                    ddps, teacher, batches, loss=LOSSES, temperature=TEMPERATURE, callbacks=[loss]
-                )
+                terms = forward_backward(ddps, teacher, batches, loss=LOSSES, temperature=TEMPERATURE, callbacks=[loss])
             want = torch.load(root / case / f"{name}.pt")
             assert terms == pytest.approx(want["terms"], rel=2e-5), (case, name)
             assert loss.projections is not None

@@ -44,8 +44,9 @@ def test_over_sequence_is_the_definition(aggs, dtype, block, monkeypatch):
 def _joins(rank: int, world: int) -> None:
     x = sequence(torch.float64)
     parts = sequence_parts(x[rank * 4 : rank * 4 + 4], set(Aggregator))
-    joined = over_sequence(join_parts(parts, 4, torch.distributed.group.WORLD), 8)
-    for agg, got in joined.items():
+    joined, length = join_parts(parts, 4, torch.distributed.group.WORLD)
+    assert length == 8
+    for agg, got in over_sequence(joined, length).items():
         np.testing.assert_allclose(got.numpy(), REFERENCE[agg](x.numpy(), 0), rtol=1e-12)
 
 
