@@ -64,7 +64,7 @@ def store_targets(run: Run, folder: Path) -> dict[str, Any]:
     )
     every = range(num_shards(samples, config.cache.shard_samples))
     missing = broadcast_object([shard for shard in every if not shard_path(state, shard).exists()])
-    windows, teacher = Windows(run.train_prefixes(), length, config.run.seed), run.load(run.teaching_artifact).eval()
+    windows, teacher = Windows(run.train_corpora(), length, config.run.seed), run.load(run.teaching_artifact).eval()
     with (
         progress_bar("cache teacher", len(missing) * config.cache.shard_samples, length) as advance,
         closing(ShardWriter(state)) as writer,

@@ -18,7 +18,7 @@ def corpus_files(config: Config) -> dict[str, Path]:
     return {
         f"data.{name}{end}": Path(corpus.path + end)
         for name, corpus in config.data.corpora().items()
-        for end in ("", ".idx", ".bin")
+        for end in ("", ".idx", ".bin", ".mask")
     }
 
 

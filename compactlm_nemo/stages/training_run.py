@@ -24,7 +24,7 @@ from compactlm_nemo.config.fingerprint import correction_settings, result_settin
 from compactlm_nemo.config.hardware import can_compile
 from compactlm_nemo.config.loss import Projection
 from compactlm_nemo.config.teacher import StoredKind, TeacherSource
-from compactlm_nemo.data.windows import Windows, heldout_windows
+from compactlm_nemo.data.windows import Windows
 from compactlm_nemo.distill.heldout_kl import evaluate_kd_loss
 from compactlm_nemo.distill.hidden_states import HiddenStateLoss
 from compactlm_nemo.distill.layer_pairs import layer_pairs
@@ -68,7 +68,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
         )
     )
     dims = run.dims(source)
-    samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
+    samples = Windows(run.train_corpora(), config.data.sequence_length, config.run.seed)
     student = run.load(source)
     checkpoints = Checkpoints(state / "checkpoints", keep=cfg.keep_checkpoints, is_main=is_main_rank())
     checkpoints.drop_damaged(*_teacher_checkpoints(run, state))
@@ -211,8 +211,7 @@ def _heldout_metrics(run: Run, student: ModelChunks, teacher: Teacher) -> Callab
     def measure() -> dict[str, float]:
         values: dict[str, float] = {}
         for name in config.data.heldout:
-            prefix = run.token_prefix(f"heldout.{name}")
-            windows = heldout_windows(prefix, config.data.sequence_length, config.distill.eval_tokens).to(device())
+            windows = run.heldout_windows(name, config.distill.eval_tokens)
             if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)):
                 got = evaluate_kd_loss(student, teacher, windows, micro_batch=micro_batch)
                 values |= {f"eval/{name}_lm_loss_nats": got.lm_loss, f"eval/{name}_kl_nats": got.kl}
