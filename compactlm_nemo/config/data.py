@@ -23,7 +23,8 @@ class CorpusConfig:
     """One text corpus, tokenised once into Megatron's indexed format."""
 
     path: str
-    """JSON-lines file with a `text` field, or a Megatron prefix (`PREFIX.bin` and `PREFIX.idx`)."""
+    """JSON-lines file whose lines have `text`, `messages`, or `prompt` and `completion`; or a Megatron prefix
+    (`PREFIX.bin` and `PREFIX.idx`, with `PREFIX.mask` where not all tokens count)."""
     weight: float = 1.0
     """Share of this corpus in a training blend, relative to the others."""
     tokens: int | None = None
@@ -76,6 +77,8 @@ class DataConfig:
     """Evaluation texts, name to path; none of their documents may be in `train`."""
     sequence_length: int = setting(512)
     """Tokens of one sample."""
+    chat_template: str | None = setting(None)
+    """Jinja file that renders `messages`; null takes the tokenizer's own chat template."""
     mask_documents: bool = setting(False)
     """Attention stays within the documents of a sample; each begins with the end-of-text token before it."""
 

@@ -7,6 +7,7 @@ A corpus of plain text has no such file: all of its tokens count. So have Megatr
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy
 
@@ -48,25 +49,31 @@ class AnswerMaskWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.num_counted = 0
-        self._file = path.open("wb")
+        self.num_tokens = self.num_counted = 0
+        self._file: Any = None
         self._rest = numpy.empty(0, dtype=numpy.uint8)
-        self._is_needed = False
 
     def add(self, num_tokens: int, mask: list[bool] | None) -> None:
         """Append a document of `num_tokens`; None counts all of them."""
+        assert mask is None or len(mask) == num_tokens
+        if mask is not None and self._file is None:
+            self._file = self.path.open("wb")
+            self._write(numpy.ones(self.num_tokens, dtype=numpy.uint8))
         flags = numpy.ones(num_tokens, dtype=numpy.uint8) if mask is None else numpy.array(mask, dtype=numpy.uint8)
-        assert flags.shape == (num_tokens,)
-        self._is_needed |= mask is not None
+        self.num_tokens += num_tokens
         self.num_counted += int(flags.sum())
+        if self._file is not None:
+            self._write(flags)
+
+    def _write(self, flags: numpy.ndarray) -> None:
+        """Write whole bytes, and keep the rest."""
         flags = numpy.concatenate([self._rest, flags])
         whole = len(flags) // 8 * 8
         self._file.write(numpy.packbits(flags[:whole], bitorder="little").tobytes())
         self._rest = flags[whole:]
 
     def close(self) -> None:
-        """Finish the file, or remove it where every document counts whole."""
-        self._file.write(numpy.packbits(self._rest, bitorder="little").tobytes())
-        self._file.close()
-        if not self._is_needed:
-            self.path.unlink()
+        """Finish the file, if there is one."""
+        if self._file is not None:
+            self._file.write(numpy.packbits(self._rest, bitorder="little").tobytes())
+            self._file.close()

@@ -81,6 +81,11 @@ class TokenStream:
             self._check_ids(vocab_size)
 
     @property
+    def has_mask(self) -> bool:
+        """Whether some places may not count."""
+        return self._mask is not None
+
+    @property
     def last_token(self) -> int:
         """Return the token that ends the last document."""
         return int(self._tokens[-1])
@@ -161,8 +166,13 @@ class Windows:
         self._rank_of = numpy.empty(0, dtype=numpy.int64)
         self._taken = numpy.zeros(len(corpora), dtype=numpy.int64)
 
+    @property
+    def is_marked(self) -> bool:
+        """Whether a corpus has places that do not count."""
+        return any(stream.has_mask for stream in self.streams)
+
     def sample(self, i: int) -> Tensor:
-        """Return sample i >= 0: int64 ``[L + 1]``, inputs ``[:-1]`` and targets ``[1:]``."""
+        """Return sample i >= 0: int64 ``[L + 1]``, inputs ``[:-1]`` and targets ``[1:]``, with marks (`data.marks`)."""
         corpus_idx, rank = self.corpus_and_rank(i)
         stream = self.streams[corpus_idx]
         pass_idx, position = divmod(rank, stream.num_windows(self.sequence_length))

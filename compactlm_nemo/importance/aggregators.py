@@ -48,6 +48,7 @@ def sequence_parts(x_SBE: Tensor, aggs: Collection[Aggregator], counts_SB: Tenso
     """
     parts: Parts = {}
     seen: Length = 0
+    length: Length
     start = 0
     for block_SBE in blocks_of(x_SBE):
         rows = slice(start, start + len(block_SBE))

@@ -150,7 +150,7 @@ Last 2 * 3.
 def test_tokenize_writes_documents_with_ends(tmp_path, tokenizer):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"text": "one two"}\n\n{"text": "three", "other": 1}\n')
-    assert tokenize_corpus(corpus, tmp_path / "out/c.v1", tokenizer, eod=0) == 5
+    assert tokenize_corpus(corpus, tmp_path / "out/c.v1", tokenizer, eod=0) == (5, 5)
     dataset = IndexedDataset(str(tmp_path / "out/c.v1"))
     assert [dataset[i].tolist() for i in range(len(dataset))] == [[2, 3, 0], [4, 0]]
     assert dataset.document_indices.tolist() == [0, 1, 2]
