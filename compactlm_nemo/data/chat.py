@@ -14,6 +14,7 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +48,7 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Any, eod: int, template: str | None = None) -> None:
-        self.tokenizer, self.eod = tokenizer, eod
-        self.template = template if template is not None else tokenizer.chat_template
-        self.specials = tuple(token for token in tokenizer.all_special_tokens if token)
+        self.tokenizer, self.eod, self.own_template = tokenizer, eod, template
 
     def encode(self, record: dict[str, Any]) -> Encoded:
         """Return the tokens of a record and which of them answer.
@@ -68,12 +67,23 @@ class ChatEncoder:
             return self._chat(before + messages_of(record, "completion"), len(before), tools_of(record))
         raise DataError("has a `prompt` without a `completion`, both non-empty texts or both lists of messages")
 
+    @cached_property
+    def template(self) -> str:
+        """The Jinja text that renders chats."""
+        template = self.own_template or self.tokenizer.chat_template
+        if not isinstance(template, str):
+            raise DataError("is a chat, and the tokenizer has no chat template; give one in data.chat_template=FILE")
+        return template
+
+    @cached_property
+    def specials(self) -> tuple[str, ...]:
+        """The texts of the tokenizer's special tokens."""
+        return tuple(token for token in self.tokenizer.all_special_tokens if token)
+
     def _chat(self, messages: list[dict[str, Any]], first: int, tools: list[Any] | None) -> Encoded:
         """Return a chat of which the assistant's messages from number `first` on count."""
-        if not isinstance(self.template, str):
-            raise DataError("is a chat, and the tokenizer has no chat template; give one in data.chat_template=FILE")
         with _errors_told():
-            if _GENERATION.search(self.template) and first == 0:
+            if first == 0 and _GENERATION.search(self.template):
                 ids, mask = self._by_generation_blocks(messages, tools)
             else:
                 ids, mask = self._masked(*self._by_prefixes(messages, first, tools))
