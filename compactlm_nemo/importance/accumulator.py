@@ -23,7 +23,7 @@ class Accumulator:
 
     Args:
         groups: See the attribute.
-        is_over_tokens: A sample weighs as many as it has tokens that count, so that the mean is over tokens.
+        is_over_tokens: A sample weighs as its share of tokens that count, so that the mean is over tokens.
     """
 
     def __init__(self, groups: list[ProcessGroup], *, is_over_tokens: bool = False) -> None:
@@ -38,8 +38,8 @@ class Accumulator:
         """Keep the parts of one element until the micro-batch ends."""
         self.pending[element] = parts
 
-    def flush(self, length: Length, counted_B: Tensor | None) -> None:
-        """Finish the samples of a micro-batch, of which `length` tokens a rank count.
+    def flush(self, places: int, length: Length, counted_B: Tensor | None) -> None:
+        """Finish the samples of a micro-batch, of whose `places` on a rank `length` count.
 
         `counted_B` leaves out samples that only fill up; None leaves out all.
         """
@@ -52,12 +52,13 @@ class Accumulator:
         }
         for group in self.groups:
             joined, length = join_parts(joined, length, group)
+            places *= group.size()
         for agg, values_BE in over_sequence(joined, length).items():
-            weight: Length = length if self.is_over_tokens else 1
+            weight = length / places if self.is_over_tokens and not isinstance(length, int) else None
             # Most batches count whole: a mask, which is on the CPU, would wait for the device.
             if not counted_B.all():
                 values_BE = values_BE[counted_B]
-                weight = weight if isinstance(weight, int) else weight[counted_B]
+                weight = None if weight is None else weight[counted_B]
             state = state_of(values_BE, weight)
             self.states[agg] = self.states[agg].merged(state) if agg in self.states else state
 

@@ -128,16 +128,18 @@ class ActivationHooks:
 
     def finish(self, counted_B: Tensor | None, counted_by_experts: Tensor | None) -> None:
         """Close a micro-batch; the masks say which samples count and are None where a batch only fills the schedule."""
-        part: Length = self.length
-        whole: Length = self.length * (self.mesh.tp_size if self.mesh.is_sequence_parallel else 1)
-        of_experts = whole
+        part_places = self.length
+        places = part_places * (self.mesh.tp_size if self.mesh.is_sequence_parallel else 1)
+        part: Length = part_places
+        whole: Length = places
+        of_experts: Length = places
         if self.counts_SB is not None and self.part_counts_SB is not None:
             whole, part = counted_length(self.counts_SB), counted_length(self.part_counts_SB)
             of_experts = self.experts_length(whole)
-        self.whole.flush(whole, counted_B)
-        self.norms.flush(part, counted_B)
-        self.depth.flush(part, counted_B)
-        self.experts.flush(of_experts, counted_by_experts)
+        self.whole.flush(places, whole, counted_B)
+        self.norms.flush(part_places, part, counted_B)
+        self.depth.flush(part_places, part, counted_B)
+        self.experts.flush(places, of_experts, counted_by_experts)
 
     def experts_length(self, length_B1: Tensor) -> Tensor:
         """Return `length_B1` of all samples that share this rank's experts."""

@@ -160,7 +160,7 @@ class State(NamedTuple):
         """
         count = self.num + other.num
         gap_E = other.mean - self.mean
-        weight = other.num / count.clamp(min=1)  # two empty states stay empty
+        weight = other.num / torch.where(count > 0, count, 1)  # two empty states stay empty
         return State(
             count,
             self.mean + gap_E * weight,
@@ -178,20 +178,20 @@ class State(NamedTuple):
         return self.m2 / self.num
 
 
-def state_of(values_BE: Tensor, weight: Length = 1) -> State:
+def state_of(values_BE: Tensor, weight_B1: Tensor | None = None) -> State:
     """Start a state from the values `[B, E]` of finished samples, one row a sample; B may be 0.
 
     Args:
-        weight: How many samples a sample stands for.
+        weight_B1: How much of a sample each stands for, >= 0; None for all of it.
     """
     if values_BE.ndim != 2:
         raise ValueError(f"values_BE has shape {list(values_BE.shape)}, must be [samples, elements].")
     x_BE = values_BE.detach().to(torch.float64)
-    if not isinstance(weight, int):
-        weight_B1 = weight.to(torch.float64)
-        mean_E = (x_BE * weight_B1).sum(dim=0) / weight_B1.sum().clamp(min=1)
-        return State(weight_B1.sum(), mean_E, ((x_BE - mean_E).square() * weight_B1).sum(dim=0))
-    num = float(x_BE.shape[0] * weight)
-    count = torch.full((), num, dtype=torch.float64, device=x_BE.device)  # filled there: no copy
+    if weight_B1 is not None and x_BE.shape[0]:
+        weight_B1 = weight_B1.to(torch.float64)
+        total = weight_B1.sum()
+        mean_E = (x_BE * weight_B1).sum(dim=0) / torch.where(total > 0, total, 1)
+        return State(total, mean_E, ((x_BE - mean_E).square() * weight_B1).sum(dim=0))
+    count = torch.full((), float(x_BE.shape[0]), dtype=torch.float64, device=x_BE.device)  # filled there: no copy
     mean_E = x_BE.mean(dim=0) if x_BE.shape[0] else x_BE.new_zeros(x_BE.shape[1])
-    return State(count, mean_E, (x_BE - mean_E).square().sum(dim=0) * weight)
+    return State(count, mean_E, (x_BE - mean_E).square().sum(dim=0))
