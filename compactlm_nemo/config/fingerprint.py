@@ -57,6 +57,14 @@ def training_text(config: Config) -> dict[str, Any]:
     return {
         "data.sequence_length": config.data.sequence_length,
         "data.mask_documents": config.data.mask_documents,
-        "data.train": {name: [corpus.path, corpus.share / total] for name, corpus in config.data.train.items()},
+        "data.train": {
+            name: [corpus.path, corpus.share / total, *([corpus.loss.name] if corpus.loss else [])]
+            for name, corpus in config.data.train.items()
+        },
         "run.seed": config.run.seed,
     }
+
+
+def heldout_loss(config: Config) -> dict[str, Any]:
+    """Return which tokens of held-out chats count, where that is set."""
+    return {f"data.heldout.{name}.loss": c.loss.name for name, c in config.data.heldout.items() if c.loss}

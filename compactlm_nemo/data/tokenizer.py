@@ -85,11 +85,17 @@ def _by_file(folder: Path) -> tuple[str, list[int], Path | None]:
 
 @cache
 def end_of_text(folder: Path) -> int:
-    """Return the token that ends a document, by the tokenizer in `folder`: `<|endoftext|>`, else the `eos_token`."""
+    """Return the token that ends a document, by the tokenizer in `folder`.
+
+    That is `<|endoftext|>` or `<|end_of_text|>`, which unlike the `eos_token` of a chat model end no turn of a chat;
+    else the `eos_token`.
+    """
     tokenizer = load_tokenizer(folder)
-    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    if end is None or end == tokenizer.unk_token_id != tokenizer.eos_token_id:
-        end = tokenizer.eos_token_id
+    for name in ("<|endoftext|>", "<|end_of_text|>"):
+        end = tokenizer.convert_tokens_to_ids(name)
+        if end is not None and (end != tokenizer.unk_token_id or end == tokenizer.eos_token_id):
+            return int(end)
+    end = tokenizer.eos_token_id
     if end is None:
         raise ConfigError("model.source: its tokenizer has no end-of-text token; set eos_token in its config.")
     return int(end)

@@ -1,7 +1,9 @@
 """Draws samples at exact positions: the tokens of sample i depend on the seed and on i, not on layout or history.
 
 A corpus is one stream of tokens, its documents one after another, cut into windows that overlap by one token: the last
-target of a window is the first input of the next, so no target occurs twice. Shapes: L tokens of a sample.
+target of a window is the first input of the next, so no target occurs twice. Where a corpus has a mask beside its
+tokens (`data.answer_mask`), places that do not count are marked (`data.marks`), and windows without one that counts are
+passed over. Shapes: L tokens of a sample.
 """
 
 from __future__ import annotations
@@ -9,12 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
+from compactlm_nemo.config.data import LossOn
+from compactlm_nemo.data.answer_mask import SUFFIX, AnswerMask
 from compactlm_nemo.errors import DataError
 
 _CHECK_TOKENS = 2**24
@@ -28,15 +33,27 @@ class Purpose(IntEnum):
     calibration = 1
 
 
+class Corpus(NamedTuple):
+    """A corpus of a blend."""
+
+    prefix: Path
+    """`PREFIX.bin` and `PREFIX.idx`, and `PREFIX.mask` where not all tokens count."""
+    share: float
+    """Weight in the blend, > 0."""
+    loss: LossOn = LossOn.answer
+    """Which tokens count, where there is a mask."""
+
+
 class TokenStream:
     """Maps the tokens of a Megatron indexed dataset into memory, as one array.
 
     Args:
         prefix: `PREFIX.bin` and `PREFIX.idx`.
         vocab_size: Every token is checked against it, in one pass over the file; None skips the pass.
+        loss: Whether the mask beside the tokens, if any, decides which of them count, or all do.
     """
 
-    def __init__(self, prefix: Path, vocab_size: int | None = None) -> None:
+    def __init__(self, prefix: Path, vocab_size: int | None = None, loss: LossOn = LossOn.answer) -> None:
         self.prefix = prefix
         for suffix in (".bin", ".idx"):
             if not Path(f"{prefix}{suffix}").is_file():
@@ -56,8 +73,17 @@ class TokenStream:
         if self.num_tokens == 0:
             raise DataError(f"{prefix} holds no tokens; give a corpus with text.")
         self._tokens = numpy.memmap(f"{prefix}.bin", dtype=dtype, mode="r")
+        has_mask = loss is LossOn.answer and Path(f"{prefix}{SUFFIX}").is_file()
+        self._mask = AnswerMask(prefix, self.num_tokens) if has_mask else None
+        self._numbers: dict[int, numpy.ndarray] = {}
+        """Of windows of a length, those with a place that counts."""
         if vocab_size is not None:
             self._check_ids(vocab_size)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether some places may not count."""
+        return self._mask is not None
 
     @property
     def last_token(self) -> int:
@@ -65,13 +91,33 @@ class TokenStream:
         return int(self._tokens[-1])
 
     def num_windows(self, sequence_length: int) -> int:
-        """Count the whole windows of `sequence_length` inputs and as many targets."""
-        return (self.num_tokens - 1) // sequence_length
+        """Count the whole windows of `sequence_length` inputs and as many targets, of which some count."""
+        if self._mask is None:
+            return (self.num_tokens - 1) // sequence_length
+        return len(self._that_count(self._mask, sequence_length))
 
     def window(self, idx: int, sequence_length: int) -> Tensor:
-        """Return window idx: int64 ``[L + 1]``, tokens ``idx * L`` to ``(idx + 1) * L`` inclusive."""
+        """Return window idx: int64 ``[L + 1]``, tokens ``idx * L`` to ``(idx + 1) * L`` inclusive, with marks."""
+        if self._mask is not None:
+            idx = int(self._that_count(self._mask, sequence_length)[idx])
         start = idx * sequence_length
-        return torch.from_numpy(self._tokens[start : start + sequence_length + 1].astype(numpy.int64))
+        tokens = self._tokens[start : start + sequence_length + 1].astype(numpy.int64)
+        if self._mask is not None:  # place s predicts token s + 1
+            counts = self._mask.counts(start + 1, start + sequence_length + 1)
+            tokens[:-1] = numpy.where(counts, tokens[:-1], ~tokens[:-1])
+        return torch.from_numpy(tokens)
+
+    def _that_count(self, mask: AnswerMask, length: int) -> numpy.ndarray:
+        """Return the numbers of the windows with a target that counts, found in one pass over the mask."""
+        if length not in self._numbers:
+            num, step = (self.num_tokens - 1) // length, max(1, _CHECK_TOKENS // length)
+            found = [numpy.empty(0, dtype=numpy.int64)]
+            for first in range(0, num, step):
+                last = min(first + step, num)
+                counts = mask.counts(first * length + 1, last * length + 1).reshape(last - first, length)
+                found.append(first + numpy.flatnonzero(counts.any(axis=1)))
+            self._numbers[length] = numpy.concatenate(found)
+        return self._numbers[length]
 
     def _check_ids(self, vocab_size: int) -> None:
         for start in range(0, self.num_tokens, _CHECK_TOKENS):
@@ -92,7 +138,7 @@ class Windows:
     window once in an order of its own.
 
     Args:
-        prefixes: Megatron prefix and weight, > 0, of each corpus; their order is part of the definition.
+        corpora: The blend; the order is part of the definition.
         sequence_length: L.
         seed: Decides the orders.
         vocab_size: Larger or negative tokens raise DataError here, once for all data.
@@ -101,27 +147,32 @@ class Windows:
 
     def __init__(
         self,
-        prefixes: Sequence[tuple[Path, float]],
+        corpora: Sequence[Corpus],
         sequence_length: int,
         seed: int,
         vocab_size: int | None = None,
         *,
         purpose: Purpose = Purpose.training,
     ) -> None:
-        if not prefixes:
+        if not corpora:
             raise DataError("data.train is empty; give at least one corpus.")
         self.sequence_length = sequence_length
-        self.streams = [_open_with_windows(prefix, sequence_length, vocab_size) for prefix, _ in prefixes]
-        weights = numpy.array([weight for _, weight in prefixes], dtype=numpy.float64)
+        self.streams = [_open_with_windows(c.prefix, sequence_length, vocab_size, c.loss) for c in corpora]
+        weights = numpy.array([corpus.share for corpus in corpora], dtype=numpy.float64)
         self._shares = weights / weights.sum()
         self._seed, self._purpose = seed, purpose
         self._orders: dict[int, tuple[int, numpy.ndarray]] = {}
         self._corpus_of = numpy.empty(0, dtype=numpy.int16)
         self._rank_of = numpy.empty(0, dtype=numpy.int64)
-        self._taken = numpy.zeros(len(prefixes), dtype=numpy.int64)
+        self._taken = numpy.zeros(len(corpora), dtype=numpy.int64)
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether a corpus has places that do not count."""
+        return any(stream.has_mask for stream in self.streams)
 
     def sample(self, i: int) -> Tensor:
-        """Return sample i >= 0: int64 ``[L + 1]``, inputs ``[:-1]`` and targets ``[1:]``."""
+        """Return sample i >= 0: int64 ``[L + 1]``, inputs ``[:-1]`` and targets ``[1:]``, with marks (`data.marks`)."""
         corpus_idx, rank = self.corpus_and_rank(i)
         stream = self.streams[corpus_idx]
         pass_idx, position = divmod(rank, stream.num_windows(self.sequence_length))
@@ -153,25 +204,32 @@ class Windows:
         return cached[1]
 
 
-def heldout_windows(prefix: Path, sequence_length: int, max_tokens: int, *, vocab_size: int | None = None) -> Tensor:
+def heldout_windows(
+    prefix: Path,
+    sequence_length: int,
+    max_tokens: int,
+    *,
+    vocab_size: int | None = None,
+    loss: LossOn = LossOn.answer,
+) -> Tensor:
     """Return a corpus's first windows, in order: int64 ``[n, L + 1]``, n = min(max_tokens // L, all windows) >= 1."""
     if max_tokens < sequence_length:
         raise DataError(
             f"evaluate.tokens={max_tokens} is less than one window of data.sequence_length={sequence_length}; raise it."
         )
-    stream = _open_with_windows(prefix, sequence_length, vocab_size)
+    stream = _open_with_windows(prefix, sequence_length, vocab_size, loss)
     num_windows = min(max_tokens // sequence_length, stream.num_windows(sequence_length))
     return torch.stack([stream.window(idx, sequence_length) for idx in range(num_windows)])
 
 
 def calibration_windows(
-    prefixes: Sequence[tuple[Path, float]], n: int, sequence_length: int, seed: int, *, vocab_size: int | None = None
+    corpora: Sequence[Corpus], n: int, sequence_length: int, seed: int, *, vocab_size: int | None = None
 ) -> Tensor:
     """Draw n different windows of a blend: int64 ``[n, L]``; DataError when a corpus has fewer than its share of n.
 
     The draw is independent of the training order of the same seed.
     """
-    windows = Windows(prefixes, sequence_length, seed, vocab_size, purpose=Purpose.calibration)
+    windows = Windows(corpora, sequence_length, seed, vocab_size, purpose=Purpose.calibration)
     num_taken = [0] * len(windows.streams)
     for i in range(n):
         num_taken[windows.corpus_and_rank(i)[0]] += 1
@@ -184,20 +242,20 @@ def calibration_windows(
     return torch.stack([windows.sample(i)[:-1] for i in range(n)])
 
 
-def validation_windows(
-    prefixes: Sequence[tuple[Path, float]], skipped: int, n: int, sequence_length: int, seed: int
-) -> Tensor:
+def validation_windows(corpora: Sequence[Corpus], skipped: int, n: int, sequence_length: int, seed: int) -> Tensor:
     """Return the n windows after a blend's first `skipped` calibration windows, with targets: int64 ``[n, L + 1]``.
 
     A corpus with fewer windows starts again, with windows that served calibration.
     """
-    windows = Windows(prefixes, sequence_length, seed, purpose=Purpose.calibration)
+    windows = Windows(corpora, sequence_length, seed, purpose=Purpose.calibration)
     return torch.stack([windows.sample(skipped + i) for i in range(n)])
 
 
-def _open_with_windows(prefix: Path, sequence_length: int, vocab_size: int | None) -> TokenStream:
-    stream = TokenStream(prefix, vocab_size)
+def _open_with_windows(prefix: Path, sequence_length: int, vocab_size: int | None, loss: LossOn) -> TokenStream:
+    stream = TokenStream(prefix, vocab_size, loss)
     if stream.num_windows(sequence_length) == 0:
+        if stream.num_tokens > sequence_length:
+            raise DataError(f"{prefix} has no answer in a window of data.sequence_length={sequence_length}; add some.")
         raise DataError(
             f"{prefix} has {stream.num_tokens} tokens, less than one window of data.sequence_length={sequence_length} "
             "and its target; add text or shorten the window."

@@ -1,6 +1,6 @@
 """Losses between hidden states of teacher and student at mapped places, on any pipeline stage.
 
-    L = L_logits + alpha L_is,      L_is = sum over pairs of mean over tokens of d(t, P s),
+    L = L_logits + alpha L_is,      L_is = sum over pairs of mean over tokens whose prediction counts of d(t, P s),
 
 with t and s the states of a pair of places, P a learned map from the student's width to the teacher's, and d the mean
 over channels of the squared difference, or 1 - the cosine. alpha is constant, or the ratio L_logits / L_is of the step
@@ -26,9 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compactlm_nemo.config.loss import HiddenConfig, StateLoss
+from compactlm_nemo.data.marks import counts_of
 from compactlm_nemo.distill.layer_pairs import LayerPair, StatePlace
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.models.build import ModelChunks
+from compactlm_nemo.models.forward import context_share
 from compactlm_nemo.parallel.collectives import all_gather_objects, move, world_sum
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.training.callbacks import Callback, Metrics, ModelPass, Step
@@ -62,12 +64,12 @@ def state_of(output: Any) -> Tensor:
     return state_SBH if bias_H is None else state_SBH + bias_H
 
 
-def distance(teacher_SBG: Tensor, student_SBG: Tensor, loss: StateLoss) -> Tensor:
-    """Sum over tokens the mean squared difference or 1 - the cosine; a float32 scalar."""
+def distance(teacher_SBG: Tensor, student_SBG: Tensor, loss: StateLoss, mask_SB: Tensor) -> Tensor:
+    """Sum over tokens the mean squared difference or 1 - the cosine, each times its mask; a float32 scalar."""
     teacher_SBG, student_SBG = teacher_SBG.float(), student_SBG.float()
     if loss is StateLoss.mse:
-        return (teacher_SBG - student_SBG).square().mean(dim=-1).sum()
-    return (1 - F.cosine_similarity(teacher_SBG, student_SBG, dim=-1)).sum()
+        return ((teacher_SBG - student_SBG).square().mean(dim=-1) * mask_SB).sum()
+    return ((1 - F.cosine_similarity(teacher_SBG, student_SBG, dim=-1)) * mask_SB).sum()
 
 
 class _Attached(torch.autograd.Function):
@@ -113,6 +115,8 @@ class HiddenStateLoss(Callback):
         """Micro-batches of each pair whose forward pass will be run again for backward, in order."""
         self.teacher_batch: int | None = None
         self.student_batch: int | None = None
+        self.masks: list[Tensor] = []
+        """Of each micro-batch, ``[S, B]``: which predictions count; states are compared at their places."""
         self.is_listening = self.is_measuring = False
         self.sums = torch.zeros(len(pairs), dtype=torch.float64, device=device())
         self.routes = self._register_hooks(state_modules(teacher), state_modules(student))
@@ -138,6 +142,7 @@ class HiddenStateLoss(Callback):
 
     def before_student(self, student: ModelPass) -> None:
         self._deliver([batch.tokens_BT for batch in student.batches])
+        self.masks = [self._mask(batch.tokens_BT) for batch in student.batches]
         if self.alpha is None:
             self._begin(is_measuring=True)
             terms = student.run(forward_only=True)
@@ -220,21 +225,27 @@ class HiddenStateLoss(Callback):
             return output
         batch_idx = self.student_batch
         if self.is_measuring:
-            self.sums[pair_idx] += self._loss(pair_idx, self.teacher_states[pair_idx, batch_idx], state_of(output))
+            self.sums[pair_idx] += self._loss(pair_idx, batch_idx, self.teacher_states[pair_idx, batch_idx], output)
             return output
         if not torch.is_grad_enabled():
             self.recomputed[pair_idx].append(batch_idx)
             return output
         if self.recomputed[pair_idx]:
             batch_idx = self.recomputed[pair_idx].popleft()
-        loss = self._loss(pair_idx, self.teacher_states.pop((pair_idx, batch_idx)), state_of(output))
+        loss = self._loss(pair_idx, batch_idx, self.teacher_states.pop((pair_idx, batch_idx)), output)
         self.sums[pair_idx] += loss.detach()
         assert self.alpha is not None
         if isinstance(output, tuple):
             return (_Attached.apply(output[0], loss, self.alpha), *output[1:])
         return _Attached.apply(output, loss, self.alpha)
 
-    def _loss(self, pair_idx: int, teacher_SBG: Tensor, student_SBH: Tensor) -> Tensor:
+    def _mask(self, tokens_BT: Tensor) -> Tensor:
+        """Return ``[S, B]`` float32 of this rank's part of the sequence: 1 where a prediction counts, else 0."""
+        counts_SB = context_share(counts_of(tokens_BT[:, :-1]), self.mesh).T.float()
+        return counts_SB.chunk(self.mesh.tp_size)[self.mesh.tp_rank] if self.mesh.is_sequence_parallel else counts_SB
+
+    def _loss(self, pair_idx: int, batch_idx: int, teacher_SBG: Tensor, output: Any) -> Tensor:
+        student_SBH = state_of(output)
         if self.projections is not None:
             student_SBH = self.projections(pair_idx, student_SBH)
-        return distance(teacher_SBG, student_SBH, self.cfg.loss)
+        return distance(teacher_SBG, student_SBH, self.cfg.loss, self.masks[batch_idx])

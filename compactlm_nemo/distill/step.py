@@ -20,7 +20,7 @@ from compactlm_nemo.losses.linear_kd import linear_kd
 from compactlm_nemo.losses.logit_losses import weighted_losses
 from compactlm_nemo.losses.targets import Targets
 from compactlm_nemo.models.build import ModelChunks
-from compactlm_nemo.models.forward import context_share, positions_of
+from compactlm_nemo.models.forward import context_share, positions_of, targets_of
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.training.batches import Batch
 from compactlm_nemo.training.callbacks import Callback
@@ -29,7 +29,10 @@ from compactlm_nemo.training.tracker import LM_LOSS, LOSS, TEACHER_LM_LOSS
 
 
 def term_names(loss: LossConfig) -> list[str]:
-    """Return W&B names of the loss terms, means over the global batch's tokens: the loss, its parts, both LM losses."""
+    """Return W&B names of the loss terms, means over the predictions of the global batch that count.
+
+    They are the loss, its parts, and both models' LM losses.
+    """
     return [LOSS, *(f"train/kd_{name}" for name in weighted_losses(loss)), LM_LOSS, TEACHER_LM_LOSS]
 
 
@@ -50,8 +53,8 @@ def forward_backward(
         batches: This data-parallel rank's micro-batches.
         callbacks: Parts that may add losses inside the student and terms of theirs.
     Returns:
-        What `term_names` names and `train/tokens`, reduced over data parallel, equal on every rank, and the terms that
-        callbacks add.
+        What `term_names` names and `train/tokens`, the predictions that count, reduced over data parallel, equal on
+        every rank, and the terms that callbacks add.
     """
     for student in students:
         student.zero_grad_buffer()
@@ -119,31 +122,32 @@ class StudentPass:
         return model(inputs_BS, positions_of(inputs_BS), None), partial(self._loss, idx)
 
     def _loss(self, idx: int, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return micro-batch `idx`'s summed loss, its number of tokens, and the sums `term_names` and tokens name."""
-        labels_N = context_share(self.batches[idx].tokens_BT[:, 1:], self.mesh).T.flatten()
+        """Return micro-batch `idx`'s summed loss, how many predictions count, and all sums that `_means` divides."""
+        labels_N, mask_N = targets_of(self.batches[idx].tokens_BT, self.mesh)
         terms = linear_kd(
             hidden_SBH.flatten(0, 1),
             self.students.head(),
             self.targets[idx],
             labels_N,
-            torch.ones_like(labels_N, dtype=torch.float32),
+            mask_N,
             loss=self.loss,
             temperature=self.temperature,
             backward_once=True,
         )
-        num_tokens = torch.full((), labels_N.numel(), dtype=torch.int, device=labels_N.device)
+        num_tokens = mask_N.sum(dtype=torch.int)
         sums = [terms.loss_sum.detach(), *terms.terms.values(), terms.ce_sum, terms.teacher_ce_sum, num_tokens]
         return terms.loss_sum, num_tokens, torch.stack([term.double() for term in sums])
 
     def _means(self, sums: list[Tensor]) -> dict[str, float]:
-        """Return loss terms and token count: sums over micro-batches and data-parallel ranks, divided by the tokens.
+        """Return loss terms and token count: sums over micro-batches and ranks, divided by the predictions that count.
 
-        `sums` is empty before the last stage, which shares the means with all stages.
+        `sums` is empty before the last stage, which shares the means with all stages. Where no prediction of the
+        global batch counts, all terms are 0, as the gradient is.
         """
         names = term_names(self.loss)
         nothing = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.batches[0].tokens_BT.device)
         total = last_stage_total(torch.stack(sums).sum(dim=0) if sums else nothing, self.mesh)
         tokens = float(total[-1])
-        return {name: float(value) / tokens for name, value in zip(names, total, strict=False)} | {
+        return {name: float(value) / max(tokens, 1.0) for name, value in zip(names, total, strict=False)} | {
             "train/tokens": tokens
         }

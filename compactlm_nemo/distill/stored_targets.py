@@ -2,7 +2,8 @@
 
 A shard is a safetensors file of consecutive samples: `data` holds their records one after another, `offsets` where each
 begins. A record is self-contained, so a rank reads the records of its own samples only. The numbers of a record are
-stored byte by byte, all low bytes first and all high bytes last, because they compress better that way.
+stored byte by byte, all low bytes first and all high bytes last, because they compress better that way. Where not all
+predictions count, a record holds those that do, behind a bit for each token of the sample.
 
 Shape suffixes: T tokens of a sample, K stored entries, G teacher width.
 """
@@ -115,6 +116,26 @@ def decode_top_k(data: bytes, tokens: int, k: int) -> TopKRecord:
     probs_TK *= ((1 - rest_T) / probs_TK.sum(dim=-1))[:, None]
     ce_T = torch.from_numpy(losses / STEPS_PER_NAT).float()
     return TopKRecord(torch.from_numpy(numpy.ascontiguousarray(ids)), probs_TK, rest_T, ce_T)
+
+
+def counted_record(counts_T: Tensor, record: bytes) -> bytes:
+    """Put what tells which tokens of a sample count, boolean, before the record of those."""
+    return numpy.packbits(counts_T.numpy()).tobytes() + record
+
+
+def split_record(data: bytes, tokens: int) -> tuple[Tensor, bytes]:
+    """Return what `counted_record` put together, for a sample of `tokens` tokens."""
+    num_bytes = -(-tokens // 8)
+    counts = numpy.unpackbits(numpy.frombuffer(data[:num_bytes], numpy.uint8), count=tokens)
+    return torch.from_numpy(counts.astype(bool)), data[num_bytes:]
+
+
+def spread(rows: Tensor, counts_T: Tensor) -> Tensor:
+    """Return ``[T, ...]`` with the rows at the tokens that count.
+
+    The others, whose mask is 0, get the row before them, or the first: values that occur, so that nothing overflows.
+    """
+    return rows[(counts_T.cumsum(dim=0) - 1).clamp(min=0)]
 
 
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}

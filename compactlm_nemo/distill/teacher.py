@@ -12,7 +12,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from compactlm_nemo.distill.stored_targets import StoredTargets, decode_hidden, decode_top_k
+from compactlm_nemo.distill.stored_targets import StoredTargets, decode_hidden, decode_top_k, split_record, spread
 from compactlm_nemo.errors import DataError
 from compactlm_nemo.losses.targets import NoTargets, Targets, TeacherHead, TopK
 from compactlm_nemo.models.build import ModelChunks
@@ -154,6 +154,7 @@ class StoredTeacher(Teacher):
 
     def __init__(self, store: StoredTargets, mesh: Mesh) -> None:
         self.store, self.mesh, self.length = store, mesh, int(store.metadata["sequence_length"])
+        self.is_marked = bool(store.metadata.get("is_marked", False))
         workers = num_workers()
         self._decoded: ReadAhead[Sequence[int], list[Tensor]] = ReadAhead(
             self._decode, workers=workers, ahead=2 * workers
@@ -170,9 +171,16 @@ class StoredTeacher(Teacher):
     def close(self) -> None:
         self._decoded.close()
 
-    def of_record(self, record: bytes) -> tuple[Tensor, ...]:
-        """Decode one sample's record to tensors ``[T, ...]``."""
+    def of_record(self, record: bytes, tokens: int) -> tuple[Tensor, ...]:
+        """Decode the record of `tokens` tokens to tensors ``[tokens, ...]``."""
         raise NotImplementedError
+
+    def of_sample(self, record: bytes) -> tuple[Tensor, ...]:
+        """Decode one sample's record to tensors ``[T, ...]``."""
+        if not self.is_marked:
+            return self.of_record(record, self.length)
+        counts_T, record = split_record(record, self.length)
+        return tuple(spread(field, counts_T) for field in self.of_record(record, int(counts_T.sum())))
 
     def as_targets(self, fields: list[Tensor]) -> Targets:
         """Return a micro-batch's targets of its tensors ``[N, ...]`` on the device."""
@@ -180,7 +188,7 @@ class StoredTeacher(Teacher):
 
     def _decode(self, samples: Sequence[int]) -> list[Tensor]:
         """Return this rank's tokens ``[N, ...]`` of a micro-batch, in pinned memory; called by threads."""
-        records = [self.of_record(self.store.record(sample)) for sample in samples]
+        records = [self.of_sample(self.store.record(sample)) for sample in samples]
         fields = [torch.stack(field) for field in zip(*records, strict=True)]
         shares = [context_share(field, self.mesh).transpose(0, 1).flatten(0, 1) for field in fields]
         return [pinned(share.contiguous()) for share in shares]
@@ -220,8 +228,8 @@ class StoredTopK(StoredTeacher):
         super().__init__(store, mesh)
         self.k = int(store.metadata["k"])
 
-    def of_record(self, record: bytes) -> tuple[Tensor, ...]:
-        return decode_top_k(record, self.length, self.k)
+    def of_record(self, record: bytes, tokens: int) -> tuple[Tensor, ...]:
+        return decode_top_k(record, tokens, self.k)
 
     def as_targets(self, fields: list[Tensor]) -> Targets:
         return TopK(*fields)
@@ -238,9 +246,9 @@ class StoredHidden(StoredTeacher):
         super().__init__(store, mesh)
         self.head_weight = head_weight
 
-    def of_record(self, record: bytes) -> tuple[Tensor, ...]:
+    def of_record(self, record: bytes, tokens: int) -> tuple[Tensor, ...]:
         assert self.head_weight is not None
-        return (decode_hidden(record, self.length, self.head_weight.shape[1], self.head_weight.dtype),)
+        return (decode_hidden(record, tokens, self.head_weight.shape[1], self.head_weight.dtype),)
 
     def as_targets(self, fields: list[Tensor]) -> Targets:
         assert self.head_weight is not None

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from compactlm_nemo.losses.linear_ce import linear_ce
 from compactlm_nemo.models.build import ModelChunks
-from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, forward_each, targets_of
 from compactlm_nemo.parallel.collectives import last_stage_total
 
 
 @dataclass(frozen=True, kw_only=True)
 class LMLoss:
-    """A result has the mean loss in nats a token, the number of tokens, and forward tokens a second of all ranks."""
+    """A result has the mean loss in nats a token, the tokens whose prediction counts, and forward speed.
+
+    The speed is of all ranks and of all tokens, whether their prediction counts or not.
+    """
 
     loss_nats: float
     tokens: int
@@ -31,7 +34,7 @@ def evaluate_lm_loss(
     micro_batch: int,
     progress: Callable[[int], None],
 ) -> LMLoss:
-    """Average the loss over all predicted tokens of `windows_NT` `[N, S + 1]`; equal on every rank. Collective.
+    """Average the loss over all predictions of `windows_NT` `[N, S + 1]` that count; equal on every rank. Collective.
 
     Data-parallel ranks take every dp-th window and run in step, as spread experts need; repetitions do not count and
     sum and count are reduced, so any number of windows is exact.
@@ -39,14 +42,12 @@ def evaluate_lm_loss(
     mesh = model.mesh
     share = DataParallelSamples(windows_NT, mesh, micro_batch)
 
-    def loss_of(idx: int, hidden_SBH: Tensor) -> tuple[Tensor, int]:
-        labels_SB = context_share(share.batches[idx][:, 1:], mesh).T
-        labels_N = labels_SB.flatten()
+    def loss_of(idx: int, hidden_SBH: Tensor) -> tuple[Tensor, Tensor]:
+        labels_N, mask_N = targets_of(share.batches[idx], mesh)
         progress(share.num_counted(idx))
-        everywhere_N = torch.ones_like(labels_N, dtype=torch.float32)
-        losses_N = linear_ce(hidden_SBH.flatten(0, 1), model.head(), labels_N, everywhere_N)
-        counted_SB = losses_N.view_as(labels_SB)[:, : share.num_local(idx)]
-        return counted_SB.double().sum(), counted_SB.numel()
+        losses_N = linear_ce(hidden_SBH.flatten(0, 1), model.head(), labels_N, mask_N)
+        losses_SB, mask_SB = (x_N.view(hidden_SBH.shape[:2])[:, : share.num_local(idx)] for x_N in (losses_N, mask_N))
+        return losses_SB.double().sum(), mask_SB.double().sum()
 
     model.eval()
     start = time.perf_counter()
@@ -55,4 +56,5 @@ def evaluate_lm_loss(
     total = last_stage_total(torch.tensor(sums, dtype=torch.float64, device=windows_NT.device), mesh)
     seconds = time.perf_counter() - start
     tokens = int(total[1])
-    return LMLoss(loss_nats=float(total[0]) / tokens, tokens=tokens, tokens_per_second=tokens / seconds)
+    speed = windows_NT[:, 1:].numel() / seconds
+    return LMLoss(loss_nats=float(total[0]) / tokens, tokens=tokens, tokens_per_second=speed)

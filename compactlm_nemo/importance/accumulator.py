@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from compactlm_nemo.config.score import Aggregator
-from compactlm_nemo.importance.aggregators import Parts, State, join_parts, over_sequence, state_of
+from compactlm_nemo.importance.aggregators import Length, Parts, State, join_parts, over_sequence, state_of
 
 StateKey = tuple[str, Aggregator]
 """(element, sequence aggregator). Elements are named `heads.{i}`, `groups.{i}`, `mlp.{i}`, `norm.{k}` (two a layer, the
@@ -19,9 +19,15 @@ SHARDED = ("heads", "groups", "mlp", "expert_mlp", "shared_expert")
 
 
 class Accumulator:
-    """Elements of one chunk whose values cover one set of samples and one part of a sequence."""
+    """Elements of one chunk whose values cover one set of samples and one part of a sequence.
 
-    def __init__(self, groups: list[ProcessGroup]) -> None:
+    Args:
+        groups: See the attribute.
+        is_over_tokens: A sample weighs as its share of tokens that count, so that the mean is over tokens.
+    """
+
+    def __init__(self, groups: list[ProcessGroup], *, is_over_tokens: bool = False) -> None:
+        self.is_over_tokens = is_over_tokens
         self.groups = groups
         """Ranks that hold other tokens of the sequences, group by group."""
         self.pending: dict[str, Parts] = {}
@@ -32,8 +38,11 @@ class Accumulator:
         """Keep the parts of one element until the micro-batch ends."""
         self.pending[element] = parts
 
-    def flush(self, length: int, counted_B: Tensor | None) -> None:
-        """Finish the samples of a micro-batch of `length` tokens a rank; `counted_B` leaves out padding, None all."""
+    def flush(self, places: int, length: Length, counted_B: Tensor | None) -> None:
+        """Finish the samples of a micro-batch, of whose `places` on a rank `length` count.
+
+        `counted_B` leaves out samples that only fill up; None leaves out all.
+        """
         pending, self.pending = self.pending, {}
         if not pending or counted_B is None:
             return
@@ -42,11 +51,15 @@ class Accumulator:
             name: torch.cat([parts[name] for parts in pending.values()], dim=1) for name in next(iter(pending.values()))
         }
         for group in self.groups:
-            joined = join_parts(joined, length, group)
-            length *= group.size()
+            joined, length = join_parts(joined, length, group)
+            places *= group.size()
         for agg, values_BE in over_sequence(joined, length).items():
+            weight = length / places if self.is_over_tokens and not isinstance(length, int) else None
             # Most batches count whole: a mask, which is on the CPU, would wait for the device.
-            state = state_of(values_BE if counted_B.all() else values_BE[counted_B])
+            if not counted_B.all():
+                values_BE = values_BE[counted_B]
+                weight = None if weight is None else weight[counted_B]
+            state = state_of(values_BE, weight)
             self.states[agg] = self.states[agg].merged(state) if agg in self.states else state
 
     def pop(self) -> dict[StateKey, State]:

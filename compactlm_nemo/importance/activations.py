@@ -8,9 +8,10 @@ Source: Minitron (arXiv 2407.14679), section 2.2. Activations only:
 - layers: block importance `BI_i = 1 - E[cos(x_i, x_{i+1})]`, x_i the input of layer i, E over all tokens;
 - experts: `experts.py`.
 
-The sequence aggregator is applied within a sample, the batch aggregator over samples. Ranks that hold parts of one
-sequence (sequence and context parallel) add up small sums once a micro-batch; all else is merged at the end, so every
-layout gives equal numbers. Nothing waits for the device before that.
+The sequence aggregator is applied within a sample, the batch aggregator over samples; tokens whose place is marked
+(`data.marks`) are left out. Ranks that hold parts of one sequence (sequence and context parallel) add up small sums
+once a micro-batch; all else is merged at the end, so every layout gives equal numbers. Nothing waits for the device
+before that.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from torch import Tensor
 
 from compactlm_nemo.config.score import DepthMetric, Neurons, ScoreConfig
 from compactlm_nemo.importance.accumulator import Accumulator, StateKey, is_sharded
-from compactlm_nemo.importance.aggregators import State, blocks_of, sequence_parts
+from compactlm_nemo.importance.aggregators import Length, State, blocks_of, counted_length, sequence_parts
 from compactlm_nemo.importance.experts import hook_experts
 from compactlm_nemo.models.build import HiddenStateModel, ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import DataParallelSamples, forward_each
-from compactlm_nemo.parallel.collectives import gather_objects
+from compactlm_nemo.parallel.collectives import all_gather, gather_objects
 from compactlm_nemo.parallel.mesh import Mesh
 
 
@@ -43,11 +44,15 @@ class ActivationHooks:
         self.whole, self.norms, self.depth, self.experts = (
             Accumulator(split),
             Accumulator(along),
-            Accumulator(along),
+            Accumulator(along, is_over_tokens=True),
             Accumulator(split),
         )
         self.handles: list[Any] = []
         self.length = 0
+        self.counts_SB: Tensor | None = None
+        """Which tokens of the micro-batch count, on this context-parallel rank; None for all."""
+        self.part_counts_SB: Tensor | None = None
+        """The same of the tokens that this rank has under sequence parallelism."""
         for layer in chunk.decoder.layers:
             self._hook_layer(layer)
         if self.aggs and chunk.post_process:
@@ -67,9 +72,13 @@ class ActivationHooks:
         else:
             self.on_neurons(layer.mlp, f"mlp.{idx}")
 
+    def start(self, counts_SB: Tensor | None) -> None:
+        """Say which tokens of the next micro-batch count; None for all."""
+        self.counts_SB, self.part_counts_SB = counts_SB, sequence_share(counts_SB, self.mesh)
+
     def on_neurons(self, mlp: Any, element: str) -> None:
         """Measure an MLP that sees whole sequences `[S, B, H]`."""
-        put = lambda x_SBF: self.whole.put(element, sequence_parts(x_SBF, self.aggs))  # noqa: E731
+        put = lambda x_SBF: self.whole.put(element, sequence_parts(x_SBF, self.aggs, self.counts_SB))  # noqa: E731
         if self.cfg.neurons is Neurons.after:
             self._on_input(mlp.linear_fc2, put)
         else:
@@ -84,16 +93,16 @@ class ActivationHooks:
             heads = (block.unflatten(-1, (-1, self.dims.head_dim)) for block in blocks_of(x_SBE))
             norm_SBE = torch.cat([torch.linalg.vector_norm(head, dim=-1) for head in heads])
             per_group = self.dims.num_heads // self.dims.num_query_groups
-            self.whole.put(f"heads.{idx}", sequence_parts(norm_SBE, self.aggs))
+            self.whole.put(f"heads.{idx}", sequence_parts(norm_SBE, self.aggs, self.counts_SB))
             groups_SBE = torch.linalg.vector_norm(norm_SBE.unflatten(-1, (-1, per_group)), dim=-1)
-            self.whole.put(f"groups.{idx}", sequence_parts(groups_SBE, self.aggs))
+            self.whole.put(f"groups.{idx}", sequence_parts(groups_SBE, self.aggs, self.counts_SB))
 
         return put
 
     def _norm(self, number: int) -> Callable[[Tensor], None]:
         def put(x_SBH: Tensor) -> None:
             self.length = x_SBH.shape[0]
-            self.norms.put(f"norm.{number}", sequence_parts(x_SBH, self.aggs))
+            self.norms.put(f"norm.{number}", sequence_parts(x_SBH, self.aggs, self.part_counts_SB))
 
         return put
 
@@ -104,6 +113,8 @@ class ActivationHooks:
             self.length = before.shape[0]
             pairs = zip(blocks_of(before), blocks_of(after), strict=True)
             change_SB = torch.cat([1 - _cosine(x, y) for x, y in pairs])
+            if self.part_counts_SB is not None:
+                change_SB = change_SB.masked_fill(~self.part_counts_SB, 0)
             self.depth.put(f"depth.{idx}", {"abs": change_SB.abs().sum(dim=0)[:, None]})
 
         return hook
@@ -117,11 +128,22 @@ class ActivationHooks:
 
     def finish(self, counted_B: Tensor | None, counted_by_experts: Tensor | None) -> None:
         """Close a micro-batch; the masks say which samples count and are None where a batch only fills the schedule."""
-        whole = self.length * (self.mesh.tp_size if self.mesh.is_sequence_parallel else 1)
-        self.whole.flush(whole, counted_B)
-        self.norms.flush(self.length, counted_B)
-        self.depth.flush(self.length, counted_B)
-        self.experts.flush(whole, counted_by_experts)
+        part_places = self.length
+        places = part_places * (self.mesh.tp_size if self.mesh.is_sequence_parallel else 1)
+        part: Length = part_places
+        whole: Length = places
+        of_experts: Length = places
+        if self.counts_SB is not None and self.part_counts_SB is not None:
+            whole, part = counted_length(self.counts_SB), counted_length(self.part_counts_SB)
+            of_experts = self.experts_length(whole)
+        self.whole.flush(places, whole, counted_B)
+        self.norms.flush(part_places, part, counted_B)
+        self.depth.flush(part_places, part, counted_B)
+        self.experts.flush(places, of_experts, counted_by_experts)
+
+    def experts_length(self, length_B1: Tensor) -> Tensor:
+        """Return `length_B1` of all samples that share this rank's experts."""
+        return all_gather(length_B1, self.mesh.ep_group, dim=0) if self.mesh.ep_size > 1 else length_B1
 
     def pop(self) -> dict[StateKey, State]:
         """Give the states since the last call that this rank has to report: replicated elements come from one rank."""
@@ -136,6 +158,13 @@ class ActivationHooks:
             handle.remove()
 
 
+def sequence_share(counts_SB: Tensor | None, mesh: Mesh) -> Tensor | None:
+    """Return the part that this rank has under sequence parallelism of what is known of every token."""
+    if counts_SB is None or not mesh.is_sequence_parallel:
+        return counts_SB
+    return counts_SB.chunk(mesh.tp_size)[mesh.tp_rank]
+
+
 def _cosine(x_SBH: Tensor, y_SBH: Tensor) -> Tensor:
     """Return cosine of each token, `[S, B]`; torch's own divides both vectors first and takes three times as long."""
     norms = torch.linalg.vector_norm(x_SBH, dim=-1) * torch.linalg.vector_norm(y_SBH, dim=-1)
@@ -147,15 +176,15 @@ def collect(
     windows_NS: Tensor,
     cfg: ScoreConfig,
     progress: Callable[[int], None],
-    on_batch: Callable[[int], None] = lambda counted: None,
+    on_batch: Callable[[int, Tensor | None], None] = lambda counted, counts_SB: None,
 ) -> dict[StateKey, State]:
     """Run the samples and gather the states, whole vectors, on the main rank; empty on the others. Collective.
 
     Args:
         windows_NS: Equal on every rank; data-parallel ranks take every dp-th sample.
         progress: Called with the number of samples of each finished batch over all data-parallel ranks.
-        on_batch: Called before a chunk runs a micro-batch with the number of samples, the leading ones, that count; for
-            other hooks in the pass.
+        on_batch: Called before a chunk runs a micro-batch with the number of samples, the leading ones, that count, and
+            which of their tokens do, as `DataParallelSamples.places` gives; for other hooks in the pass.
     """
     mesh, dims = chunks.mesh, chunks.dims
     samples = DataParallelSamples(windows_NS, mesh, cfg.micro_batch)
@@ -170,7 +199,10 @@ def collect(
 
     def start(idx: int | None) -> None:
         current[0] = idx
-        on_batch(0 if idx is None else samples.num_local(idx))
+        counts_SB = None if idx is None else samples.places(idx)
+        for of_chunk in hooks:
+            of_chunk.start(counts_SB)
+        on_batch(0 if idx is None else samples.num_local(idx), counts_SB)
 
     try:
         forward_each(chunks, samples.batches, lambda idx, hidden: progress(samples.num_counted(idx)), start)

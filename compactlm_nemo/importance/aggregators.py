@@ -25,6 +25,10 @@ Parts = dict[str, Tensor]
 `mean` with `m2` = sum (x - mean)^2."""
 
 
+Length = int | Tensor
+"""How many tokens of a part of a sequence count: a number that all samples share, or `[B, 1]` float32."""
+
+
 BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 """Most activations that are widened to float32 at once: they fit a core's cache, or a small part of a GPU's memory."""
 
@@ -36,14 +40,50 @@ def blocks_of(x_SBE: Tensor) -> Iterator[Tensor]:
     return (block_SBE.to(dtype) for block_SBE in x_SBE.detach().split(rows))
 
 
-def sequence_parts(x_SBE: Tensor, aggs: Collection[Aggregator]) -> Parts:
-    """Sum over dim 0 of `[S, B, E]` what the aggregators need; E may be a shard, S a part of the sequence."""
+def sequence_parts(x_SBE: Tensor, aggs: Collection[Aggregator], counts_SB: Tensor | None = None) -> Parts:
+    """Sum over dim 0 of `[S, B, E]` what the aggregators need; E may be a shard, S a part of the sequence.
+
+    Args:
+        counts_SB: Boolean, which tokens count; None for all.
+    """
     parts: Parts = {}
-    seen = 0
+    seen: Length = 0
+    length: Length
+    start = 0
     for block_SBE in blocks_of(x_SBE):
-        block = _block_parts(block_SBE, aggs)
-        parts = _appended(parts, seen, block, len(block_SBE)) if parts else block
-        seen += len(block_SBE)
+        rows = slice(start, start + len(block_SBE))
+        start = rows.stop
+        if counts_SB is None:
+            block, length = _block_parts(block_SBE, aggs), len(block_SBE)
+        else:
+            block, length = _counted_parts(block_SBE, counts_SB[rows], aggs), counted_length(counts_SB[rows])
+        parts = _appended(parts, seen, block, length) if parts else block
+        seen = seen + length
+    return parts
+
+
+def counted_length(counts_SB: Tensor) -> Tensor:
+    """Return `[B, 1]` float32, how many tokens of each sample count."""
+    return counts_SB.sum(dim=0, dtype=torch.float32)[:, None]
+
+
+def quotient(sums: Tensor, length: Length) -> Tensor:
+    """Divide by a length; a part of a sequence of which no token counts has sums of 0, and means of 0."""
+    return sums / length if isinstance(length, int) else sums / length.clamp(min=1)
+
+
+def _counted_parts(x_SBE: Tensor, counts_SB: Tensor, aggs: Collection[Aggregator]) -> Parts:
+    """Sum as `_block_parts` does over the tokens that count."""
+    counts_SB1 = counts_SB[..., None]
+    x_SBE = x_SBE.masked_fill(~counts_SB1, 0)
+    parts: Parts = {}
+    if Aggregator.mean in aggs:
+        parts["abs"] = x_SBE.abs().sum(dim=0)
+    if Aggregator.var in aggs:
+        parts["mean"] = quotient(x_SBE.sum(dim=0), counted_length(counts_SB))
+        parts["m2"] = (x_SBE - parts["mean"]).square_().masked_fill_(~counts_SB1, 0).sum(dim=0)
+    if Aggregator.l2 in aggs:
+        parts["sq"] = x_SBE.square().sum(dim=0)
     return parts
 
 
@@ -61,42 +101,47 @@ def _block_parts(x_SBE: Tensor, aggs: Collection[Aggregator]) -> Parts:
     return parts
 
 
-def _appended(parts: Parts, seen: int, more: Parts, length: int) -> Parts:
+def _appended(parts: Parts, seen: Length, more: Parts, length: Length) -> Parts:
     """Join the parts of the first `seen` tokens and of the `length` tokens after these (formulas: `State.merged`)."""
     joined: Parts = {name: parts[name] + more[name] for name in ("abs", "sq") if name in parts}
     if "m2" in parts:
-        gap, share = more["mean"] - parts["mean"], length / (seen + length)
+        gap, total = more["mean"] - parts["mean"], seen + length
+        share = length / total if isinstance(length, int) else quotient(length, total)
         joined["mean"] = parts["mean"] + gap * share
         joined["m2"] = parts["m2"] + more["m2"] + gap.square() * (seen * share)
     return joined
 
 
-def join_parts(parts: Parts, length: int, group: ProcessGroup) -> Parts:
-    """Join the parts of all ranks of `group`, each of which saw `length` tokens of every sequence.
+def join_parts(parts: Parts, length: Length, group: ProcessGroup) -> tuple[Parts, Length]:
+    """Join the parts of all ranks of `group`, and the lengths: a rank saw `length` tokens of every sequence that count.
 
-    ``M2 = sum_r M2_r + length * (mean_r - mean)^2``, ``mean = (1/R) sum_r mean_r``; the other parts add up.
+    ``M2 = sum_r M2_r + length_r (mean_r - mean)^2``, ``mean = sum_r length_r mean_r / sum_r length_r``; the other parts
+    add up.
     """
     joined: Parts = {name: all_reduce_sum(parts[name], group) for name in ("abs", "sq") if name in parts}
     if "m2" in parts:
-        mean = all_reduce_sum(parts["mean"], group) / group.size()
+        if isinstance(length, int):
+            mean = all_reduce_sum(parts["mean"], group) / group.size()
+        else:
+            mean = quotient(all_reduce_sum(parts["mean"] * length, group), all_reduce_sum(length, group))
         spread = parts["m2"] + length * (parts["mean"] - mean).square()
         joined |= {"mean": mean, "m2": all_reduce_sum(spread, group)}
-    return joined
+    return joined, length * group.size() if isinstance(length, int) else all_reduce_sum(length, group)
 
 
-def over_sequence(parts: Parts, length: int) -> dict[Aggregator, Tensor]:
-    """Compute each aggregator that the parts allow, `[B, E]`, over sequences of `length` tokens.
+def over_sequence(parts: Parts, length: Length) -> dict[Aggregator, Tensor]:
+    """Compute each aggregator that the parts allow, `[B, E]`, over sequences of which `length` tokens count.
 
     ``mean = (1/S) sum|x|``, ``l2 = sqrt(sum x^2)``, ``var = (1/S) sum (x - x_mean)^2``, sums over S.
     Source: Muralidharan et al. 2024, arXiv:2407.14679, section 2.2.
     """
     values: dict[Aggregator, Tensor] = {}
     if "abs" in parts:
-        values[Aggregator.mean] = parts["abs"] / length
+        values[Aggregator.mean] = quotient(parts["abs"], length)
     if "sq" in parts:
         values[Aggregator.l2] = parts["sq"].sqrt()
     if "m2" in parts:
-        values[Aggregator.var] = parts["m2"] / length
+        values[Aggregator.var] = quotient(parts["m2"], length)
     return values
 
 
@@ -115,7 +160,7 @@ class State(NamedTuple):
         """
         count = self.num + other.num
         gap_E = other.mean - self.mean
-        weight = other.num / count.clamp(min=1)  # two empty states stay empty
+        weight = other.num / torch.where(count > 0, count, 1)  # two empty states stay empty
         return State(
             count,
             self.mean + gap_E * weight,
@@ -133,11 +178,20 @@ class State(NamedTuple):
         return self.m2 / self.num
 
 
-def state_of(values_BE: Tensor) -> State:
-    """Start a state from the values `[B, E]` of finished samples, one row a sample; B may be 0."""
+def state_of(values_BE: Tensor, weight_B1: Tensor | None = None) -> State:
+    """Start a state from the values `[B, E]` of finished samples, one row a sample; B may be 0.
+
+    Args:
+        weight_B1: How much of a sample each stands for, >= 0; None for all of it.
+    """
     if values_BE.ndim != 2:
         raise ValueError(f"values_BE has shape {list(values_BE.shape)}, must be [samples, elements].")
     x_BE = values_BE.detach().to(torch.float64)
+    if weight_B1 is not None and x_BE.shape[0]:
+        weight_B1 = weight_B1.to(torch.float64)
+        total = weight_B1.sum()
+        mean_E = (x_BE * weight_B1).sum(dim=0) / torch.where(total > 0, total, 1)
+        return State(total, mean_E, ((x_BE - mean_E).square() * weight_B1).sum(dim=0))
     count = torch.full((), float(x_BE.shape[0]), dtype=torch.float64, device=x_BE.device)  # filled there: no copy
     mean_E = x_BE.mean(dim=0) if x_BE.shape[0] else x_BE.new_zeros(x_BE.shape[1])
     return State(count, mean_E, (x_BE - mean_E).square().sum(dim=0))

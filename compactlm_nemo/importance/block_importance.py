@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compactlm_nemo.data.marks import counts_of
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
@@ -31,7 +32,7 @@ CHUNK_TOKENS = 1024
 def state_cosines(
     chunks: ModelChunks, windows_NS: Tensor, *, micro_batch: int, progress: Callable[[int], None]
 ) -> Tensor:
-    """Sum ``cos(x_i, x_j)`` over all tokens, ``[L + 1, L + 1]`` float64 on every rank. Collective.
+    """Sum ``cos(x_i, x_j)`` over all tokens that count, ``[L + 1, L + 1]`` float64 on every rank. Collective.
 
     The states of one micro-batch are kept on their stages and exchanged after its pass, a few tokens at a time.
     """
@@ -43,7 +44,7 @@ def state_cosines(
         counted_BS = (
             samples.counted(idx, mesh.dp_rank).to(tokens_BS.device, non_blocking=True)[:, None].expand_as(tokens_BS)
         )
-        counted_SB = context_share(counted_BS, mesh).T
+        counted_SB = context_share(counted_BS & counts_of(tokens_BS), mesh).T
         if mesh.is_sequence_parallel:
             counted_SB = counted_SB.chunk(mesh.tp_size)[mesh.tp_rank]
         total += _gram(states, counted_SB.flatten(), mesh, dims)

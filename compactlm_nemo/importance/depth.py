@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compactlm_nemo.data.marks import counts_of, ids_of
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.importance.leave_one_out import leave_one_out
 from compactlm_nemo.models.build import ModelChunks
@@ -33,7 +34,7 @@ class LayerSums:
     sums: Tensor
     """`[L + 1, 3]`: as `LeftOut.sums`; loss in nats, squared error of the logits, and in row L their squares."""
     tokens: int
-    """Predicted tokens."""
+    """Predictions that count."""
     layers_run: int
     """As `LeftOut.layers_run`."""
     removed: frozenset[int]
@@ -85,9 +86,10 @@ def layer_sums(
             wide = torch.promote_types(hidden_SBH.dtype, torch.float32)
             # The head is linear, so these are the logits of the difference: nothing that both have in common hides it.
             gap_SBH = (whole_SBH.to(wide) - hidden_SBH.to(wide)).to(hidden_SBH.dtype)
-            sums[1] = _logit_squares(gap_SBH, weight_VH, chunks.chunk_tokens)
+            counts_N1 = context_share(counts_of(samples.batches[idx][:counted]), mesh).T.flatten()[:, None]
+            sums[1] = _logit_squares(gap_SBH, weight_VH, chunks.chunk_tokens, counts_N1)
             if left_out is None:
-                sums[2] = _logit_squares(whole_SBH, weight_VH, chunks.chunk_tokens)
+                sums[2] = _logit_squares(whole_SBH, weight_VH, chunks.chunk_tokens, counts_N1)
             sums[1:] = all_reduce_sum(sums[1:], mesh.tp_group)
         return sums
 
@@ -102,15 +104,23 @@ def layer_sums(
     )
     return LayerSums(
         sums=totals.sums,
-        tokens=len(windows_NS) * (windows_NS.shape[1] - 1),
+        tokens=num_predictions(windows_NS),
         layers_run=totals.layers_run,
         removed=removed | set(range(dims.num_layers - block + 1, dims.num_layers)),
     )
 
 
+def num_predictions(windows_NS: Tensor) -> int:
+    """Return how many tokens of windows without their last label are predicted and count."""
+    return int(counts_of(windows_NS[:, :-1]).sum())
+
+
 def _targets(tokens_BS: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
-    """Give the next tokens of this context-parallel rank's positions and a mask, 0 where none follows; both `[N]`."""
-    labels_BS, mask_BS = tokens_BS.roll(-1, dims=1), torch.ones_like(tokens_BS, dtype=torch.float64)
+    """Give the next tokens of this context-parallel rank's places and a mask, both `[N]`.
+
+    The mask is 0 where no token follows, and where the place is marked (`data.marks`).
+    """
+    labels_BS, mask_BS = ids_of(tokens_BS).roll(-1, dims=1), counts_of(tokens_BS).double()
     mask_BS[:, -1] = 0
     labels, mask = (context_share(x, mesh).T.flatten() for x in (labels_BS, mask_BS))
     return labels, mask
@@ -121,10 +131,10 @@ def _unpadded(weight_VH: Tensor, dims: Dims, mesh: Mesh) -> Tensor:
     return weight_VH[: max(dims.vocab_size - mesh.tp_rank * len(weight_VH), 0)]
 
 
-def _logit_squares(hidden_SBH: Tensor, weight_VH: Tensor, chunk_tokens: int) -> Tensor:
-    """Sum ``sum_nv (hidden_n . weight_v)^2``, squared in float32 or wider and added up in float64."""
+def _logit_squares(hidden_SBH: Tensor, weight_VH: Tensor, chunk_tokens: int, counts_N1: Tensor) -> Tensor:
+    """Sum ``sum_nv (hidden_n . weight_v)^2`` over tokens that count, squared in float32 or wider, summed in float64."""
     total = hidden_SBH.new_zeros((), dtype=torch.float64)
-    for rows_NH in hidden_SBH.flatten(0, 1).split(chunk_tokens):
+    for rows_NH in (hidden_SBH.flatten(0, 1) * counts_N1).split(chunk_tokens):
         logits_NV = rows_NH @ weight_VH.T
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         total += logits_NV.to(wide).square().sum(dtype=torch.float64)

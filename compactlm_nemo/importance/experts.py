@@ -13,13 +13,15 @@ element are those of the group, ordered by rank, and no rank reports a sample of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compactlm_nemo.config.score import Aggregator, Neurons
-from compactlm_nemo.importance.aggregators import Parts
+from compactlm_nemo.data.marks import counts_of, ids_of, mark
+from compactlm_nemo.importance.aggregators import Length, Parts, counted_length, quotient
 from compactlm_nemo.parallel.collectives import all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 def hook_experts(hooks: ActivationHooks, moe: Any, layer_idx: int) -> None:
     """Measure a Megatron MoE layer, whichever rank a token comes from."""
-    places = TokenPlaces(hooks.mesh, moe)
+    places = TokenPlaces(hooks.mesh, moe, lambda: hooks.part_counts_SB)
     hooks.handles += places.follow()
     for local, expert in enumerate(moe.experts.local_experts):
         number = moe.local_expert_indices[local]
@@ -39,10 +41,15 @@ def hook_experts(hooks: ActivationHooks, moe: Any, layer_idx: int) -> None:
 
 
 class TokenPlaces:
-    """Knows which sample each dispatched token belongs to: number ``ep_rank * batch + b`` of the group's samples."""
+    """Knows which sample each dispatched token belongs to: number ``ep_rank * batch + b`` of the group's samples.
 
-    def __init__(self, mesh: Mesh, moe: Any) -> None:
-        self.mesh, self.moe = mesh, moe
+    Args:
+        counts: Returns which tokens of this rank's micro-batch count, `[S, B]` as they reach the layer; None for all.
+            The sample of a token that does not count is marked (`data.marks`).
+    """
+
+    def __init__(self, mesh: Mesh, moe: Any, counts: Callable[[], Tensor | None]) -> None:
+        self.mesh, self.moe, self.counts = mesh, moe, counts
         self.shape: tuple[int, int] = (0, 0)
         self.samples: tuple[Tensor, ...] = ()
 
@@ -59,8 +66,12 @@ class TokenPlaces:
 
     def dispatch(self, tokens_per_expert: Tensor) -> None:
         """Send the samples of this rank's rows, `(position, sample)`, the way that the rows went to the experts."""
-        dispatcher, batch = self.moe.token_dispatcher, self.shape[1]
-        sample_N = self.mesh.ep_rank * batch + dispatcher.reversed_local_input_permutation_mapping % batch
+        batch, counts_SB = self.shape[1], self.counts()
+        dispatcher = self.moe.token_dispatcher
+        row_N = dispatcher.reversed_local_input_permutation_mapping
+        sample_N = self.mesh.ep_rank * batch + row_N % batch
+        if counts_SB is not None:
+            sample_N = mark(sample_N, counts_SB.flatten()[row_N])
         with torch.no_grad():
             sample_N1, _ = dispatcher.token_dispatch(sample_N[:, None], sample_N)
             sample_N1, _, _ = dispatcher.dispatch_postprocess(sample_N1, sample_N1[:, 0])
@@ -81,7 +92,10 @@ class TokenPlaces:
 
 def _hook_expert(hooks: ActivationHooks, places: TokenPlaces, expert: Any, local: int, name: str) -> None:
     def put(element: str, x_NE: Tensor) -> None:
-        parts = routed_parts(x_NE, places.samples[local], places.num_samples, places.length, hooks.aggs)
+        length: Length = places.length
+        if hooks.counts_SB is not None:
+            length = hooks.experts_length(counted_length(hooks.counts_SB))
+        parts = routed_parts(x_NE, places.samples[local], places.num_samples, length, hooks.aggs)
         hooks.experts.put(f"{element}.{name}", parts)
 
     def neurons_before(module: Any, args: Any, out: Any) -> None:
@@ -101,18 +115,26 @@ def _hook_expert(hooks: ActivationHooks, places: TokenPlaces, expert: Any, local
     hooks.handles.append(expert.register_forward_hook(norm))
 
 
-def routed_parts(x_NE: Tensor, sample_N: Tensor, num_samples: int, length: int, aggs: set[Aggregator]) -> Parts:
-    """Sum as `sequence_parts` does, over N routed tokens of the given samples; all other tokens count as zeros."""
+def routed_parts(x_NE: Tensor, sample_N: Tensor, num_samples: int, length: Length, aggs: set[Aggregator]) -> Parts:
+    """Sum as `sequence_parts` does, over N routed tokens of the given samples; all other tokens count as zeros.
+
+    Args:
+        sample_N: Marked where a token does not count, if `length` is that of each sample.
+    """
     x_NE = x_NE.detach().to(torch.promote_types(x_NE.dtype, torch.float32))
+    ignored_N1 = None if isinstance(length, int) else ~counts_of(sample_N)[:, None]
+    sample_N = ids_of(sample_N)
 
     def summed(values_NE: Tensor) -> Tensor:
+        if ignored_N1 is not None:
+            values_NE = values_NE.masked_fill(ignored_N1, 0)
         return values_NE.new_zeros(num_samples, values_NE.shape[1]).index_add_(0, sample_N, values_NE)
 
     parts: Parts = {}
     if Aggregator.mean in aggs:
         parts["abs"] = summed(x_NE.abs())
     if Aggregator.var in aggs:
-        parts["mean"] = summed(x_NE) / length
+        parts["mean"] = quotient(summed(x_NE), length)
         zeros_B1 = length - summed(torch.ones_like(x_NE[:, :1]))
         parts["m2"] = summed((x_NE - parts["mean"][sample_N]).square()) + zeros_B1 * parts["mean"].square()
     if Aggregator.l2 in aggs:

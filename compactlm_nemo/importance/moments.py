@@ -37,7 +37,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from compactlm_nemo.data.marks import counts_of, ids_of
 from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.importance.activations import sequence_share
 from compactlm_nemo.importance.experts import TokenPlaces
 from compactlm_nemo.importance.names import (
     FINAL_NORM,
@@ -91,6 +93,8 @@ class MomentCollector:
         mesh, dims = chunks.mesh, chunks.dims
         self.mesh = mesh
         self.counted_rows = 0
+        self.counts_SB: Tensor | None = None
+        """Which tokens of the micro-batch count, on this context-parallel rank; None for all."""
         self.counted_of_group = torch.zeros(1)
         """`counted_rows` of every rank of the expert-parallel group, where experts are measured."""
         self.blocks: dict[str, Tensor] = {}
@@ -110,9 +114,12 @@ class MomentCollector:
         if chunks[-1].post_process:
             self._on_norm(chunks[-1].decoder.final_layernorm, FINAL_NORM, dims.hidden_size)
 
-    def on_batch(self, counted_rows: int) -> None:
-        """Set how many samples of the next micro-batch count, the leading ones; 0 for one that fills the schedule."""
-        self.counted_rows = counted_rows
+    def on_batch(self, counted_rows: int, counts_SB: Tensor | None = None) -> None:
+        """Set how many samples of the next micro-batch count, the leading ones; 0 for one that fills the schedule.
+
+        `counts_SB` says which of their tokens do, None for all.
+        """
+        self.counted_rows, self.counts_SB = counted_rows, counts_SB
 
     def state(self) -> dict[str, Tensor]:
         """Return this rank's totals, for this layout only; they are no copies, further batches change them."""
@@ -151,7 +158,7 @@ class MomentCollector:
 
         def add(x_SBE: Tensor) -> None:
             whole_SBE = all_gather(x_SBE, self.mesh.tp_group, dim=-1) if self.mesh.tp_size > 1 else x_SBE
-            add_outer(self.blocks[name], x_SBE.flatten(0, 1), whole_SBE.flatten(0, 1))
+            add_outer(self.blocks[name], self._weighted(x_SBE), whole_SBE.flatten(0, 1))
 
         self._allocate(name, size)
         self.handles.append(module.register_forward_pre_hook(lambda _, args: self._counted(args[0], add)))
@@ -162,15 +169,14 @@ class MomentCollector:
 
         def add(x_SBH: Tensor) -> None:
             whole_SBH = all_gather(x_SBH, self.mesh.tp_group, dim=0) if self.mesh.is_sequence_parallel else x_SBH
-            whole_NH = whole_SBH.flatten(0, 1)
-            add_outer(self.blocks[name], whole_NH[:, rows], whole_NH)
+            add_outer(self.blocks[name], self._weighted(whole_SBH[..., rows]), whole_SBH.flatten(0, 1))
 
         self._allocate(name, size)
         self.handles.append(module.register_forward_hook(lambda _, args, out: self._counted(out, add)))
 
     def _on_experts(self, moe: Any, layer_idx: int, size: int) -> None:
         """Hook each expert of this rank: its tokens come from the whole expert-parallel group, and some count."""
-        places = TokenPlaces(self.mesh, moe)
+        places = TokenPlaces(self.mesh, moe, lambda: sequence_share(self.counts_SB, self.mesh))
         self.handles += [*places.follow(), moe.experts.register_forward_pre_hook(self._count_group)]
         for local, expert in enumerate(moe.experts.local_experts):
             name = expert_mlp_key(layer_idx, moe.local_expert_indices[local])
@@ -184,15 +190,22 @@ class MomentCollector:
         self.counted_of_group = all_gather(counted, self.mesh.ep_group, dim=0)
 
     def _add_routed(self, places: TokenPlaces, local: int, name: str, _: Any, args: tuple[Tensor, ...]) -> None:
-        sample_N = places.samples[local]
-        batch = places.shape[1]
-        x_NE = args[0].detach()[sample_N % batch < self.counted_of_group[sample_N // batch]]
+        marked_N, batch = places.samples[local], places.shape[1]
+        sample_N = ids_of(marked_N)
+        counts_N = (sample_N % batch < self.counted_of_group[sample_N // batch]) & counts_of(marked_N)
+        x_NE = args[0].detach()[counts_N]
         whole_NE = all_gather(x_NE, self.mesh.tp_group, dim=-1) if self.mesh.tp_size > 1 else x_NE
         add_outer(self.blocks[name], x_NE, whole_NE)
 
     def _allocate(self, name: str, size: int) -> None:
         rows = rows_of_rank(size, self.mesh)
         self.blocks[name] = torch.zeros(rows.stop - rows.start, size, dtype=torch.float32, device=device())
+
+    def _weighted(self, x_SBE: Tensor) -> Tensor:
+        """Return `[N, E]` with 0 for tokens that do not count, of the samples that do."""
+        if self.counts_SB is not None:
+            x_SBE = x_SBE.masked_fill(~self.counts_SB[:, : self.counted_rows, None], 0)
+        return x_SBE.flatten(0, 1)
 
     def _counted(self, x_SBE: Tensor, add: Callable[[Tensor], None]) -> None:
         # A rank's tensor-parallel neighbours have the same samples, so that all of them gather or none.

@@ -1,8 +1,9 @@
 """First-order Taylor importance is measured of heads, query groups, neurons, channels and experts.
 
-``I_u = sum over the weights w of unit u of |w * dL/dw|``, L the mean language-model loss over all calibration tokens:
-the gradient is that of all samples before the absolute value is taken. This is LLM-Pruner's first-order, element-wise
-importance summed over a group of coupled weights (Ma et al. 2023, arXiv:2305.11627, section 3.2). Units:
+``I_u = sum over the weights w of unit u of |w * dL/dw|``, L the mean language-model loss over all calibration tokens
+whose prediction counts: the gradient is that of all samples before the absolute value is taken. This is LLM-Pruner's
+first-order, element-wise importance summed over a group of coupled weights (Ma et al. 2023, arXiv:2305.11627, section
+3.2). Units:
 
 - query head: its rows of qkv and of its bias, its columns of the output projection;
 - query group: its heads, and the key and value rows they share;
@@ -28,8 +29,10 @@ import torch.nn.functional as F
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from compactlm_nemo.data.marks import counts_of, ids_of
 from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.importance import names
+from compactlm_nemo.importance.depth import num_predictions
 from compactlm_nemo.models.build import ModelChunks, global_names
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import DataParallelSamples, context_share, fill_schedule, positions_of
@@ -53,7 +56,7 @@ class Gradients:
     def __init__(self, ddps: ModelChunks, loss_sum: LossSum, micro_batch: int) -> None:
         self.ddps, self.mesh, self.loss_sum, self.micro_batch = ddps, ddps.mesh, loss_sum, micro_batch
         self.tokens = 0
-        """Predicted tokens so far, over all ranks."""
+        """Predictions so far that count, over all ranks."""
         self.sums = {name: torch.zeros_like(parameter.main_grad) for name, parameter in self._parameters()}
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
@@ -64,12 +67,13 @@ class Gradients:
         """Add the gradient of further samples. Collective.
 
         Args:
-            windows_NS: Equal on every rank; data-parallel ranks take every dp-th. S - 1 tokens of each count.
+            windows_NS: Equal on every rank; data-parallel ranks take every dp-th. S - 1 tokens of each are predicted,
+                of which those without a mark count (`data.marks`).
             progress: Called with the number of samples, over all ranks, of each finished micro-batch; last stage only.
         """
         batches = _batches(windows_NS, self.mesh, self.micro_batch)
         _accumulate_gradients(self.ddps, batches, self.loss_sum, progress)
-        tokens = windows_NS.shape[0] * (windows_NS.shape[1] - 1)
+        tokens = num_predictions(windows_NS)
         for name, parameter in self._parameters():  # a main_grad is that of the mean over these tokens
             self.sums[name].add_(parameter.main_grad, alpha=tokens)
         self.tokens += tokens
@@ -144,8 +148,8 @@ def _accumulate_gradients(
         return model(inputs_BS, positions_of(inputs_BS), None), partial(loss, batch)
 
     def loss(batch: _Batch, hidden_SBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        labels_BS = batch.tokens_BS.roll(-1, dims=1)
-        mask_BS = batch.counted_B[:, None].repeat(1, labels_BS.shape[1])
+        labels_BS = ids_of(batch.tokens_BS).roll(-1, dims=1)
+        mask_BS = batch.counted_B[:, None] * counts_of(batch.tokens_BS)
         mask_BS[:, -1] = 0  # what follows the window is not known
         labels_N, mask_N = (context_share(x_BS, mesh).T.flatten() for x_BS in (labels_BS, mask_BS))
         total = loss_sum(hidden_SBH.flatten(0, 1), labels_N, mask_N)

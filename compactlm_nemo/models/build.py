@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from compactlm_nemo.data.marks import ids_of
 from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.losses.vocabulary import chunk_tokens as tokens_that_fit
 from compactlm_nemo.models.attention import AttentionMask
@@ -50,7 +51,11 @@ class HiddenStateModel(GPTModel):
     """Length of the sequence that the present frequencies are for."""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None = None, **others: Any) -> Any:
-        """Run `input_ids` `[b, s]` of this context-parallel rank; the mask is made here, once for all layers."""
+        """Run `input_ids` `[b, s]`, with or without marks (`data.marks`), of this context-parallel rank.
+
+        The attention mask is made here, once for all layers.
+        """
+        input_ids = ids_of(input_ids)
         mask = self.attention_mask(input_ids, self.document_end)
         length = input_ids.shape[1] * self.config.context_parallel_size
         if length != self.rotated_length:  # Megatron keeps the angles of each length

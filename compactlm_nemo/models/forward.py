@@ -10,6 +10,7 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from compactlm_nemo.data.marks import counts_of, ids_of
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.layout import context_positions
 from compactlm_nemo.parallel.mesh import Mesh
@@ -34,6 +35,16 @@ def context_share(tokens_BS: Tensor, mesh: Mesh) -> Tensor:
         return tokens_BS
     length = tokens_BS.shape[1] // mesh.cp_size
     return tokens_BS[:, context_positions(length, mesh.cp_rank, mesh.cp_size, tokens_BS.device)]
+
+
+def targets_of(tokens_BT: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
+    """Return labels and float32 mask, `[S / cp * B]` each, of samples with their last label, in hidden states' order.
+
+    The mask is 0 where a prediction is marked as one that does not count (`data.marks`).
+    """
+    labels_BS, counts_BS = ids_of(tokens_BT[:, 1:]), counts_of(tokens_BT[:, :-1])
+    labels_N, counts_N = (context_share(x_BS, mesh).T.flatten() for x_BS in (labels_BS, counts_BS))
+    return labels_N, counts_N.float()
 
 
 def fill_schedule(numbered: list[Any], filler: Any, mesh: Mesh) -> list[Any]:
@@ -92,7 +103,7 @@ class DataParallelSamples:
     """This data-parallel rank's samples of `[N, ...]`, every dp-th, in batches.
 
     All ranks get equally many, so that they can run in step; where N does not divide, the last sample is repeated and
-    does not count.
+    does not count. The batches keep the marks of the samples (`data.marks`).
     """
 
     def __init__(self, samples: Tensor, mesh: Mesh, micro_batch: int) -> None:
@@ -100,12 +111,18 @@ class DataParallelSamples:
         missing = -self.num % self.dp_size
         padded = torch.cat([samples, samples[-1:].expand(missing, *samples.shape[1:])])
         self.batches = micro_batches(padded[self.rank :: self.dp_size], micro_batch)
+        self.mesh = mesh
+        self.is_marked = bool((samples < 0).any())  # waits for the device, once for all batches
 
     def counted(self, idx: int, dp_rank: int) -> Tensor:
         """Return `[B]`, whether each sample of a rank's batch `idx` is one of the N and no repetition; on the CPU."""
         first = idx * self.micro_batch
         places = torch.arange(first, first + len(self.batches[idx]))
         return places * self.dp_size + dp_rank < self.num
+
+    def places(self, idx: int) -> Tensor | None:
+        """Return `[S / cp, B]`, which places of this context-parallel rank count; None where all of all samples do."""
+        return context_share(counts_of(self.batches[idx]), self.mesh).T if self.is_marked else None
 
     def num_local(self, idx: int) -> int:
         """Return samples of this rank's batch `idx` that count: they are the leading ones."""

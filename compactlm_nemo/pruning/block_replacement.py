@@ -5,8 +5,9 @@ teacher's stream is before layer b,
 
     min over W of  sum over tokens of  weight * |r + W x - h|^2,    weight = 1 / mean(h^2),
 
-with x the input of that fc2, r the stream before its MLP and h the stream before layer b. The weights keep the few
-tokens of massive activations from deciding alone. All sums are measured on the teacher, in one pass.
+over the tokens that count (`data.marks`), with x the input of that fc2, r the stream before its MLP and h the stream
+before layer b. The weights keep the few tokens of massive activations from deciding alone. All sums are measured on the
+teacher, in one pass.
 
 Shape suffixes: S sequence, B batch, N tokens, F neurons, H hidden size.
 """
@@ -19,9 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compactlm_nemo.data.marks import counts_of
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import DataParallelSamples, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
 from compactlm_nemo.models.taps import Taps, on_every_stage
 from compactlm_nemo.parallel.collectives import all_reduce_sum
 
@@ -92,7 +94,8 @@ def measure_replacements(
                 x_NF = tokens_of(f"x.{start - 1}", dims.ffn_hidden_size, tokens_BS, counted)
                 r_NH = tokens_of(f"r.{start - 1}", dims.hidden_size, tokens_BS, counted)
                 h_NH = tokens_of(f"h.{end}", dims.hidden_size, tokens_BS, counted)
-                weighted_NF = x_NF / h_NH.square().mean(dim=-1, keepdim=True)
+                counts_N1 = context_share(counts_of(tokens_BS[:counted]), mesh).T.flatten()[:, None]
+                weighted_NF = x_NF / h_NH.square().mean(dim=-1, keepdim=True) * counts_N1
                 sums[start - 1][0] += weighted_NF.T @ x_NF
                 sums[start - 1][1] += weighted_NF.T @ (h_NH - r_NH)
             progress(samples.num_counted(idx))

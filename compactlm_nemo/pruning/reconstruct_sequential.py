@@ -9,8 +9,9 @@ teacher (and n the next one that stays), in this order:
     fc2     x W'^T -> T(h_n) - r    r the student's stream before its MLP, h_n the teacher's before layer n
 
 by ridge regression from the present weight, ``W' = W + ((G + D)^-1 (B - G W^T))^T`` with G = sum x x^T and
-B = sum x t^T; T takes the teacher's stream to the student's. Tokens of proj and fc2 have the weight 1 / mean(T(.)^2).
-Errors of earlier layers are thus made up for where they can be. Experts keep the refit on the tokens they were sent.
+B = sum x t^T; T takes the teacher's stream to the student's. The sums are over the tokens that count (`data.marks`),
+for proj and fc2 with the weight 1 / mean(T(.)^2). Errors of earlier layers are thus made up for where they can be.
+Experts keep the refit on the tokens they were sent.
 
 Teacher and student are walked together, layer by layer: of each, a rank holds the states of its tokens before the
 present layer on its device, and the targets of that layer alone in host memory.
@@ -27,10 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compactlm_nemo.data.marks import counts_of
 from compactlm_nemo.importance.leave_one_out import only_layers
 from compactlm_nemo.models.build import HiddenStateModel, ModelChunks, ParameterSource, tp_share
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import DataParallelSamples, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
 from compactlm_nemo.models.taps import Taps, on_every_stage, whole_over_tp
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
@@ -185,15 +187,17 @@ class SequentialReconstruction:
                 return
             counted = samples.num_local(batch)
             x_NE = self._tokens(taps.seen["x"], counted, is_sharded=part in ("proj", "fc2"))
+            tokens_BS = samples.batches[batch][:counted]
+            counts_N1 = context_share(counts_of(tokens_BS), self.mesh).T.flatten()[:, None].double()
             target_NH = targets[part, batch].to(x_NE.device).float()
             if part in ("proj", "fc2"):
                 stream_NK = self._tokens(taps.seen["stream"], counted, is_sharded=False)
                 if module.bias is not None:
                     stream_NK = stream_NK + module.bias.double()
                 target_NK = to_student(target_NH).double()
-                sums.add(x_NE, target_NK - stream_NK, 1 / target_NK.square().mean(dim=-1, keepdim=True))
+                sums.add(x_NE, target_NK - stream_NK, counts_N1 / target_NK.square().mean(dim=-1, keepdim=True))
             else:
-                sums.add(x_NE, target_NH.double(), torch.ones_like(x_NE[:, :1]))
+                sums.add(x_NE, target_NH.double(), counts_N1)
 
         self._pass(chunks, layer, samples, visit)
         taps.remove()

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compactlm_nemo.artifacts import atomic_write_text, damaged_seals, differences, read_manifest, remove_sealed
+from compactlm_nemo.config.data import LossOn
 from compactlm_nemo.config.model import Precision
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.tokenizer import end_of_text
-from compactlm_nemo.data.windows import validation_windows
+from compactlm_nemo.data.windows import Corpus, heldout_windows, validation_windows
 from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.importance.scores import load_scores
@@ -163,9 +165,22 @@ class Run:
             _log.warning("%s; %s makes it anew.", what, self.stage.name)
             remove_sealed(path)
 
-    def train_prefixes(self) -> list[tuple[Path, float]]:
-        """Return token files and share of every training corpus."""
-        return [(self.token_prefix(f"train.{name}"), corpus.share) for name, corpus in self.config.data.train.items()]
+    def train_corpora(self) -> list[Corpus]:
+        """Return token files, share and counted tokens of every training corpus."""
+        return [
+            Corpus(self.token_prefix(f"train.{name}"), corpus.share, corpus.loss or LossOn.answer)
+            for name, corpus in self.config.data.train.items()
+        ]
+
+    def heldout_windows(self, name: str, max_tokens: int) -> Tensor:
+        """Return the first windows of a held-out corpus, `[n, L + 1]`, on this rank's device."""
+        data = self.config.data
+        return heldout_windows(
+            self.token_prefix(f"heldout.{name}"),
+            data.sequence_length,
+            max_tokens,
+            loss=data.heldout[name].loss or LossOn.answer,
+        ).to(device())
 
     def token_prefix(self, corpus: str) -> Path:
         """Return where the tokens of a corpus are: its own Megatron files, or those of the tokenize stage."""
@@ -177,7 +192,7 @@ def validation_loss(run: Run, model: ModelChunks, label: str) -> float:
     """Return the LM loss in nats on windows of the training text after the calibration samples. Collective."""
     config = run.config
     windows_NT = validation_windows(
-        run.train_prefixes(), config.score.samples, config.prune.samples, config.data.sequence_length, config.run.seed
+        run.train_corpora(), config.score.samples, config.prune.samples, config.data.sequence_length, config.run.seed
     ).to(device())
     with progress_bar(f"validate {label}", len(windows_NT), config.data.sequence_length) as advance:
         result = evaluate_lm_loss(model, windows_NT, micro_batch=config.evaluate.micro_batch, progress=advance)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compactlm_nemo.config.fingerprint import correction_settings, result_settings, training_text
+from compactlm_nemo.config.distill import Result
+from compactlm_nemo.config.fingerprint import correction_settings, heldout_loss, result_settings, training_text
 from compactlm_nemo.config.hardware import can_compile
 from compactlm_nemo.config.prune import Stream
 from compactlm_nemo.config.schema import Config
@@ -17,6 +18,13 @@ from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
     from compactlm_nemo.stages.context import Run
+
+
+def distill_settings(config: Config) -> dict[str, Any]:
+    """Return what decides the student's weights."""
+    chosen_by = heldout_loss(config) if config.distill.result is Result.best else {}
+    training = {"distill": result_settings(config.distill)} | training_text(config)
+    return training | correction_settings(config) | chosen_by
 
 
 def models_in_memory(config: Config) -> tuple[str, ...]:
@@ -136,9 +144,7 @@ STAGE = Stage(
         "targets": lambda config: config.distill.teacher is TeacherSource.stored,
     },
     writes="distill",
-    settings=lambda config: (
-        {"distill": result_settings(config.distill)} | training_text(config) | correction_settings(config)
-    ),
+    settings=distill_settings,
     problems=distill_problems,
     memory=models_in_memory,
     run=distill,

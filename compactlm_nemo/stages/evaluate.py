@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compactlm_nemo.config.fingerprint import result_settings
+from compactlm_nemo.config.fingerprint import heldout_loss, result_settings
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.evaluation.harness import harness_problem
 from compactlm_nemo.models.dims import Dims
@@ -51,9 +51,7 @@ def evaluate(run: Run, folder: Path) -> dict[str, Any]:
 
 def _heldout_losses(run: Run, label: str, artifact: str) -> dict[str, float]:
     """Return the LM loss on each held-out text, and the best forward speed."""
-    from compactlm_nemo.data.windows import heldout_windows
     from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
-    from compactlm_nemo.parallel.devices import device
     from compactlm_nemo.progress import progress_bar
     from compactlm_nemo.stages.context import check_loss
 
@@ -61,8 +59,7 @@ def _heldout_losses(run: Run, label: str, artifact: str) -> dict[str, float]:
     row: dict[str, float] = {}
     speeds = []
     for name in config.data.heldout:
-        prefix = run.token_prefix(f"heldout.{name}")
-        windows = heldout_windows(prefix, config.data.sequence_length, config.evaluate.tokens).to(device())
+        windows = run.heldout_windows(name, config.evaluate.tokens)
         with progress_bar(f"evaluate {label} on {name}", len(windows), config.data.sequence_length) as advance:
             result = evaluate_lm_loss(model, windows, micro_batch=config.evaluate.micro_batch, progress=advance)
         check_loss(result.loss_nats, f"{label} on {name}")
@@ -100,7 +97,7 @@ STAGE = Stage(
     summary="teacher, pruned and distilled student -> `results.json`: losses, sizes, speed, tasks",
     reads=("teacher", "tokens", "student", "distill"),
     writes="evaluate",
-    settings=lambda config: {"evaluate": result_settings(config.evaluate)},
+    settings=lambda config: {"evaluate": result_settings(config.evaluate)} | heldout_loss(config),
     problems=evaluate_problems,
     memory=lambda config: ("teacher",),
     run=evaluate,

@@ -168,7 +168,7 @@ class Pruner:
         config = self.run.config
         samples = int(load_scores(self.run.path("score")).metadata["samples"])
         return calibration_windows(
-            self.run.train_prefixes(), samples, config.data.sequence_length, config.run.seed
+            self.run.train_corpora(), samples, config.data.sequence_length, config.run.seed
         ).to(device())  # fmt: skip
 
     def _hidden_cut(self, plan: Plan) -> HiddenCut:

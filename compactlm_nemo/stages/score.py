@@ -50,7 +50,7 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
     from compactlm_nemo.stages.score_pass import Scoring, start_state, tokens_hash
 
     config, cfg, dims = run.config, run.config.score, run.dims("teacher")
-    windows_NS = calibration_windows(run.train_prefixes(), cfg.samples, config.data.sequence_length, config.run.seed)
+    windows_NS = calibration_windows(run.train_corpora(), cfg.samples, config.data.sequence_length, config.run.seed)
     metadata = {
         "model": run.fingerprint("teacher"),
         "calibration": tokens_hash(windows_NS),

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.config.score import DepthMetric
+from compactlm_nemo.data.marks import counts_of
 from compactlm_nemo.evaluation.harness import accuracy, run_tasks_without
 from compactlm_nemo.importance.block_importance import block_importance, state_cosines
-from compactlm_nemo.importance.depth import LayerSums, layer_sums, lm_loss_rise, logit_mse, logit_mse_iterative
+from compactlm_nemo.importance.depth import (
+    LayerSums,
+    layer_sums,
+    lm_loss_rise,
+    logit_mse,
+    logit_mse_iterative,
+    num_predictions,
+)
 from compactlm_nemo.losses.linear_ce import linear_ce
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.hf import export_hf
@@ -68,12 +76,13 @@ def _in_parts(scoring: Scoring, name: str, samples: int, measure: Measure) -> Te
 
 def blocks(scoring: Scoring) -> Tensor:
     """Return block importance of every contiguous block, from all samples."""
-    samples, length = scoring.windows_NS.shape
+    windows_NS = scoring.windows_NS
 
     def measure(part_NS: Tensor, advance: Callable[[int], None]) -> Tensor:
         return state_cosines(scoring.teacher, part_NS, micro_batch=scoring.cfg.micro_batch, progress=advance)
 
-    return block_importance(_in_parts(scoring, "bi_blocks", samples, measure), samples * length)
+    tokens = int(counts_of(windows_NS).sum())
+    return block_importance(_in_parts(scoring, "bi_blocks", len(windows_NS), measure), tokens)
 
 
 def blocks_by_loss(scoring: Scoring) -> Tensor:
@@ -106,7 +115,7 @@ def left_out(scoring: Scoring, removed: frozenset[int], block: int | None = None
 
     name = ".".join([f"{block}_left_out" if block else "left_out", *map(str, sorted(removed))])
     sums = _in_parts(scoring, name, samples, measure)
-    tokens = samples * (scoring.windows_NS.shape[1] - 1)
+    tokens = num_predictions(scoring.windows_NS[:samples])
     absent = removed | set(range(scoring.dims.num_layers - (block or 1) + 1, scoring.dims.num_layers))
     return LayerSums(sums=sums, tokens=tokens, layers_run=0, removed=absent)
 

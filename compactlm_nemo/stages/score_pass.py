@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compactlm_nemo.artifacts import remove_sealed, sealed
 from compactlm_nemo.config.score import DepthMetric, ScoreConfig
+from compactlm_nemo.data.marks import counts_of
 from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.importance.accumulator import StateKey
 from compactlm_nemo.importance.activations import collect
@@ -77,7 +78,7 @@ class Scoring:
             moments = MomentCollector(self.teacher, experts=cfg.expert_moments)
         if moments and done:
             moments.load_state(self._load_rank(MOMENTS, done))
-        on_batch = moments.on_batch if moments else lambda counted: None
+        on_batch = moments.on_batch if moments else lambda counted, counts_SB: None
         with self.progress("score", total - done) as advance:
             while done < total:
                 part_NS = self.windows_NS[done : done + cfg.save_every]
@@ -90,7 +91,8 @@ class Scoring:
                     break
                 stop_if_asked(f"{done} of {total} samples are scored")
         if moments:
-            save_moments(folder / MOMENTS, moments.reduce(), self.run.mesh, done * self.windows_NS.shape[1])
+            tokens = int(counts_of(self.windows_NS[:done]).sum())
+            save_moments(folder / MOMENTS, moments.reduce(), self.run.mesh, tokens)
 
     def _take_in(self, states: dict[StateKey, State], samples: int) -> bool:
         """Merge and save; whether the rankings have settled, on every rank."""

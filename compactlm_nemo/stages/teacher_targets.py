@@ -20,11 +20,13 @@ from torch import Tensor
 from compactlm_nemo.artifacts import atomic_write_text, settings_of
 from compactlm_nemo.config.fingerprint import result_settings, training_text
 from compactlm_nemo.config.teacher import StoredKind
+from compactlm_nemo.data.marks import counts_of, ids_of
 from compactlm_nemo.data.windows import Windows
 from compactlm_nemo.distill.stored_targets import (
     METADATA,
     StoredTargets,
     TopKRecord,
+    counted_record,
     encode_hidden,
     encode_top_k,
     num_shards,
@@ -58,13 +60,16 @@ def store_targets(run: Run, folder: Path) -> dict[str, Any]:
         "mask_documents": config.data.mask_documents,
         "model": run.fingerprint(run.teaching_artifact),
     }  # fmt: skip
+    windows = Windows(run.train_corpora(), length, config.run.seed)
+    if windows.is_marked:  # the predictions that count are stored alone
+        metadata["is_marked"] = True
     state = run.open_progress(
         settings_of({"cache": result_settings(config.cache), "targets": metadata} | training_text(config)),
         are_independent=True,
     )
     every = range(num_shards(samples, config.cache.shard_samples))
     missing = broadcast_object([shard for shard in every if not shard_path(state, shard).exists()])
-    windows, teacher = Windows(run.train_prefixes(), length, config.run.seed), run.load(run.teaching_artifact).eval()
+    teacher = run.load(run.teaching_artifact).eval()
     with (
         progress_bar("cache teacher", len(missing) * config.cache.shard_samples, length) as advance,
         closing(ShardWriter(state)) as writer,
@@ -77,7 +82,7 @@ def store_targets(run: Run, folder: Path) -> dict[str, Any]:
             if len(numbers) < config.cache.shard_samples:  # the last shard: all ranks run equally many batches
                 filler = tokens_NT[-1:].expand(config.cache.shard_samples - len(numbers), -1)
                 tokens_NT = torch.cat([tokens_NT, filler])
-            records = _records(run, teacher, dims, tokens_NT, writer)[: len(numbers)]
+            records = _records(run, teacher, dims, tokens_NT, writer, is_marked=windows.is_marked)[: len(numbers)]
             if records and mesh.dp_rank < len(turn):
                 writer.write(shard, records)
             advance(len(turn) * config.cache.shard_samples)
@@ -133,9 +138,12 @@ class ShardWriter:
         self._written = [job for job in self._written if job not in jobs]
 
 
-def _records(run: Run, teacher: ModelChunks, dims: Dims, tokens_NT: Tensor, writer: ShardWriter) -> list[Future[bytes]]:
+def _records(
+    run: Run, teacher: ModelChunks, dims: Dims, tokens_NT: Tensor, writer: ShardWriter, *, is_marked: bool
+) -> list[Future[bytes]]:
     """Begin to encode the record of each sample, on one rank of those that share the sample; nothing on the others."""
     config, mesh = run.config, run.mesh
+    counts = [counts_of(batch) if is_marked else None for batch in micro_batches(tokens_NT, config.cache.micro_batch)]
     batches = micro_batches(to_device(pinned(tokens_NT)), config.cache.micro_batch)
     is_writer = mesh.tp_rank == 0 and mesh.cp_rank == 0
 
@@ -147,23 +155,33 @@ def _records(run: Run, teacher: ModelChunks, dims: Dims, tokens_NT: Tensor, writ
             if not is_writer:
                 return []
             hidden = to_host(hidden_SBG)
-            return [writer.encode(partial(_hidden_record, hidden, b)) for b in range(hidden_SBG.shape[1])]
-        labels_N = batches[idx][:, 1:].flatten()
+            return [writer.encode(partial(_hidden_record, hidden, b, counts[idx])) for b in range(hidden_SBG.shape[1])]
+        labels_N = ids_of(batches[idx][:, 1:]).flatten()
         targets = top_k_targets(hidden_SBG.transpose(0, 1).flatten(0, 1), teacher.head(), labels_N, k=config.cache.k)
         if not is_writer:
             return []
         fields, length = [to_host(field) for field in targets], len(hidden_SBG)
-        return [writer.encode(partial(_top_k_record, fields, b, length)) for b in range(hidden_SBG.shape[1])]
+        return [
+            writer.encode(partial(_top_k_record, fields, b, length, counts[idx])) for b in range(hidden_SBG.shape[1])
+        ]
 
     results = forward_each(teacher, [batch[:, :-1] for batch in batches], visit)
     return [record for batch in results for record in batch]
 
 
-def _hidden_record(hidden: Callable[[], Tensor], sample: int) -> bytes:
-    """Encode one sample of ``[S, B, G]``."""
-    return encode_hidden(hidden()[:, sample])
+def _hidden_record(hidden: Callable[[], Tensor], sample: int, counts_BT: Tensor | None) -> bytes:
+    """Encode one sample of ``[S, B, G]``, of the tokens that count where these are given, ``[B, S + 1]``."""
+    hidden_SG = hidden()[:, sample]
+    if counts_BT is None:
+        return encode_hidden(hidden_SG)
+    counts_S = counts_BT[sample, :-1]
+    return counted_record(counts_S, encode_hidden(hidden_SG[counts_S]))
 
 
-def _top_k_record(fields: list[Callable[[], Tensor]], sample: int, length: int) -> bytes:
-    """Encode one sample of fields ``[B * S, ...]``."""
-    return encode_top_k(TopKRecord(*(field()[sample * length :][:length] for field in fields)))
+def _top_k_record(fields: list[Callable[[], Tensor]], sample: int, length: int, counts_BT: Tensor | None) -> bytes:
+    """Encode one sample of fields ``[B * S, ...]``, of the tokens that count where these are given, ``[B, S + 1]``."""
+    of_sample = [field()[sample * length :][:length] for field in fields]
+    if counts_BT is None:
+        return encode_top_k(TopKRecord(*of_sample))
+    counts_S = counts_BT[sample, :-1]
+    return counted_record(counts_S, encode_top_k(TopKRecord(*(field[counts_S] for field in of_sample))))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compactlm_nemo.config.data import CorpusConfig
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.errors import DataError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.stages.stage import Stage
 
@@ -14,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def corpus_files(config: Config) -> dict[str, Path]:
-    """Return the text of every corpus, or its Megatron files."""
-    return {
+    """Return the text of every corpus, or its Megatron files, and the user's chat template."""
+    template = {} if (given := config.data.chat_template) is None else {"data.chat_template": Path(given)}
+    return template | {
         f"data.{name}{end}": Path(corpus.path + end)
         for name, corpus in config.data.corpora().items()
-        for end in ("", ".idx", ".bin")
+        for end in ("", ".idx", ".bin", ".mask")
     }
 
 
@@ -52,33 +55,57 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
     ]
 
 
+def tokenize_settings(config: Config) -> dict[str, Any]:
+    """Return what decides the tokens beside the files; chats are refused that could not be told from each other."""
+    masks = {"mask_documents": True} if config.data.mask_documents else {}
+    return {"corpora": sorted(config.data.corpora())} | masks
+
+
 def tokenize(run: Run, folder: Path) -> dict[str, Any]:
-    """Write token files of every corpus given as text; documents end with the tokenizer's end-of-text token."""
+    """Write token files of every corpus of texts or chats; documents end with the tokenizer's end-of-text token."""
+    from compactlm_nemo.data.chat import read_template
     from compactlm_nemo.data.tokenizer import check_vocabulary, end_of_text, load_tokenizer
-    from compactlm_nemo.data.tokens import refuse_shared_documents, tokenize_corpus
+    from compactlm_nemo.data.tokens import Counts, refuse_shared_documents, tokenize_corpus
     from compactlm_nemo.parallel.launch import main_rank_writes
     from compactlm_nemo.stages.context import HF
 
-    counts: dict[str, int] = {}
+    counts: dict[str, Counts] = {}
     with main_rank_writes() as writes:
         if writes:
             tokenizer = load_tokenizer(run.path("teacher") / HF)
             vocab_size = run.dims("teacher").vocab_size
             check_vocabulary(tokenizer, vocab_size)  # a GGUF file's is known only now
             end = end_of_text(run.path("teacher") / HF)
+            template = read_template(None if (given := run.config.data.chat_template) is None else Path(given))
             refuse_shared_documents(run.config.data)
             for name, corpus in run.config.data.corpora().items():
                 if run.token_prefix(name).parent == folder:
-                    counts[name] = tokenize_corpus(Path(corpus.path), folder / name, tokenizer, end, vocab_size)
-    return {"tokens": counts}
+                    counts[name] = tokenize_corpus(
+                        Path(corpus.path), folder / name, tokenizer, end, vocab_size,
+                        chat_template=template, keeps_apart=run.config.data.mask_documents,
+                    )  # fmt: skip
+                _check_loss(run, name, corpus)
+    answers = {name: each.answer_tokens for name, each in counts.items() if each.answer_tokens < each.tokens}
+    return {"tokens": {name: each.tokens for name, each in counts.items()}} | ({"answers": answers} if answers else {})
+
+
+def _check_loss(run: Run, name: str, corpus: CorpusConfig) -> None:
+    """Refuse a choice of what counts in a corpus that has no answers to tell from the rest."""
+    from compactlm_nemo.data.answer_mask import SUFFIX
+
+    if corpus.loss is not None and not Path(f"{run.token_prefix(name)}{SUFFIX}").is_file():
+        raise DataError(
+            f"data.{name}.loss={corpus.loss.name} needs chats or prompts with completions, {corpus.path} is plain "
+            "text, which counts whole; leave loss out."
+        )
 
 
 STAGE = Stage(
     name="tokenize",
-    summary="JSON-lines texts -> Megatron `.bin`/`.idx` files",
+    summary="JSON-lines texts and chats -> Megatron `.bin`/`.idx` files",
     reads=("teacher",),
     writes="tokens",
-    settings=lambda config: {"corpora": sorted(config.data.corpora())},
+    settings=tokenize_settings,
     files=corpus_files,
     problems=data_problems,
     run=tokenize,

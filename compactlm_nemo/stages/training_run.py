@@ -24,7 +24,7 @@ from compactlm_nemo.config.fingerprint import correction_settings, result_settin
 from compactlm_nemo.config.hardware import can_compile
 from compactlm_nemo.config.loss import Projection
 from compactlm_nemo.config.teacher import StoredKind, TeacherSource
-from compactlm_nemo.data.windows import Windows, heldout_windows
+from compactlm_nemo.data.windows import Windows
 from compactlm_nemo.distill.heldout_kl import evaluate_kd_loss
 from compactlm_nemo.distill.hidden_states import HiddenStateLoss
 from compactlm_nemo.distill.layer_pairs import layer_pairs
@@ -69,7 +69,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
         )
     )
     dims = run.dims(source)
-    samples = Windows(run.train_prefixes(), config.data.sequence_length, config.run.seed)
+    samples = Windows(run.train_corpora(), config.data.sequence_length, config.run.seed)
     student = run.load(source)
     checkpoints = _checkpoints(state / "checkpoints", cfg, keep=cfg.keep_checkpoints)
     checkpoints.drop_damaged(*_teacher_checkpoints(run, state))
@@ -218,8 +218,7 @@ def _heldout_metrics(run: Run, student: ModelChunks, teacher: Teacher) -> Callab
     def measure() -> dict[str, float]:
         values: dict[str, float] = {}
         for name in config.data.heldout:
-            prefix = run.token_prefix(f"heldout.{name}")
-            windows = heldout_windows(prefix, config.data.sequence_length, config.distill.eval_tokens).to(device())
+            windows = run.heldout_windows(name, config.distill.eval_tokens)
             if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)):
                 got = evaluate_kd_loss(student, teacher, windows, micro_batch=micro_batch)
                 values |= {f"eval/{name}_lm_loss_nats": got.lm_loss, f"eval/{name}_kl_nats": got.kl}
@@ -236,19 +235,20 @@ def _heldout_metrics(run: Run, student: ModelChunks, teacher: Teacher) -> Callab
     return measure_as_compiled
 
 
-def _speed(run: Run, student: Dims, cfg: DistillConfig) -> Callable[[float, float], dict[str, float]]:
-    """Return a function from tokens and seconds to tokens a second, model FLOPs, and their share of the peak.
+def _speed(run: Run, student: Dims, cfg: DistillConfig) -> Callable[[float], dict[str, float]]:
+    """Return a function from a step's seconds to tokens a second, model FLOPs, and their share of the peak.
 
     A training step is three forward passes of the student (backward is two) and one of a live teacher; what
     recomputation adds is not counted.
     """
     length = run.config.data.sequence_length
+    tokens = cfg.global_batch * length  # all of them are work, whether their prediction counts or not
     flops = 3 * flops_per_token_forward(student, length)
     if cfg.teacher is TeacherSource.live:
         flops += flops_per_token_forward(run.dims("teacher"), length)
     peak = cfg.peak_tflops or peak_tflops(device_name())
 
-    def measure(tokens: float, seconds: float) -> dict[str, float]:
+    def measure(seconds: float) -> dict[str, float]:
         achieved = tokens * flops / seconds / launch_world_size() / 1e12
         utilisation = {"perf/mfu": achieved / peak} if peak else {}
         return {"perf/tokens_per_second": tokens / seconds, "perf/tflops_per_device": achieved} | utilisation

@@ -177,10 +177,10 @@ class Speed(Callback):
     """Measures the time of a step, from loading its batches to the callbacks before this one.
 
     Args:
-        measure: Metrics of speed from the tokens of the global batch and the seconds of the step.
+        measure: Metrics of speed from the seconds of the step.
     """
 
-    def __init__(self, measure: Callable[[float, float], Metrics]) -> None:
+    def __init__(self, measure: Callable[[float], Metrics]) -> None:
         self.measure, self.start = measure, 0.0
 
     def before_step(self, step: int) -> None:
@@ -188,7 +188,7 @@ class Speed(Callback):
 
     def after_step(self, step: Step) -> None:
         seconds = time.perf_counter() - self.start
-        step.metrics |= self.measure(step.metrics["train/tokens"], seconds) | {"perf/step_seconds": seconds}
+        step.metrics |= self.measure(seconds) | {"perf/step_seconds": seconds}
 
 
 class PeakMemory(Callback):

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from compactlm_nemo.data import bundled as sources
 from compactlm_nemo.data.tokenizer import load_tokenizer
 from compactlm_nemo.data.tokens import tokenize_corpus
-from compactlm_nemo.data.windows import Windows, calibration_windows, heldout_windows
+from compactlm_nemo.data.windows import Corpus, Windows, calibration_windows, heldout_windows
 from compactlm_nemo.errors import CheckpointError, DataError
 
 VOCAB = {"<eod>": 0, "<unk>": 1, "one": 2, "two": 3, "three": 4}
@@ -150,7 +150,7 @@ Last 2 * 3.
 def test_tokenize_writes_documents_with_ends(tmp_path, tokenizer):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"text": "one two"}\n\n{"text": "three", "other": 1}\n')
-    assert tokenize_corpus(corpus, tmp_path / "out/c.v1", tokenizer, eod=0) == 5
+    assert tokenize_corpus(corpus, tmp_path / "out/c.v1", tokenizer, eod=0) == (5, 5)
     dataset = IndexedDataset(str(tmp_path / "out/c.v1"))
     assert [dataset[i].tolist() for i in range(len(dataset))] == [[2, 3, 0], [4, 0]]
     assert dataset.document_indices.tolist() == [0, 1, 2]
@@ -207,7 +207,7 @@ def test_load_tokenizer_is_local(tmp_path, tokenizer):
 
 def test_a_pass_takes_every_window_once_in_its_own_order(tmp_path):
     prefix = write_stream(tmp_path / "a", range(100, 145))  # 11 windows of 4 and one last target
-    windows = Windows([(prefix, 1.0)], 4, seed=5, vocab_size=1000)
+    windows = Windows([Corpus(prefix, 1.0)], 4, seed=5, vocab_size=1000)
     all_windows = [list(range(100 + 4 * k, 105 + 4 * k)) for k in range(11)]
     passes = [[windows.sample(i).tolist() for i in range(11 * p, 11 * p + 11)] for p in range(3)]
     for drawn in passes:
@@ -218,8 +218,8 @@ def test_a_pass_takes_every_window_once_in_its_own_order(tmp_path):
 
 def test_a_sample_depends_on_seed_and_index_only(tmp_path):
     prefixes = [
-        (write_stream(tmp_path / "a", range(0, 101)), 3.0),
-        (write_stream(tmp_path / "b", range(500, 541)), 1.0),
+        Corpus(write_stream(tmp_path / "a", range(0, 101)), 3.0),
+        Corpus(write_stream(tmp_path / "b", range(500, 541)), 1.0),
     ]
     first = Windows(prefixes, 4, seed=1, vocab_size=None)
     forward = [first.sample(i).tolist() for i in range(5000)]
@@ -232,7 +232,7 @@ def test_a_sample_depends_on_seed_and_index_only(tmp_path):
 
 def test_blend_keeps_its_shares_at_every_length(tmp_path):
     weights = (5.0, 2.0, 1.0)
-    prefixes = [(write_stream(tmp_path / str(c), range(300 * c, 300 * c + 50)), w) for c, w in enumerate(weights)]
+    prefixes = [Corpus(write_stream(tmp_path / str(c), range(300 * c, 300 * c + 50)), w) for c, w in enumerate(weights)]
     windows = Windows(prefixes, 4, seed=1, vocab_size=None)
     counts = Counter()
     for i in range(400):
@@ -261,22 +261,22 @@ def test_heldout_never_repeats_a_target(tmp_path):
 
 def test_calibration_draws_different_windows(tmp_path):
     prefix = write_stream(tmp_path / "a", range(41))
-    drawn = calibration_windows([(prefix, 1.0)], 10, 4, seed=3)
+    drawn = calibration_windows([Corpus(prefix, 1.0)], 10, 4, seed=3)
     assert drawn.shape == (10, 4)
     assert sorted(drawn.tolist()) == [list(range(4 * k, 4 * k + 4)) for k in range(10)]
-    assert torch.equal(drawn, calibration_windows([(prefix, 1.0)], 10, 4, seed=3))
-    assert not torch.equal(drawn, calibration_windows([(prefix, 1.0)], 10, 4, seed=4))
-    training = Windows([(prefix, 1.0)], 4, seed=3, vocab_size=None)
+    assert torch.equal(drawn, calibration_windows([Corpus(prefix, 1.0)], 10, 4, seed=3))
+    assert not torch.equal(drawn, calibration_windows([Corpus(prefix, 1.0)], 10, 4, seed=4))
+    training = Windows([Corpus(prefix, 1.0)], 4, seed=3, vocab_size=None)
     assert drawn.tolist() != [training.sample(i)[:-1].tolist() for i in range(10)]
     with pytest.raises(DataError, match="10 windows of 4 tokens.*score.samples=11"):
-        calibration_windows([(prefix, 1.0)], 11, 4, seed=3)
+        calibration_windows([Corpus(prefix, 1.0)], 11, 4, seed=3)
 
 
 def test_bad_token_files(tmp_path):
     prefix = write_stream(tmp_path / "a", [3, 8, 999, 4, 5, 6])
-    Windows([(prefix, 1.0)], 4, seed=1, vocab_size=1000)
+    Windows([Corpus(prefix, 1.0)], 4, seed=1, vocab_size=1000)
     with pytest.raises(DataError, match="token 999, outside the model's vocabulary of 999"):
-        Windows([(prefix, 1.0)], 4, seed=1, vocab_size=999)
+        Windows([Corpus(prefix, 1.0)], 4, seed=1, vocab_size=999)
     with pytest.raises(DataError, match="none.bin does not exist"):
         heldout_windows(tmp_path / "none", 4, 100)
     data = Path(f"{prefix}.bin")

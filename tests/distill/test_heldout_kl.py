@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compactlm_nemo.data.marks import mark
 from compactlm_nemo.distill.heldout_kl import GROUP, evaluate_kd_loss
 from compactlm_nemo.distill.teacher import LiveTeacher
 from tests.support.meshes import LAYOUTS, filled, mesh_of
@@ -21,6 +22,13 @@ NUM = 2 * GROUP + 1  # more than a group of micro-batches, and no multiple of 2
 
 def windows() -> Tensor:
     return torch.randint(0, VOCAB, (NUM, 13), generator=torch.Generator().manual_seed(5))
+
+
+def counts() -> Tensor:
+    """Which of the 12 places of each window count: none of the first window, and none of place 5."""
+    counts_NS = torch.rand(NUM, 12, generator=torch.Generator().manual_seed(6)) < 0.4
+    counts_NS[0], counts_NS[:, 5] = False, False
+    return counts_NS
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +43,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kl_NS = (log_p.exp() * (log_p - log_q)).sum(-1).view(NUM, -1)
     # 8 ranges of 12 positions, in turn two long and one: place p is in range p * 8 // 12.
     spans = {0: (0, 2), 2: (2, 3), 3: (3, 5), 5: (5, 6), 6: (6, 8), 8: (8, 9), 9: (9, 11), 11: (11, 12)}
-    kl_from = {first: kl_NS[:, start:end].mean().item() for first, (start, end) in spans.items()}
-    loss = F.cross_entropy(s, tokens[:, 1:].flatten()).item()
-    torch.save((loss, kl_NS.mean().item(), kl_from), root / "wanted.pt")
+    for name, rows in (("all", torch.ones_like(counts())), ("marked", counts())):
+        of_span = {first: kl_NS[:, start:end][rows[:, start:end]] for first, (start, end) in spans.items()}
+        kl_from = {first: values.mean().item() for first, values in of_span.items() if len(values)}
+        assert len(kl_from) == (8 if name == "all" else 7)
+        loss = F.cross_entropy(s[rows.flatten()], tokens[:, 1:][rows]).item()
+        torch.save((loss, kl_NS[rows].mean().item(), kl_from), root / f"{name}.pt")
     return root
 
 
@@ -45,10 +56,11 @@ def _matches(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:
     mesh = mesh_of(**layout)
     _, student = filled(root / "student", mesh)
     dims, teacher = filled(root / "teacher", mesh)
-    got = evaluate_kd_loss(student, LiveTeacher(teacher), windows(), micro_batch=1)
-    *losses, kl_from = torch.load(root / "wanted.pt")
-    assert got[:2] == pytest.approx(tuple(losses), rel=1e-5)
-    assert got.kl_from == pytest.approx(kl_from, rel=1e-5)
+    for name, windows_NT in (("all", windows()), ("marked", mark(windows(), F.pad(counts(), (0, 1), value=True)))):
+        got = evaluate_kd_loss(student, LiveTeacher(teacher), windows_NT, micro_batch=1)
+        *losses, kl_from = torch.load(root / f"{name}.pt")
+        assert got[:2] == pytest.approx(tuple(losses), rel=1e-5)
+        assert got.kl_from == pytest.approx(kl_from, rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["1", "dp2", "tp2_pp2", "vpp2", "cp2"])

@@ -15,12 +15,15 @@ from compactlm_nemo.distill.stored_targets import (
     METADATA,
     StoredTargets,
     TopKRecord,
+    counted_record,
     decode_hidden,
     decode_top_k,
     encode_hidden,
     encode_top_k,
     num_shards,
     shard_path,
+    split_record,
+    spread,
     write_shard,
 )
 from compactlm_nemo.errors import DataError
@@ -60,6 +63,16 @@ def test_top_k_comes_back() -> None:
     assert got.probs_TK[0, got.ids_TK[0] == 7] == 1
     # Ids drawn from all of the vocabulary weigh log2(70000 choose 64) bits, 93 bytes, probabilities some 3 bits each.
     assert len(data) < 125 * TOKENS
+
+
+def test_a_record_of_some_tokens_comes_back_at_their_places() -> None:
+    counts_T = torch.tensor([False, True, False, False, True, True, False, False, True, False])
+    hidden_TG = torch.arange(30.0).view(10, 3)
+    data = counted_record(counts_T, encode_hidden(hidden_TG[counts_T]))
+    got_T, record = split_record(data, 10)
+    assert got_T.equal(counts_T)
+    places = [1, 1, 1, 1, 4, 5, 5, 5, 8, 8]  # the others repeat a token that counts
+    assert spread(decode_hidden(record, 4, 3, torch.float32), got_T).equal(hidden_TG[places])
 
 
 def step(log_p: Tensor) -> Tensor:

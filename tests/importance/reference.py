@@ -139,9 +139,11 @@ def logits_without(
     model.model.layers = torch.nn.ModuleList(every)
 
 
-def taylor_reference(model: Any, ids_NS: Tensor) -> dict[str, Tensor]:
-    """Taylor importance by plain loops over the tensors of a Hugging Face model."""
-    F.cross_entropy(model(ids_NS).logits[:, :-1].flatten(0, 1), ids_NS[:, 1:].flatten()).backward()
+def taylor_reference(model: Any, ids_NS: Tensor, counts_NS: Tensor | None = None) -> dict[str, Tensor]:
+    """Taylor importance by plain loops over the tensors of a Hugging Face model, of the predictions that count."""
+    counts_NS = torch.ones_like(ids_NS, dtype=torch.bool) if counts_NS is None else counts_NS
+    rows = counts_NS[:, :-1]
+    F.cross_entropy(model(ids_NS).logits[:, :-1][rows], ids_NS[:, 1:][rows]).backward()
     heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
     is_centred = model.config.model_type == "nemotron"
     taylor = {}

@@ -44,8 +44,9 @@ def test_over_sequence_is_the_definition(aggs, dtype, block, monkeypatch):
 def _joins(rank: int, world: int) -> None:
     x = sequence(torch.float64)
     parts = sequence_parts(x[rank * 4 : rank * 4 + 4], set(Aggregator))
-    joined = over_sequence(join_parts(parts, 4, torch.distributed.group.WORLD), 8)
-    for agg, got in joined.items():
+    joined, length = join_parts(parts, 4, torch.distributed.group.WORLD)
+    assert length == 8
+    for agg, got in over_sequence(joined, length).items():
         np.testing.assert_allclose(got.numpy(), REFERENCE[agg](x.numpy(), 0), rtol=1e-12)
 
 
@@ -61,6 +62,17 @@ def test_routed_tokens_are_a_sequence_with_zeros():
     dense[:6, 0], dense[0, 1] = x[samples == 0], x[2]
     for agg, got in over_sequence(routed_parts(x, samples, 3, 8, set(Aggregator)), 8).items():
         np.testing.assert_allclose(got.numpy(), REFERENCE[agg](dense.numpy(), 0), rtol=1e-12)
+
+
+def test_samples_of_which_a_part_counts_weigh_as_much():
+    rows = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weights = torch.tensor([0.25, 1.0, 0.5, 0.0, 0.125, 1.0, 0.75, 0.0, 0.0])
+    parts = [state_of(rows[a:b], weights[a:b, None]) for a, b in ((0, 1), (1, 5), (5, 7), (7, 9))]
+    total = parts[3].merged(parts[0]).merged(parts[1]).merged(parts[2])
+    mean = (rows * weights[:, None]).sum(0) / 3.625
+    assert total.num == 3.625
+    np.testing.assert_allclose(total.mean.numpy(), mean.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(total.m2.numpy(), ((rows - mean) ** 2 * weights[:, None]).sum(0).numpy(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("agg", list(Aggregator))

@@ -30,7 +30,7 @@ def _rows_are_of_their_samples(rank: int, world: int, layout: dict[str, Any], ro
     for layer in model.layers():
         moe: Any = layer.mlp
         inputs: list[Tensor] = []
-        places = TokenPlaces(mesh, moe)
+        places = TokenPlaces(mesh, moe, lambda: None)
         places.follow()
         moe.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].detach()))
         seen.append((moe, places, inputs, rows := []))

@@ -159,7 +159,7 @@ def test_documents_of_a_sample_are_masked_in_every_stage(inputs, pruned, tmp_pat
     scores = [load_file(folder / "score" / "scores.safetensors")["l2_mean.hidden"] for folder in (run, pruned)]
     assert not torch.allclose(*scores, rtol=1e-3)
     config = compose(command(inputs, run, masked)[2:])
-    windows = Windows(Run(config, mesh=None, stage=STAGES["distill"]).train_prefixes(), LENGTH, config.run.seed)
+    windows = Windows(Run(config, mesh=None, stage=STAGES["distill"]).train_corpora(), LENGTH, config.run.seed)
     teacher = AutoModelForCausalLM.from_pretrained(inputs / "teacher", dtype=torch.float32).double()
     losses = []
     for sample in (windows.sample(i) for i in range(4)):

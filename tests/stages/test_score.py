@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from compactlm_nemo.artifacts import read_manifest, write_manifest
 from compactlm_nemo.config.load import compose
-from compactlm_nemo.data.windows import calibration_windows
+from compactlm_nemo.data.windows import Corpus, calibration_windows
 from compactlm_nemo.evaluation.harness import accuracy, run_tasks
 from compactlm_nemo.importance.moments import MomentSource
 from compactlm_nemo.importance.score_state import ScoreState
@@ -63,7 +63,7 @@ def _stored(run: Path) -> dict[str, Any]:
 
 
 def _windows(run: Path, samples: int) -> torch.Tensor:
-    return calibration_windows([(run / "tokens" / "train.a", 1.0)], samples, 16, 1234)
+    return calibration_windows([Corpus(run / "tokens" / "train.a", 1.0)], samples, 16, 1234)
 
 
 def test_scores_are_those_of_the_calibration_tokens_in_the_manifest(inputs: Path, scored: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from compactlm_nemo.artifacts import read_manifest
 from compactlm_nemo.config.load import compose
 from compactlm_nemo.config.schema import RankConfig
-from compactlm_nemo.data.windows import validation_windows
+from compactlm_nemo.data.windows import Corpus, validation_windows
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import export_hf
@@ -49,7 +49,7 @@ def loss_of(inputs: Path, run: Path, stage: Path, tmp_path: Path) -> float:
     """Loss of a stage's model on the validation windows, by transformers on its exported weights."""
     dims = Dims.load(stage / "model.json")
     export_hf(run / "teacher" / "hf", tmp_path / "hf", dims, CheckpointSource(stage, dims), torch.float32)
-    windows = validation_windows([(run / "tokens" / "train.a", 1.0)], 8, 4, 16, 1234)
+    windows = validation_windows([Corpus(run / "tokens" / "train.a", 1.0)], 8, 4, 16, 1234)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     with torch.no_grad():
         logits = model(windows[:, :-1]).logits
