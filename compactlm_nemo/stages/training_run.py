@@ -79,7 +79,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     wandb = config.wandb.named(config.run.dir, job_type=state.name)
     with (
         closing(_teacher(run, cfg)) as teacher,
-        Tracker(state, wandb, shown, is_main_rank(), cfg.steps, start_step=start) as tracker,
+        Tracker(state, wandb, shown, is_main_rank(), cfg.steps, start_step=start, log_every=cfg.log_every) as tracker,
     ):
         for chunks in [student, *([teacher.chunks] if isinstance(teacher, (LiveTeacher, OwnMeshTeacher)) else [])]:
             prepare_layers(run, cfg, chunks)

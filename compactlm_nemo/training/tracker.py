@@ -28,18 +28,18 @@ _log = logging.getLogger(__name__)
 _PLAIN_LINES = 10
 
 
-def truncate_metrics(path: Path, step: int) -> None:
+def truncate_metrics(path: Path, step: int, every: int = 1) -> None:
     """Drop the lines of `step` and later, and any line that a crash cut short, before training goes on at `step`.
 
-    Lines that are damaged or missing are told: the training itself is not touched.
+    Lines that are damaged or missing, of one in `every` steps, are told: the training itself is not touched.
     """
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     steps = [(_step_of(line), line) for line in text.splitlines()]
     if num_damaged := sum(found is None for found, _ in (steps if text.endswith("\n") else steps[:-1])):
         _log.warning("%s: %d lines are damaged and left out; the training itself is not touched.", path, num_damaged)
     kept = [(found, line) for found, line in steps if found is not None and found < step]
-    if (num_missing := step - len({found for found, _ in kept})) > num_damaged:
-        _log.warning("%s: %d of %d steps have no line; the training itself is not touched.", path, num_missing, step)
+    if (num_missing := step // every - len({found for found, _ in kept})) > num_damaged:
+        _log.warning("%s: %d lines of %d steps are gone; the training itself is not touched.", path, num_missing, step)
     if text:
         atomic_write_text(path, "".join(f"{line}\n" for _, line in kept))
 
@@ -54,6 +54,7 @@ class Tracker:
         is_writer: False on all ranks but one: every call is then free and without effect.
         total_steps: Steps of the whole training, those before a resume included.
         start_step: 0-based step at which this process begins; later lines of an earlier process are dropped.
+        log_every: One step in so many is logged.
     """
 
     def __init__(
@@ -65,9 +66,11 @@ class Tracker:
         total_steps: int,
         *,
         start_step: int = 0,
+        log_every: int = 1,
     ) -> None:
         self._folder, self._wandb_cfg, self._config = folder, wandb_cfg, config
         self._is_writer, self._total_steps, self._start_step = is_writer, total_steps, start_step
+        self._log_every = log_every
 
     def __enter__(self) -> Tracker:
         if self._is_writer:
@@ -95,7 +98,7 @@ class Tracker:
             self._open_metrics(step)
 
     def _open_metrics(self, step: int) -> None:
-        truncate_metrics(self._folder / METRICS, step)
+        truncate_metrics(self._folder / METRICS, step, self._log_every)
         self._file = (self._folder / METRICS).open("a", encoding="utf-8")
 
     def __exit__(

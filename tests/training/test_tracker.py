@@ -71,4 +71,8 @@ def test_metrics_that_are_gone_are_told(tmp_path, caplog, text):
         assert not caplog.text and len(path.read_text().splitlines()) == 3
         path.unlink() if text is None else path.write_text(text)
         truncate_metrics(path, 3)
-    assert f"{2 if text else 3} of 3 steps have no line" in caplog.text
+    assert f"{2 if text else 3} lines of 3 steps are gone" in caplog.text
+    caplog.clear()
+    path.write_text('{"step": 0}\n{"step": 4}\n{"step": 8}\n')
+    truncate_metrics(path, 8, every=4)
+    assert not caplog.text, "one step in four is logged"
