@@ -68,7 +68,7 @@ def test_the_chosen_file_is_told(tmp_path, cl100k_like, caplog):
 def test_a_tokenizer_that_never_follows_its_file_is_refused(tmp_path, cl100k_like, monkeypatch):
     folder = folder_of(cl100k_like, tmp_path / "model", "Qwen2Tokenizer", "qwen2")
     kind = type(transformers.AutoTokenizer.from_pretrained(str(folder)))
-    monkeypatch.setattr(transformers, "PreTrainedTokenizerFast", kind)
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast", kind)
     with pytest.raises(CheckpointError, match="splits text otherwise than its tokenizer.json, with Qwen2Tokenizer and"):
         load_tokenizer(folder)
 
