@@ -21,6 +21,8 @@ from compactlm_nemo.workflow.stage_table import STAGES, stages_of
 from tests.support import commands
 
 ROOT = CONF.parent
+OWN_ROOTS = {root.file: root for root in (COMPARE, VERIFY)}
+"""Roots of the recipes with settings of their own, by recipe."""
 EXPERIMENTS, MODELS = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("experiment", "model"))
 # Published sizes: arXiv 2407.14679 tables 1 and 5 (15.6B, 8.27B, 4.19B), arXiv 2408.11796 (8.0B, 4.5B; 12.2B, 8.4B).
 PUBLISHED_BILLIONS = {
@@ -215,7 +217,7 @@ def test_documented_commands_plan() -> None:
         module = next(word for word in words if word.startswith("recipes."))
         rest = [word for word in words[words.index(module) + 1 :] if "=" in word]
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), command
-        if (root := {"recipes.compare_scores": COMPARE, "recipes.verify": VERIFY}.get(module)) is not None:
+        if (root := OWN_ROOTS.get(module.removeprefix("recipes."))) is not None:
             compose_root(root, rest)
             continue
         config = compose([*rest, "dry_run=true"])
@@ -231,6 +233,9 @@ def test_slurm_commands_plan() -> None:
     for recipe, words in commands:
         assert (ROOT / "recipes" / f"{recipe}.py").is_file()
         overrides = words.replace(")", "").split()
+        if (root := OWN_ROOTS.get(recipe)) is not None:
+            compose_root(root, overrides)
+            continue
         source = [] if "model.source" in words else ["model.source=absent"]
         run_stages(compose([*overrides, *source, "dry_run=true"]))
 

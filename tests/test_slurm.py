@@ -75,6 +75,41 @@ def test_overrides_and_rendezvous_arrive_untouched(tmp_path: Path, recipe: str) 
     assert check == [word.replace(f"recipes.{recipe}", "recipes.check_nodes") for word in record["argv"]]
 
 
+RECIPES = {path.stem for path in (ROOT / "recipes").glob("[a-z]*.py")}
+WITHOUT_A_MODEL = {"compare_scores", "verify"}
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES - {"check_nodes"}))
+def test_a_recipe_without_a_model_is_one_process_and_every_other_is_checked_on_all_nodes(
+    tmp_path: Path, recipe: str
+) -> None:
+    """Those without a model have settings of their own, so that `recipes.check_nodes` would refuse their overrides."""
+    done = run_with_stubs(tmp_path, [recipe, *OVERRIDES])
+    assert done.returncode == 0, done.stderr
+    argv = json.loads((tmp_path / "python0.json").read_text())["argv"]
+    has_model = recipe not in WITHOUT_A_MODEL
+    nodes, ranks = (3, 8) if has_model else (1, 1)
+    assert argv[2:4] == [f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
+    assert json.loads((tmp_path / "srun.json").read_text())[2] == f"--nodes={nodes}"
+    assert (tmp_path / "python0-check.json").exists() == has_model
+
+
+def test_cpus_of_a_task_reach_srun(tmp_path: Path) -> None:
+    assert run_with_stubs(tmp_path, ["distill"], SLURM_CPUS_PER_TASK="96").returncode == 0
+    assert json.loads((tmp_path / "srun.json").read_text())[4:] == ["--cpus-per-task=96"]
+
+
+def test_a_run_knows_the_end_of_its_job(tmp_path: Path) -> None:
+    def end(**words: str) -> str | None:
+        assert run_with_stubs(tmp_path, ["distill"], TZ="UTC", **words).returncode == 0
+        told: str | None = json.loads((tmp_path / "python0.json").read_text())["env"]["SLURM_JOB_END_TIME"]
+        return told
+
+    assert end(ends="2026-11-26T17:19:58") == "1795713598"
+    assert end(ends="2026-11-26T17:19:58", SLURM_JOB_END_TIME="7") == "7", "what Slurm itself says"
+    assert end(ends="NONE") is end(ends="") is None, "a job without end"
+
+
 def _environment(tmp_path: Path, **env: str) -> dict[str, str | None]:
     done = run_with_stubs(tmp_path, ["distill"], **env)
     assert (done.returncode, done.stderr) == (0, "")

@@ -22,7 +22,7 @@ RECORDER = """#!{python}
 import json, os, sys
 keys = ["MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_PROCID", "SLURM_NNODES", "SLURMD_NODENAME"]
 keys += ["CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "OMP_NUM_THREADS"]
-keys += ["NCCL_IB_HCA", "NCCL_DEBUG", "TORCH_NCCL_DUMP_ON_TIMEOUT", "RANK", "WORLD_SIZE"]
+keys += ["SLURM_JOB_END_TIME", "NCCL_IB_HCA", "NCCL_DEBUG", "TORCH_NCCL_DUMP_ON_TIMEOUT", "RANK", "WORLD_SIZE"]
 env = {{key: os.environ.get(key) for key in keys}}
 name = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 checks = "-check" if "recipes.check_nodes" in sys.argv else ""
@@ -45,6 +45,11 @@ for i in $(seq 1 20000); do printf '{host}-%d\\n' "$i"; done | sed '1s/.*/{host}
 """
 
 
+FAKE_SQUEUE = """#!/bin/bash
+[[ "$*" == "--noheader --jobs=135791 --format=%e" ]] && echo "{ends}"
+"""
+
+
 def write_script(path: Path, text: str, **values: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(text.format(python=sys.executable, **values))
@@ -53,13 +58,14 @@ def write_script(path: Path, text: str, **values: str) -> Path:
 
 
 def run_with_stubs(
-    tmp_path: Path, words: list[str], host: str = "gpu01", **env: str
+    tmp_path: Path, words: list[str], host: str = "gpu01", ends: str = "NONE", **env: str
 ) -> subprocess.CompletedProcess[str]:
     """The script as Slurm starts it in a folder that has recipes, with these arguments and stubs of all programs."""
     folder, bin_dir = str(tmp_path), tmp_path / "bin"
     recipes_in(tmp_path)
     write_script(bin_dir / "srun", FAKE_SRUN, folder=folder)
     write_script(bin_dir / "scontrol", FAKE_SCONTROL, host=host, folder=folder)
+    write_script(bin_dir / "squeue", FAKE_SQUEUE, ends=ends)
     write_script(bin_dir / "python", RECORDER, folder=folder, prefix="python")
     job = {"SLURM_JOB_ID": "135791", "SLURM_JOB_NODELIST": "gpu[01-99]", "SLURM_NNODES": "3"}
     return subprocess.run(
@@ -74,5 +80,6 @@ def run_with_stubs(
 
 def recipes_in(folder: Path) -> None:
     """Make the folder one that jobs can be submitted from, unless it has recipes."""
-    if not (folder / "recipes").exists():
-        (folder / "recipes").symlink_to(ROOT / "recipes")
+    for name in ("recipes", "conf"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
