@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 from tests.support import commands
 from tests.support.slurm import OVERRIDES, RECORDER, ROOT, SCRIPT, recipes_in, write_script
-from tests.support.slurm_cluster import job_facts, slurm_cluster, start_soon, wait_for
+from tests.support.slurm_cluster import job_facts, lose_node, return_node, slurm_cluster, start_soon, wait_for
 from tests.support.stopped_runs import copy_artifacts, equal_weights, held, logged_steps, wait_for_pending
 from tests.support.tiny_run import command, make_inputs, metrics
 
@@ -56,73 +57,126 @@ def test_two_node_job_on_a_real_slurm(tmp_path: Path, slurm_env: dict[str, str])
     assert log.read_text().startswith(f"error: RECIPE={OVERRIDES[0]} must be")
 
 
-@pytest.mark.slow
-def test_a_requeued_job_on_two_nodes_goes_on_to_the_end(tmp_path: Path, slurm_env: dict[str, str]) -> None:
-    """The real recipe, one rank a node, tensor parallel across nodes; requeued by hand in the middle of training."""
-    inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
+def _cluster_env(tmp_path: Path, slurm_env: dict[str, str]) -> dict[str, str]:
+    """Return the environment of jobs with one rank a node."""
     recipes_in(tmp_path)
     # No name service here knows the nodes; their names are replaced on the way to the real launcher.
-    python = write_script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n1:/127.0.0.1:}}"\n')
-    overrides = command(inputs, run, "parallel.tp=2", "distill.steps=40")[2:]
-    submit = ["sbatch", "--parsable", "--nodes=2", str(SCRIPT), "compress", *overrides]
-    env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
-    env |= {"PYTHONPATH": str(ROOT)}
-    job = subprocess.run(submit, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.strip()
-    wait_for(
-        lambda: (run / "progress" / "distill" / "checkpoints" / "latest.json").exists(),
-        tmp_path,
-        "checkpoint",
-        PIPELINE_SECONDS,
-    )
-    subprocess.run(["scontrol", "requeue", job], env=env, check=True)
-    assert not (run / "distill" / "manifest.json").exists(), "requeued too late to show anything"
-    start_soon(job, tmp_path, env)
-    wait_for(lambda: (run / "report" / "manifest.json").exists(), tmp_path, "report", PIPELINE_SECONDS)
-    assert job_facts(job, env)["Restarts"] == "1"
-    log = "".join(path.read_text() for path in tmp_path.glob("compactlm-*.out"))
-    assert "score: done before, skipped" in log, "the second start skipped what the first had finished"
-    steps = [json.loads(line)["step"] for line in (run / "distill" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(40))
-
-
-@pytest.mark.slow
-def test_an_array_trains_the_candidates_and_a_last_job_ranks_them(tmp_path: Path, slurm_env: dict[str, str]) -> None:
-    """The real recipe: two tasks side by side, each a candidate; the ranking is that of one process."""
-    inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
-    recipes_in(tmp_path)
     python = write_script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n[12]:/127.0.0.1:}}"\n')
-    extra = ["search.ffn=[32,48]", "rank.candidates=2", "rank.steps=2"]
     env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
-    env |= {"PYTHONPATH": str(ROOT)}
-    for recipe in ("import_model", "tokenize", "score", "search"):
-        assert commands.run(command(inputs, run, *extra, recipe=recipe)).returncode == 0
-    submit = [str(SCRIPT), "rank", *command(inputs, run, *extra)[2:]]
-    for options in (["--array=0-1"], []):
-        words = ["sbatch", "--wait", "--nodes=1", *options, *submit]
-        done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=PIPELINE_SECONDS)
-        log = "".join(path.read_text() for path in tmp_path.glob("compactlm-*.out"))
-        assert done.returncode == 0, done.stderr + log
-        assert (run / "rank" / "ranking.json").exists() == (not options)
-    assert log.count("distill ...") == 2, "the last job found both trained"
-    ranking = json.loads((run / "rank" / "ranking.json").read_text())
-    assert sorted(entry["candidate"] for entry in ranking) == [0, 1]
+    return env | {"PYTHONPATH": str(ROOT)}
 
 
-def _prepared(tmp_path: Path, slurm_env: dict[str, str]) -> tuple[Path, Path, list[str], dict[str, str]]:
-    """Return a finished run, one that lacks the distillation, the words after `sbatch` for that, and its environment.
+def _prepared(tmp_path: Path, *settings: str, ranks: int = 1) -> tuple[Path, Path, list[str]]:
+    """Return a finished run, one that lacks the distillation, and the words after `sbatch` for that.
 
     No checkpoint is due on the way.
     """
     inputs, whole, run = make_inputs(tmp_path / "inputs"), tmp_path / "whole", tmp_path / "run"
-    recipes_in(tmp_path)
-    size = ["distill.steps=300", "distill.checkpoint_every=1000"]
+    size = ["distill.steps=300", "distill.checkpoint_every=1000", *settings]
     for recipe in ("import_model", "tokenize", "score", "search", "prune", "distill"):
-        done = commands.run(command(inputs, whole, *size, recipe=recipe))
+        done = commands.run(command(inputs, whole, *size, recipe=recipe), ranks=ranks)
         assert done.returncode == 0, done.stderr
     copy_artifacts(whole, run)
-    python = write_script(tmp_path / "python", '#!/usr/bin/env bash\nexec {python} "${{@/n[12]:/127.0.0.1:}}"\n')
-    env = slurm_env | {"COMPACTLM_PYTHON": str(python), "GPUS_PER_NODE": "1", "OMP_NUM_THREADS": "1"}
-    return whole, run, [str(SCRIPT), "distill", *command(inputs, run, *size)[2:]], env | {"PYTHONPATH": str(ROOT)}
+    return whole, run, [str(SCRIPT), "distill", *command(inputs, run, *size)[2:]]
+
+
+def _submit(cwd: Path, env: dict[str, str], *words: str) -> str:
+    """Return the number of a submitted job."""
+    line = ["sbatch", "--parsable", *words]
+    return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _has_ended(job: str, env: dict[str, str], state: str = "COMPLETED") -> bool:
+    """Whether a job has ended; it must have done so in this state."""
+    found = job_facts(job, env)["JobState"]
+    assert found in (state, "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"), f"job {job}: {found}"
+    return found == state
+
+
+@pytest.mark.slow
+def test_a_job_that_loses_either_of_its_nodes_goes_on_to_equal_weights(
+    tmp_path: Path, slurm_env: dict[str, str]
+) -> None:
+    """Tensor parallel across two nodes: first the second node is lost, then the one with the batch script."""
+    env = _cluster_env(tmp_path, slurm_env)
+    whole, run, words = _prepared(tmp_path, "parallel.tp=2", ranks=2)
+    job = _submit(tmp_path, env, "--nodes=2", *words, "distill.checkpoint_every=20")
+    for times, node in enumerate(("n2", "n1"), start=1):
+        done = logged_steps(run)
+        wait_for(lambda: logged_steps(run) >= done + 30, tmp_path, "steps and a checkpoint", PIPELINE_SECONDS)  # noqa: B023
+        with held(run):
+            assert job_facts(job, env)["BatchHost"] == "n1"
+            lose_node(node, env)
+        assert not (run / "distill" / "manifest.json").exists(), "lost too late to show anything"
+        wait_for(lambda: job_facts(job, env)["JobState"] == "PENDING", tmp_path / "s", "requeued job", 180)
+        return_node(node, env)
+        start_soon(job, tmp_path, env)
+        wait_for(lambda: job_facts(job, env)["Restarts"] == str(times), tmp_path / "s", "next start", 60)  # noqa: B023
+    wait_for(lambda: _has_ended(job, env), tmp_path / "s", "end", PIPELINE_SECONDS)
+    assert metrics(run) == metrics(whole)
+    assert equal_weights(run / "distill", whole / "distill")
+
+
+@pytest.mark.slow
+def test_a_chain_of_jobs_whose_time_runs_out_goes_on_to_equal_weights(
+    tmp_path: Path, slurm_env: dict[str, str]
+) -> None:
+    """Job 1 is warned by Slurm and requeued, then has too little time for more than a step; job 2 ends the run."""
+    env = _cluster_env(tmp_path, slurm_env) | {"COMPACTLM_CHECK_NODES": "0", "COMPACTLM_RESTARTS": "1"}
+    whole, run, words = _prepared(tmp_path)
+    options = ["--nodes=1", "--time=10", "--job-name=chain", "--dependency=singleton", "--signal=B:USR1@90"]
+    jobs = [_submit(tmp_path, env, *options, *words) for _ in range(3)]
+
+    def log(job: str) -> str:
+        return (tmp_path / f"chain-{job}.out").read_text()
+
+    start = time.monotonic()
+    wait_for(lambda: logged_steps(run) >= 3, tmp_path, "steps", PIPELINE_SECONDS)
+    with held(run) as rank:
+        minutes = 2 + int(time.monotonic() - start) // 60  # one or two are left
+        subprocess.run(["scontrol", "update", f"JobId={jobs[0]}", f"TimeLimit={minutes}"], env=env, check=True)
+        wait_for_pending(rank, signal.SIGUSR1, 90)
+    wait_for(lambda: job_facts(jobs[0], env)["JobState"] == "PENDING", tmp_path, "requeued job", 120)
+    assert "stopped: distill: SIGUSR1: " in log(jobs[0]) and "requeued: the run ended with code 138" in log(jobs[0])
+    saved = logged_steps(run)
+    assert saved < 100, "enough steps are left for the next starts"
+    assert [job_facts(job, env)["Reason"] for job in jobs[1:]] == ["Dependency"] * 2
+    subprocess.run(["scontrol", "update", f"JobId={jobs[0]}", "TimeLimit=1"], env=env, check=True)
+    start_soon(jobs[0], tmp_path, env)
+    wait_for(lambda: _has_ended(jobs[0], env, "FAILED"), tmp_path, "end of job 1", PIPELINE_SECONDS)
+    assert job_facts(jobs[0], env)["ExitCode"] == "75:0" and "the job's time is nearly up" in log(jobs[0])
+    for job in jobs[1:]:
+        wait_for(lambda: _has_ended(job, env), tmp_path, f"end of job {job}", PIPELINE_SECONDS)  # noqa: B023
+    assert "distill: done before, skipped" in log(jobs[2])
+    assert metrics(run) == metrics(whole)
+    assert equal_weights(run / "distill", whole / "distill")
+
+
+@pytest.mark.slow
+def test_an_array_with_a_failing_task_ranks_all_once_that_is_mended(tmp_path: Path, slurm_env: dict[str, str]) -> None:
+    """Two tasks side by side, each a candidate; the last job names the one that fails; the ranking is one process's."""
+    env = _cluster_env(tmp_path, slurm_env)
+    inputs, run, alone = make_inputs(tmp_path / "inputs"), tmp_path / "run", tmp_path / "alone"
+    extra = ["search.ffn=[32,48]", "rank.candidates=2", "rank.steps=2"]
+    assert commands.run(command(inputs, alone, *extra, recipe="rank")).returncode == 0
+    copy_artifacts(alone, run, ("teacher", "tokens", "score", "search"))
+    (run / "rank").mkdir()
+    (run / "rank" / "1").write_text("in the way of a folder")
+    words = ["--nodes=1", str(SCRIPT), "rank", *command(inputs, run, *extra)[2:]]
+    array = _submit(tmp_path, env, "--array=0-1", *words)
+    last = _submit(tmp_path, env, f"--dependency=afterany:{array}", *words)
+    wait_for(lambda: _has_ended(last, env, "FAILED"), tmp_path, "end of the last job", PIPELINE_SECONDS)
+    assert [job_facts(f"{array}_{task}", env)["JobState"] for task in (0, 1)] == ["COMPLETED", "FAILED"]
+    log = (tmp_path / f"compactlm-{last}.out").read_text()
+    assert f"error: {run}/rank/1: File exists" in log and "distill ..." not in log, "candidate 0 is trained, 1 is named"
+    assert not (run / "rank" / "ranking.json").exists()
+    (run / "rank" / "1").unlink()
+    last = _submit(tmp_path, env, *words)
+    wait_for(lambda: _has_ended(last, env), tmp_path, "ranking", PIPELINE_SECONDS)
+    assert json.loads((run / "rank" / "ranking.json").read_text()) == json.loads(
+        (alone / "rank" / "ranking.json").read_text()
+    )
+    assert all(equal_weights(run / "rank" / name / "distill", alone / "rank" / name / "distill") for name in "01")
 
 
 @pytest.mark.slow
@@ -130,11 +184,11 @@ def test_a_job_that_is_warned_of_its_end_or_cancelled_goes_on_to_equal_weights(
     tmp_path: Path, slurm_env: dict[str, str]
 ) -> None:
     """USR1 to the batch script, as before a time limit: saved and requeued. `scancel`: saved. A third job ends."""
-    whole, run, words, env = _prepared(tmp_path, slurm_env)
+    env = _cluster_env(tmp_path, slurm_env)
+    whole, run, words = _prepared(tmp_path)
 
     def submit() -> str:
-        line = ["sbatch", "--parsable", "--nodes=1", "--dependency=singleton", "--job-name=chain", *words]
-        return subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout.strip()
+        return _submit(tmp_path, env, "--nodes=1", "--dependency=singleton", "--job-name=chain", *words)
 
     def log() -> str:
         return "".join(path.read_text() for path in sorted(tmp_path.glob("chain-*.out")))

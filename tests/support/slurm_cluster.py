@@ -8,9 +8,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 SLURM_CONF = """
@@ -33,6 +34,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
+OverTimeLimit=10
 GresTypes=gpu
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 Gres=gpu:8
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 Gres=gpu:8
@@ -59,6 +61,20 @@ def _missing_for_slurm() -> str:
     return f"needs Slurm and munge installed; missing: {', '.join(missing)}" if missing else ""
 
 
+_daemons: dict[Path, list[subprocess.Popen[bytes]]] = {}
+"""Daemons of a cluster, by its configuration."""
+
+
+def _node_daemon(node: str, conf: Path) -> list[str]:
+    return ["slurmd", "-D", "-f", str(conf), "-N", node]
+
+
+def _start(command: list[str], env: dict[str, str]) -> None:
+    conf = Path(env["SLURM_CONF"])
+    with (conf.parent / "daemons.log").open("ab") as log:
+        _daemons[conf].append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+
+
 @contextmanager
 def slurm_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Start a munged, a slurmctld and two slurmd of this test alone; yield the environment that clients need."""
@@ -82,20 +98,19 @@ def slurm_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     commands = [
         ["munged", "--foreground", "--force", *munge, f"--seed-file={folder}/munge.seed"],
         ["slurmctld", "-D", "-f", str(conf)],
-        ["slurmd", "-D", "-f", str(conf), "-N", "n1"],
-        ["slurmd", "-D", "-f", str(conf), "-N", "n2"],
+        _node_daemon("n1", conf),
+        _node_daemon("n2", conf),
     ]
-    daemons: list[subprocess.Popen[bytes]] = []
+    daemons = _daemons[conf] = []
     try:
         for command in commands:
-            with (folder / "daemons.log").open("ab") as log:
-                daemons.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+            _start(command, env)
             if command[0] == "munged":
                 wait_for(lambda: (folder / "munge.socket").exists(), folder, "munged")
         wait_for(lambda: _idle_nodes(env) == 2, folder, "two idle nodes")
         yield env
     finally:
-        if len(daemons) == len(commands):  # a test that failed leaves no job behind
+        if len(daemons) >= len(commands):  # a test that failed leaves no job behind
             subprocess.run(["scancel", "--partition=all"], env=env, capture_output=True, timeout=60)
             end = time.monotonic() + 60  # the daemons would leave its processes behind
             while (
@@ -140,3 +155,40 @@ def job_facts(job: str, env: dict[str, str]) -> dict[str, str]:
     """Return what `scontrol show job` says of a job."""
     shown = subprocess.run(["scontrol", "show", "job", job], env=env, capture_output=True, text=True, check=True).stdout
     return dict(word.split("=", 1) for word in shown.split() if "=" in word)
+
+
+def lose_node(node: str, env: dict[str, str]) -> None:
+    """Kill a node's daemon and all processes of jobs on it, as if its power were cut; Slurm is told that it is down."""
+    conf = Path(env["SLURM_CONF"])
+    for process in _processes_of(node, conf):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert not [process for process in _processes_of(node, conf) if process.status() != psutil.STATUS_ZOMBIE]
+    words = ["scontrol", "update", f"NodeName={node}", "State=down", "Reason=power"]
+    subprocess.run(words, env=env, check=True)
+
+
+def return_node(node: str, env: dict[str, str]) -> None:
+    """Start a node's daemon again, and wait until Slurm gives it jobs."""
+    folder = Path(env["SLURM_CONF"]).parent
+    _start(_node_daemon(node, folder / "slurm.conf"), env)
+    command = ["sinfo", "--noheader", "--Node", "--format=%T", f"--nodes={node}"]
+
+    def is_idle() -> bool:
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=30).stdout.strip() == "idle"
+
+    wait_for(is_idle, folder, f"idle node {node}")
+
+
+def _processes_of(node: str, conf: Path) -> list[psutil.Process]:
+    """Return a node's slurmd, and the managers of its job steps, which have a socket in its spool, with their jobs."""
+    spool, found = f"{conf.parent}/spool-{node}/", []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess):
+            is_daemon = process.cmdline() == _node_daemon(node, conf)
+            manages = process.name() == "slurmstepd" and any(
+                str(socket_.laddr).startswith(spool) for socket_ in process.net_connections(kind="unix")
+            )
+            if is_daemon or manages:
+                found += [process, *process.children(recursive=True)]
+    return found
