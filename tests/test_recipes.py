@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 from compactlm_nemo.config import load
-from compactlm_nemo.config.load import COMPARE, CONF, VERIFY, compose, compose_root, schema_reference
+from compactlm_nemo.config.load import COMPARE, CONF, STATUS, SUBMIT, VERIFY, compose, compose_root, schema_reference
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.manual import reference_markdown
 from compactlm_nemo.workflow.runner import run_stages
 from compactlm_nemo.workflow.stage_table import STAGES, stages_of
+from compactlm_nemo.workflow.submit import split_words
 from tests.support import commands
 
 ROOT = CONF.parent
-OWN_ROOTS = {root.file: root for root in (COMPARE, VERIFY)}
+OWN_ROOTS = {root.file: root for root in (COMPARE, STATUS, VERIFY)}
 """Roots of the recipes with settings of their own, by recipe."""
 EXPERIMENTS, MODELS = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("experiment", "model"))
 # Published sizes: arXiv 2407.14679 tables 1 and 5 (15.6B, 8.27B, 4.19B), arXiv 2408.11796 (8.0B, 4.5B; 12.2B, 8.4B).
@@ -217,6 +218,10 @@ def test_documented_commands_plan() -> None:
         module = next(word for word in words if word.startswith("recipes."))
         rest = [word for word in words[words.index(module) + 1 :] if "=" in word]
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), command
+        if module == "recipes.submit":
+            own, (recipe, *rest) = split_words(words[words.index(module) + 1 :])
+            compose_root(SUBMIT, own)
+            assert (ROOT / "recipes" / f"{recipe}.py").is_file(), command
         if (root := OWN_ROOTS.get(module.removeprefix("recipes."))) is not None:
             compose_root(root, rest)
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,7 +75,7 @@ def test_overrides_and_rendezvous_arrive_untouched(tmp_path: Path, recipe: str) 
 
 
 RECIPES = {path.stem for path in (ROOT / "recipes").glob("[a-z]*.py")}
-WITHOUT_A_MODEL = {"compare_scores", "verify"}
+WITHOUT_A_MODEL = {"compare_scores", "status", "submit", "verify"}
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES - {"check_nodes"}))
@@ -135,26 +134,13 @@ def test_what_the_user_exports_wins(tmp_path: Path, name: str) -> None:
     assert env["PYTORCH_ALLOC_CONF"] == env["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
 
 
-def test_the_sites_file_comes_between_the_user_and_the_defaults(tmp_path: Path) -> None:
-    (tmp_path / "slurm").mkdir()
-    lines = [
-        "# of this cluster",
-        "",
-        "NCCL_IB_HCA=mlx5_0:1,mlx5_1:1",
-        "NCCL_DEBUG=WARN=$HOME `id`",
-        "not a line",
-        "OMP_NUM_THREADS=7",
-    ]
-    (tmp_path / "slurm" / "site.env").write_text("\n".join(lines))  # without an end of the last line
-    env = _environment(tmp_path, SLURM_CPUS_ON_NODE="96", NCCL_IB_HCA="mlx5_9")
-    assert (env["NCCL_IB_HCA"], env["NCCL_DEBUG"], env["OMP_NUM_THREADS"]) == ("mlx5_9", "WARN=$HOME `id`", "7")
-
-
-def test_the_example_of_a_sites_file_is_one(tmp_path: Path) -> None:
-    (tmp_path / "slurm").mkdir()
-    shutil.copyfile(ROOT / "slurm" / "site.env.example", tmp_path / "slurm" / "site.env")
-    env = _environment(tmp_path)
-    assert (env["NCCL_IB_HCA"], env["NCCL_DEBUG"]) == ("mlx5", "WARN")
+def test_modules_are_loaded_in_order(tmp_path: Path) -> None:
+    profile = 'module() { printf "%s\\n" "$*" >>loaded; [[ "$2" != gone ]]; }; export -f module; exec bash "$@"'
+    command = ["bash", "-c", profile, "shell", str(SCRIPT), "distill"]
+    assert run_with_stubs(tmp_path, [], command=command, COMPACTLM_MODULES="cuda/13.0 nccl").returncode == 0
+    assert (tmp_path / "loaded").read_text() == "load cuda/13.0\nload nccl\n"
+    assert run_with_stubs(tmp_path, [], command=command, COMPACTLM_MODULES="gone nccl").returncode == 1
+    assert (tmp_path / "loaded").read_text().endswith("load gone\n"), "a job without its modules does not go on"
 
 
 def test_environment_sets_python_gpus_and_container(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.run import VerifyConfig
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.submit import StatusConfig, SubmitConfig
 from compactlm_nemo.errors import ConfigError, listed
 
-OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture|search\.multiples)\.[^.=]+=")
+OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture|search\.multiples|site\.environment)\.[^.=]+=")
 """A name of the user's choosing, as in `data.train.web=web.jsonl`; Hydra would ask for `++` before it."""
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][^=\s]*)(?P<value>=.*)?$", re.DOTALL)
 """The parts of an override that decide whether Hydra heeds it."""
@@ -60,6 +61,13 @@ COMPARE = Root(
 )
 
 VERIFY = Root(VerifyConfig, "verify_schema", "verify", "recipes.verify run.dir=RUN [dry_run=true]")
+STATUS = Root(StatusConfig, "status_schema", "status", "recipes.status run.dir=RUN")
+SUBMIT = Root(
+    SubmitConfig,
+    "submit_schema",
+    "submit",
+    "recipes.submit RECIPE [site=NAME] [nodes=N] [time=HH:MM:SS] [chain=N] [dry_run=true] [key=value of RECIPE ...]",
+)
 
 
 def register_schema(root: Root[Any]) -> None:

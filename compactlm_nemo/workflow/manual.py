@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.load import schema_reference
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.submit import SubmitConfig
 from compactlm_nemo.workflow.stage_table import STAGES
 
 HEAD = """# Stages and settings
@@ -31,15 +32,20 @@ taken for done.
 def reference_markdown() -> str:
     """Return the page."""
     settings = [(f"`{key}`", f"`{default}`", text, mark) for key, default, text, mark in schema_reference(Config)]
-    compare = [(f"`{key}`", f"`{default}`", text) for key, default, text, _ in schema_reference(CompareConfig)]
+    others = {"compare_scores": CompareConfig, "submit": SubmitConfig}
     return (
         HEAD
         + _table(("stage", "from what to what", "reads", "writes"), _stage_rows())
         + SETTINGS
         + _table(("key", "default", "meaning", "result"), settings)
-        + "\n## Settings of `recipes.compare_scores`\n\n"
-        + _table(("key", "default", "meaning"), compare)
+        + "".join(_own_settings(recipe, schema) for recipe, schema in others.items())
     )
+
+
+def _own_settings(recipe: str, schema: type) -> str:
+    """Return the part of a recipe with settings of its own."""
+    rows = [(f"`{key}`", f"`{default}`", text) for key, default, text, _ in schema_reference(schema)]
+    return f"\n## Settings of `recipes.{recipe}`\n\n" + _table(("key", "default", "meaning"), rows)
 
 
 def _stage_rows() -> Iterable[tuple[str, ...]]:

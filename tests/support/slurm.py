@@ -58,7 +58,12 @@ def write_script(path: Path, text: str, **values: str) -> Path:
 
 
 def run_with_stubs(
-    tmp_path: Path, words: list[str], host: str = "gpu01", ends: str = "NONE", **env: str
+    tmp_path: Path,
+    words: list[str],
+    host: str = "gpu01",
+    ends: str = "NONE",
+    command: list[str] | None = None,
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
     """The script as Slurm starts it in a folder that has recipes, with these arguments and stubs of all programs."""
     folder, bin_dir = str(tmp_path), tmp_path / "bin"
@@ -69,7 +74,7 @@ def run_with_stubs(
     write_script(bin_dir / "python", RECORDER, folder=folder, prefix="python")
     job = {"SLURM_JOB_ID": "135791", "SLURM_JOB_NODELIST": "gpu[01-99]", "SLURM_NNODES": "3"}
     return subprocess.run(
-        ["bash", str(SCRIPT), *words],
+        command or ["bash", str(SCRIPT), *words],
         cwd=tmp_path,
         env={"PATH": f"{bin_dir}:/usr/bin:/bin", "HOME": folder} | job | env,
         capture_output=True,

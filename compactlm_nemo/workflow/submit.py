@@ -1,0 +1,183 @@
+"""Submits a recipe as jobs of Slurm, once its settings have passed the checks that need no GPU.
+
+A short script submits, `run.dir/jobs/RECIPE.sh`: variables of the site, then `sbatch` of `slurm/run.sbatch` with the
+recipe's own overrides. `dry_run=true` prints it; run by hand, it submits the same jobs again.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from compactlm_nemo.artifacts import atomic_write_text
+from compactlm_nemo.config.load import CONF, compose
+from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.submit import SiteConfig, SubmitConfig
+from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.training.wandb_run import wandb_mode
+from compactlm_nemo.workflow.layout_checks import launch_problems
+from compactlm_nemo.workflow.preflight import check
+
+JOBS = "jobs"
+"""Folder of `run.dir` with logs of jobs and the scripts that submitted them."""
+
+SCRIPT = "slurm/run.sbatch"
+TRAINING = ("compress", "rank", "rounds", "distill", "correct_teacher")
+"""Recipes with a run at W&B."""
+
+_OWN = re.compile(r"(\+\+|\+|~)?(nodes|time|chain|dry_run|hydra(\.[^=]*)?|site(\.[^=]*)?)(=.*)?", re.DOTALL)
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words about the job, and the others: the recipe, then its overrides."""
+    own = [word for word in words if word.startswith("-") or _OWN.fullmatch(word)]
+    return own, [word for word in words if word not in own]
+
+
+def submit(config: SubmitConfig, words: list[str]) -> None:
+    """Check a recipe's settings, write the script that submits it, run that, and say where to look.
+
+    Args:
+        words: The recipe, then its overrides.
+    Raises:
+        ConfigError: the recipe would refuse its settings, or Slurm refuses the job; nothing was submitted.
+    """
+    recipe, overrides = _recipe(words), words[1:]
+    run = None if has_own_settings(recipe) else compose(overrides)
+    if run is not None:
+        check(replace(run, dry_run=config.dry_run))  # a plan needs no model, as that of the recipe itself
+        if problem := launch_problems(run, config.nodes * config.site.gpus_per_node):
+            raise ConfigError(problem)
+    _plan(recipe, overrides)
+    folder = (Path(run.run.dir) if run is not None else Path.cwd()).absolute() / JOBS
+    text = job_script(config, recipe, overrides, folder)
+    if config.dry_run:
+        print(text, end="")
+        return
+    if not shutil.which("sbatch"):
+        raise ConfigError("this machine has no sbatch; submit from a login node of the cluster, or use dry_run=true.")
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / f"{recipe}.sh"
+    atomic_write_text(script, text)
+    done = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+    jobs = done.stdout.split()
+    for job in jobs:
+        print(f"job {job}: log in {folder / log_name(recipe, folder, job)}")
+    if done.returncode:
+        raise ConfigError(f"sbatch: {' '.join(done.stderr.split())}; {script} is what was tried.")
+    if run is not None:
+        _tell_wandb(run, recipe)
+        print(f"status: python -m recipes.status {shlex.quote(f'run.dir={run.run.dir}')}")
+
+
+def has_own_settings(recipe: str) -> bool:
+    """Whether a recipe reads files and holds no model: its settings are those of conf/RECIPE.yaml."""
+    return (CONF / f"{recipe}.yaml").is_file()
+
+
+def _recipe(words: list[str]) -> str:
+    """Return the first word, which must be a recipe."""
+    name = words[0] if words else ""
+    known = sorted(
+        path.stem for path in (CONF.parent / "recipes").glob("[a-z]*.py") if path.stem not in ("submit", "status")
+    )
+    if name not in known:
+        raise ConfigError(f"RECIPE={name} must be the first word, one of {', '.join(known)}.")
+    if not Path(SCRIPT).is_file():
+        raise ConfigError(f"{Path.cwd()} has no {SCRIPT}; submit from the root of the checkout.")
+    return name
+
+
+def _plan(recipe: str, overrides: list[str]) -> None:
+    """Let the recipe check its settings itself, in a dry run."""
+    command = [sys.executable, "-m", f"recipes.{recipe}", *overrides, "dry_run=true"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        told = done.stderr[done.stderr.rfind("error: ") :].removeprefix("error: ").strip()
+        raise ConfigError(told or f"recipes.{recipe} ended with code {done.returncode} in a dry run.")
+
+
+def log_name(recipe: str, folder: Path, job: str = "%j") -> str:
+    """Return the name of a job's log: job name and number."""
+    return f"{job_name(recipe, folder)}-{job}.out"
+
+
+def job_name(recipe: str, folder: Path) -> str:
+    """Return the name of a run's jobs, from the recipe and the name of `run.dir`."""
+    return re.sub(r"[^\w.-]+", "_", f"{recipe}-{folder.parent.name}")
+
+
+def job_script(config: SubmitConfig, recipe: str, overrides: list[str], folder: Path) -> str:
+    """Return the script that submits all jobs of a chain, each after the end of the one before, and prints numbers."""
+    lines = [
+        "#!/usr/bin/env bash",
+        f"# Submits recipes.{recipe}; run by hand, it submits again.",
+        "set -euo pipefail",
+        f"cd {shlex.quote(str(Path.cwd()))}",
+    ]
+    lines += [f"[[ -v {name} ]] || export {name}={shlex.quote(value)}" for name, value in _variables(config.site)]
+    lines += [
+        f"export GPUS_PER_NODE={config.site.gpus_per_node}",
+        "submit() {",
+        f'  sbatch --parsable --export=ALL "$@" {shlex.join(_options(config, recipe, folder))} \\',
+        f"    {shlex.join([SCRIPT, recipe, *overrides])}",
+        "}",
+        'job="$(submit)"',
+        'echo "${job%%;*}"',
+    ]
+    if config.chain > 1:
+        lines += [
+            f"for _ in $(seq 2 {config.chain}); do",
+            '  job="$(submit --dependency=afterany:"${job%%;*}")"',
+            '  echo "${job%%;*}"',
+            "done",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _variables(site: SiteConfig) -> list[tuple[str, str]]:
+    """Return what `slurm/run.sbatch` and the job find in their environment."""
+    variables = {"COMPACTLM_PYTHON": site.python}
+    if site.modules:
+        variables["COMPACTLM_MODULES"] = " ".join(site.modules)
+    if site.container is not None:
+        variables["CONTAINER_IMAGE"] = site.container
+    if site.mounts:
+        variables["CONTAINER_MOUNTS"] = ",".join(site.mounts)
+    return [*variables.items(), *site.environment.items()]
+
+
+def _options(config: SubmitConfig, recipe: str, folder: Path) -> list[str]:
+    """Return the options of sbatch; those of `slurm/run.sbatch` hold where there is none here."""
+    site = config.site
+    options = {
+        "job-name": job_name(recipe, folder),
+        "nodes": str(config.nodes),
+        "time": config.time,
+        "gpus-per-node": str(site.gpus_per_node),
+        "output": f"{str(folder).replace('%', '%%')}/{log_name(recipe, folder)}",
+        "comment": str(folder.parent),
+    }
+    if site.partition is not None:
+        options["partition"] = site.partition
+    if site.account is not None:
+        options["account"] = site.account
+    return [f"--{name}={value}" for name, value in options.items()] + site.options
+
+
+def _tell_wandb(run: Config, recipe: str) -> None:
+    """Print where W&B will show the trainings."""
+    mode = wandb_mode(run.wandb.mode)
+    if recipe not in TRAINING:
+        return
+    named = run.wandb.named(run.run.dir, job_type=recipe)
+    if mode == "disabled":
+        print("W&B: disabled; metrics.jsonl of each training has all metrics")
+    else:
+        where = "/".join(word for word in (named.entity, named.project) if word)
+        print(f"W&B: {mode}, {where}, run {named.name}, group {named.group}")
