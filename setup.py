@@ -47,6 +47,10 @@ setup(
     ],
     extras_require={
         "nemo": ["nemo-toolkit==3.0.0"],
+        "nemo-run": [
+            "nemo-run>=0.11,<0.12",
+            "leptonai<0.47",
+        ],  # nemo-run itself sets no bound, and fails with later ones
         "eval": ["lm-eval[hf]>=0.4.13,<0.5"],
         "dev": [
             "triton>=3.4; platform_system=='Linux'",

@@ -206,7 +206,7 @@ def documented_commands() -> list[str]:
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "slurm").glob("*.md"))]:
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", page.read_text(), re.S):
             joined = block.replace("\\\n", " ")
-            lines += [line.strip() for line in joined.splitlines() if "recipes." in line]
+            lines += [line.strip() for line in joined.splitlines() if re.search(r"-m (recipes|slurm)\.", line)]
     return lines
 
 
@@ -215,13 +215,14 @@ def test_documented_commands_plan() -> None:
     assert commands
     for command in commands:
         words = shlex.split(command)
-        module = next(word for word in words if word.startswith("recipes."))
+        module = next(word for word in words if word.startswith(("recipes.", "slurm.")))
         rest = [word for word in words[words.index(module) + 1 :] if "=" in word]
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), command
-        if module == "recipes.submit":
+        if module in ("recipes.submit", "slurm.nemo_run"):
             own, (recipe, *rest) = split_words(words[words.index(module) + 1 :])
-            compose_root(SUBMIT, own)
+            job = compose_root(SUBMIT, own)
             assert (ROOT / "recipes" / f"{recipe}.py").is_file(), command
+            assert launch_problems(compose(rest), job.nodes * job.site.gpus_per_node) == "", command
         if (root := OWN_ROOTS.get(module.removeprefix("recipes."))) is not None:
             compose_root(root, rest)
             continue
