@@ -29,7 +29,7 @@ def slurm_executor(config: SubmitConfig, checkout: Path) -> run.SlurmExecutor:
         container_image=site.container, container_mounts=[f"{checkout}:{checkout}", *site.mounts],
         env_vars={"PYTHONPATH": str(checkout)} | site.environment, setup_lines="\n".join(map(_load, site.modules)),
         additional_parameters={"requeue": True} | options, srun_args=[f"--{where}={checkout}"],
-        retries=config.chain - 1, packager=run.Packager(), tunnel=run.LocalTunnel(job_dir=str(checkout / "jobs")),
+        retries=config.chain - 1, packager=run.Packager(),
     )  # fmt: skip
 
 

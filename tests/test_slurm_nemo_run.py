@@ -7,11 +7,13 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from compactlm_nemo.config.load import CONF
+from tests.support.slurm_cluster import slurm_cluster
 from tests.support.tiny_run import command
 
 ROOT = CONF.parent
@@ -36,12 +38,10 @@ def nemo_run() -> None:
         pytest.skip(f"needs the extra nemo-run in {PYTHON}, or NEMO_RUN_PYTHON of another environment: {reason}")
 
 
-def _run(tmp_path: Path, *words: str) -> str:
+def _run(tmp_path: Path, *words: str, env: Mapping[str, str] = os.environ, cwd: Path = ROOT) -> str:
     own = {"NEMORUN_HOME": str(tmp_path / "home"), "COLUMNS": "4000", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of torchrun
-    done = subprocess.run(
-        [PYTHON, *words], cwd=ROOT, env=os.environ | own | {"PATH": path}, capture_output=True, text=True, timeout=300
-    )
+    own["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"  # of torchrun
+    done = subprocess.run([PYTHON, *words], cwd=cwd, env={**env, **own}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -55,6 +55,17 @@ def test_a_recipe_runs_on_two_ranks(inputs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "teacher" / "manifest.json").is_file(), out
     parts = sorted(path.name for path in (tmp_path / "run" / "teacher").rglob("*.distcp"))
     assert {name.split("_")[2] for name in parts} == {"0", "1"}, "each rank wrote its share"
+
+
+@pytest.mark.slow
+def test_a_job_of_a_real_slurm_runs_in_the_folder_it_was_started_from(inputs: Path, tmp_path: Path) -> None:
+    for name in ("recipes", "slurm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    site = ["site.account=any", "site.partition=all", "site.gpus_per_node=1", f"site.environment.PYTHONPATH={ROOT}"]
+    words = ["import_model", "time=10", *site, *command(inputs, Path("a run"))[2:]]
+    with slurm_cluster(tmp_path) as env:
+        out = _run(tmp_path, "-m", "slurm.nemo_run", *words, env=env, cwd=tmp_path)
+    assert (tmp_path / "a run" / "teacher" / "manifest.json").is_file(), out
 
 
 def test_a_dry_run_shows_a_batch_script_of_the_site() -> None:
@@ -76,4 +87,3 @@ def test_a_dry_run_shows_a_batch_script_of_the_site() -> None:
     assert srun.endswith(
         """-m recipes.compress experiment=llama31_8b_to_4b_width run.dir=/runs/x 'wandb.name='"'"'a b'"'"''"""
     )
-    assert not (ROOT / "jobs").exists()
