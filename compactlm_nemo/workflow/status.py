@@ -44,15 +44,19 @@ def status(config: StatusConfig) -> None:
         print(f"jobs: unknown, squeue did not answer within {SQUEUE_SECONDS:g} s")
 
 
-def stage_lines(run: Path, prefix: str = "") -> list[str]:
-    """Return a line for each stage that is done or begun, those of candidates and rounds below the run too."""
+def stage_lines(run: Path, prefix: str = "", whole: Path | None = None) -> list[str]:
+    """Return a line for each stage that is done or begun, those of candidates and rounds below the run too.
+
+    Args:
+        whole: Run that the candidate `run` is a part of; stages that it links to are told there.
+    """
     lines = []
     for stage in STAGES.values():
-        is_linked = (run / stage.writes).is_symlink()  # a candidate has the first stages of the whole run
-        if not is_linked and (told := _stage(run, stage.name, stage.writes)):
+        is_shared = whole is not None and (run / stage.writes).resolve().parent == whole.resolve()
+        if not is_shared and (told := _stage(run, stage.name, stage.writes)):
             lines.append(f"{prefix}{stage.name}: {told}")
     for part in [*sorted(run.glob("rank/*/")), *sorted(run.glob("round_*/"))]:
-        lines += stage_lines(part, f"{prefix}{part.relative_to(run)} ")
+        lines += stage_lines(part, f"{prefix}{part.relative_to(run)} ", whole=run)
     return lines
 
 
