@@ -100,11 +100,9 @@ _KINDS = ("<u4", "u1", "u1", "<u2", "<u2")
 
 def decode_top_k(data: bytes, tokens: int, k: int) -> TopKRecord:
     """Decode a record of `tokens` positions: ids ascend, and the probabilities are scaled to sum to 1 with the rest."""
-    raw = _decompressed(data)
     counts = (tokens * k, tokens * k, tokens, tokens, tokens)
     lengths = [count * numpy.dtype(kind).itemsize for count, kind in zip(counts, _KINDS, strict=True)]
-    if len(raw) != sum(lengths):
-        raise DataError(f"a stored target has {len(raw)} bytes where {sum(lengths)} were due; cache the teacher again.")
+    raw = _decompressed(data, sum(lengths))
     columns, start = [], 0
     for length, kind in zip(lengths, _KINDS, strict=True):
         columns.append(_by_value(raw[start : start + length], kind).astype(numpy.int64))
@@ -159,17 +157,13 @@ _RAW = -zlib.MAX_WBITS
 
 def decode_hidden(data: bytes, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
     """Decode hidden states ``[T, G]``, stored in `dtype`."""
+    decoder, length = zlib.decompressobj(wbits=_RAW), tokens * width * dtype.itemsize
     try:
-        raw = zlib.decompress(data, wbits=_RAW)
+        raw = decoder.decompress(data, length + 1)
     except zlib.error as error:
         raise _damaged(error) from None
-    if len(raw) % dtype.itemsize:
-        raise DataError(f"a stored target has {len(raw)} bytes, not of {dtype}; cache the teacher again.")
+    _require_whole(raw, length, decoder.eof)
     values = _by_value(raw, f"<i{dtype.itemsize}")
-    if values.size != tokens * width:
-        raise DataError(
-            f"a stored target has {values.size} values where {tokens * width} were due; cache the teacher again."
-        )
     return torch.from_numpy(values.copy()).view(tokens, width).view(dtype)
 
 
@@ -186,14 +180,26 @@ def _compressed(raw: bytes) -> bytes:
     return lzma.compress(raw, format=lzma.FORMAT_RAW, filters=_FILTERS)
 
 
-def _decompressed(data: bytes) -> bytes:
+def _decompressed(data: bytes, length: int) -> bytes:
+    """Return the `length` bytes that a record holds; no more are made of it, whatever it would grow to."""
+    decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=_FILTERS)
     try:
-        return lzma.decompress(data, format=lzma.FORMAT_RAW, filters=_FILTERS)
-    except lzma.LZMAError as error:
+        raw = decoder.decompress(data, length + 1)
+    except (lzma.LZMAError, EOFError) as error:
         raise _damaged(error) from None
+    _require_whole(raw, length, decoder.eof)
+    return raw
 
 
-def _damaged(error: Exception) -> DataError:
+def _require_whole(raw: bytes, length: int, is_at_end: bool) -> None:
+    if len(raw) != length:
+        found = f"{len(raw)} bytes" if len(raw) < length else "more bytes"
+        raise DataError(f"a stored target has {found} where {length} were due; cache the teacher again.")
+    if not is_at_end:
+        raise _damaged("its end is missing")
+
+
+def _damaged(error: Exception | str) -> DataError:
     return DataError(f"a stored target is damaged ({error}); cache the teacher again.")
 
 

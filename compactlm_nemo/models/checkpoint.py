@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zipfile
@@ -37,6 +38,9 @@ from compactlm_nemo.models.outside import BLOCK_ROWS, refuse_other_head
 from compactlm_nemo.models.source import WEIGHTS, find_weights
 from compactlm_nemo.parallel.collectives import all_gather_objects
 from compactlm_nemo.parallel.mesh import Mesh
+
+_ANYTHING, _DATA_ALONE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""Variables of the environment that `torch.load` reads at each call; it refuses both at once."""
 
 
 def sharding_metadata(mesh: Mesh) -> dict[str, Any]:
@@ -99,16 +103,33 @@ def load_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     for shard in shards_of(state):
         if isinstance(stored.get(shard.key), BytesStorageMetadata):  # torch would unpickle these
             raise CheckpointError(f"{folder} stores {shard.key} as an object and not as a tensor; do not use it.")
-    with _naming_damage(folder):
+    with naming_damage(folder):
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
     return loaded
 
 
 @contextmanager
-def _naming_damage(folder: Path) -> Iterator[None]:
-    """Turn what torch and Megatron-Core say of a damaged checkpoint, or of one that could run code, into one line."""
+def _data_alone() -> Iterator[None]:
+    """Let every `torch.load` within, whoever calls it, take tensors and plain values and nothing that could run.
+
+    The parts of a checkpoint beside its tensors are pickles: torch itself reads them in full where a checkpoint stores
+    an object, and so does Megatron-Core where TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set, which other tools ask for.
+    """
+    asked = {name: os.environ.pop(name, None) for name in (_ANYTHING, _DATA_ALONE)}
+    os.environ[_DATA_ALONE] = "1"
     try:
         yield
+    finally:
+        del os.environ[_DATA_ALONE]
+        os.environ.update({name: value for name, value in asked.items() if value is not None})
+
+
+@contextmanager
+def naming_damage(folder: Path) -> Iterator[None]:
+    """Turn what torch and Megatron-Core say of a damaged checkpoint into one line; nothing of it can run meanwhile."""
+    try:
+        with _data_alone():
+            yield
     except (pickle.UnpicklingError, CheckpointingException, CheckpointException, EOFError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{folder} cannot be read ({type(error).__name__}: {reason}); delete it.") from error

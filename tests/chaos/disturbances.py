@@ -7,11 +7,13 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from compactlm_nemo.config.load import CONF
 from tests.chaos.damage import DAMAGES, Damage, copied, files_of
 from tests.chaos.world import Ended, Tally, World, identity, orphans
 
@@ -147,12 +149,18 @@ ORDER = ("teacher", "tokens", "score", "search", "student", "distill", "evaluate
 """Artifacts of a run in the order in which they are made."""
 
 
-def artifact_damages(world: World, count: int, random_: random.Random) -> Tally:
+def drawn(files: list[Path], random_: random.Random, numbers: range) -> list[tuple[Path, Damage]]:
+    """Return these of all damages of all files, shuffled: equal dice and other numbers give other damages."""
+    cases = [(path, damage) for path in files for damage in DAMAGES]
+    random_.shuffle(cases)
+    return cases[numbers.start : numbers.stop]
+
+
+def artifact_damages(world: World, numbers: range, random_: random.Random) -> Tally:
     """Damage a file of an artifact and make what follows from it again: it is refused, or not needed at all."""
     tally = Tally()
     files = [path.relative_to(world.finished) for name in ORDER[:-1] for path in files_of(world.finished / name)]
-    cases = [(path, damage) for path in files for damage in DAMAGES]
-    for path, damage in random_.sample(cases, min(count, len(cases))):
+    for path, damage in drawn(files, random_, numbers):
         run = copied(world.finished, world.root / "damaged")
         for later in [*ORDER[ORDER.index(path.parts[0]) + 1 :], "report.md"]:
             shutil.rmtree(run / later) if (run / later).is_dir() else (run / later).unlink(missing_ok=True)
@@ -161,12 +169,11 @@ def artifact_damages(world: World, count: int, random_: random.Random) -> Tally:
     return tally
 
 
-def export_damages(world: World, count: int, random_: random.Random) -> Tally:
+def export_damages(world: World, numbers: range, random_: random.Random) -> Tally:
     """Damage a file of a finished export: the next command, or `recipes.verify`, says so."""
     tally = Tally()
     files = [path.relative_to(world.finished) for path in files_of(world.finished / "export")]
-    cases = [(path, damage) for path in files for damage in DAMAGES]
-    for path, damage in random_.sample(cases, min(count, len(cases))):
+    for path, damage in drawn(files, random_, numbers):
         run = copied(world.finished, world.root / "damaged")
         damage(run / path)
         tally.tried += 1
@@ -180,7 +187,7 @@ def _shows(damage: Damage) -> bool:
     return damage.__name__ not in ("flipped", "zeroed")
 
 
-def progress_damages(world: World, count: int, random_: random.Random) -> Tally:
+def progress_damages(world: World, numbers: range, random_: random.Random) -> Tally:
     """Damage a file of a training that was killed: the checkpoint before goes on, or the training is made anew."""
     tally = Tally()
     half = world.root / "half"
@@ -189,20 +196,18 @@ def progress_damages(world: World, count: int, random_: random.Random) -> Tally:
         ended = world.run(half, "distill.stop_after=4")
         assert ended.code in (0, 2), ended.errors  # export finds no finished training
     files = [path.relative_to(half) for path in files_of(half / "progress")]
-    cases = [(path, damage) for path in files for damage in DAMAGES]
-    for path, damage in random_.sample(cases, min(count, len(cases))):
+    for path, damage in drawn(files, random_, numbers):
         run = copied(half, world.root / "damaged")
         damage(run / path)
         _judge_damage(world, world.run(run), run, tally, path, damage)
     return tally
 
 
-def input_damages(world: World, count: int, random_: random.Random) -> Tally:
+def input_damages(world: World, numbers: range, random_: random.Random) -> Tally:
     """Damage a file of the user: a run ends well or in one line. What is whole by its own form is not known damaged."""
     tally = Tally()
     files = [path.relative_to(world.inputs) for path in files_of(world.inputs) if path.parts[-2] != "tasks"]
-    cases = [(path, damage) for path in files for damage in DAMAGES]
-    for path, damage in random_.sample(cases, min(count, len(cases))):
+    for path, damage in drawn(files, random_, numbers):
         inputs = copied(world.inputs, world.root / "damaged_inputs")
         damage(inputs / path)
         run = _fresh(world, "damaged_run")
@@ -210,6 +215,18 @@ def input_damages(world: World, count: int, random_: random.Random) -> Tally:
         tally.tried += 1
         if ended.code not in (0, 2) or ended.has_traceback:
             tally.harm("traceback", f"{path} {damage.__name__}: {ended.errors[-300:]}")
+    return tally
+
+
+def configs(count: int, seed: str) -> Tally:
+    """Draw overrides of settings by chance and read them: each ends well or in one line, and soon."""
+    test = "tests/config/test_any_value.py::test_any_values_end_well_or_in_an_error_that_names_something"
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--hypothesis-seed={seed}", test]
+    env = os.environ | {"CONFIG_EXAMPLES": str(count)}
+    done = subprocess.run(words, cwd=CONF.parent, env=env, capture_output=True, text=True)
+    tally = Tally(tried=count)
+    if done.returncode != 0:
+        tally.harm("traceback", f"configs of seed {seed}: {done.stdout[-600:]}")
     return tally
 
 

@@ -38,6 +38,12 @@ class Tally:
         self.harms[kind] += 1
         self.notes.append(f"{kind}: {note}")
 
+    def add(self, other: Tally) -> None:
+        """Count what another tally has counted."""
+        self.tried += other.tried
+        self.harms += other.harms
+        self.notes += other.notes
+
 
 @dataclass(frozen=True)
 class Ended:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
@@ -103,7 +106,7 @@ def test_hidden_states_come_back_bit_for_bit(dtype: torch.dtype) -> None:
     hidden_TG = torch.randn(TOKENS, 33, generator=torch.Generator().manual_seed(2)).to(dtype)
     data = encode_hidden(hidden_TG)
     assert decode_hidden(data, TOKENS, 33, dtype).equal(hidden_TG)
-    with pytest.raises(DataError, match="1650 values where 1617 were due"):
+    with pytest.raises(DataError, match=f"more bytes where {49 * 33 * dtype.itemsize} were due"):
         decode_hidden(data, 49, 33, dtype)
 
 
@@ -126,6 +129,24 @@ def test_a_damaged_record_is_named(decode) -> None:
     for data in (record[:-3], hidden[:-3], b"\xff" * 40):
         with pytest.raises(DataError, match="a stored target .* cache the teacher again"):
             decode(data)
+
+
+def test_a_record_that_grows_without_end_is_refused_before_it_does() -> None:
+    """Zeros, 64 MiB of them in 64 kB or less: nothing like it is ever in memory."""
+    num_bytes = 2**26
+    huffman = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    zeros = bytes(2**20)
+    deflated = b"".join(huffman.compress(zeros) for _ in range(num_bytes // 2**20)) + huffman.flush()
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 4096}]
+    coder = lzma.LZMACompressor(format=lzma.FORMAT_RAW, filters=filters)
+    packed = b"".join(coder.compress(zeros) for _ in range(num_bytes // 2**20)) + coder.flush()
+    assert max(len(deflated), len(packed)) < num_bytes / 1000
+    for decode in (lambda: decode_top_k(packed, 4, 5), lambda: decode_hidden(deflated, 4, 5, torch.float32)):
+        tracemalloc.start()
+        with pytest.raises(DataError, match="a stored target has more bytes where .* were due"):
+            decode()
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
 
 
 def test_any_sample_is_found_in_its_shard(tmp_path: Path) -> None:

@@ -188,10 +188,19 @@ def _bombs(rank: int, world: int, root: Path) -> None:
                 dist_checkpointing.load_common_state_dict(str(folder))
         assert not (root / "ran").exists()
     save_model(root / "whole", model)
+    asked = dict(os.environ)
     load_shards(model_state(model), root / "whole" / WEIGHTS)
+    assert dict(os.environ) == asked
 
 
-def test_a_bomb_in_weights_does_not_go_off(tmp_path: Path) -> None:
-    assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
+@pytest.mark.parametrize("variable", [None, "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"])
+def test_a_bomb_in_weights_does_not_go_off(
+    tmp_path: Path, variable: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the environment tells torch, which other tools ask to set."""
+    for name in ("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
     save_tiny("llama", tmp_path / "llama")
     run_ranks(_bombs, 1, tmp_path, tmp_path)

@@ -20,6 +20,7 @@ from compactlm_nemo.models.hf import export_hf
 from compactlm_nemo.workflow.rank import rounds
 from tests.support import commands
 from tests.support.tiny_run import command
+from tests.support.wandb_files import config_of, finished_records
 
 SEARCH = [
     "search.ffn=[24,48]", "search.layers=[2,3]", "search.heads=[2]", "search.hidden=[24]", "search.top=2",
@@ -84,8 +85,12 @@ def test_one_task_a_candidate_gives_the_same_ranking(inputs: Path, ranked: Path,
     run = tmp_path / "array"
     run_recipe(inputs, run, "rank", "rank.candidates=1")  # only for what all candidates share
     for index in (2, 1):
-        run_recipe(inputs, run, "rank", f"rank.only={index}")
+        run_recipe(inputs, run, "rank", f"rank.only={index}", "wandb.mode=offline")
         assert (run / "rank" / str(index) / "distill" / "manifest.json").exists()
+        records = finished_records(run / "rank" / str(index), num_runs=1)
+        [sent] = [record.run for record in records if record.HasField("run")]
+        words = (sent.display_name, sent.run_group, sent.job_type, config_of(sent)["wandb.parent"])
+        assert words == (f"array-rank-{index}", "array", "rank", "array")
     assert len(ranking_of(run)) == 1, "a single candidate ranks nothing"
     out = run_recipe(inputs, run, "rank")
     assert out.count("distill: done before, skipped") == 3

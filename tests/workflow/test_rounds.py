@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from compactlm_nemo.workflow.rounds import size_between
 from tests.search.test_search import NEMOTRON_15B
 from tests.support import commands
 from tests.support.tiny_run import command, make_inputs
+from tests.support.wandb_files import config_of, finished_records, history_rows
 
 
 def test_sizes_on_the_way_by_hand():
@@ -44,6 +46,25 @@ def test_each_round_goes_on_from_the_one_before(tmp_path: Path, steps: int) -> N
     assert bool(torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all())
     again = commands.run(words)
     assert again.returncode == 0 and " ...\n" not in again.stdout, again.stdout
+
+
+def test_trainings_of_rounds_are_in_the_group_of_their_run_and_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As W&B's own files say, of the round and of the run that ends them."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "big"
+    words = command(inputs, run, "rounds.count=2", "rounds.steps=2", "wandb.mode=offline", recipe="rounds")
+    result = commands.run(words)
+    assert result.returncode == 0, result.stderr
+    found = {}
+    for record in finished_records(run, num_runs=2):
+        if record.HasField("run"):
+            parent = config_of(record.run)["wandb.parent"]
+            found[record.run.display_name] = (record.run.run_group, record.run.job_type, parent)
+    assert found == {"big-round-1": ("big", "round", "big"), "big": ("big", "distill", None)}
+    assert len(history_rows(finished_records(run / "round_1", num_runs=1))) == 2
 
 
 def test_one_target_is_needed(tmp_path: Path) -> None:
