@@ -48,6 +48,7 @@ setup(
     extras_require={
         "nemo": ["nemo-toolkit==3.0.0"],
         "eval": ["lm-eval[hf]>=0.4.13,<0.5"],
+        "dashboard": ["wandb-workspaces>=0.4,<0.5"],
         "dev": [
             "triton>=3.4; platform_system=='Linux'",
             "lm-eval[hf]>=0.4.13,<0.5",

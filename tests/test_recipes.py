@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from compactlm_nemo.config import load
-from compactlm_nemo.config.load import COMPARE, CONF, VERIFY, compose, compose_root, schema_reference
+from compactlm_nemo.config.load import COMPARE, CONF, DASHBOARD, VERIFY, compose, compose_root, schema_reference
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.manual import reference_markdown
@@ -21,6 +21,7 @@ from compactlm_nemo.workflow.stage_table import STAGES, stages_of
 from tests.support import commands
 
 ROOT = CONF.parent
+ROOTS = {"recipes.compare_scores": COMPARE, "recipes.verify": VERIFY, "recipes.dashboard": DASHBOARD}
 EXPERIMENTS, MODELS = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("experiment", "model"))
 # Published sizes: arXiv 2407.14679 tables 1 and 5 (15.6B, 8.27B, 4.19B), arXiv 2408.11796 (8.0B, 4.5B; 12.2B, 8.4B).
 PUBLISHED_BILLIONS = {
@@ -215,7 +216,7 @@ def test_documented_commands_plan() -> None:
         module = next(word for word in words if word.startswith("recipes."))
         rest = [word for word in words[words.index(module) + 1 :] if "=" in word]
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), command
-        if (root := {"recipes.compare_scores": COMPARE, "recipes.verify": VERIFY}.get(module)) is not None:
+        if (root := ROOTS.get(module)) is not None:
             compose_root(root, rest)
             continue
         config = compose([*rest, "dry_run=true"])

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.fingerprint import MARK
-from compactlm_nemo.config.run import VerifyConfig
+from compactlm_nemo.config.run import DashboardConfig, VerifyConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError, listed
 
@@ -60,6 +60,12 @@ COMPARE = Root(
 )
 
 VERIFY = Root(VerifyConfig, "verify_schema", "verify", "recipes.verify run.dir=RUN [dry_run=true]")
+DASHBOARD = Root(
+    DashboardConfig,
+    "dashboard_schema",
+    "dashboard",
+    "recipes.dashboard [wandb.entity=TEAM] [key=value ...] [dry_run=true]",
+)
 
 
 def register_schema(root: Root[Any]) -> None:
