@@ -20,6 +20,9 @@ LOGGED = "wandb_artifacts.json"
 KINDS = {"distill": "model", "export": "model", "report": "report"}
 """Artifact of a run -> its type at W&B."""
 
+LOSSES = {"distill": ("distill", "loss"), "student": ("student", "loss_after"), "teacher": ("student", "loss_before")}
+"""Model that an artifact is or holds, the one made last first -> where its validation loss is written."""
+
 _LONGEST_NAME = 128
 
 _log = logging.getLogger(__name__)
@@ -59,7 +62,9 @@ def metadata(run: Path, name: str, manifest: dict[str, Any]) -> dict[str, Any]:
 
     `sha256` has the lines that `sha256sum --check` reads in the folder; W&B allows 100 keys and any number of lines.
     """
-    losses: dict[str, Any] = {"validation": read_manifest(run / "distill")["results"]["loss"]}
+    model = next(artifact for artifact in LOSSES if artifact in (name, *manifest["inputs"]))
+    folder, key = LOSSES[model]
+    losses: dict[str, Any] = {"validation": read_manifest(run / folder)["results"][key]}
     if name == "report":
         for row in json.loads((run / "evaluate" / "results.json").read_text(encoding="utf-8")):
             losses[row["model"]] = {key: value for key, value in row.items() if key.startswith("loss_")}

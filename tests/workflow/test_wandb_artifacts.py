@@ -76,11 +76,13 @@ def test_each_artifact_is_logged_once_with_references_hashes_and_losses(inputs: 
 
     for name in ("export", "report"):  # made anew, other versions
         shutil.rmtree(run / name)
-    compress(inputs, run, *LOGGING)
+    compress(inputs, run, *LOGGING, "export.of=student")
     found, _ = artifacts_of(run, processes=3)
     assert [artifact.name.removeprefix("a-b-") for artifact in found] == [
         "distill", "export", "report", "export", "report"
     ]  # fmt: skip
+    pruned = json.loads((run / "student" / "manifest.json").read_text())["results"]["loss_after"]
+    assert json.loads(found[3].metadata)["losses"] == {"validation": pruned}
 
 
 def test_what_was_not_sent_is_logged_by_the_next_process(
