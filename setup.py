@@ -53,6 +53,7 @@ setup(
         ],  # nemo-run itself sets no bound, and fails with later ones
         "texts": ["pyarrow", "datasets>=4"],  # parquet and .zst; data sets of the Hub, 3 and before run code of theirs
         "eval": ["lm-eval[hf]>=0.4.13,<0.5"],
+        "dashboard": ["wandb-workspaces>=0.4,<0.5"],
         "dev": [
             "triton>=3.4; platform_system=='Linux'",
             "lm-eval[hf]>=0.4.13,<0.5",

@@ -32,6 +32,7 @@ ONLY_USERS = {
     "megatron.core.parallel_state": {"parallel/mesh.py", "parallel/launch.py"},
     "pickle": {"models/checkpoint.py", "models/checkpoint_metadata.py"},  # the first for the name of an error
     "wandb": {"training/wandb_run.py"},
+    "wandb_workspaces": {"workflow/dashboard.py"},
 }
 
 

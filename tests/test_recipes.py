@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from compactlm_nemo.config import load
-from compactlm_nemo.config.load import COMPARE, CONF, STATUS, SUBMIT, VERIFY, compose, compose_root, schema_reference
+from compactlm_nemo.config.load import (
+    COMPARE,
+    CONF,
+    DASHBOARD,
+    STATUS,
+    SUBMIT,
+    VERIFY,
+    compose,
+    compose_root,
+    schema_reference,
+)
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.manual import reference_markdown
@@ -22,7 +32,7 @@ from compactlm_nemo.workflow.submit import split_words
 from tests.support import commands
 
 ROOT = CONF.parent
-OWN_ROOTS = {root.file: root for root in (COMPARE, STATUS, VERIFY)}
+OWN_ROOTS = {root.file: root for root in (COMPARE, DASHBOARD, STATUS, VERIFY)}
 """Roots of the recipes with settings of their own, by recipe."""
 EXPERIMENTS, MODELS = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("experiment", "model"))
 # Published sizes: arXiv 2407.14679 tables 1 and 5 (15.6B, 8.27B, 4.19B), arXiv 2408.11796 (8.0B, 4.5B; 12.2B, 8.4B).

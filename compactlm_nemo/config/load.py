@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.fingerprint import MARK
-from compactlm_nemo.config.run import VerifyConfig
+from compactlm_nemo.config.run import DashboardConfig, VerifyConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.submit import StatusConfig, SubmitConfig
 from compactlm_nemo.errors import ConfigError, listed
@@ -67,6 +67,12 @@ SUBMIT = Root(
     "submit_schema",
     "submit",
     "recipes.submit RECIPE [site=NAME] [nodes=N] [time=HH:MM:SS] [chain=N] [dry_run=true] [key=value of RECIPE ...]",
+)
+DASHBOARD = Root(
+    DashboardConfig,
+    "dashboard_schema",
+    "dashboard",
+    "recipes.dashboard [wandb.entity=TEAM] [key=value ...] [dry_run=true]",
 )
 
 

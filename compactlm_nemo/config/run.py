@@ -51,15 +51,31 @@ class RunConfig(RunFolder):
 
 
 @dataclass(kw_only=True)
-class WandbConfig:
-    """Where W&B shows a training, and under which words; what is null is left to W&B's own environment."""
+class WandbProject:
+    """A project at W&B."""
 
-    mode: WandbMode = setting(WandbMode.auto, changes_result=False)
-    """auto, disabled, offline or online; auto heeds WANDB_MODE, else it is online with a login and disabled without."""
     entity: str | None = setting(None, changes_result=False)
     """User or team; null takes WANDB_ENTITY, else the login's own."""
     project: str | None = setting(None, changes_result=False)
     """Project; null takes WANDB_PROJECT, else compactlm."""
+
+    @property
+    def known_entity(self) -> str | None:
+        """The entity that settings or environment give; W&B leaves that of the environment out of offline files."""
+        return self.entity or os.environ.get("WANDB_ENTITY")
+
+    @property
+    def known_project(self) -> str:
+        """The project that settings, environment or default give."""
+        return self.project or os.environ.get("WANDB_PROJECT") or "compactlm"
+
+
+@dataclass(kw_only=True)
+class WandbConfig(WandbProject):
+    """Where W&B shows a training, and under which words; what is null is left to W&B's own environment."""
+
+    mode: WandbMode = setting(WandbMode.auto, changes_result=False)
+    """auto, disabled, offline or online; auto heeds WANDB_MODE, else it is online with a login and disabled without."""
     name: str | None = setting(None, changes_result=False)
     """Name of the W&B run; null takes WANDB_NAME, else the name of `run.dir`."""
     group: str | None = setting(None, changes_result=False)
@@ -72,14 +88,23 @@ class WandbConfig:
     """A longer remark; null takes WANDB_NOTES."""
     parent: str | None = setting(None, changes_result=False)
     """Name of the run that this one is a part of, shown in its W&B config; recipes.rank and recipes.rounds set it."""
+    log_artifacts: bool = setting(False, changes_result=False)
+    """Log the distilled model, the exported folder and the report as W&B artifacts that refer to their files, which
+    stay where they are and are read once; candidates and rounds log none."""
+
+    def __post_init__(self) -> None:
+        require(
+            not (self.log_artifacts and self.mode is WandbMode.disabled),
+            "wandb.log_artifacts=true needs W&B; set wandb.mode=online or offline.",
+        )
 
     def named(self, run_dir: str, job_type: str) -> WandbConfig:
         """Return these settings with the words that neither they nor W&B's environment give taken from the run."""
         name = self.name or os.environ.get("WANDB_NAME") or Path(run_dir).resolve().name
         return replace(
             self,
-            entity=self.entity or os.environ.get("WANDB_ENTITY"),  # which W&B leaves out of offline files
-            project=self.project or os.environ.get("WANDB_PROJECT") or "compactlm",
+            entity=self.known_entity,
+            project=self.known_project,
             name=name,
             group=self.group or os.environ.get("WANDB_RUN_GROUP") or name,
             job_type=self.job_type or os.environ.get("WANDB_JOB_TYPE") or job_type,
@@ -88,7 +113,7 @@ class WandbConfig:
     def part(self, run_dir: str, suffix: str, job_type: str) -> WandbConfig:
         """Return the settings of a run that is a part of the run in `run_dir`: in its group, with it as the parent."""
         named = self.named(run_dir, job_type)
-        return replace(named, name=f"{named.name}-{suffix}", parent=named.name)
+        return replace(named, name=f"{named.name}-{suffix}", parent=named.name, log_artifacts=False)
 
 
 @dataclass(kw_only=True)
@@ -98,3 +123,17 @@ class VerifyConfig:
     run: RunFolder = field(default_factory=RunFolder)
     dry_run: bool = False
     """Name the artifacts that would be read, and exit 0."""
+
+
+@dataclass(kw_only=True)
+class DashboardConfig:
+    """Settings of `recipes.dashboard`, which writes to W&B alone."""
+
+    wandb: WandbProject = field(default_factory=WandbProject)
+    title: str = "CompactLM"
+    """Name of the workspace that is saved; each call saves a new one."""
+    dry_run: bool = False
+    """Print the panels and where they would be saved, and exit 0."""
+
+    def __post_init__(self) -> None:
+        require(self.title.strip() != "", "title is empty; name the workspace, for example title=CompactLM.")

@@ -41,20 +41,29 @@ _log = logging.getLogger(__name__)
 
 
 def wandb_mode(mode: WandbMode) -> Mode:
-    """Return W&B's word for a mode; auto heeds WANDB_MODE, else it is online with a login and disabled without.
-
-    A login is WANDB_API_KEY, or an entry for W&B's host (that of WANDB_BASE_URL) in ~/.netrc or the file NETRC.
-    """
+    """Return W&B's word for a mode; auto heeds WANDB_MODE, else it is online with a login and disabled without."""
     if mode is not WandbMode.auto:
         return _MODE_WORDS[mode.name]
     if word := os.environ.get("WANDB_MODE"):
         if word not in _MODE_WORDS:
             _log.warning("WANDB_MODE=%s is none of %s; W&B stays off.", word, ", ".join(_MODE_WORDS))
         return _MODE_WORDS.get(word, "disabled")
+    return "online" if has_login() else "disabled"
+
+
+def has_login() -> bool:
+    """Whether WANDB_API_KEY is set, or ~/.netrc or the file NETRC has W&B's host (that of WANDB_BASE_URL)."""
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     has_entry = netrc.is_file() and host in netrc.read_text(errors="replace").split()
-    return "online" if os.environ.get("WANDB_API_KEY") or has_entry else "disabled"
+    return bool(os.environ.get("WANDB_API_KEY")) or has_entry
+
+
+def default_entity() -> str | None:
+    """Return the user or team that W&B takes for a login when no entity is given, as the server says."""
+    import wandb
+
+    return wandb.Api().default_entity
 
 
 class WandbRun:
@@ -83,15 +92,29 @@ class WandbRun:
             self._guard("failed", lambda: self._run.log({"step": step} | metrics, step=batch, commit=True))
             self._next_batch = batch + 1
 
-    def finish(self, exit_code: int) -> None:
-        """End the run for this process; a later one of the same training goes on with it."""
+    def log_folder(self, name: str, kind: str, folder: Path, metadata: dict[str, Any]) -> None:
+        """Log a folder as an artifact that refers to its files; W&B reads them for their MD5 and copies none."""
+        if self._run is not None:
+            self._guard("did not log an artifact", lambda: self._log_folder(name, kind, folder, metadata))
+
+    def _log_folder(self, name: str, kind: str, folder: Path, metadata: dict[str, Any]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(name, kind, metadata=metadata)
+        artifact.add_reference(folder.resolve().as_uri())
+        self._run.log_artifact(artifact)
+
+    def finish(self, exit_code: int) -> bool:
+        """End the run for this process, later ones go on with it; return whether W&B has all that it was sent."""
         if self._run is not None:
             self._guard("did not finish", lambda: self._run.finish(exit_code=exit_code))
+        is_sent = self._run is not None
         if self._has_failed:  # a service that is dead would fail the next training too, and print a traceback at exit
             with suppress(Exception):
                 import wandb
 
                 wandb.teardown(exit_code)
+        return is_sent
 
     def _guard(self, what: str, act: Callable[[], object]) -> None:
         """Call `act`; an error, be it network, login, service or disk, ends no training."""

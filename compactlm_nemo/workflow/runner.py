@@ -27,6 +27,7 @@ from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.owner import owned
 from compactlm_nemo.workflow.preflight import check
 from compactlm_nemo.workflow.stage_table import MAKERS, STAGES, stages_of
+from compactlm_nemo.workflow.wandb_artifacts import log_artifacts
 
 if TYPE_CHECKING:
     from compactlm_nemo.parallel.mesh import Mesh
@@ -72,6 +73,8 @@ def run_stages(config: Config, only: str | None = None) -> None:
                 _run_one(STAGES[name], config, mesh, console)
                 if name != names[-1]:
                     stop_if_asked(f"{name} is done")
+    if config.wandb.log_artifacts and is_main_rank():
+        log_artifacts(config)
     if names[-1] == "report":
         from compactlm_nemo.report.markdown import show
 
