@@ -221,5 +221,7 @@ def _grammar_problem(match: re.Match[str], word: str, written: str) -> str | Non
         return f"{word!r} has a key that cannot be read; keys have letters a-z, digits, _ and -, with dots between."
     quoted = QuotedString(text=match["value"][1:], quote=Quote.single).with_quotes()
     right = f"{match['sign'] or ''}{match['key']}={quoted}"
+    if not right.isprintable():
+        return f"{word!r} has a value that cannot be read; give it without control characters."
     right = shlex.quote(right) if set(right) & set('"$`\\!') else f'"{right}"'
     return f"{word!r} has a value that cannot be read; where it is meant as text, write {right}"

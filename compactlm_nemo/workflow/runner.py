@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from compactlm_nemo.artifacts import (
+    MANIFEST,
     file_identity,
     finished_twin,
     fresh_folder,
@@ -114,6 +116,9 @@ def _inputs(stage: Stage, config: Config) -> dict[str, str]:
     identities = {name: file_identity(path) for name, path in sorted(files.items()) if path.is_file()}
     run, missing = Path(config.run.dir), []
     for artifact in stage.artifacts(config):
+        if config.run.reuse is not None and not (run / artifact / MANIFEST).exists():
+            with suppress(CompactLMError):  # told below as missing
+                _done_before(MAKERS[artifact], config)
         try:
             identities[artifact] = read_manifest(run / artifact)["fingerprint"]
         except CompactLMError:

@@ -105,6 +105,7 @@ def test_the_path_of_a_corpus_keeps_what_was_typed_and_its_numbers_are_numbers()
     [
         ("distill.lr=a=b", "\"distill.lr='a=b'\""),
         ("distill.lr=$x'y", None),
+        ('distill.lr=a"b', None),
         ("+distill.lr=été", "\"+distill.lr='été'\""),
     ],
 )
@@ -202,3 +203,25 @@ def test_completion_completes_settings_in_bash(tmp_path: Path) -> None:
         ["bash", "-c", session], cwd=CONF.parent, env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.splitlines() == ["distill.log_every=", "experiment=smollm2_135m_cpu", "none "], done.stderr
+
+
+def documented() -> list[list[str]]:
+    """Words of each command of a recipe with flags in docs/command_line.md, with the user's folder in place."""
+    text = (CONF.parent / "docs" / "command_line.md").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("python -m recipes.")]
+    return [shlex.split(line)[3:] for line in lines if " -" in line.removeprefix("python -m ")]
+
+
+@pytest.mark.parametrize("words", documented(), ids=" ".join)
+def test_documented_commands_with_flags_run(answer: Any, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = (CONF / "experiment" / "llama31_8b_to_4b_width.yaml").read_text()
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    text = text.replace("# @package _global_", "").replace("defaults:", "defaults:\n  - config")
+    (tmp_path / "own.yaml").write_text(text)
+    launcher = ("hydra/launcher=", "hydra.launcher.")  # of a plugin that need not be installed
+    words = [word.replace("/my/conf", str(tmp_path)) for word in words if not word.startswith(launcher)]
+    shows = {"--cfg", "--info"} & set(words)
+    code, printed, errors = answer(*words, *([] if shows else ["dry_run=true", "model.source=absent"]))
+    assert code == 0 and (shows or not errors), errors
+    assert printed

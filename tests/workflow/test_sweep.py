@@ -86,6 +86,17 @@ def test_the_same_sweep_goes_on_and_skips_what_is_done(
     assert len((folder / "sweep.md").read_text().splitlines()) == 2 + 3  # with what failed before
 
 
+def test_a_sweep_of_one_stage_takes_what_it_reads_from_the_runs_there_are(
+    inputs: Path, swept: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    folder, _ = swept
+    words = [word.replace("recipes.compress", "recipes.distill") for word in sweep(inputs, folder, "distill.beta2=0.9")]
+    done = run(words)
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(folder / "distill.beta2=0.9" / "distill")["settings"]["distill.beta2"] == 0.9
+    assert (folder / "distill.beta2=0.9" / "student").is_symlink()
+
+
 def test_a_dry_run_of_a_sweep_plans_each_run_and_writes_nothing(inputs: Path, tmp_path: Path) -> None:
     words = sweep(inputs, tmp_path / "run", "dry_run=true", "distill.lr=1e-4,3e-4", "hydra.launcher.x=1")
     done = run(words)
