@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -110,11 +111,16 @@ def compose(overrides: list[str]) -> Config:
 
 
 def compose_root(root: Root[T], overrides: list[str]) -> T:
-    """Return the configuration of any root that a command line of these overrides gives."""
+    """Return the configuration of any root that a command line of these overrides gives; a recipe may call it too."""
     register_schema(root)
     written = hydra_overrides(root.schema, overrides)
-    with hydra.initialize_config_dir(str(CONF), version_base=None), told_in_words():
-        return to_config(hydra.compose(root.file, written), root.schema)
+    running = GlobalHydra.instance().hydra  # of the recipe that calls
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base=None), told_in_words():
+            return to_config(hydra.compose(root.file, written), root.schema)
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 @contextmanager
