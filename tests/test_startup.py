@@ -43,6 +43,7 @@ PLAN = ["experiment=llama31_8b_to_4b_width", "model.source=absent", "dry_run=tru
         (["recipes.compress", "--help"], 0, "settings (key = default)"),
         (["recipes.rank", "--help"], 0, "rank.candidates"),
         (["recipes.compare_scores", "--help"], 0, "compare_scores a="),
+        (["recipes.dashboard", "dry_run=true"], 0, "| Losses |"),
         (["recipes.distill", "distill.stepz=3"], 2, "distill.stepz"),
         (["recipes.score", "run.dir=x", "model.source=y", "score.samples=0"], 2, "score.samples=0 must be > 0"),
         (["recipes.compress", *PLAN, "parallel.tp=3", "distill.micro_batch=7"], 2, "parallel.tp=3"),
