@@ -46,6 +46,7 @@ PLAN = ["experiment=llama31_8b_to_4b_width", "model.source=absent", "dry_run=tru
         (["recipes.submit", "--help"], 0, "recipes.submit RECIPE"),
         (["recipes.submit", "compress", "nodes=2", "run.dir=x", "model.source=absent"], 2, "model.source=absent does"),
         (["recipes.status", "run.dir=absent"], 2, "run.dir=absent holds no run"),
+        (["recipes.dashboard", "dry_run=true"], 0, "| Losses |"),
         (["recipes.distill", "distill.stepz=3"], 2, "distill.stepz"),
         (["recipes.score", "run.dir=x", "model.source=y", "score.samples=0"], 2, "score.samples=0 must be > 0"),
         (["recipes.compress", *PLAN, "parallel.tp=3", "distill.micro_batch=7"], 2, "parallel.tp=3"),

@@ -121,6 +121,7 @@ def test_the_server_has_every_step_once_over_a_kill_and_a_requeue(
     assert up.steps(run_id(tmp_path)) == list(range(9))
     ended = end(begin(tmp_path, up.url, start=8), tmp_path)
     assert ended.code == 0 and up.steps(run_id(tmp_path)) == list(range(STEPS)), ended.err
+    assert "will be ignored" not in ended.err, ended.err  # what W&B says of steps that it has
     rows = up.rows[run_id(tmp_path)]
     assert [row["v"] for row in rows.values()] == list(range(STEPS)) and len(up.runs) == 1
     sent = up.runs[run_id(tmp_path)]
