@@ -16,13 +16,13 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
+from compactlm_nemo.errors import CheckpointError, CompactLMError, ConfigError, NumericsError
 
 MANIFEST = "manifest.json"
 
@@ -133,6 +133,15 @@ def stage_is_done(folder: Path, settings: Mapping[str, Any], inputs: Mapping[str
         f"run.dir={folder.parent} holds {folder.name} of another configuration (differs: {shown}{more}); "
         f"choose another run.dir or delete {folder}."
     )
+
+
+def finished_twin(runs: Path, artifact: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Path | None:
+    """Return a finished artifact of these settings and inputs in a folder of runs, which may be a run."""
+    for run in (runs, *sorted(runs.glob("*/"))):
+        with suppress(CompactLMError):  # another's result, or damaged
+            if stage_is_done(run / artifact, settings, inputs):
+                return (run / artifact).resolve()
+    return None
 
 
 def refuse_damage(folder: Path, problems: list[str]) -> None:

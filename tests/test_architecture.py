@@ -27,8 +27,15 @@ MOST_ARROWS, MOST_FLOORS = 100, 10
 
 # Library (or part of one) -> the only files that may import it.
 ONLY_USERS = {
-    "hydra": {"config/load.py"},
-    "omegaconf": {"config/load.py", "config/evaluate.py", "config/model.py", "config/run.py"},
+    "hydra": {"config/application.py", "config/load.py", "config/overrides.py"},
+    "omegaconf": {
+        "config/application.py",
+        "config/load.py",
+        "config/evaluate.py",
+        "config/model.py",
+        "config/run.py",
+        "workflow/sweep.py",
+    },
     "megatron.core.parallel_state": {"parallel/mesh.py", "parallel/launch.py"},
     "pickle": {"models/checkpoint.py", "models/checkpoint_metadata.py"},  # the first for the name of an error
     "wandb": {"training/wandb_run.py"},

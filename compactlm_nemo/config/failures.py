@@ -5,9 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
+import socket
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from compactlm_nemo.config.load import HYDRA_ERRORS, one_line
@@ -24,6 +30,9 @@ FAULTS = "faults"
 
 FULL = 2**20
 """Free bytes of a file system below which a write that failed is taken for one that found no space."""
+
+MAIN_RANK_FIRST = 3.0
+"""Seconds that other ranks leave to the main rank, whose launcher ends them as soon as it has told what failed."""
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -91,6 +100,51 @@ def explain(error: BaseException, run_dir: str | None = None) -> Failure:
     return Failure(
         f"error: {stage}{type(error).__name__}: {_first_line(error)}: a fault of this program, please report it", FAULT
     )
+
+
+def report(failure: Failure, error: BaseException, run_dir: str | None) -> int:
+    """Print one line about a failure, and return the exit code; the main rank's comes first, then it is the launch's.
+
+    Other ranks fail because one did, or as all do. They wait until the launcher ends them, and speak when it does not:
+    then theirs was the only failure.
+    """
+    line, rank = failure.line, os.environ.get("RANK", "0")
+    if failure.is_of_all_ranks and rank != "0":
+        return failure.code
+    if failure.code == FAULT:
+        line += f" (traceback in {_keep_traceback(error, run_dir)})"
+    if failure.is_of_another_rank or rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        sys.stdout.flush()
+        time.sleep(MAIN_RANK_FIRST * (2 if failure.is_of_another_rank else 1))
+        line = f"rank {rank} on {socket.gethostname()}: {line}"
+    print(line, file=sys.stderr, flush=True)
+    tell_exit_code(failure.code)
+    return failure.code
+
+
+def _keep_traceback(error: BaseException, run_dir: str | None) -> Path:
+    """Write the traceback of a fault into the run's folder, or a temporary one, and return the file."""
+    text = " ".join(sys.argv) + "\n" + "".join(traceback.format_exception(error))
+    name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-rank{os.environ.get('RANK', '0')}-{os.getpid()}.txt"
+    folders = [Path(tempfile.gettempdir())]
+    if run_dir is not None:
+        folders.insert(0, Path(run_dir) / FAULTS)
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        return folder / name
+    print(text, file=sys.stderr)  # nowhere to write: better here than lost
+    return Path("the lines above")
+
+
+def pipe_closed() -> int:
+    """Return the exit code of a command whose output nobody reads any more, and let what is left in it go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def tell_exit_code(code: int) -> None:

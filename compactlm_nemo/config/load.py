@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
@@ -12,21 +13,19 @@ from typing import Any, Generic, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.fingerprint import MARK
+from compactlm_nemo.config.overrides import hydra_overrides
 from compactlm_nemo.config.run import VerifyConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.submit import StatusConfig, SubmitConfig
 from compactlm_nemo.errors import ConfigError, listed
 
-OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture|search\.multiples|site\.environment)\.[^.=]+=")
-"""A name of the user's choosing, as in `data.train.web=web.jsonl`; Hydra would ask for `++` before it."""
-OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[A-Za-z_][^=\s]*)(?P<value>=.*)?$", re.DOTALL)
-"""The parts of an override that decide whether Hydra heeds it."""
 _FOR_DEVELOPERS = ("full_key:", "object_type=", "reference_type=", "See ", "Config search path:", "provider=")
 _APPEND = re.compile(r"To append to your config use \S+")  # which `override_problems` would refuse
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -81,7 +80,8 @@ def to_config(tree: DictConfig, schema: type[T]) -> T:
     if missing:
         raise ConfigError(f"{', '.join(missing)} must be set; for example {missing[0]}=VALUE on the command line.")
     config = OmegaConf.to_object(tree)
-    assert isinstance(config, schema)
+    if not isinstance(config, schema):
+        raise ConfigError("the file of --config-name does not build on ours; let its defaults begin with `config`.")
     if problems := _number_problems(config, ""):
         raise ConfigError(listed(problems))
     return config
@@ -107,44 +107,32 @@ def compose(overrides: list[str]) -> Config:
 def compose_root(root: Root[T], overrides: list[str]) -> T:
     """Return the configuration of any root that a command line of these overrides gives."""
     register_schema(root)
-    if problems := override_problems(root, overrides):
-        raise ConfigError(listed(problems))
-    overrides = ["++" + text if OPEN_KEY.match(text) else text for text in overrides]
-    with hydra.initialize_config_dir(str(CONF), version_base=None):
-        try:
-            tree = hydra.compose(root.file, overrides)
-        except HYDRA_ERRORS:
-            raise
-        except ValueError as error:  # Hydra's word on `experiment=null`, which names no file
-            raise ConfigError(f"{error}; name a file of conf/ or leave the override out.") from error
-        return to_config(tree, root.schema)
+    written = hydra_overrides(root.schema, overrides)
+    with _inside_an_application(), hydra.initialize_config_dir(str(CONF), version_base=None), told_in_words():
+        return to_config(hydra.compose(root.file, written), root.schema)
 
 
-def override_problems(root: Root[Any], overrides: list[str]) -> list[str]:
-    """Return what is wrong with overrides that Hydra would take without a word, and that would have no effect.
+@contextmanager
+def _inside_an_application() -> Iterator[None]:
+    """Let Hydra compose once more while a recipe runs, as `recipes.submit` does for the recipe that it submits."""
+    instance = GlobalHydra.instance()
+    outer = instance.hydra
+    instance.clear()
+    try:
+        yield
+    finally:
+        instance.hydra = outer
 
-    `~KEY` gives a setting its default back, and `++KEY` adds one that nobody reads; Hydra's own settings move its
-    logs and working folder, which recipes do not use.
-    """
-    known = [key for key, *_ in schema_reference(root.schema)]
-    problems = []
-    for text in overrides:
-        match = OVERRIDE.match(text)
-        if match is None:
-            problems.append(f"{text!r} is no setting; write KEY=VALUE, and quotes around a value with special letters.")
-            continue
-        sign, key = match["sign"], match["key"]
-        if key.partition(".")[0] == "hydra":
-            problems.append(f"{text} has no effect, recipes write into run.dir alone; leave it out.")
-        elif OPEN_KEY.match(f"{key}="):
-            continue
-        elif sign == "~":
-            problems.append(f"{text} takes nothing away but gives defaults; leave it out, or set the value you want.")
-        elif sign and key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "--help lists all."
-            problems.append(f"{text} sets nothing, as there is no setting {key}; {hint}")
-    return problems
+
+@contextmanager
+def told_in_words() -> Iterator[None]:
+    """Raise what Hydra says as ValueError, as of `experiment=null`, which names no file, as an error of the user."""
+    try:
+        yield
+    except HYDRA_ERRORS:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{error}; name a file of conf/ or leave the override out.") from error
 
 
 def to_yaml(config: Any) -> str:

@@ -34,6 +34,9 @@ class RunFolder:
 
 @dataclass(kw_only=True)
 class RunConfig(RunFolder):
+    reuse: str | None = setting(None, changes_result=False)
+    """Folder of runs: a stage that one of them has finished, with equal settings and inputs, is linked instead of made
+    anew. A sweep sets it to its own folder."""
     seed: int = setting(1234)
     """Seed of calibration windows and data order."""
     time_limit: float | None = setting(None, changes_result=False)
@@ -44,6 +47,7 @@ class RunConfig(RunFolder):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.reuse != "", "run.reuse is empty; name a folder of runs, or leave it out.")
         require(0 <= self.seed < 2**32, f"run.seed={self.seed} must be in [0, 2^32), as numpy asks; 1234 is usual.")
         for name in ("time_limit", "hang_minutes"):
             value = getattr(self, name)

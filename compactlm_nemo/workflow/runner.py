@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from compactlm_nemo.artifacts import (
+    MANIFEST,
     file_identity,
+    finished_twin,
     fresh_folder,
     read_manifest,
     refuse_damage,
@@ -57,8 +61,8 @@ def run_stages(config: Config, only: str | None = None) -> None:
     pending = names
     console = Console(quiet=not is_main_rank())
     if launch_world_size() == 1:  # more ranks leave the decision to the main one, in _run_one
-        while pending and stage_is_done(_folder(STAGES[pending[0]], config), *_identity(STAGES[pending[0]], config)):
-            console.print(f"{pending[0]}: done before, skipped")
+        while pending and (told := _done_before(STAGES[pending[0]], config)):
+            console.print(f"{pending[0]}: {told}", soft_wrap=True, markup=False, highlight=False)
             pending = pending[1:]
     if pending:
         from compactlm_nemo.parallel.interruption import job_deadline, stop_if_asked
@@ -87,12 +91,34 @@ def _identity(stage: Stage, config: Config) -> tuple[dict[str, Any], dict[str, s
     return settings_of(stage.settings(config)), _inputs(stage, config)
 
 
+def _done_before(stage: Stage, config: Config) -> str:
+    """Return where a stage's result comes from when there is one, of this run or of another in `run.reuse`; else ""."""
+    folder, (settings, inputs) = _folder(stage, config), _identity(stage, config)
+    if stage_is_done(folder, settings, inputs):
+        return "done before, skipped"
+    if config.run.reuse is None:
+        return ""
+    if folder.is_symlink() and not folder.exists():
+        folder.unlink()  # what it led to is gone
+    if folder.exists():
+        return ""
+    other = finished_twin(Path(config.run.reuse), stage.writes, settings, inputs)
+    if other is None:
+        return ""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.symlink_to(os.path.relpath(other, folder.parent.resolve()))
+    return f"done before in {other.parent}, linked"
+
+
 def _inputs(stage: Stage, config: Config) -> dict[str, str]:
     """Return the identity of everything that a stage reads: files of the user, artifacts of other stages."""
     files = stage.files(config)
     identities = {name: file_identity(path) for name, path in sorted(files.items()) if path.is_file()}
     run, missing = Path(config.run.dir), []
     for artifact in stage.artifacts(config):
+        if config.run.reuse is not None and not (run / artifact / MANIFEST).exists():
+            with suppress(CompactLMError):  # told below as missing
+                _done_before(MAKERS[artifact], config)
         try:
             identities[artifact] = read_manifest(run / artifact)["fingerprint"]
         except CompactLMError:
@@ -124,15 +150,15 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
 
     folder = _folder(stage, config)
     # The main rank decides for all: file systems of a cluster do not show every node the same at once.
-    done = False
+    told = ""
     with main_rank_writes() as writes:
         if writes:
             settings, inputs = _identity(stage, config)
-            done = stage_is_done(folder, settings, inputs)
-            if not done:
+            told = _done_before(stage, config)
+            if not told:
                 fresh_folder(folder)
-    if broadcast_object(done):
-        console.print(f"{stage.name}: done before, skipped")
+    if told := broadcast_object(told):
+        console.print(f"{stage.name}: {told}", soft_wrap=True, markup=False, highlight=False)
         return
     console.print(f"{stage.name} ...")
     _check_inputs(stage, config)

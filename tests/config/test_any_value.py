@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from compactlm_nemo.config.command import recipe
 from compactlm_nemo.config.data import CorpusConfig
-from compactlm_nemo.config.load import OPEN_KEY, compose
+from compactlm_nemo.config.load import compose
+from compactlm_nemo.config.overrides import OPEN_KEY
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.workflow.compress import compress
 from tests.support.tiny_run import command

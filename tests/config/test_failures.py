@@ -17,7 +17,6 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from compactlm_nemo.config import command as command_module
 from compactlm_nemo.config import failures
 from compactlm_nemo.config.command import recipe
 from compactlm_nemo.config.failures import FAULT, FAULTS, TRY_AGAIN, USER, explain
@@ -117,7 +116,7 @@ def test_where_the_runs_folder_cannot_be_written_the_traceback_goes_elsewhere(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "tmp").mkdir()
-    monkeypatch.setattr(command_module.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(failures.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     assert ended(fails(KeyError("rows")), monkeypatch, tmp_path / "file" / "run") == FAULT
     (path,) = (tmp_path / "tmp").iterdir()
     assert str(path) in capsys.readouterr().err
