@@ -27,7 +27,7 @@ OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture|search\.m
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^\W\d][^=\s]*)(?P<value>=.*)?$", re.DOTALL)
 """The parts of an override that decide whether Hydra heeds it."""
 _CORPUS = re.compile(r"data\.(train|heldout)\.[^.]+$")
-_CORPUS_PATH = re.compile(r"data\.(train|heldout)\.[^.]+\.(path|name|key)$")
+_CORPUS_PATH = re.compile(r"(data\.(train|heldout)\.[^.]+\.(path|name|key)|site\.environment\.[^.]+)$")
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\s*\(.*\)$", re.DOTALL)
 _HYDRA_ALWAYS = ("hydra.searchpath", "hydra.verbose", "hydra.callbacks", "hydra.mode", "hydra.job.env_")
 _HYDRA_SWEEPS = (
