@@ -40,6 +40,8 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
             for part in ("train", "heldout")
             if not getattr(data, part)
         ]
+    if data.chat_template is not None and not config.dry_run and not Path(data.chat_template).is_file():
+        problems.append(f"data.chat_template={data.chat_template} does not exist; give a Jinja file, or leave it out.")
     budgets = [corpus.tokens for corpus in data.train.values() if corpus.tokens is not None]
     trained = config.distill.num_samples * data.sequence_length
     if budgets and len(budgets) < len(data.train):
@@ -57,8 +59,8 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
 
 def tokenize_settings(config: Config) -> dict[str, Any]:
     """Return what decides the tokens beside the files; chats are refused that could not be told from each other."""
-    masks = {"mask_documents": True} if config.data.mask_documents else {}
-    return {"corpora": sorted(config.data.corpora())} | masks
+    given = {"mask_documents": config.data.mask_documents, "chat_template": config.data.chat_template}
+    return {"corpora": sorted(config.data.corpora())} | {name: value for name, value in given.items() if value}
 
 
 def tokenize(run: Run, folder: Path) -> dict[str, Any]:
