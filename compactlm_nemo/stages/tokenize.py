@@ -48,6 +48,8 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
             for part in ("train", "heldout")
             if not getattr(data, part)
         ]
+    if data.chat_template is not None and not config.dry_run and not Path(data.chat_template).is_file():
+        problems.append(f"data.chat_template={data.chat_template} does not exist; give a Jinja file, or leave it out.")
     budgets = [corpus.tokens for corpus in data.train.values() if corpus.tokens is not None]
     trained = config.distill.num_samples * data.sequence_length
     if budgets and len(budgets) < len(data.train):
@@ -66,8 +68,8 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
 def tokenize_settings(config: Config) -> dict[str, Any]:
     """Return what decides the tokens beside the files; chats are refused that could not be told from each other."""
     data = config.data
-    masks = {"mask_documents": True} if data.mask_documents else {}
-    return masks | {
+    given = {"mask_documents": data.mask_documents, "chat_template": data.chat_template}
+    return {name: value for name, value in given.items() if value} | {
         "corpora": {name: [corpus.path, corpus.key] for name, corpus in sorted(data.corpora().items())},
         "special_tokens": data.special_tokens,
         "document_end": data.document_end,

@@ -172,6 +172,11 @@ def test_loss_on_all_counts_the_questions_too(inputs, settings, pruned, tmp_path
     assert first["train/tokens"] == 4 * LENGTH
 
 
+def test_a_template_that_is_not_there_is_told_before_the_start(inputs, tmp_path):
+    done = commands.run(command(inputs, tmp_path / "run", "data.chat_template=none.jinja"))
+    assert done.returncode == 2 and "data.chat_template=none.jinja does not exist" in done.stderr
+
+
 def test_a_choice_of_what_counts_in_plain_text_is_refused(inputs, tmp_path):
     words = [f"data.train.a={{path: {inputs}/train.jsonl, loss: answer}}"]
     for recipe in ("import_model", "tokenize"):
