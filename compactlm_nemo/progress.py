@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from compactlm_nemo.parallel.world import is_main_rank
 
@@ -41,3 +49,27 @@ def progress_bar(label: str, samples: int, tokens_per_sample: int) -> Iterator[C
     console.print(
         f"  {label}: {samples} samples, {samples * tokens_per_sample / seconds:.0f} tokens/s, {seconds:.0f} s"
     )
+
+
+@contextmanager
+def byte_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(bytes)`: a bar on a terminal, one closing line elsewhere, nothing on other ranks."""
+    console = Console()
+    if not is_main_rank():
+        yield lambda count: None
+        return
+    start, done = time.perf_counter(), 0
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(label, total=total or None)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.update(task, completed=done)
+
+        yield advance
+    seconds = time.perf_counter() - start
+    console.print(f"  {label}: {done / 1e6:.1f} MB read, {done / 1e6 / seconds:.1f} MB/s, {seconds:.0f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -18,13 +19,32 @@ class LossOn(Enum):
     all = "all"
 
 
+class SpecialTokens(Enum):
+    """What a text means that spells a special token: its letters, or the token."""
+
+    literal = "literal"
+    parse = "parse"
+
+
+class Bos(Enum):
+    """Whether windows begin with the token that begins a text: as the tokenizer has it, always, or never."""
+
+    tokenizer = "tokenizer"
+    always = "always"
+    never = "never"
+
+
 @dataclass(kw_only=True)
 class CorpusConfig:
     """One text corpus, tokenised once into Megatron's indexed format."""
 
-    path: str
-    """JSON-lines file whose lines have `text`, `messages`, or `prompt` and `completion`; or a Megatron prefix
-    (`PREFIX.bin` and `PREFIX.idx`, with `PREFIX.mask` where not all tokens count)."""
+    path: Any
+    """File, folder, glob, `hf://ORG/NAME[/SUBSET][:SPLIT]`, or a list of them: JSON lines, also `.gz`, `.bz2`, `.xz` or
+    `.zst`, `.parquet`, whose records have `text`, `messages`, or `prompt` and `completion`; `.txt`, a document a file.
+    Or a Megatron prefix, with or without suffix (`PREFIX.bin` and `PREFIX.idx`, with `PREFIX.mask` where not all tokens
+    count)."""
+    key: str = "text"
+    """Key, or column, of the text."""
     weight: float = 1.0
     """Share of this corpus in a training blend, relative to the others."""
     tokens: int | None = None
@@ -46,24 +66,42 @@ class CorpusConfig:
         return self.weight if self.tokens is None else float(self.tokens)
 
     @property
+    def paths(self) -> list[str]:
+        """`path` as a list."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def prefix(self) -> Path | None:
+        """The prefix of Megatron token files that `path` is; None of texts."""
+        if not isinstance(self.path, str):
+            return None
+        stem = self.path[: -len(".bin")] if self.path.endswith((".bin", ".idx")) else self.path
+        return next((Path(each) for each in (self.path, stem) if Path(each + ".idx").is_file()), None)
+
+    @property
     def is_tokenised(self) -> bool:
-        """Whether `path` is the prefix of Megatron token files."""
-        return Path(self.path + ".idx").is_file()
+        """Whether `path` names Megatron token files."""
+        return self.prefix is not None
 
 
 def _corpus(key: str, value: Any) -> CorpusConfig:
     """Return a corpus from its short form (a path) or its long one; OmegaConf cannot type values that users add."""
     if isinstance(value, CorpusConfig):
         return value
-    given = {"path": value} if isinstance(value, str) else dict(value or {})
-    unknown = given.keys() - {"path", "weight", "tokens", "loss"}
+    given = {"path": value} if isinstance(value, (str, list)) else dict(value) if isinstance(value, Mapping) else {}
+    unknown = given.keys() - {"path", "key", "weight", "tokens", "loss"}
+    path, text_key = given.get("path"), given.get("key", "text")
+    is_path = isinstance(path, str) or (isinstance(path, list) and path and all(isinstance(p, str) for p in path))
+    require(
+        isinstance(text_key, str) and text_key != "", f"{key}.key={text_key} must be a name; leave it out for text."
+    )
     if isinstance(loss := given.get("loss"), str):
         require(loss in LossOn.__members__, f"{key}.loss={loss} must be answer or all; leave it out for answer.")
         given["loss"] = LossOn[loss]
     require(
-        not unknown and isinstance(given.get("path"), str) and not {"weight", "tokens"} <= given.keys(),
-        f"{key}={value} must be a path, {{path: PATH, weight: NUMBER}} or {{path: PATH, tokens: NUMBER}}, with "
-        f"loss: answer or all if you like; for example {key}=text.jsonl.",
+        not unknown and is_path and not {"weight", "tokens"} <= given.keys(),
+        f"{key}={value} must be a path or a list of paths, {{path: PATH, weight: NUMBER}} or {{path: PATH, tokens: "
+        f"NUMBER}}, with key: NAME and loss: answer or all if you like; for example {key}=text.jsonl.",
     )
     return CorpusConfig(**given)
 
@@ -71,7 +109,8 @@ def _corpus(key: str, value: Any) -> CorpusConfig:
 @dataclass(kw_only=True)
 class DataConfig:
     train: dict[str, Any] = setting({})
-    """Training blend, name to path, {path, weight} or {path, tokens}; calibration draws from it as well. Of chats the
+    """Training blend, name to path or list of paths, {path, weight} or {path, tokens}, with `key: NAME` for texts under
+    another key than `text`; calibration draws from it as well. Of chats the
     answers count, with `loss: all` every token."""
     heldout: dict[str, Any] = setting({})
     """Evaluation texts, name to path; none of their documents may be in `train`."""
@@ -79,6 +118,15 @@ class DataConfig:
     """Tokens of one sample."""
     chat_template: str | None = setting(None)
     """Jinja file that renders `messages`; null takes the tokenizer's own chat template."""
+    special_tokens: SpecialTokens = setting(SpecialTokens.literal)
+    """What a plain text that spells a special token, as `<|im_end|>`, becomes: literal, ordinary tokens; parse, that
+    token."""
+    document_end: str | None = setting(None)
+    """Token behind every document; null takes `<|endoftext|>`, `<|end_of_text|>` or the tokenizer's `eos_token`, the
+    first that there is."""
+    bos: Bos = setting(Bos.tokenizer)
+    """Whether the first token of every window is the tokenizer's `bos_token`: tokenizer, where the tokenizer itself
+    puts it in front of a text; always; never."""
     mask_documents: bool = setting(False)
     """Attention stays within the documents of a sample; each begins with the end-of-text token before it."""
 

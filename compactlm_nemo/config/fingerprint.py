@@ -57,6 +57,8 @@ def training_text(config: Config) -> dict[str, Any]:
     return {
         "data.sequence_length": config.data.sequence_length,
         "data.mask_documents": config.data.mask_documents,
+        "data.document_end": config.data.document_end if config.data.mask_documents else None,
+        "data.bos": config.data.bos,
         "data.train": {
             name: [corpus.path, corpus.share / total, *([corpus.loss.name] if corpus.loss else [])]
             for name, corpus in config.data.train.items()

@@ -1,4 +1,4 @@
-"""Reads documents where they lie: JSON lines, parquet, plain text, compressed or not, in files, folders, globs, the Hub.
+"""Reads documents where they lie: JSON lines, parquet, plain text, packed or not, in files, folders, the Hub.
 
 Nothing is held but a piece: the records of a file are read one after another and cut into pieces, of which a process
 takes those that are its own. Which piece a record is in depends on the files alone.
@@ -52,7 +52,7 @@ class Piece(NamedTuple):
 
 class _Raw(NamedTuple):
     number: int
-    bytes: int
+    size: int
     value: bytes | dict[str, Any]
 
 
@@ -96,6 +96,7 @@ def read_pieces(
     sources: list[str],
     key: str = "text",
     is_wanted: Callable[[tuple[int, int]], bool] = lambda place: True,
+    is_read: Callable[[int], bool] = lambda number: True,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Iterator[Piece]:
     """Yield the pieces of all sources, in order.
@@ -103,12 +104,13 @@ def read_pieces(
     Args:
         key: Where the text of a plain text file goes.
         is_wanted: Tells by its place whether a piece is yielded; others are read past, not parsed.
+        is_read: Tells by its number whether a source is opened at all.
         advance: Called with the bytes on disk that were read since the last call.
     Raises:
         DataError: a source cannot be read, a line is no JSON object or too long; the message names file and line.
     """
     for number, source in enumerate(sources):
-        for idx, raw in enumerate(_cut(_read(source, key, advance))):
+        for idx, raw in enumerate(_cut(_read(source, key, advance)) if is_read(number) else ()):
             if is_wanted((number, idx)):
                 yield Piece(source, (number, idx), [_record(source, each) for each in raw])
 
@@ -125,7 +127,7 @@ def _cut(raw: Iterator[_Raw]) -> Iterator[list[_Raw]]:
     num_bytes = 0
     for each in raw:
         piece.append(each)
-        num_bytes += each.bytes
+        num_bytes += each.size
         if len(piece) == PIECE_RECORDS or num_bytes >= PIECE_BYTES:
             yield piece
             piece, num_bytes = [], 0

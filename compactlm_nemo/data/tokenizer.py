@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from compactlm_nemo.config.data import Bos
 from compactlm_nemo.errors import CheckpointError, ConfigError
 
 PROBE = (
@@ -84,13 +85,17 @@ def _by_file(folder: Path) -> tuple[str, list[int], Path | None]:
 
 
 @cache
-def end_of_text(folder: Path) -> int:
-    """Return the token that ends a document, by the tokenizer in `folder`.
+def end_of_text(folder: Path, chosen: str | None = None) -> int:
+    """Return the token that ends a document, by the tokenizer in `folder`: the chosen one, `data.document_end`.
 
-    That is `<|endoftext|>` or `<|end_of_text|>`, which unlike the `eos_token` of a chat model end no turn of a chat;
-    else the `eos_token`.
+    Without a choice that is `<|endoftext|>` or `<|end_of_text|>`, which unlike the `eos_token` of a chat model end no
+    turn of a chat; else the `eos_token`.
     """
     tokenizer = load_tokenizer(folder)
+    if chosen is not None:
+        if chosen not in tokenizer.get_vocab():
+            raise ConfigError(f"data.document_end={chosen} is no token of the model's tokenizer; leave it out.")
+        return int(tokenizer.convert_tokens_to_ids(chosen))
     for name in ("<|endoftext|>", "<|end_of_text|>"):
         end = tokenizer.convert_tokens_to_ids(name)
         if end is not None and (end != tokenizer.unk_token_id or end == tokenizer.eos_token_id):
@@ -99,6 +104,23 @@ def end_of_text(folder: Path) -> int:
     if end is None:
         raise ConfigError("model.source: its tokenizer has no end-of-text token; set eos_token in its config.")
     return int(end)
+
+
+@cache
+def window_start(folder: Path, bos: Bos) -> int | None:
+    """Return the token that begins every window, None without one, by the tokenizer in `folder`.
+
+    Raises:
+        ConfigError: `data.bos=always`, and the tokenizer has none.
+    """
+    if bos is Bos.never:
+        return None
+    tokenizer = load_tokenizer(folder)
+    number: int | None = tokenizer.bos_token_id
+    if bos is Bos.always and number is None:
+        raise ConfigError("data.bos=always needs a bos_token, which the tokenizer has not; set data.bos=never.")
+    puts_it = bos is Bos.always or tokenizer("a")["input_ids"][:1] == [number]
+    return number if puts_it else None
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:

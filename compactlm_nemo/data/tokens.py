@@ -1,27 +1,36 @@
-"""Turns text into tokens: JSON lines in, a Megatron indexed dataset (`PREFIX.bin`, `PREFIX.idx`) out.
+"""Turns texts and chats into tokens: records in, a Megatron indexed dataset (`PREFIX.bin`, `PREFIX.idx`) out.
 
-Chats have a mask beside them, `PREFIX.mask` (`data.answer_mask`).
+Chats have a mask beside them, `PREFIX.mask` (`data.answer_mask`). Every rank tokenises pieces of the texts
+(`data.records`) into part files, which stay after a kill; the main rank joins them in order. So the result is the same
+for any number of ranks, and after any number of starts.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
+import logging
 import os
-from collections.abc import Iterator
+import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy
 import torch
+import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from compactlm_nemo.config.data import DataConfig
+from compactlm_nemo.artifacts import sealed
 from compactlm_nemo.data.answer_mask import SUFFIX, AnswerMaskWriter
-from compactlm_nemo.data.chat import ChatEncoder, Encoded
-from compactlm_nemo.errors import DataError
+from compactlm_nemo.data.documents import EMPTY, INNER_ENDS, SPECIAL_TOKENS, DocumentEncoder, EncodedPiece
+from compactlm_nemo.data.records import missing_sources, read_pieces, sources_of, total_bytes
+from compactlm_nemo.errors import DataError, OtherRankError
+from compactlm_nemo.parallel.collectives import all_gather_objects, broadcast_object
+from compactlm_nemo.parallel.launch import main_rank_writes
+from compactlm_nemo.parallel.world import is_main_rank
+from compactlm_nemo.progress import byte_bar
 
-_BATCH_DOCUMENTS = 512
+_log = logging.getLogger(__name__)
 
 
 class Counts(NamedTuple):
@@ -31,139 +40,167 @@ class Counts(NamedTuple):
     """Tokens, ends of documents included."""
     answer_tokens: int
     """Tokens whose prediction counts: those of answers, and all of plain text."""
+    documents: int
+    troubles: dict[str, int]
+    """Records with a kind of trouble, by what is amiss with them."""
+    digests: dict[bytes, str]
+    """What the documents say, each with its place; empty unless asked for."""
 
 
 def tokenize_corpus(
-    path: Path,
+    path: Path | str | list[str],
     prefix: Path,
-    tokenizer: Any,
-    eod: int,
-    vocab_size: int | None = None,
+    encoder: DocumentEncoder,
     *,
-    chat_template: str | None = None,
-    keeps_apart: bool = False,
+    parts: Path | None = None,
+    keeps_digests: bool = False,
 ) -> Counts:
-    """Tokenise every line; each document is its tokens followed by `eod`.
+    """Tokenise every record; each document is its tokens followed by the token that ends it. Collective.
 
     Args:
-        path: JSON lines, each an object with a non-empty string `text`, whose tokens are without special ones, with
-            `messages`, or with `prompt` and `completion` (`data.chat`); blank lines are skipped.
+        path: Files, folders, globs or data sets of the Hub (`data.records`).
         prefix: `PREFIX.bin`, `PREFIX.mask` where there are chats, and `PREFIX.idx` appear when everything is written
             (the index last), or not at all.
-        tokenizer: A Hugging Face tokenizer.
-        eod: End-of-document token.
-        vocab_size: Ids must be in [0, vocab_size): rows of the model, or None for the tokenizer's length.
-        chat_template: Takes the place of the tokenizer's.
-        keeps_apart: Attention will begin anew behind every `eod`, so no chat may hold one but at its end.
+        parts: Begin of the names of part files of this text with these settings, which are used where they exist
+            already; None keeps them nowhere.
+        keeps_digests: Whether the result has `digests`.
     Returns:
-        Number of tokens, which are uint16 when the vocabulary allows, else int32.
+        What was written; tokens are uint16 when the vocabulary allows, else int32.
+    Raises:
+        DataError: a source cannot be read, a record is no document, or all are empty.
     """
-    vocab_size = min(len(tokenizer), vocab_size or len(tokenizer))
-    if not 0 <= eod < vocab_size:
-        raise DataError(f"{path}: end-of-document token {eod} is outside the vocabulary of {vocab_size} tokens.")
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; give a JSON-lines file with a `text` field.")
+    asked = str(path) if isinstance(path, Path) else path
+    if not 0 <= encoder.eod < encoder.num_tokens:
+        raise DataError(
+            f"{asked}: end-of-document token {encoder.eod} is outside the vocabulary of {encoder.num_tokens} tokens."
+        )
+    if missing := missing_sources(asked):
+        raise DataError(f"{missing[0]} does not exist; give a JSON-lines file with a `text` field.")
+    sources = broadcast_object(sources_of(asked))
+    with tempfile.TemporaryDirectory() as folder:
+        names = _write_parts(sources, encoder, broadcast_object(parts or Path(folder) / "part"), prefix.name)
+        counts = None
+        with main_rank_writes() as writes:
+            if writes:
+                counts = _join(asked, names, prefix, encoder, sources if keeps_digests else [])
+        result: Counts = broadcast_object(counts)  # type: ignore[arg-type]
+    return result
+
+
+def _write_parts(sources: list[str], encoder: DocumentEncoder, parts: Path, label: str) -> list[Path]:
+    """Tokenise this rank's pieces, and return the part files of all ranks in the order of the pieces."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    by_source = len(sources) >= world  # else ranks share every source: each reads it and parses its own pieces
+
+    def is_read(number: int) -> bool:
+        return not by_source or number % world == rank
+
+    written: list[Path] = []
+
+    def is_wanted(place: tuple[int, int]) -> bool:
+        if not by_source and place[1] % world != rank:
+            return False
+        path = _part(parts, place)
+        written.append(path)
+        return not path.is_file()
+
+    problem: Exception | None = None
+    total = total_bytes([source for number, source in enumerate(sources) if is_read(number)])
+    try:
+        with byte_bar(f"tokenize {label}", total) as advance:
+            for piece in read_pieces(sources, encoder.key, is_wanted, is_read, advance):
+                _write_part(_part(parts, piece.place), encoder.encode(piece))
+    except Exception as error:
+        problem = error
+    found = all_gather_objects((sorted(str(path) for path in written), str(problem) if problem else None))
+    if problem is not None:
+        raise problem
+    if problems := [text for _, text in found if text is not None]:
+        raise OtherRankError(problems[0]) if not is_main_rank() else DataError(problems[0])
+    return [Path(path) for path in sorted(path for paths, _ in found for path in paths)]
+
+
+def _part(parts: Path, place: tuple[int, int]) -> Path:
+    return parts.with_name(f"{parts.name}.{place[0]:06d}-{place[1]:08d}.npz")
+
+
+def _write_part(path: Path, piece: EncodedPiece) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    documents = piece.documents
+    with sealed(path) as temporary, temporary.open("wb") as file:
+        numpy.savez(
+            file,
+            ids=numpy.array([number for document in documents for number in document.ids], dtype=numpy.int32),
+            lengths=numpy.array([len(document.ids) for document in documents], dtype=numpy.int64),
+            has_mask=numpy.array([document.mask is not None for document in documents], dtype=bool),
+            mask=numpy.array([flag for document in documents for flag in document.mask or ()], dtype=bool),
+            digests=numpy.frombuffer(b"".join(piece.digests), dtype=numpy.uint8).reshape(-1, 16),
+            numbers=numpy.array(piece.numbers, dtype=numpy.int64),
+            troubles=numpy.array(json.dumps(piece.troubles)),
+        )
+
+
+def _join(
+    asked: str | list[str], names: list[Path], prefix: Path, encoder: DocumentEncoder, sources: list[str]
+) -> Counts:
+    """Write the token files from the parts, and warn of what is amiss; `sources` name the places of the digests."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     temporary = f"{prefix}.{os.getpid()}.tmp"
-    num_tokens = 0
     suffixes = (".bin", SUFFIX, ".idx")
-    encoder = ChatEncoder(tokenizer, eod, chat_template)
+    num_documents, troubles, digests = 0, Counter[str](), dict[bytes, str]()
     try:
         mask = AnswerMaskWriter(Path(f"{temporary}{SUFFIX}"))
-        builder = IndexedDatasetBuilder(f"{temporary}.bin", dtype=DType.optimal_dtype(vocab_size))
+        builder = IndexedDatasetBuilder(f"{temporary}.bin", dtype=DType.optimal_dtype(encoder.num_tokens))
         try:
-            for line, document in _token_documents(path, encoder):
-                _check_ids(document.ids, vocab_size, path, line)
-                if keeps_apart and document.mask is not None and eod in document.ids[:-1]:
-                    raise DataError(
-                        f"{path}:{line} holds the end-of-text token {eod} within a chat, which "
-                        "data.mask_documents=true would cut there; set mask_documents=false, or give the tokenizer an "
-                        "<|endoftext|> of its own."
-                    )
-                builder.add_document(torch.tensor(document.ids, dtype=torch.int64), [len(document.ids)])
-                mask.add(len(document.ids), document.mask)
-                num_tokens += len(document.ids)
-            if num_tokens == 0:
-                raise DataError(f"{path} holds no document; give a JSON-lines file with a `text` field.")
+            for name in names:
+                with numpy.load(name) as part:
+                    _add_part({key: part[key] for key in ("ids", "lengths", "has_mask", "mask")}, builder, mask)
+                    num_documents += len(part["lengths"])
+                    troubles.update(json.loads(str(part["troubles"])))
+                    if sources:
+                        source = sources[int(name.name.rpartition(".npz")[0].rpartition(".")[2].partition("-")[0])]
+                        rows = zip(part["digests"], part["numbers"], strict=True)
+                        digests.update({row.tobytes(): f"{source}:{number}" for row, number in rows})
+            if num_documents == 0:
+                raise DataError(f"{asked} holds no document; give a JSON-lines file with a `text` field.")
             builder.finalize(f"{temporary}.idx")
         finally:
             builder.data_file.close()
             mask.close()
         if mask.num_counted == 0:
-            raise DataError(f"{path} holds no answer; a chat needs messages of the role assistant.")
+            raise DataError(f"{asked} holds no answer; a chat needs messages of the role assistant.")
         for suffix in suffixes:
             if Path(f"{temporary}{suffix}").exists():
                 os.replace(f"{temporary}{suffix}", f"{prefix}{suffix}")
     finally:
         for suffix in suffixes:
             Path(f"{temporary}{suffix}").unlink(missing_ok=True)
-    return Counts(num_tokens, mask.num_counted)
+    counted = {kind: number for kind, number in sorted(troubles.items()) if number}
+    _warn(asked, counted, num_documents, encoder)
+    return Counts(mask.num_tokens, mask.num_counted, num_documents, counted, digests)
 
 
-def refuse_shared_documents(data: DataConfig) -> None:
-    """Raise DataError when a training corpus has a text of a held-out corpus, word for word (JSON-lines corpora)."""
-    heldout = {
-        _digest(record): f"{corpus.path}:{line}"
-        for corpus in data.heldout.values()
-        if Path(corpus.path).is_file()
-        for line, record in _documents(Path(corpus.path))
+def _add_part(part: dict[str, numpy.ndarray], builder: IndexedDatasetBuilder, mask: AnswerMaskWriter) -> None:
+    """Append the documents of a part."""
+    ids, flags = torch.from_numpy(part["ids"].astype(numpy.int64)), part["mask"].tolist()
+    start = used = 0
+    for length, has_mask in zip(part["lengths"].tolist(), part["has_mask"].tolist(), strict=True):
+        builder.add_document(ids[start : start + length], [length])
+        mask.add(length, flags[used : used + length] if has_mask else None)
+        start, used = start + length, used + length * has_mask
+
+
+def _warn(asked: str | list[str], troubles: dict[str, int], num_documents: int, encoder: DocumentEncoder) -> None:
+    """Say what is amiss with documents, and what may be done."""
+    ways = {
+        SPECIAL_TOKENS: "they are tokens, as data.special_tokens=parse asks"
+        if encoder.parses_special_tokens
+        else "they are letters; data.special_tokens=parse makes them tokens",
+        INNER_ENDS: f"token {encoder.eod} also ends parts of documents; set data.document_end to another",
     }
-    for corpus in data.train.values():
-        path = Path(corpus.path)
-        for line, record in _documents(path) if path.is_file() and heldout else ():
-            if (other := heldout.get(_digest(record))) is not None:
-                raise DataError(f"{path}:{line} and {other} hold the same document; take it out of data.train.")
-
-
-def _digest(record: dict[str, Any]) -> bytes:
-    """Return the hash of a text, or of what the chat says."""
-    said = record["text"].strip() if "text" in record else json.dumps([record.get(key) for key in _CHATS])
-    return hashlib.blake2b(said.encode(errors="surrogatepass"), digest_size=16).digest()
-
-
-def _token_documents(path: Path, encoder: ChatEncoder) -> Iterator[tuple[int, Encoded]]:
-    documents = _documents(path)
-    while batch := list(itertools.islice(documents, _BATCH_DOCUMENTS)):
-        texts = [record["text"] for _, record in batch if "text" in record]
-        encoded = iter(encoder.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
-        for line, record in batch:
-            if "text" in record:
-                yield line, Encoded([*next(encoded), encoder.eod], None)
-                continue
-            try:
-                yield line, encoder.encode(record)
-            except DataError as error:
-                raise DataError(f"{path}:{line} {error}.") from None
-
-
-_CHATS = ("messages", "prompt", "completion")
-
-
-def _documents(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the number and the object of every line, which holds a non-empty `text`, or a chat."""
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                record = json.loads(raw.decode("utf-8"))
-            except ValueError as error:
-                raise DataError(f"{path}:{line} is no JSON ({error}); every line must be a JSON object.") from None
-            if isinstance(record, dict) and not record.keys().isdisjoint(("messages", "prompt")):
-                if "text" in record or record.keys() >= {"messages", "prompt"}:
-                    raise DataError(f"{path}:{line} has two of `text`, `messages` and `prompt`; leave one of them.")
-            elif not isinstance(record, dict) or not isinstance(text := record.get("text"), str) or not text:
-                raise DataError(
-                    f"{path}:{line} has no `text`; every line must be an object with a non-empty `text`, with "
-                    "`messages`, or with `prompt` and `completion`."
-                )
-            yield line, record
-
-
-def _check_ids(ids: list[int], vocab_size: int, path: Path, line: int) -> None:
-    if ids and not (0 <= min(ids) and max(ids) < vocab_size):
-        worst = max(ids) if max(ids) >= vocab_size else min(ids)
-        raise DataError(
-            f"{path}:{line} gives token {worst}, outside the vocabulary of {vocab_size}; "
-            "use the tokenizer that belongs to the model."
-        )
+    for kind, number in troubles.items():
+        if kind == EMPTY:
+            _log.warning("%s: %s records %s.", asked, f"{number:,}", kind)
+            continue
+        way = f" ({ways[kind]})" if kind in ways else ""
+        _log.warning("%s: %s of %s documents %s%s.", asked, f"{number:,}", f"{num_documents:,}", kind, way)

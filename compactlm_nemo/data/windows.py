@@ -3,7 +3,8 @@
 A corpus is one stream of tokens, its documents one after another, cut into windows that overlap by one token: the last
 target of a window is the first input of the next, so no target occurs twice. Where a corpus has a mask beside its
 tokens (`data.answer_mask`), places that do not count are marked (`data.marks`), and windows without one that counts are
-passed over. Shapes: L tokens of a sample.
+passed over. A model that was trained with a token in front of every text (BOS) sees it in place of a window's first
+token, which is an input alone: targets stay what they are. Shapes: L tokens of a sample.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Corpus(NamedTuple):
     """Weight in the blend, > 0."""
     loss: LossOn = LossOn.answer
     """Which tokens count, where there is a mask."""
+    bos: int | None = None
+    """Token in place of the first of every window."""
 
 
 class TokenStream:
@@ -51,10 +54,17 @@ class TokenStream:
         prefix: `PREFIX.bin` and `PREFIX.idx`.
         vocab_size: Every token is checked against it, in one pass over the file; None skips the pass.
         loss: Whether the mask beside the tokens, if any, decides which of them count, or all do.
+        bos: Takes the place of the first token of every window; None leaves it.
     """
 
-    def __init__(self, prefix: Path, vocab_size: int | None = None, loss: LossOn = LossOn.answer) -> None:
-        self.prefix = prefix
+    def __init__(
+        self,
+        prefix: Path,
+        vocab_size: int | None = None,
+        loss: LossOn = LossOn.answer,
+        bos: int | None = None,
+    ) -> None:
+        self.prefix, self._bos = prefix, bos
         for suffix in (".bin", ".idx"):
             if not Path(f"{prefix}{suffix}").is_file():
                 raise DataError(f"{prefix}{suffix} does not exist; tokenise the corpus first or correct the prefix.")
@@ -102,6 +112,8 @@ class TokenStream:
             idx = int(self._that_count(self._mask, sequence_length)[idx])
         start = idx * sequence_length
         tokens = self._tokens[start : start + sequence_length + 1].astype(numpy.int64)
+        if self._bos is not None:
+            tokens[0] = self._bos
         if self._mask is not None:  # place s predicts token s + 1
             counts = self._mask.counts(start + 1, start + sequence_length + 1)
             tokens[:-1] = numpy.where(counts, tokens[:-1], ~tokens[:-1])
@@ -157,7 +169,7 @@ class Windows:
         if not corpora:
             raise DataError("data.train is empty; give at least one corpus.")
         self.sequence_length = sequence_length
-        self.streams = [_open_with_windows(c.prefix, sequence_length, vocab_size, c.loss) for c in corpora]
+        self.streams = [_open_with_windows(c, sequence_length, vocab_size) for c in corpora]
         weights = numpy.array([corpus.share for corpus in corpora], dtype=numpy.float64)
         self._shares = weights / weights.sum()
         self._seed, self._purpose = seed, purpose
@@ -211,13 +223,14 @@ def heldout_windows(
     *,
     vocab_size: int | None = None,
     loss: LossOn = LossOn.answer,
+    bos: int | None = None,
 ) -> Tensor:
     """Return a corpus's first windows, in order: int64 ``[n, L + 1]``, n = min(max_tokens // L, all windows) >= 1."""
     if max_tokens < sequence_length:
         raise DataError(
             f"evaluate.tokens={max_tokens} is less than one window of data.sequence_length={sequence_length}; raise it."
         )
-    stream = _open_with_windows(prefix, sequence_length, vocab_size, loss)
+    stream = _open_with_windows(Corpus(prefix, 1.0, loss, bos), sequence_length, vocab_size)
     num_windows = min(max_tokens // sequence_length, stream.num_windows(sequence_length))
     return torch.stack([stream.window(idx, sequence_length) for idx in range(num_windows)])
 
@@ -251,8 +264,9 @@ def validation_windows(corpora: Sequence[Corpus], skipped: int, n: int, sequence
     return torch.stack([windows.sample(skipped + i) for i in range(n)])
 
 
-def _open_with_windows(prefix: Path, sequence_length: int, vocab_size: int | None, loss: LossOn) -> TokenStream:
-    stream = TokenStream(prefix, vocab_size, loss)
+def _open_with_windows(corpus: Corpus, sequence_length: int, vocab_size: int | None) -> TokenStream:
+    prefix = corpus.prefix
+    stream = TokenStream(prefix, vocab_size, corpus.loss, corpus.bos)
     if stream.num_windows(sequence_length) == 0:
         if stream.num_tokens > sequence_length:
             raise DataError(f"{prefix} has no answer in a window of data.sequence_length={sequence_length}; add some.")

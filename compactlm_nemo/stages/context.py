@@ -17,7 +17,7 @@ from compactlm_nemo.artifacts import atomic_write_text, damaged_seals, differenc
 from compactlm_nemo.config.data import LossOn
 from compactlm_nemo.config.model import Precision
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.data.tokenizer import end_of_text
+from compactlm_nemo.data.tokenizer import end_of_text, window_start
 from compactlm_nemo.data.windows import Corpus, heldout_windows, validation_windows
 from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
@@ -88,7 +88,7 @@ class Run:
         model = build_model(dims, self.mesh, dtype=self.dtype, vocab_multiple=vocab_multiple, chunk_tokens=tokens)
         if self.config.data.mask_documents:
             for chunk in model:
-                chunk.document_end = end_of_text(self.path("teacher") / HF)
+                chunk.document_end = self.document_end
         return model
 
     def load(self, artifact: str) -> ModelChunks:
@@ -158,7 +158,7 @@ class Run:
     def train_corpora(self) -> list[Corpus]:
         """Return token files, share and counted tokens of every training corpus."""
         return [
-            Corpus(self.token_prefix(f"train.{name}"), corpus.share, corpus.loss or LossOn.answer)
+            Corpus(self.token_prefix(f"train.{name}"), corpus.share, corpus.loss or LossOn.answer, self.window_start)
             for name, corpus in self.config.data.train.items()
         ]
 
@@ -170,12 +170,23 @@ class Run:
             data.sequence_length,
             max_tokens,
             loss=data.heldout[name].loss or LossOn.answer,
+            bos=self.window_start,
         ).to(device())
 
     def token_prefix(self, corpus: str) -> Path:
         """Return where the tokens of a corpus are: its own Megatron files, or those of the tokenize stage."""
         configured = self.config.data.corpora()[corpus]
-        return Path(configured.path) if configured.is_tokenised else self.path("tokens") / corpus
+        return configured.prefix or self.path("tokens") / corpus
+
+    @property
+    def document_end(self) -> int:
+        """Token behind every document."""
+        return end_of_text(self.path("teacher") / HF, self.config.data.document_end)
+
+    @property
+    def window_start(self) -> int | None:
+        """Token that begins every window; None leaves windows as they are."""
+        return window_start(self.path("teacher") / HF, self.config.data.bos)
 
 
 def validation_loss(run: Run, model: ModelChunks, label: str) -> float:

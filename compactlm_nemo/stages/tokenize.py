@@ -5,24 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compactlm_nemo.config.data import CorpusConfig
+from compactlm_nemo.config.data import CorpusConfig, SpecialTokens
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.data.records import is_hub, missing_sources, sources_of
 from compactlm_nemo.errors import DataError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
+    from compactlm_nemo.data.documents import DocumentEncoder
     from compactlm_nemo.stages.context import Run
 
 
 def corpus_files(config: Config) -> dict[str, Path]:
     """Return the text of every corpus, or its Megatron files, and the user's chat template."""
     template = {} if (given := config.data.chat_template) is None else {"data.chat_template": Path(given)}
-    return template | {
-        f"data.{name}{end}": Path(corpus.path + end)
-        for name, corpus in config.data.corpora().items()
-        for end in ("", ".idx", ".bin", ".mask")
-    }
+    files = {}
+    for name, corpus in config.data.corpora().items():
+        if corpus.prefix is not None:
+            files |= {f"data.{name}{end}": Path(f"{corpus.prefix}{end}") for end in (".idx", ".bin", ".mask")}
+            continue
+        sources = [Path(source) for source in sources_of(corpus.path) if not is_hub(source)]
+        is_one = sources == [Path(path) for path in corpus.paths]
+        files |= {f"data.{name}" if is_one and len(sources) == 1 else f"data.{name}:{s}": s for s in sources}
+    return template | files
 
 
 def data_problems(config: Config, models: list[Dims]) -> list[str]:
@@ -30,9 +36,11 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
     data, problems = config.data, []
     if not (config.dry_run and config.model.architecture):
         problems += [
-            f"data.{name}.path={corpus.path} does not exist; give a .jsonl file or a Megatron prefix."
+            f"data.{name}.path={path} does not exist; give a .jsonl file, a folder or glob of texts, a Megatron "
+            "prefix, or hf://ORG/NAME for a data set of the Hub."
             for name, corpus in data.corpora().items()
-            if not Path(corpus.path).is_file() and not corpus.is_tokenised
+            if not corpus.is_tokenised
+            for path in missing_sources(corpus.path)
         ]
     if not config.dry_run:
         problems += [
@@ -49,7 +57,7 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
             f"data.train has budgets of {sum(budgets):,} tokens, distill.steps x global_batch x sequence_length trains "
             f"{trained:,}; lower distill.steps or raise them."
         )
-    shared = {c.path for c in data.train.values()} & {c.path for c in data.heldout.values()}
+    shared = {p for c in data.train.values() for p in c.paths} & {p for c in data.heldout.values() for p in c.paths}
     return problems + [
         f"data.heldout and data.train share {path}; hold out other documents." for path in sorted(shared)
     ]
@@ -57,36 +65,94 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
 
 def tokenize_settings(config: Config) -> dict[str, Any]:
     """Return what decides the tokens beside the files; chats are refused that could not be told from each other."""
-    masks = {"mask_documents": True} if config.data.mask_documents else {}
-    return {"corpora": sorted(config.data.corpora())} | masks
+    data = config.data
+    masks = {"mask_documents": True} if data.mask_documents else {}
+    return masks | {
+        "corpora": {name: [corpus.path, corpus.key] for name, corpus in sorted(data.corpora().items())},
+        "special_tokens": data.special_tokens,
+        "document_end": data.document_end,
+    }
 
 
 def tokenize(run: Run, folder: Path) -> dict[str, Any]:
-    """Write token files of every corpus of texts or chats; documents end with the tokenizer's end-of-text token."""
-    from compactlm_nemo.data.chat import read_template
-    from compactlm_nemo.data.tokenizer import check_vocabulary, end_of_text, load_tokenizer
-    from compactlm_nemo.data.tokens import Counts, refuse_shared_documents, tokenize_corpus
+    """Write token files of every corpus of texts or chats; documents end with the token `data.document_end`.
+
+    All ranks share the work; parts of it that a killed stage had done are used again.
+    """
+    import shutil
+
+    from compactlm_nemo.data.tokenizer import check_vocabulary, load_tokenizer
+    from compactlm_nemo.data.tokens import Counts, tokenize_corpus
     from compactlm_nemo.parallel.launch import main_rank_writes
     from compactlm_nemo.stages.context import HF
 
+    data, vocab_size = run.config.data, run.dims("teacher").vocab_size
+    tokenizer = load_tokenizer(run.path("teacher") / HF)
+    check_vocabulary(tokenizer, vocab_size)  # a GGUF file's is known only now
+    parts = run.open_progress({"stage": run.stage.name}, are_independent=True)
     counts: dict[str, Counts] = {}
+    refused: dict[bytes, str] = {}
+    # Held-out texts come first: no text of training may be one of theirs.
+    for name in sorted(data.corpora(), key=lambda name: name.startswith("train.")):
+        corpus = data.corpora()[name]
+        if not corpus.is_tokenised:
+            is_heldout = name.startswith("heldout.")
+            encoder = _encoder(run, tokenizer, vocab_size, corpus, {} if is_heldout else refused)
+            counts[name] = tokenize_corpus(
+                corpus.path, folder / name, encoder,
+                parts=parts / f"{_digest(run, name, corpus)}.{name}", keeps_digests=is_heldout,
+            )  # fmt: skip
+            refused |= counts[name].digests
+        _check_loss(run, name, corpus)
     with main_rank_writes() as writes:
         if writes:
-            tokenizer = load_tokenizer(run.path("teacher") / HF)
-            vocab_size = run.dims("teacher").vocab_size
-            check_vocabulary(tokenizer, vocab_size)  # a GGUF file's is known only now
-            end = end_of_text(run.path("teacher") / HF)
-            template = read_template(None if (given := run.config.data.chat_template) is None else Path(given))
-            refuse_shared_documents(run.config.data)
-            for name, corpus in run.config.data.corpora().items():
-                if run.token_prefix(name).parent == folder:
-                    counts[name] = tokenize_corpus(
-                        Path(corpus.path), folder / name, tokenizer, end, vocab_size,
-                        chat_template=template, keeps_apart=run.config.data.mask_documents,
-                    )  # fmt: skip
-                _check_loss(run, name, corpus)
+            shutil.rmtree(run.progress)
+    counts = {name: counts[name] for name in data.corpora() if name in counts}
     answers = {name: each.answer_tokens for name, each in counts.items() if each.answer_tokens < each.tokens}
-    return {"tokens": {name: each.tokens for name, each in counts.items()}} | ({"answers": answers} if answers else {})
+    return {
+        "tokens": {name: each.tokens for name, each in counts.items()},
+        "documents": {name: {"all": each.documents, **each.troubles} for name, each in counts.items()},
+    } | ({"answers": answers} if answers else {})
+
+
+def _encoder(
+    run: Run, tokenizer: Any, vocab_size: int, corpus: CorpusConfig, refused: dict[bytes, str]
+) -> DocumentEncoder:
+    """Return what turns the records of a corpus into tokens."""
+    from compactlm_nemo.data.chat import read_template
+    from compactlm_nemo.data.documents import DocumentEncoder
+
+    data = run.config.data
+    return DocumentEncoder(
+        tokenizer=tokenizer,
+        eod=run.document_end,
+        vocab_size=vocab_size,
+        key=corpus.key,
+        chat_template=read_template(None if data.chat_template is None else Path(data.chat_template)),
+        parses_special_tokens=data.special_tokens is SpecialTokens.parse,
+        keeps_apart=data.mask_documents,
+        refused=refused,
+    )
+
+
+def _digest(run: Run, name: str, corpus: CorpusConfig) -> str:
+    """Return what names the unfinished tokens of a corpus: its files, and all that decides their tokens."""
+    import hashlib
+    import json
+
+    from compactlm_nemo.artifacts import settings_of
+
+    config = run.config
+    names = [name, *(other for other in config.data.corpora() if other.startswith("heldout."))]
+    files = {key: path for key, path in corpus_files(config).items() if path.is_file()}
+    stamps = {
+        key: [path.stat().st_size, path.stat().st_mtime_ns]
+        for key, path in files.items()
+        if key == "data.chat_template" or any(key.startswith(f"data.{each}") for each in names)
+    }
+    settings = {key: value for key, value in tokenize_settings(config).items() if key != "corpora"}
+    decides = [settings_of(settings), corpus.path, corpus.key, stamps, run.fingerprint("teacher")]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check_loss(run: Run, name: str, corpus: CorpusConfig) -> None:
@@ -102,7 +168,7 @@ def _check_loss(run: Run, name: str, corpus: CorpusConfig) -> None:
 
 STAGE = Stage(
     name="tokenize",
-    summary="JSON-lines texts and chats -> Megatron `.bin`/`.idx` files",
+    summary="texts and chats -> Megatron `.bin`/`.idx` files",
     reads=("teacher",),
     writes="tokens",
     settings=tokenize_settings,

@@ -7,6 +7,7 @@ files can tell, which needs torch and transformers, follows when there are none.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,25 @@ from compactlm_nemo.workflow.layout_checks import layout_problems
 from compactlm_nemo.workflow.stage_table import STAGES
 
 
-def check(config: Config) -> Dims | None:
+def check(config: Config, names: Collection[str] = tuple(STAGES)) -> Dims | None:
     """Return the teacher's architecture, None in a dry run that does not know it; one error lists every broken rule.
 
+    Args:
+        names: The stages that will run; only of those that read texts or tokens are the texts asked for.
     Raises:
         ConfigError: a rule between settings is broken, or a file cannot be used.
     """
     dims = quick_source_dims(config.model)
-    if problems := run_dir_problems(Path(config.run.dir)) + rule_problems(config, dims):
+    if problems := run_dir_problems(Path(config.run.dir)) + rule_problems(config, dims, names):
         raise ConfigError(listed(problems))
     try:
         dims_of_files = source_dims(config)
     except CompactLMError as error:
         raise ConfigError(str(error)) from None
-    problems = rule_problems(config, dims_of_files) if dims_of_files != dims else []
+    problems = rule_problems(config, dims_of_files, names) if dims_of_files != dims else []
     if dims_of_files is not None:
         problems += _tokenizer_problems(config, dims_of_files)
-        problems += _token_file_problems(config, dims_of_files)
+        problems += _token_file_problems(config, dims_of_files) if reads_texts(config, names) else []
     if problems := problems + _task_problems(config):
         raise ConfigError(listed(problems))
     return dims_of_files
@@ -58,7 +61,12 @@ def run_dir_problems(folder: Path) -> list[str]:
     return []
 
 
-def rule_problems(config: Config, dims: Dims | None) -> list[str]:
+def reads_texts(config: Config, names: Collection[str]) -> bool:
+    """Whether one of the stages reads texts, or the tokens that they become."""
+    return any(name == "tokenize" or "tokens" in STAGES[name].artifacts(config) for name in names)
+
+
+def rule_problems(config: Config, dims: Dims | None, names: Collection[str] = tuple(STAGES)) -> list[str]:
     """Return every broken rule between settings, a line each; `dims` are the teacher's where they are known."""
     problems: list[str] = []
     models = [] if dims is None else [dims]
@@ -67,8 +75,9 @@ def rule_problems(config: Config, dims: Dims | None) -> list[str]:
             models += enumerate_space(dims, config.search, config.parallel.tp)
         except CompactLMError as error:
             problems.append(str(error))
-    for stage in STAGES.values():
-        problems += stage.problems(config, models)
+    for name, stage in STAGES.items():
+        if name != "tokenize" or reads_texts(config, names):
+            problems += stage.problems(config, models)
     return problems + layout_problems(config, models)
 
 
@@ -125,9 +134,9 @@ def _token_file_problems(config: Config, dims: Dims) -> list[str]:
 
     problems = []
     for corpus in config.data.corpora().values():
-        if corpus.is_tokenised:
+        if corpus.prefix is not None:
             try:
-                stream = TokenStream(Path(corpus.path), dims.vocab_size)
+                stream = TokenStream(corpus.prefix, dims.vocab_size)
                 if config.data.mask_documents:
                     problems += _end_problem(config, stream)
             except CompactLMError as error:
@@ -140,7 +149,9 @@ def _end_problem(config: Config, stream: Any) -> list[str]:
     from compactlm_nemo.data.tokenizer import end_of_text
 
     hf_assets = hf_assets_folder(config.model)
-    if not (hf_assets / "tokenizer.json").is_file() or stream.last_token == (end := end_of_text(hf_assets)):
+    if not (hf_assets / "tokenizer.json").is_file() or stream.last_token == (
+        end := end_of_text(hf_assets, config.data.document_end)
+    ):
         return []
     return [
         f"data.mask_documents=true: documents of {stream.prefix} end with token {stream.last_token}, the tokenizer's "

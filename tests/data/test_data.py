@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from compactlm_nemo.data import bundled as sources
+from compactlm_nemo.data.documents import DocumentEncoder
 from compactlm_nemo.data.tokenizer import load_tokenizer
 from compactlm_nemo.data.tokens import tokenize_corpus
 from compactlm_nemo.data.windows import Corpus, Windows, calibration_windows, heldout_windows
@@ -150,7 +151,7 @@ Last 2 * 3.
 def test_tokenize_writes_documents_with_ends(tmp_path, tokenizer):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"text": "one two"}\n\n{"text": "three", "other": 1}\n')
-    assert tokenize_corpus(corpus, tmp_path / "out/c.v1", tokenizer, eod=0) == (5, 5)
+    assert tokenize_corpus(corpus, tmp_path / "out/c.v1", DocumentEncoder(tokenizer=tokenizer, eod=0))[:3] == (5, 5, 2)
     dataset = IndexedDataset(str(tmp_path / "out/c.v1"))
     assert [dataset[i].tolist() for i in range(len(dataset))] == [[2, 3, 0], [4, 0]]
     assert dataset.document_indices.tolist() == [0, 1, 2]
@@ -161,18 +162,18 @@ def test_tokenize_writes_documents_with_ends(tmp_path, tokenizer):
     "text, message",
     [
         ('{"text": "one"}\n{"txt": "two"}\n', r"corpus.jsonl:2 has no `text`"),
-        ('{"text": "one"}\n{"text": ""}\n', r"corpus.jsonl:2 has no `text`"),
         ('{"text": 3}\n', r"corpus.jsonl:1 has no `text`"),
         ('\n{"text": \n', r"corpus.jsonl:2 is no JSON"),
         ("\n", r"corpus.jsonl holds no document"),
+        ('{"text": ""}\n{"text": null}\n', r"corpus.jsonl holds no document"),
     ],
 )
 def test_bad_corpus_names_the_line_and_leaves_nothing(tmp_path, tokenizer, text, message):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(text)
     with pytest.raises(DataError, match=message):
-        tokenize_corpus(corpus, tmp_path / "out/c", tokenizer, eod=0)
-    assert list((tmp_path / "out").iterdir()) == []
+        tokenize_corpus(corpus, tmp_path / "out/c", DocumentEncoder(tokenizer=tokenizer, eod=0))
+    assert not [file for file in tmp_path.rglob("*") if file.is_file() and file != corpus]
 
 
 def test_ids_outside_the_vocabulary(tmp_path, tokenizer):
@@ -186,11 +187,11 @@ def test_ids_outside_the_vocabulary(tmp_path, tokenizer):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"text": "one"}\n{"text": "two three"}\n')
     with pytest.raises(DataError, match=r"corpus.jsonl:2 gives token 4, outside the vocabulary of 4"):
-        tokenize_corpus(corpus, tmp_path / "c", Wrong(), eod=0)
+        tokenize_corpus(corpus, tmp_path / "c", DocumentEncoder(tokenizer=Wrong(), eod=0))
     with pytest.raises(DataError, match="token 5 is outside"):
-        tokenize_corpus(corpus, tmp_path / "c", tokenizer, eod=5)
+        tokenize_corpus(corpus, tmp_path / "c", DocumentEncoder(tokenizer=tokenizer, eod=5))
     with pytest.raises(DataError, match="does not exist"):
-        tokenize_corpus(tmp_path / "none.jsonl", tmp_path / "c", tokenizer, eod=0)
+        tokenize_corpus(tmp_path / "none.jsonl", tmp_path / "c", DocumentEncoder(tokenizer=tokenizer, eod=0))
 
 
 def test_load_tokenizer_is_local(tmp_path, tokenizer):

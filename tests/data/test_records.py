@@ -83,7 +83,8 @@ def test_pieces_depend_on_the_files_alone(tmp_path, monkeypatch):
     whole = {piece.place: [r.fields["text"] for r in piece.records] for piece in read_pieces(sources)}
     assert whole == {(0, 0): ["a0", "a1", "a2"], (0, 1): ["a3", "a4", "a5"], (0, 2): ["a6"], (1, 0): ["b0", "b1"]}
     some = read_pieces(sources, is_wanted=lambda place: place in {(0, 1), (1, 0)})
-    assert [(piece.place, [r.number for r in piece.records]) for piece in some] == [((0, 1), [4, 5, 6]), ((1, 0), [1, 2])]
+    assert [(p.place, [r.number for r in p.records]) for p in some] == [((0, 1), [4, 5, 6]), ((1, 0), [1, 2])]
+    assert [p.place for p in read_pieces(sources, is_read=lambda number: number == 1)] == [(1, 0)]
     monkeypatch.setattr(records, "PIECE_BYTES", 20)
     assert [len(piece.records) for piece in read_pieces(sources)] == [2, 2, 2, 1, 2]
 
