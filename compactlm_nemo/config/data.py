@@ -88,10 +88,11 @@ def _corpus(key: str, value: Any) -> CorpusConfig:
     """Return a corpus from its short form (a path) or its long one; OmegaConf cannot type values that users add."""
     if isinstance(value, CorpusConfig):
         return value
+    given: dict[str, Any]
     given = {"path": value} if isinstance(value, (str, list)) else dict(value) if isinstance(value, Mapping) else {}
     unknown = given.keys() - {"path", "key", "weight", "tokens", "loss"}
     path, text_key = given.get("path"), given.get("key", "text")
-    is_path = isinstance(path, str) or (isinstance(path, list) and path and all(isinstance(p, str) for p in path))
+    is_path = isinstance(path, str) or (isinstance(path, list) and path != [] and all(isinstance(p, str) for p in path))
     require(
         isinstance(text_key, str) and text_key != "", f"{key}.key={text_key} must be a name; leave it out for text."
     )

@@ -79,12 +79,13 @@ def tokenize_corpus(
     sources = broadcast_object(sources_of(asked))
     with tempfile.TemporaryDirectory() as folder:
         names = _write_parts(sources, encoder, broadcast_object(parts or Path(folder) / "part"), prefix.name)
-        counts = None
+        counts: Counts | None = None
         with main_rank_writes() as writes:
             if writes:
                 counts = _join(asked, names, prefix, encoder, sources if keeps_digests else [])
-        result: Counts = broadcast_object(counts)  # type: ignore[arg-type]
-    return result
+        counts = broadcast_object(counts)
+    assert counts is not None  # the main rank has written, or all ranks have raised
+    return counts
 
 
 def _write_parts(sources: list[str], encoder: DocumentEncoder, parts: Path, label: str) -> list[Path]:

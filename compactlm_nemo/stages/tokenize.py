@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def corpus_files(config: Config) -> dict[str, Path]:
     """Return the text of every corpus, or its Megatron files, and the user's chat template."""
     template = {} if (given := config.data.chat_template) is None else {"data.chat_template": Path(given)}
-    files = {}
+    files: dict[str, Path] = {}
     for name, corpus in config.data.corpora().items():
         if corpus.prefix is not None:
             files |= {f"data.{name}{end}": Path(f"{corpus.prefix}{end}") for end in (".idx", ".bin", ".mask")}

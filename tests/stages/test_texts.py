@@ -1,0 +1,72 @@
+"""Texts as they lie around, through the stages; the commands of docs/texts.md run as they stand."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+
+from compactlm_nemo.config.load import CONF
+from tests.support import commands
+
+PAGE = (CONF.parent / "docs" / "texts.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+FILES = ("web.jsonl", "test.jsonl", "body.jsonl", "more.jsonl.gz")
+
+
+@pytest.fixture(scope="module")
+def files(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the commands name; `shards` and `more` hold the texts of `web`, halved."""
+    folder = tmp_path_factory.mktemp("texts")
+    shutil.copytree(inputs / "teacher", folder / "llama")
+    lines = (inputs / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "web.jsonl").write_text("".join(lines))
+    shutil.copyfile(inputs / "test.jsonl", folder / "test.jsonl")
+    (folder / "shards").mkdir()
+    (folder / "shards/0.jsonl").write_text("".join(lines[:20]))
+    (folder / "shards/1.json").write_text('{"text": ""}\n' + "".join(lines[20:30]) + '{"text": null}\n')
+    (folder / "more.jsonl.gz").write_bytes(gzip.compress("".join(lines[30:]).encode()))
+    (folder / "body.jsonl").write_text("".join(lines).replace('"text"', '"content"'))
+    return folder
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "tokens/manifest.json").read_text())
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_command_of_the_page_runs(block: str, files: Path, tmp_path: Path) -> None:
+    assert len(BLOCKS) == 3
+    text = block.replace("\\\n", " ").replace("/models/llama", f"{files}/llama").replace("runs/", f"{tmp_path}/runs/")
+    for name in FILES:
+        text = text.replace(name, str(files / name))
+    words = shlex.split(text.replace("[shards", f"[{files}/shards"))
+    words = ["-m", "torch.distributed.run", "--standalone", *words[1:]] if words[0] == "torchrun" else words[1:]
+    done = commands.run([*words, "data.sequence_length=16"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    [run] = (tmp_path / "runs").iterdir()
+    web = (run / "tokens/train.web.bin").read_bytes()
+    assert manifest(run)["results"]["documents"]["train.web"] == {"all": 60}
+    assert manifest(run)["results"]["tokens"]["train.web"] == 60 * 41
+    assert numpy.frombuffer(web, dtype=numpy.uint16).reshape(60, 41)[:, -1].tolist() == [0] * 60
+    if run.name == "texts":
+        assert (run / "tokens/train.shards.bin").read_bytes() == web == (run / "tokens/train.body.bin").read_bytes()
+        assert manifest(run)["results"]["documents"]["train.shards"] == {"all": 60, "empty, skipped": 2}
+        assert len([name for name in manifest(run)["inputs"] if name.startswith("data.train.shards:")]) == 3
+    assert not (run / "progress/tokenize").exists()
+
+
+def test_import_and_export_do_not_ask_for_texts(files: Path, tmp_path: Path) -> None:
+    words = [f"run.dir={tmp_path}/run", f"model.source={files}/llama"]
+    done = commands.run(["-m", "recipes.import_model", *words])
+    assert done.returncode == 0, done.stderr[-2000:]
+    done = commands.run(["-m", "recipes.export", *words])
+    assert done.returncode == 2 and "data." not in done.stderr and "distill" in done.stderr, done.stderr
+    done = commands.run(["-m", "recipes.score", *words])
+    assert done.returncode == 2 and "data.train is empty" in done.stderr, done.stderr
