@@ -80,10 +80,12 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
     All ranks share the work; parts of it that a killed stage had done are used again.
     """
     import shutil
+    from functools import partial
 
     from compactlm_nemo.data.tokenizer import check_vocabulary, load_tokenizer
     from compactlm_nemo.data.tokens import Counts, tokenize_corpus
     from compactlm_nemo.parallel.launch import main_rank_writes
+    from compactlm_nemo.progress import byte_bar
     from compactlm_nemo.stages.context import HF
 
     data, vocab_size = run.config.data, run.dims("teacher").vocab_size
@@ -101,6 +103,7 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
             counts[name] = tokenize_corpus(
                 corpus.path, folder / name, encoder,
                 parts=parts / f"{_digest(run, name, corpus)}.{name}", keeps_digests=is_heldout,
+                bar=partial(byte_bar, f"tokenize {name}"),
             )  # fmt: skip
             refused |= counts[name].digests
         _check_loss(run, name, corpus)

@@ -44,6 +44,8 @@ READ_BY = {
     "model": set(), "model.precision": {"import_model"},
     "parallel": set(),
     "data": TEXT, "data.train": TEXT | {"tokenize"}, "data.heldout": {"tokenize"},
+    "data.chat_template": set(),  # its content decides, as that of every file
+    "data.special_tokens": {"tokenize"}, "data.document_end": {"tokenize"}, "data.mask_documents": TEXT | {"tokenize"},
     "score": {"score"}, "score.micro_batch": set(),
     "search": {"search"},
     "prune": {"search", "prune"}, "prune.candidate": {"prune"},
