@@ -12,6 +12,8 @@ import logging
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +30,8 @@ from compactlm_nemo.errors import DataError, OtherRankError
 from compactlm_nemo.parallel.collectives import all_gather_objects, broadcast_object
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.parallel.world import is_main_rank
-from compactlm_nemo.progress import byte_bar
+
+Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ def tokenize_corpus(
     *,
     parts: Path | None = None,
     keeps_digests: bool = False,
+    bar: Bar = lambda num_bytes: nullcontext(lambda count: None),
 ) -> Counts:
     """Tokenise every record; each document is its tokens followed by the token that ends it. Collective.
 
@@ -64,6 +68,7 @@ def tokenize_corpus(
         parts: Begin of the names of part files of this text with these settings, which are used where they exist
             already; None keeps them nowhere.
         keeps_digests: Whether the result has `digests`.
+        bar: Given the bytes that this rank will read, shows the progress.
     Returns:
         What was written; tokens are uint16 when the vocabulary allows, else int32.
     Raises:
@@ -78,7 +83,7 @@ def tokenize_corpus(
         raise DataError(f"{missing[0]} does not exist; give a JSON-lines file with a `text` field.")
     sources = broadcast_object(sources_of(asked))
     with tempfile.TemporaryDirectory() as folder:
-        names = _write_parts(sources, encoder, broadcast_object(parts or Path(folder) / "part"), prefix.name)
+        names = _write_parts(sources, encoder, broadcast_object(parts or Path(folder) / "part"), bar)
         counts: Counts | None = None
         with main_rank_writes() as writes:
             if writes:
@@ -88,7 +93,7 @@ def tokenize_corpus(
     return counts
 
 
-def _write_parts(sources: list[str], encoder: DocumentEncoder, parts: Path, label: str) -> list[Path]:
+def _write_parts(sources: list[str], encoder: DocumentEncoder, parts: Path, bar: Bar) -> list[Path]:
     """Tokenise this rank's pieces, and return the part files of all ranks in the order of the pieces."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     by_source = len(sources) >= world  # else ranks share every source: each reads it and parses its own pieces
@@ -108,7 +113,7 @@ def _write_parts(sources: list[str], encoder: DocumentEncoder, parts: Path, labe
     problem: Exception | None = None
     total = total_bytes([source for number, source in enumerate(sources) if is_read(number)])
     try:
-        with byte_bar(f"tokenize {label}", total) as advance:
+        with bar(total) as advance:
             for piece in read_pieces(sources, encoder.key, is_wanted, is_read, advance):
                 _write_part(_part(parts, piece.place), encoder.encode(piece))
     except Exception as error:

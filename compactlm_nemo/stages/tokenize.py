@@ -68,8 +68,8 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
 def tokenize_settings(config: Config) -> dict[str, Any]:
     """Return what decides the tokens beside the files; chats are refused that could not be told from each other."""
     data = config.data
-    given = {"mask_documents": data.mask_documents, "chat_template": data.chat_template}
-    return {name: value for name, value in given.items() if value} | {
+    masks = {"mask_documents": True} if data.mask_documents else {}
+    return masks | {
         "corpora": {name: [corpus.path, corpus.key] for name, corpus in sorted(data.corpora().items())},
         "special_tokens": data.special_tokens,
         "document_end": data.document_end,
@@ -82,10 +82,12 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
     All ranks share the work; parts of it that a killed stage had done are used again.
     """
     import shutil
+    from functools import partial
 
     from compactlm_nemo.data.tokenizer import check_vocabulary, load_tokenizer
     from compactlm_nemo.data.tokens import Counts, tokenize_corpus
     from compactlm_nemo.parallel.launch import main_rank_writes
+    from compactlm_nemo.progress import byte_bar
     from compactlm_nemo.stages.context import HF
 
     data, vocab_size = run.config.data, run.dims("teacher").vocab_size
@@ -103,6 +105,7 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
             counts[name] = tokenize_corpus(
                 corpus.path, folder / name, encoder,
                 parts=parts / f"{_digest(run, name, corpus)}.{name}", keeps_digests=is_heldout,
+                bar=partial(byte_bar, f"tokenize {name}"),
             )  # fmt: skip
             refused |= counts[name].digests
         _check_loss(run, name, corpus)

@@ -44,7 +44,8 @@ READ_BY = {
     "model": set(), "model.precision": {"import_model"},
     "parallel": set(),
     "data": TEXT, "data.train": TEXT | {"tokenize"}, "data.heldout": {"tokenize"},
-    "data.chat_template": {"tokenize"}, "data.mask_documents": TEXT | {"tokenize"},
+    "data.chat_template": set(),  # its content decides, as that of every file
+    "data.special_tokens": {"tokenize"}, "data.document_end": {"tokenize"}, "data.mask_documents": TEXT | {"tokenize"},
     "score": {"score"}, "score.micro_batch": set(),
     "search": {"search"},
     "prune": {"search", "prune"}, "prune.candidate": {"prune"},
@@ -60,7 +61,7 @@ READ_BY = {
         f"distill.{name}": set()
         for name in (
             "teacher_tp", "teacher_pp", "stop_after", "micro_batch", "loss_memory_mib", "recompute", "overlap",
-            "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "log_every", "eval_every", "eval_tokens",
+            "checkpoint_every", "checkpoint_minutes", "checkpoint_async", "keep_checkpoints", "log_every", "eval_every", "eval_tokens",
             "peak_tflops",
         )
     },

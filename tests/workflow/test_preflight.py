@@ -75,7 +75,7 @@ EXPERTS = [
         ),
         (
             [*LLAMA, "data.train.a={path: a, tokens: 9, weight: 1}"],
-            ["data.train.a=", "must be a path, {path: PATH, weight: NUMBER} or {path: PATH, tokens: NUMBER}"],
+            ["data.train.a=", "must be a path or a list of paths, {path: PATH, weight: NUMBER} or"],
         ),
         ([*LLAMA, "data.train.a={path: a, tokens: 0}"], ["data.*.tokens=0 must be > 0"]),
         ([*LLAMA, "distill.hidden.layers=[[-1,-1],[31,31]]"], ["distill.hidden names layers_31_31 twice"]),
