@@ -7,6 +7,7 @@ files can tell, which needs torch and transformers, follows when there are none.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +18,27 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.source import declared_dims, hf_assets_folder, quick_source_dims, teacher_dims
 from compactlm_nemo.parallel.world import is_main_rank
 from compactlm_nemo.search.space import enumerate_space
+from compactlm_nemo.stages.tokenize import STAGE as TOKENIZE
 from compactlm_nemo.workflow.layout_checks import layout_problems
 from compactlm_nemo.workflow.stage_table import STAGES
 
 
-def check(config: Config) -> Dims | None:
+def check(config: Config, stages: Collection[str] | None = None) -> Dims | None:
     """Return the teacher's architecture, None in a dry run that does not know it; one error lists every broken rule.
 
+    Args:
+        stages: Those that will run, None for all; texts are asked for only where one of them reads tokens.
     Raises:
         ConfigError: a rule between settings is broken, or a file cannot be used.
     """
     dims = quick_source_dims(config.model)
-    if problems := run_dir_problems(Path(config.run.dir)) + rule_problems(config, dims):
+    if problems := run_dir_problems(Path(config.run.dir)) + rule_problems(config, dims, stages):
         raise ConfigError(listed(problems))
     try:
         dims_of_files = source_dims(config)
     except CompactLMError as error:
         raise ConfigError(str(error)) from None
-    problems = rule_problems(config, dims_of_files) if dims_of_files != dims else []
+    problems = rule_problems(config, dims_of_files, stages) if dims_of_files != dims else []
     if dims_of_files is not None:
         problems += _tokenizer_problems(config, dims_of_files)
         problems += _token_file_problems(config, dims_of_files)
@@ -58,8 +62,10 @@ def run_dir_problems(folder: Path) -> list[str]:
     return []
 
 
-def rule_problems(config: Config, dims: Dims | None) -> list[str]:
+def rule_problems(config: Config, dims: Dims | None, stages: Collection[str] | None = None) -> list[str]:
     """Return every broken rule between settings, a line each; `dims` are the teacher's where they are known."""
+    running = [STAGES[name] for name in STAGES if stages is None or name in stages]
+    reads_texts = any(stage is TOKENIZE or TOKENIZE.writes in stage.artifacts(config) for stage in running)
     problems: list[str] = []
     models = [] if dims is None else [dims]
     if dims is not None:
@@ -68,7 +74,8 @@ def rule_problems(config: Config, dims: Dims | None) -> list[str]:
         except CompactLMError as error:
             problems.append(str(error))
     for stage in STAGES.values():
-        problems += stage.problems(config, models)
+        if stage is not TOKENIZE or reads_texts:
+            problems += stage.problems(config, models)
     return problems + layout_problems(config, models)
 
 

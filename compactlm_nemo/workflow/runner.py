@@ -40,20 +40,19 @@ def stage_recipe(name: str, description: str | None) -> Callable[[], None]:
     return recipe(lambda config: run_stages(config, only=name), description)
 
 
-def run_stages(config: Config, only: str | None = None) -> None:
-    """Run one stage, or all in order. Every process of the launch calls this function."""
-    teacher = check(config)
+def run_stages(config: Config, only: str | None = None, until: str | None = None) -> None:
+    """Run one stage, or all in order, or those up to one. Every process of the launch calls this function."""
+    names = [only] if only else stages_of(config, until)
+    teacher = check(config, names)
     if config.dry_run:
         from compactlm_nemo.workflow.dry_run import plan_lines
 
         if is_main_rank():
             print(to_yaml(config))
-            names = [only] if only else stages_of(config)
             print("\n".join(plan_lines(config, teacher, [STAGES[name] for name in names])))
         return
     if problems := launch_problems(config, launch_world_size()):
         raise ConfigError(problems)
-    names = [only] if only else stages_of(config)
     pending = names
     console = Console(quiet=not is_main_rank())
     if launch_world_size() == 1:  # more ranks leave the decision to the main one, in _run_one
