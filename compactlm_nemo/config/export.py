@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
 
 from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.errors import require
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 class ExportedModel(Enum):
@@ -35,5 +38,13 @@ class ExportConfig:
     shard_gib: float = setting(4.0)
     """A file of weights is closed before it would be larger than these GiB."""
 
+    push: str | None = setting(None)
+    """Repository of the Hugging Face Hub, as ORG/NAME, that the push stage uploads the folder to; it is made private
+    where there is none. Needs a token: HF_TOKEN, or `hf auth login`. null keeps the folder here."""
+
     def __post_init__(self) -> None:
         require(self.shard_gib > 0, f"export.shard_gib={self.shard_gib} must be > 0; use 4.")
+        require(
+            self.push is None or REPOSITORY.fullmatch(self.push) is not None,
+            f"export.push={self.push} must be ORG/NAME of letters, digits and . _ -; or leave it out.",
+        )

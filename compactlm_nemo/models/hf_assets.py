@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.outside import companion
 
 SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
@@ -86,7 +87,20 @@ def write_for_every_reader(folder: Path) -> None:
         values = _read(path)
         if values.get("tokenizer_class") == "TokenizersBackend":
             values["tokenizer_class"] = "PreTrainedTokenizerFast"
-        _write(path, {key: value for key, value in values.items() if key not in ("is_local", "backend")})
+        if isinstance(values.get("extra_special_tokens"), list):  # there a dict, and the list has this older name
+            values["additional_special_tokens"] = values.pop("extra_special_tokens")
+        notes = ("is_local", "backend", "local_files_only")  # of how it was loaded
+        _write(path, {key: value for key, value in values.items() if key not in notes})
+
+
+def older_reader_problem(dims: Dims) -> str | None:
+    """Return why transformers 4, and what is built on it, cannot load a model of these sizes; None where it can."""
+    if dims.family == "qwen2_moe" and dims.num_heads * dims.head_dim != dims.hidden_size:
+        return (
+            f"a qwen2_moe with {dims.num_heads} heads of {dims.head_dim} in {dims.hidden_size} channels needs "
+            "transformers 5; version 4, and vLLM, take the width of a head to be channels / heads."
+        )
+    return None
 
 
 def _read(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,19 @@ from compactlm_nemo.stages.stage import Stage
 if TYPE_CHECKING:
     import torch
 
+    from compactlm_nemo.report.model_card import Card
     from compactlm_nemo.stages.context import Run
 
 ARTIFACTS = {ExportedModel.teacher: "teacher", ExportedModel.student: "student", ExportedModel.distilled: "distill"}
 """Model that leaves -> the artifact that holds it."""
+
+
+KINDS = {
+    ExportedModel.teacher: "The teacher itself, as it was imported.",
+    ExportedModel.student: "A pruned model that has not been trained since: it is made to be trained.",
+    ExportedModel.distilled: "A pruned model that the original taught.",
+}
+"""What a card says of them."""
 
 
 def export(run: Run, folder: Path) -> dict[str, Any]:
@@ -35,6 +45,7 @@ def export(run: Run, folder: Path) -> dict[str, Any]:
         if writes:
             source = CheckpointSource(run.path(artifact), dims)
             export_hf(hf_assets, target, dims, source, dtype, int(cfg.shard_gib * 2**30))
+            _write_card(run, target, str(dtype).removeprefix("torch."))
     counted = count_params(target)
     if counted != num_params(dims):
         raise CheckpointError(f"{target} holds {counted} parameters, the plan says {num_params(dims)}.")
@@ -54,6 +65,83 @@ def _dtype(run: Run, hf_assets: Path) -> torch.dtype:
     return stated.get(dtype_of(hf_assets) or "", run.dtype)
 
 
+def _write_card(run: Run, target: Path, dtype: str) -> None:
+    """Write README.md, and warn where older readers will not load the model."""
+    import json
+    import logging
+
+    from compactlm_nemo.report.model_card import CARD, TEACHER_WORDS, model_card
+    from compactlm_nemo.stages.context import HF
+
+    card, teacher = _card(run, dtype), run.path("teacher")
+    for remark in card.remarks:
+        logging.getLogger(__name__).warning("%s: %s", target, remark)
+    words = json.loads((teacher / TEACHER_WORDS).read_text()) if (teacher / TEACHER_WORDS).is_file() else {}
+    (target / CARD).write_text(model_card(card, teacher / HF, words), encoding="utf-8")
+
+
+def _card(run: Run, dtype: str) -> Card:
+    """Return what the model card tells of this run."""
+    from compactlm_nemo.models.hf_assets import older_reader_problem
+    from compactlm_nemo.report.model_card import Card, teacher_name
+    from compactlm_nemo.search.cost import num_params
+
+    of, config = run.config.export.of, run.config
+    teacher = teacher_name(config.model.source)
+    models = {teacher: run.dims("teacher")}
+    if of is not ExportedModel.teacher:
+        models[f"{teacher}, {of.name}"] = run.dims(ARTIFACTS[of])
+    problem = older_reader_problem(run.dims(ARTIFACTS[of]))
+    card = Card(
+        teacher=teacher,
+        kind=KINDS[of],
+        shapes={
+            name: {"parameters": num_params(dims)} | {axis: size for axis, size in dims.shape().items() if size}
+            for name, dims in models.items()
+        },
+        dtype=dtype,
+        remarks=[problem] if problem else [],
+    )
+    if of is not ExportedModel.distilled:
+        return card
+    texts = config.data.train.items()
+    data = {name: f"{Path(str(corpus.path)).name}, weight {corpus.share:g}" for name, corpus in texts}
+    return replace(card, data=data, training=_training(run), losses=_losses(run))
+
+
+def _training(run: Run) -> dict[str, Any]:
+    """Return how the student was trained, from the manifest of that training."""
+    from compactlm_nemo.artifacts import read_manifest
+
+    manifest = read_manifest(run.path("distill"))
+    settings = manifest["settings"]
+    losses = {key: value for key, value in settings.items() if key.startswith("distill.loss.") and value}
+    for shape, weight in (
+        ("distill.loss.jsd_beta", "distill.loss.jsd"),
+        ("distill.loss.skew", "distill.loss.skewed_kl"),
+    ):
+        if weight not in losses:
+            losses.pop(shape, None)
+    names = ("distill.teacher", "distill.steps", "distill.global_batch", "data.sequence_length", "distill.lr")
+    trained = {"tokens": f"{manifest['results']['tokens']:,}"} | {name: settings[name] for name in names}
+    return trained | losses | {"run.seed": manifest["seed"]}
+
+
+def _losses(run: Run) -> list[dict[str, Any]]:
+    """Return the rows of the evaluate stage where it has measured this model; a card does without them else."""
+    import json
+
+    from compactlm_nemo.artifacts import MANIFEST, read_manifest
+
+    evaluated = run.path("distill").parent / "evaluate"
+    if not (evaluated / MANIFEST).is_file():
+        return []
+    if read_manifest(evaluated)["inputs"].get("distill") != run.fingerprint("distill"):
+        return []
+    rows: list[dict[str, Any]] = json.loads((evaluated / "results.json").read_text())
+    return rows
+
+
 def _reads(of: ExportedModel) -> dict[str, Any]:
     return {ARTIFACTS[of]: lambda config: config.export.of is of}
 
@@ -64,6 +152,6 @@ STAGE = Stage(
     reads=("teacher",),
     may_read=_reads(ExportedModel.student) | _reads(ExportedModel.distilled),
     writes="export",
-    settings=lambda config: {"export": result_settings(config.export)},
+    settings=lambda config: {"export": result_settings(replace(config.export, push=None))},
     run=export,
 )

@@ -37,11 +37,13 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
     import shutil
     from dataclasses import replace
 
+    from compactlm_nemo.artifacts import write_json
     from compactlm_nemo.models import gguf
     from compactlm_nemo.models.build import fill
     from compactlm_nemo.models.hf_assets import copy_hf_assets
     from compactlm_nemo.models.source import hf_assets_folder, open_teacher
     from compactlm_nemo.parallel.launch import main_rank_writes
+    from compactlm_nemo.report.model_card import TEACHER_WORDS, teacher_words
     from compactlm_nemo.search.cost import num_params
     from compactlm_nemo.stages.context import HF
 
@@ -55,6 +57,7 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
     with main_rank_writes() as writes:
         if writes:
             copy_hf_assets(hf_assets_folder(teacher), folder / HF)
+            write_json(folder / TEACHER_WORDS, teacher_words(hf_assets_folder(teacher)))
     model = run.build(dims)
     fill(model, weights, run.config.model.vocab_multiple)
     run.save(folder, model, if_not_finite="give model.source a copy that is not damaged")

@@ -45,6 +45,8 @@ class Stage:
     problems: Callable[[Config, list[Dims]], list[str]] = lambda config, models: []
     """Broken rules between settings, a line each; `models` are the teacher and every candidate, where they are
     known."""
+    plan: Callable[[Config], list[str]] = lambda config: []
+    """Further lines of a dry run, about what it would do outside of `run.dir`."""
     memory: Callable[[Config], tuple[str, ...]] = lambda config: ()
     """What a rank holds at its fullest, of `workflow.dry_run.HELD`: weights without activations."""
 

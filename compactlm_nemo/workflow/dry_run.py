@@ -29,7 +29,7 @@ def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> lis
     lines.append(_precision(config))
     if teacher is None:
         lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
-        return lines + [f"{stage.name}: {_folders(config, stage)}" for stage in stages]
+        return lines + [line for stage in stages for line in _stage_lines(config, stage, "")]
     candidates = enumerate_space(teacher, config.search, config.parallel.tp)
     student = max(candidates, key=num_params)
     lines += _sizes(config, "teacher", teacher)
@@ -45,8 +45,12 @@ def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> lis
     for stage in stages:
         size = sum(sizes[model] for model in stage.memory(config))
         memory = f"{size:,} bytes a rank for weights and optimizer; " if size else ""
-        lines.append(f"{stage.name}: {memory}{_folders(config, stage)}")
+        lines += _stage_lines(config, stage, memory)
     return lines
+
+
+def _stage_lines(config: Config, stage: Stage, memory: str) -> list[str]:
+    return [f"{stage.name}: {memory}{_folders(config, stage)}", *stage.plan(config)]
 
 
 def _precision(config: Config) -> str:

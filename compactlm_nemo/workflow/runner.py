@@ -45,9 +45,9 @@ def stage_recipe(name: str, description: str | None) -> Callable[[], None]:
     return recipe(lambda config: run_stages(config, only=name), description)
 
 
-def run_stages(config: Config, only: str | None = None) -> None:
-    """Run one stage, or all in order. Every process of the launch calls this function."""
-    names = [only] if only else stages_of(config)
+def run_stages(config: Config, only: str | None = None, until: str | None = None) -> None:
+    """Run one stage, or all in order, or those up to one. Every process of the launch calls this function."""
+    names = [only] if only else stages_of(config, until)
     teacher = check(config, names)
     if config.dry_run:
         from compactlm_nemo.workflow.dry_run import plan_lines

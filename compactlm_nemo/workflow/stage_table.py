@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.stages import (
     cache_teacher,
     correct_teacher,
@@ -11,6 +12,7 @@ from compactlm_nemo.stages import (
     export,
     import_model,
     prune,
+    push,
     report,
     score,
     search,
@@ -31,6 +33,7 @@ STAGES: dict[str, Stage] = {
         distill.STAGE,
         evaluate.STAGE,
         export.STAGE,
+        push.STAGE,
         report.STAGE,
     )
 }
@@ -38,6 +41,15 @@ MAKERS: dict[str, Stage] = {stage.writes: stage for stage in STAGES.values()}
 """Artifact -> the stage that makes it."""
 
 
-def stages_of(config: Config) -> list[str]:
-    """Return the stages of a whole run, in order."""
-    return [stage.name for stage in STAGES.values() if stage.is_wanted(config)]
+def stages_of(config: Config, until: str | None = None) -> list[str]:
+    """Return the stages of a whole run in order, or of its part up to one.
+
+    Raises:
+        ConfigError: a run with these settings has no stage `until`.
+    """
+    names = [stage.name for stage in STAGES.values() if stage.is_wanted(config)]
+    if until is None:
+        return names
+    if until not in names:
+        raise ConfigError(f"this run has no stage {until}; name one of {', '.join(names)}.")
+    return names[: names.index(until) + 1]

@@ -14,7 +14,7 @@ from compactlm_nemo.artifacts import settings_of
 from compactlm_nemo.config.data import CorpusConfig, DataConfig
 from compactlm_nemo.config.distill import DistillConfig, Result
 from compactlm_nemo.config.evaluate import EvaluateConfig
-from compactlm_nemo.config.export import ExportDtype
+from compactlm_nemo.config.export import ExportConfig, ExportDtype
 from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.loss import HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
@@ -35,6 +35,7 @@ CONFIG = Config(
     correct=CorrectConfig(steps=40, warmup_steps=2),
     distill=DistillConfig(teacher=TeacherSource.stored, hidden=HiddenConfig(embedding=True)),
     evaluate=EvaluateConfig(tasks=["a"]),
+    export=ExportConfig(push="a/b"),
 )
 """A run with every stage."""
 TEXT = {"score", "correct_teacher", "cache_teacher", "distill"}
@@ -61,17 +62,17 @@ READ_BY = {
         f"distill.{name}": set()
         for name in (
             "teacher_tp", "teacher_pp", "stop_after", "micro_batch", "loss_memory_mib", "recompute", "overlap",
-            "checkpoint_every", "checkpoint_minutes", "checkpoint_async", "keep_checkpoints", "log_every", "eval_every", "eval_tokens",
-            "peak_tflops",
+            "checkpoint_every", "checkpoint_minutes", "checkpoint_async", "keep_checkpoints", "log_every", "eval_every",
+            "eval_tokens", "peak_tflops",
         )
     },
     "evaluate": {"evaluate"}, "evaluate.micro_batch": set(),
-    "export": {"export"},
+    "export": {"export"}, "export.push": {"push"},
     "wandb": set(),
 }  # fmt: skip
 """Setting, or section of those that are not listed themselves -> the stages whose result another value changes."""
 OTHERS: dict[str, Any] = {
-    "run.dir": "runs/b", "model.source": "other", "model.architecture": {"model_type": "llama"},
+    "run.dir": "runs/b", "model.source": "other", "export.push": "c/d", "model.architecture": {"model_type": "llama"},
     "parallel.pp_split": [1], "parallel.sequence_parallel": None, "parallel.virtual_stages": None,
     "data.train": {"a": CorpusConfig(path="a.jsonl"), "c": CorpusConfig(path="c.jsonl")},
     "data.heldout": {"c": CorpusConfig(path="b.jsonl")},

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compactlm_nemo.errors import CheckpointError, NumericsError
+from compactlm_nemo.models.families import dims_of
 from compactlm_nemo.models.hf import export_hf, open_hf
-from compactlm_nemo.models.hf_assets import assets_of, copy_hf_assets, dtype_of
+from compactlm_nemo.models.hf_assets import assets_of, copy_hf_assets, dtype_of, older_reader_problem
 from tests.support import transformers4
-from tests.support.tiny_models import CASES, EAGER, save_tiny, tokens
+from tests.support.tiny_models import CASES, EAGER, save_tiny, tiny_config, tokens
 
 YARN = {
     "rope_type": "yarn", "rope_theta": 3e5, "factor": 4.0, "original_max_position_embeddings": 128,
@@ -76,6 +77,26 @@ def test_the_tokenizer_has_a_class_that_transformers_4_knows(tmp_path: Path) -> 
     written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast" and not {"is_local", "backend"} & written.keys()
     assert transformers4.tokenize(tmp_path / "hf", "w1 w2 w1") == "[3, 4, 3]"
+
+
+def test_special_tokens_beside_the_usual_ones_stay_special_in_both(tmp_path: Path) -> None:
+    """transformers 5 writes a list where version 4 wants a dict, and ends."""
+    source = save_tiny_with_tokenizer(tmp_path / "source")
+    path = source / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"extra_special_tokens": ["w2"]}))
+    dims, weights = open_hf(source)
+    export_hf(source, tmp_path / "hf", dims, weights, torch.float32)
+    written = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert "extra_special_tokens" not in written and written["additional_special_tokens"] == ["w2"]
+    assert "w2" in AutoTokenizer.from_pretrained(tmp_path / "hf").all_special_tokens
+    assert transformers4.tokenize(tmp_path / "hf", "w1 w2 w1") == "[3, 4, 3]"
+
+
+def test_a_model_that_transformers_4_cannot_hold_is_named() -> None:
+    problem = older_reader_problem(dims_of(tiny_config("qwen2_moe")))
+    assert problem is not None and "4 heads of 16 in 48 channels needs transformers 5" in problem
+    for case in set(CASES) - {"qwen2_moe"}:
+        assert older_reader_problem(dims_of(tiny_config(case))) is None
 
 
 def save_tiny_with_tokenizer(folder: Path) -> Path:
