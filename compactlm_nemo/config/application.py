@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -132,10 +133,15 @@ def _command_line(words: list[str]) -> Iterator[None]:
     """Let hydra.main read these words, and raise errors instead of printing them."""
     before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = [before[0], *words], "1"
+    loggers = [logging.getLogger(name) for name in (None, "hydra")]
+    logs = [(logger, list(logger.handlers), logger.level) for logger in loggers]
     try:
         yield
     finally:
         sys.argv = before
+        for logger, handlers, level in logs:  # --info leaves its own
+            logger.handlers[:] = handlers
+            logger.setLevel(level)
         if full is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,10 +45,8 @@ class HiddenStateModel(GPTModel):
     document_end: int | None = None
     """Token at which a document begins and attention with it, as it ends the one before; None: samples are whole."""
 
-    inverse_frequencies: Callable[[int], Tensor]
-    """Length of a sequence -> its rotary frequencies."""
-    rotated_length: int | None = None
-    """Length of the sequence that the present frequencies are for."""
+    rotations: tuple[int, Tensor, Tensor] | None = None
+    """A length, and the rotary frequencies of sequences up to it and of longer ones, where these differ."""
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None = None, **others: Any) -> Any:
         """Run `input_ids` `[b, s]`, with or without marks (`data.marks`), of this context-parallel rank.
@@ -57,11 +55,10 @@ class HiddenStateModel(GPTModel):
         """
         input_ids = ids_of(input_ids)
         mask = self.attention_mask(input_ids, self.document_end)
-        length = input_ids.shape[1] * self.config.context_parallel_size
-        if length != self.rotated_length:  # Megatron keeps the angles of each length
-            rotary = self.rotary_pos_emb
-            rotary.inv_freq = self.inverse_frequencies(length).to(rotary.inv_freq.device)
-            self.rotated_length = length
+        if self.rotations is not None:  # Megatron keeps the angles of each length
+            limit, short, long = self.rotations
+            is_long = input_ids.shape[1] * self.config.context_parallel_size > limit
+            self.rotary_pos_emb.inv_freq = long if is_long else short
         return super().forward(input_ids, position_ids, mask, **others)
 
     @cached_property
@@ -197,8 +194,17 @@ def _build_chunk(
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
             if module.weight is not None:  # None: a tied output layer on the stage of the embedding
                 module.weight.tensor_model_parallel = True
-    model.inverse_frequencies = partial(inverse_frequencies, dims)
+    _set_rotations(model, dims)
     return model.to(device())
+
+
+def _set_rotations(model: HiddenStateModel, dims: Dims) -> None:
+    """Give a chunk its rotary frequencies, which Megatron's own settings cannot express, on its device."""
+    rotary = model.rotary_pos_emb
+    rotary.inv_freq = inverse_frequencies(dims).to(rotary.inv_freq.device)
+    if dims.rope_scaling is not None and dims.rope_scaling["rope_type"] == "longrope":
+        limit = dims.rope_scaling["original_max_position_embeddings"]
+        model.rotations = limit, rotary.inv_freq, inverse_frequencies(dims, limit + 1).to(rotary.inv_freq.device)
 
 
 def global_names(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
