@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import warnings
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 MAIN_RANK_WORK = timedelta(hours=12)
 """Ranks wait this long for work of the main rank alone (tokenising, tasks). Training uses Megatron's groups, whose
 timeout is 30 minutes."""
+
+_launches = itertools.count()
+"""Numbers the process groups of this process, one after another; all ranks count alike."""
 
 
 @contextmanager
@@ -101,7 +105,10 @@ def launched(layout: ParallelConfig, seed: int, deadline: float | None = None) -
         if launch_world_size() == 1:
             dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=MAIN_RANK_WORK)
+            # The store of torchrun outlives a group: a second one must not find the addresses of the first.
+            store, rank, size = next(dist.rendezvous("env://", timeout=MAIN_RANK_WORK))
+            store = dist.PrefixStore(f"launch_{next(_launches)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=MAIN_RANK_WORK)
         try:
             with listening(deadline):
                 yield start_mesh(layout, seed)

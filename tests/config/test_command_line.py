@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import subprocess
@@ -41,7 +42,8 @@ def run(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 @pytest.fixture
 def answer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function from words to exit code, output and errors."""
+    """Return a function from words to exit code, output and errors; loggers stay as they were before."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", list(logging.getLogger().handlers))
     return lambda *words: run(list(words), capsys, monkeypatch)
 
 
@@ -134,7 +136,6 @@ def test_plus_foo_and_minus_distill_are_refused_in_one_line(answer: Any) -> None
         (["-c", "hydra"], "subdir: ${hydra.job.override_dirname}"),
         (["--cfg", "all", "--resolve", "-p", "wandb", "wandb.name=${run.dir}", "run.dir=a"], "name: a"),
         (["--cfg=job", "experiment=llama31_8b_to_4b_width"], "model_type: llama"),
-        (["--hydra-help"], "--multirun,-m : Run multiple jobs"),
         (["--help"], "--shell-completion, -sc install=bash"),
         (["-h", "distill.lr=3"], "distill.lr = 0.0002"),
         (["--version"], "Hydra 1.3"),
@@ -167,14 +168,22 @@ def test_what_flags_cannot_do_is_one_line(answer: Any, words: list[str], message
     assert message in errors and errors.startswith("error: ") and errors.count("\n") == 1
 
 
-def test_info_shows_how_hydra_composes() -> None:
-    words = [sys.executable, "-m", "recipes.distill", "--info", "defaults", "experiment=smollm2_135m_cpu"]
-    done = subprocess.run(words, cwd=CONF.parent, capture_output=True, text=True, timeout=120)  # it sets up loggers
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--info", "defaults", "experiment=smollm2_135m_cpu"], "experiment/smollm2_135m_cpu"),
+        (["--hydra-help"], "--multirun,-m : Run multiple jobs"),
+    ],
+)
+def test_flags_of_hydra_that_set_up_loggers_work(words: list[str], expected: str) -> None:
+    command = [sys.executable, "-m", "recipes.distill", *words]
+    done = subprocess.run(command, cwd=CONF.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and not done.stderr
-    assert "experiment/smollm2_135m_cpu" in done.stdout
+    assert expected in done.stdout
 
 
-def test_files_of_the_users_own_are_found(answer: Any, tmp_path: Path) -> None:
+def test_files_of_the_users_own_are_found(answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ndistill: {lr: 0.007}\n")
     (tmp_path / "own.yaml").write_text("defaults: [config, _self_]\ndistill: {steps: 77}\n")
