@@ -83,13 +83,12 @@ def test_a_push_is_one_commit_of_the_verified_files_and_goes_on_after_a_failure(
     with hub() as server:
         server.files["model-00001-of-00002.safetensors"] = b"of an earlier push"
         server.files["theirs.md"] = b"of the user"
-        server.fail_commits = 6  # as often as the library tries
+        server.fail_commits = 1
         done = _push(inputs, run, server)
         *bars, line = done.stderr.splitlines()
         assert done.returncode == 75 and line.startswith("error: push: ") and "this may pass" in line, done.stderr
         assert all("model.safetensors: " in bar or not bar for bar in bars)
         assert len(server.uploads) == 1 and server.commits == []
-        server.fail_commits = 0
         done = _push(inputs, run, server)
         assert done.returncode == 0, done.stderr
         assert len(server.uploads) == 1, "weights that the Hub has are not sent again"
@@ -97,7 +96,9 @@ def test_a_push_is_one_commit_of_the_verified_files_and_goes_on_after_a_failure(
         assert server.files.keys() == names | {"theirs.md"} and "stray.txt" not in names
         for name in names:
             assert server.files[name] == (run / "export" / "hf" / name).read_bytes()
-        assert server.created[0]["private"] is True and len(server.commits) == 1
+        made = server.created[0]
+        assert made.get("visibility") == "private" or made.get("private") is True  # by the version of the library
+        assert len(server.commits) == 1
         assert read_manifest(run / "push")["results"]["commit"] == server.commits[0]
         assert "done before, skipped" in _push(inputs, run, server).stdout and len(server.commits) == 1
 
@@ -106,7 +107,7 @@ def test_a_damaged_folder_is_not_pushed(inputs: Path, exported: Path, tmp_path: 
     run = tmp_path / "run"
     shutil.copytree(exported, run)
     path = run / "export" / "hf" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    path.write_bytes(path.read_bytes()[:-1] + b"!")  # a norm of 1.0 ends with 0x3f
     with hub() as server:
         done = _push(inputs, run, server)
     assert done.returncode == 2 and "its SHA-256 is not the recorded one" in done.stderr

@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "/commit/" in self.path:
             if self.hub.fail_commits:
                 self.hub.fail_commits -= 1
-                return self._answer({"error": "busy"}, 503)
+                return self._answer({"error": "busy"}, 520)  # which the library does not try again
             self.hub.commit([json.loads(line) for line in body.splitlines() if line.strip()])
             oid = self.hub.commits[-1]
             url = f"{self.hub.url}/org/name/commit/{oid}"
