@@ -10,7 +10,7 @@ from typing import Any
 
 from compactlm_nemo.errors import ConfigError
 
-_PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_]\w*", re.IGNORECASE)
+_PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_]\w*", re.IGNORECASE | re.ASCII)
 """Words that Hydra's grammar reads as text without quotes; names of experiments must have none."""
 
 _NAMED = re.compile(r"(data\.train|data\.heldout|model\.architecture|search\.multiples)\.[^.]+")

@@ -49,7 +49,7 @@ def test_a_command_of_the_page_runs(block: str, files: Path, tmp_path: Path) -> 
     for line in text.replace("[shards", f"[{files}/shards").splitlines():
         program, *words = shlex.split(line)
         if program == "torchrun":
-            words = ["-m", "torch.distributed.run", "--master-port=0", *words]
+            words = ["-m", "torch.distributed.run", "--standalone", *words]
         done = commands.run([*words, "data.sequence_length=16"])
         assert done.returncode == 0, done.stderr[-2000:]
     [run] = (tmp_path / "runs").iterdir()

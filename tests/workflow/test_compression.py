@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compactlm_nemo.artifacts import read_manifest
@@ -142,6 +142,8 @@ def test_sections_names_and_values_arrive() -> None:
 
 
 @settings(deadline=None, max_examples=60)
+@example("A²")
+@example("it's \\")
 @given(st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=30).filter(lambda text: "\\${" not in text))
 def test_any_text_arrives_as_it_is(text: str) -> None:
     config = compose(overrides_of(BASE | {"wandb.notes": text, "evaluate.tasks": [text, "b"]}))
