@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from compactlm_nemo.config.hardware import has_cuda
 from compactlm_nemo.config.parallel import ParallelConfig
@@ -106,8 +108,8 @@ def launched(layout: ParallelConfig, seed: int, deadline: float | None = None) -
             dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
         else:
             # The store of torchrun outlives a group: a second one must not find the addresses of the first.
-            store, rank, size = next(dist.rendezvous("env://", timeout=MAIN_RANK_WORK))
-            store = dist.PrefixStore(f"launch_{next(_launches)}", store)
+            store, rank, size = next(rendezvous("env://", timeout=MAIN_RANK_WORK))
+            store = PrefixStore(f"launch_{next(_launches)}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=MAIN_RANK_WORK)
         try:
             with listening(deadline):

@@ -90,7 +90,10 @@ def test_a_sweep_of_one_stage_takes_what_it_reads_from_the_runs_there_are(
     inputs: Path, swept: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
     folder, _ = swept
-    words = [word.replace("recipes.compress", "recipes.distill") for word in sweep(inputs, folder, "distill.beta2=0.9")]
+    words = [
+        word.replace("recipes.compress", "recipes.distill")
+        for word in sweep(inputs, folder, "distill.beta2=choice(0.9)")
+    ]
     done = run(words)
     assert done.returncode == 0, done.stderr
     assert read_manifest(folder / "distill.beta2=0.9" / "distill")["settings"]["distill.beta2"] == 0.9
