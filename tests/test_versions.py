@@ -67,7 +67,7 @@ RANGES = {need.name: need.specifier for need in map(Requirement, SETUP["install_
 def test_every_file_of_pins_names_a_python_and_the_three_versions() -> None:
     for pins in PINS:
         assert re.fullmatch(r"3\.\d+", pins.python), pins.file
-        assert tuple(pins.versions) == PINNED, pins.file
+        assert tuple(pins.versions)[:3] == PINNED, pins.file
         if pins.file.startswith("python"):
             assert pins.file == f"python{pins.python}.txt"
 
@@ -99,7 +99,7 @@ def test_the_table_has_one_row_for_each_file_of_pins() -> None:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if link := re.fullmatch(r"\[`.*`\]\(\.\./requirements/(.*)\)", cells[0]):
             rows[link[1]] = cells[1:5]
-    assert rows == {pins.file: [pins.python, *pins.versions.values()] for pins in PINS}
+    assert rows == {pins.file: [pins.python, *(pins.versions[name] for name in PINNED)] for pins in PINS}
 
 
 def test_continuous_integration_runs_the_second_newest_combination_too() -> None:

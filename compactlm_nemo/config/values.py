@@ -8,13 +8,11 @@ from enum import Enum
 from os import PathLike, fspath
 from typing import Any
 
+from compactlm_nemo.config.overrides import OPEN_KEY
 from compactlm_nemo.errors import ConfigError
 
 _PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_]\w*", re.IGNORECASE | re.ASCII)
 """Words that Hydra's grammar reads as text without quotes; names of experiments must have none."""
-
-_NAMED = re.compile(r"(data\.train|data\.heldout|model\.architecture|search\.multiples)\.[^.]+")
-"""Keys whose last part is a name of the user's choosing: what they hold is one value."""
 
 
 def overrides_of(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -24,7 +22,7 @@ def overrides_of(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
         key = f"{prefix}{name}"
         if not isinstance(name, str) or "=" in name:
             raise ConfigError(f"{key!r} is no setting; give dotted names, as in {{'distill.lr': 1e-4}}.")
-        if isinstance(value, Mapping) and not _NAMED.fullmatch(key):
+        if isinstance(value, Mapping) and not OPEN_KEY.fullmatch(f"{key}="):
             overrides += overrides_of(value, f"{key}.")
         else:
             overrides.append(f"{key}={_spelled(value, key)}")
