@@ -256,7 +256,9 @@ def fresh_folder(folder: Path) -> Path:
         (folder / _MARKER).unlink()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds files of something else; choose another run.dir or move them away.")
+        raise ConfigError(
+            f"{folder} holds files and no {MANIFEST} that says of what; choose another run.dir, or move them away."
+        )
     (folder / _MARKER).touch()
     return folder
 

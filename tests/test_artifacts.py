@@ -92,7 +92,7 @@ def test_fresh_folder_removes_only_its_own_leftovers(tmp_path):
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter").touch()
-    with pytest.raises(ConfigError, match="holds files of something else"):
+    with pytest.raises(ConfigError, match="holds files and no manifest.json"):
         artifacts.fresh_folder(other)
     assert (other / "chapter").exists()
     done = finished(tmp_path)

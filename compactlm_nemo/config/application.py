@@ -153,13 +153,13 @@ def help_text(description: str, root: Root[Any] = RUN) -> str:
     lines = [description, "", f"usage: python -m {root.usage}", ""]
     if root is RUN:
         lines += [f"{group}s: {', '.join(group_names(group))}" for group in ("experiment", "model")] + [""]
-    lines += ["flags (those of Hydra):", *_flag_lines(), ""]
+    lines += ["flags (those of Hydra):", *_flag_lines(root), ""]
     lines += ["settings (key = default):"]
     lines += [f"  {key} = {default}\n      {meaning}" for key, default, meaning, _ in schema_reference(root.schema)]
     return "\n".join(lines)
 
 
-def _flag_lines() -> Iterator[str]:
+def _flag_lines(root: Root[Any]) -> Iterator[str]:
     meanings = {
         "--help, -h": "this page",
         "--hydra-help": "Hydra's own settings",
@@ -169,4 +169,6 @@ def _flag_lines() -> Iterator[str]:
         "--config-name, -cn; --config-path, -cp; --config-dir, -cd": "files of your own",
         "--shell-completion, -sc install=bash": 'complete settings: eval "$(python -m RECIPE -sc install=bash)"',
     }
+    if root is not RUN:
+        del meanings["--multirun, -m"]  # there is no run to sweep
     return (f"  {flag}\n      {meaning}" for flag, meaning in meanings.items())

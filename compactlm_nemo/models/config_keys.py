@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from compactlm_nemo.errors import CheckpointError
 
@@ -17,7 +18,7 @@ MOST = 64
 _log = logging.getLogger(__name__)
 
 
-def refuse_unknown_keys(keys: Collection[str], kind: str) -> None:
+def refuse_unknown_keys(keys: Mapping[str, Any], kind: str) -> None:
     """Let keys pass that no model of transformers reads (`unsloth_version`), once with a line, and refuse the others.
 
     Raises:
@@ -33,7 +34,7 @@ def refuse_unknown_keys(keys: Collection[str], kind: str) -> None:
         )
     for key in sorted(keys):
         if key in _read_by_models(tuple(sorted(keys))):
-            raise CheckpointError(f"config.json: {key} is not supported for model_type={kind}.")
+            raise CheckpointError(f"config.json: {key}={keys[key]!r} is not supported for model_type={kind}.")
     _tell(tuple(sorted(keys)))
 
 

@@ -103,7 +103,8 @@ def dims_of(config: Any) -> Dims:
     family = FAMILIES[kind]
     given = config.to_diff_dict()
     known = _READ | _HARMLESS | (_READ_WITH_EXPERTS if family.experts else set())
-    refuse_unknown_keys({key for key, value in given.items() if key not in known and value not in (None, False)}, kind)
+    unknown = {key: value for key, value in given.items() if key not in known and value not in (None, False)}
+    refuse_unknown_keys(unknown, kind)
     _whole_sizes(config, family)
     _only(kind, "hidden_act", config.hidden_act, family.activation)
     for key, value in family.also.items():

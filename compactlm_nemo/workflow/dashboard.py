@@ -45,6 +45,11 @@ PANELS = (
     Panel("Gradient norm", ("train/grad_norm",), "it jumps before the loss does"),
     Panel("Learning rate", ("train/lr",), "its shape is not the schedule's"),
     Panel("Speed", ("perf/tokens_per_second", "perf/mfu"), "it sags: a slow node, or data that comes late"),
+    Panel(
+        "Saving",
+        ("perf/checkpoint_share",),
+        "it is more than a few hundredths: save less often, on a faster disk, or set `distill.checkpoint_async`",
+    ),
     Panel("Memory", ("perf/peak_memory_bytes",), "it grows with the steps"),
     Panel("Stability", ("train/skipped_steps", "train/rewinds"), "they are more than a few"),
 )

@@ -22,6 +22,10 @@ class Listed(NamedTuple):
     """Times in what is measured; None where Megatron-Core decides it by the number of parameters."""
 
 
+HELD_OUT = [
+    # Whether any token of the windows does not count decides whether masks are made, once for all batches.
+    Listed("models/forward.py", "__init__", "self.is_marked", 1),
+]
 STEP = [
     # The loss terms of a step are logged, and a loss that is not finite or jumps decides what the step does.
     Listed("parallel/collectives.py", "last_stage_total", ".cpu()", 1),

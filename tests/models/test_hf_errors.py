@@ -90,7 +90,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "partial rotation": (_config(partial_rotary_factor=0.5), ["partial_rotary_factor=0.5", "must be 1.0"]),
     "gelu": (_config(hidden_act="gelu"), ["hidden_act='gelu'", "'silu'"]),
-    "unknown setting": (_config(logit_scale=0.5), ["logit_scale is not supported"]),
+    "unknown setting": (_config(logit_scale=0.5), ["logit_scale=0.5 is not supported"]),
     "layer types": (_config(layer_types=["full_attention"] * 3 + ["sliding_attention"]), ["layer_types"]),
     "truncated data": (_truncate(0.5), ["model.safetensors is damaged", "fetch it again"]),
     "truncated header": (_truncate(0.001), ["model.safetensors is damaged", "fetch it again"]),
