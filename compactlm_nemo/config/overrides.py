@@ -173,11 +173,13 @@ def _text_inside(typed: str) -> str:
 def _split(typed: str) -> list[str]:
     """Split at commas outside of brackets and quotes."""
     parts, depth, quote = [""], 0, ""
-    for before, letter in zip(" " + typed, typed, strict=False):
+    slashes = 0  # in a row, before the letter
+    for letter in typed:
         if quote:
-            quote = "" if letter == quote and before != "\\" else quote
+            quote = "" if letter == quote and slashes % 2 == 0 else quote
         elif letter in _QUOTES and not parts[-1].strip(" [{(:,"):
             quote = letter
+        slashes = slashes + 1 if letter == "\\" else 0
         depth += 0 if quote else (letter in "[{(") - (letter in "]})")
         if letter == "," and depth == 0 and not quote:
             parts.append("")
