@@ -149,7 +149,12 @@ def _text(typed: str) -> str:
     """Return a text as Hydra's grammar spells it."""
     if typed.lower() == "null" or _is_quoted(typed) or _reads_as(typed, typed):
         return typed
-    return QuotedString(text=typed, quote=Quote.single).with_quotes()
+    return quoted(typed)
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes, which Hydra's grammar reads as this very text."""
+    return QuotedString(text=text, quote=Quote.single).with_quotes()
 
 
 def _text_inside(typed: str) -> str:
@@ -221,8 +226,7 @@ def _grammar_problem(match: re.Match[str], word: str, written: str) -> str | Non
         return f"{word!r} is no setting; write KEY=VALUE."
     if _parsed(f"{match['key']}=1") is None:
         return f"{word!r} has a key that cannot be read; keys have letters a-z, digits, _ and -, with dots between."
-    quoted = QuotedString(text=match["value"][1:], quote=Quote.single).with_quotes()
-    right = f"{match['sign'] or ''}{match['key']}={quoted}"
+    right = f"{match['sign'] or ''}{match['key']}={quoted(match['value'][1:])}"
     if not right.isprintable():
         return f"{word!r} has a value that cannot be read; give it without control characters."
     right = shlex.quote(right) if set(right) & set('"$`\\!') else f'"{right}"'

@@ -49,7 +49,7 @@ class Sweep:
             raise ConfigError("run.dir is the folder of the whole sweep, each run has its own below it; give one.")
         values = {override.key_or_group: override.value() for override in parsed if not override.is_sweep_override()}
         sweep = cls(swept, values.get("dry_run") is True)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(
+        if _is_one_of_many_ranks() and any(
             key in ("hydra/launcher", "hydra/sweeper") or "${now" in str(value) for key, value in values.items()
         ):
             raise ConfigError(
@@ -70,7 +70,7 @@ class Sweep:
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(given - set(self.swept)))}]",
             f"hydra.callbacks.sweep.name={self.name}",
         ]
-        if self.dry_run or os.environ.get("RANK", "0") != "0":
+        if self.dry_run or not _is_main_rank():
             extra.append(f"hydra.sweep.dir='{scratch}'")
         return [*overrides, *extra]
 
@@ -107,7 +107,7 @@ class Sweep:
     def _note(self, folder: str | None, subfolder: str, code: int | None, line: str) -> None:
         if code is not None:
             self.codes.append(code)
-        if folder is None or os.environ.get("RANK", "0") != "0":
+        if folder is None or not _is_main_rank():
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
         note = {"sweep": self.name, "run": subfolder, "exit_code": code, "failure": line}
@@ -126,3 +126,7 @@ def worst(codes: list[int]) -> int:
 
 def _is_one_of_many_ranks() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _is_main_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"

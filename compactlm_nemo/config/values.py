@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from os import PathLike, fspath
 from typing import Any
 
-from compactlm_nemo.config.overrides import OPEN_KEY
+from compactlm_nemo.config.overrides import OPEN_KEY, quoted
 from compactlm_nemo.errors import ConfigError
 
 _PLAIN = re.compile(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_]\w*", re.IGNORECASE | re.ASCII)
@@ -47,13 +47,4 @@ def _spelled(value: Any, key: str) -> str:
 
 
 def _text(text: str) -> str:
-    if _PLAIN.fullmatch(text):
-        return text
-    escaped = "".join(_escapes(text.replace("${", r"\${")))
-    return f"'{escaped}'"
-
-
-def _escapes(text: str) -> Iterator[str]:
-    r"""Yield a text with `\'` for each quote; backslashes count only before a quote, also the closing one."""
-    for slashes, letter in re.findall(r"(\\*)([^\\]|$)", text):
-        yield slashes * 2 + "\\'" if letter == "'" else slashes * 2 if not letter else slashes + letter
+    return text if _PLAIN.fullmatch(text) else quoted(text.replace("${", r"\${"))

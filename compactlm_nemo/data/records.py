@@ -115,13 +115,6 @@ def read_pieces(
                 yield Piece(source, (number, idx), [_record(source, each) for each in raw])
 
 
-def read_records(path: str | list[str], key: str = "text") -> Iterator[tuple[str, Record]]:
-    """Yield every record with the text that names its place."""
-    for piece in read_pieces(sources_of(path), key):
-        for record in piece.records:
-            yield piece.where(record.number), record
-
-
 def _cut(raw: Iterator[_Raw]) -> Iterator[list[_Raw]]:
     piece: list[_Raw] = []
     num_bytes = 0

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compactlm_nemo.config.data import LossOn
 from compactlm_nemo.data.answer_mask import SUFFIX, AnswerMask
+from compactlm_nemo.data.marks import mark
 from compactlm_nemo.errors import DataError
 
 _CHECK_TOKENS = 2**24
@@ -111,13 +112,13 @@ class TokenStream:
         if self._mask is not None:
             idx = int(self._that_count(self._mask, sequence_length)[idx])
         start = idx * sequence_length
-        tokens = self._tokens[start : start + sequence_length + 1].astype(numpy.int64)
+        tokens = torch.from_numpy(self._tokens[start : start + sequence_length + 1].astype(numpy.int64))
         if self._bos is not None:
             tokens[0] = self._bos
         if self._mask is not None:  # place s predicts token s + 1
             counts = self._mask.counts(start + 1, start + sequence_length + 1)
-            tokens[:-1] = numpy.where(counts, tokens[:-1], ~tokens[:-1])
-        return torch.from_numpy(tokens)
+            tokens[:-1] = mark(tokens[:-1], torch.from_numpy(counts))
+        return tokens
 
     def _that_count(self, mask: AnswerMask, length: int) -> numpy.ndarray:
         """Return the numbers of the windows with a target that counts, found in one pass over the mask."""

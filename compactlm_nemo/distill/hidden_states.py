@@ -30,7 +30,7 @@ from compactlm_nemo.data.marks import counts_of
 from compactlm_nemo.distill.layer_pairs import LayerPair, StatePlace
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.models.build import ModelChunks
-from compactlm_nemo.models.forward import context_share
+from compactlm_nemo.models.forward import context_share, sequence_share
 from compactlm_nemo.parallel.collectives import all_gather_objects, move, world_sum
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.training.callbacks import Callback, Metrics, ModelPass, Step
@@ -241,8 +241,7 @@ class HiddenStateLoss(Callback):
 
     def _mask(self, tokens_BT: Tensor) -> Tensor:
         """Return ``[S, B]`` float32 of this rank's part of the sequence: 1 where a prediction counts, else 0."""
-        counts_SB = context_share(counts_of(tokens_BT[:, :-1]), self.mesh).T.float()
-        return counts_SB.chunk(self.mesh.tp_size)[self.mesh.tp_rank] if self.mesh.is_sequence_parallel else counts_SB
+        return sequence_share(context_share(counts_of(tokens_BT[:, :-1]), self.mesh).T.float(), self.mesh)
 
     def _loss(self, pair_idx: int, batch_idx: int, teacher_SBG: Tensor, output: Any) -> Tensor:
         student_SBH = state_of(output)

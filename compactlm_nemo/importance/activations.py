@@ -28,7 +28,7 @@ from compactlm_nemo.importance.aggregators import Length, State, blocks_of, coun
 from compactlm_nemo.importance.experts import hook_experts
 from compactlm_nemo.models.build import HiddenStateModel, ModelChunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import DataParallelSamples, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, forward_each, sequence_share
 from compactlm_nemo.parallel.collectives import all_gather, gather_objects
 from compactlm_nemo.parallel.mesh import Mesh
 
@@ -74,7 +74,8 @@ class ActivationHooks:
 
     def start(self, counts_SB: Tensor | None) -> None:
         """Say which tokens of the next micro-batch count; None for all."""
-        self.counts_SB, self.part_counts_SB = counts_SB, sequence_share(counts_SB, self.mesh)
+        self.counts_SB = counts_SB
+        self.part_counts_SB = None if counts_SB is None else sequence_share(counts_SB, self.mesh)
 
     def on_neurons(self, mlp: Any, element: str) -> None:
         """Measure an MLP that sees whole sequences `[S, B, H]`."""
@@ -156,13 +157,6 @@ class ActivationHooks:
         """Take the hooks off the model."""
         for handle in self.handles:
             handle.remove()
-
-
-def sequence_share(counts_SB: Tensor | None, mesh: Mesh) -> Tensor | None:
-    """Return the part that this rank has under sequence parallelism of what is known of every token."""
-    if counts_SB is None or not mesh.is_sequence_parallel:
-        return counts_SB
-    return counts_SB.chunk(mesh.tp_size)[mesh.tp_rank]
 
 
 def _cosine(x_SBH: Tensor, y_SBH: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from compactlm_nemo.data.marks import counts_of
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each, sequence_share
 from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
@@ -44,9 +44,7 @@ def state_cosines(
         counted_BS = (
             samples.counted(idx, mesh.dp_rank).to(tokens_BS.device, non_blocking=True)[:, None].expand_as(tokens_BS)
         )
-        counted_SB = context_share(counted_BS & counts_of(tokens_BS), mesh).T
-        if mesh.is_sequence_parallel:
-            counted_SB = counted_SB.chunk(mesh.tp_size)[mesh.tp_rank]
+        counted_SB = sequence_share(context_share(counted_BS & counts_of(tokens_BS), mesh).T, mesh)
         total += _gram(states, counted_SB.flatten(), mesh, dims)
         progress(samples.num_counted(idx))
     if mesh.is_sequence_parallel:

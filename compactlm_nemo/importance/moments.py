@@ -39,7 +39,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from compactlm_nemo.data.marks import counts_of, ids_of
 from compactlm_nemo.errors import CheckpointError
-from compactlm_nemo.importance.activations import sequence_share
 from compactlm_nemo.importance.experts import TokenPlaces
 from compactlm_nemo.importance.names import (
     FINAL_NORM,
@@ -53,6 +52,7 @@ from compactlm_nemo.importance.names import (
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.checkpoint import read_box
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
+from compactlm_nemo.models.forward import sequence_share
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum, barrier
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.mesh import Mesh
@@ -176,13 +176,16 @@ class MomentCollector:
 
     def _on_experts(self, moe: Any, layer_idx: int, size: int) -> None:
         """Hook each expert of this rank: its tokens come from the whole expert-parallel group, and some count."""
-        places = TokenPlaces(self.mesh, moe, lambda: sequence_share(self.counts_SB, self.mesh))
+        places = TokenPlaces(self.mesh, moe, self._part_counts)
         self.handles += [*places.follow(), moe.experts.register_forward_pre_hook(self._count_group)]
         for local, expert in enumerate(moe.experts.local_experts):
             name = expert_mlp_key(layer_idx, moe.local_expert_indices[local])
             self._allocate(name, size)
             hook = partial(self._add_routed, places, local, name)
             self.handles.append(expert.linear_fc2.register_forward_pre_hook(hook))
+
+    def _part_counts(self) -> Tensor | None:
+        return None if self.counts_SB is None else sequence_share(self.counts_SB, self.mesh)
 
     def _count_group(self, *_: Any) -> None:
         """Gather how many samples of each rank of the group count; experts run in step on the tokens of all ranks."""

@@ -32,10 +32,11 @@ def refuse_unknown_keys(keys: Mapping[str, Any], kind: str) -> None:
         raise CheckpointError(
             f"config.json: auto_map names code of the folder's own, which is never run; delete it if this is a {kind}."
         )
-    for key in sorted(keys):
-        if key in _read_by_models(tuple(sorted(keys))):
+    names = tuple(sorted(keys))
+    for key in names:
+        if key in _read_by_models(names):
             raise CheckpointError(f"config.json: {key}={keys[key]!r} is not supported for model_type={kind}.")
-    _tell(tuple(sorted(keys)))
+    _tell(names)
 
 
 @cache

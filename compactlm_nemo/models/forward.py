@@ -37,6 +37,11 @@ def context_share(tokens_BS: Tensor, mesh: Mesh) -> Tensor:
     return tokens_BS[:, context_positions(length, mesh.cp_rank, mesh.cp_size, tokens_BS.device)]
 
 
+def sequence_share(x_SB: Tensor, mesh: Mesh) -> Tensor:
+    """Return the part of this rank's places `[S / cp, B]` that it has under sequence parallelism; all of them else."""
+    return x_SB.chunk(mesh.tp_size)[mesh.tp_rank] if mesh.is_sequence_parallel else x_SB
+
+
 def targets_of(tokens_BT: Tensor, mesh: Mesh) -> tuple[Tensor, Tensor]:
     """Return labels and float32 mask, `[S / cp * B]` each, of samples with their last label, in hidden states' order.
 

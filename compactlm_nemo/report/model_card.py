@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from compactlm_nemo.models.hf_assets import PAPERS
+
 CARD = "README.md"
 
 TEACHER_WORDS = "teacher_card.json"
@@ -23,7 +25,6 @@ LONGEST = 200
 """Letters that a value of the teacher's card may have."""
 
 _OF_THE_TEACHER = ("license", "license_name", "license_link", "language")
-_LEGAL = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY|USE-POLICY)", re.IGNORECASE)
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$-])")
 _FRONT = re.compile(r"\A---\r?\n(.*?)^---\s*$", re.DOTALL | re.MULTILINE)
 _SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/[^/]+$")
@@ -112,7 +113,7 @@ def model_card(card: Card, hf_assets: Path, words: Mapping[str, Any]) -> str:
 
 
 def _licence(words: Mapping[str, Any], hf_assets: Path) -> list[str]:
-    files = sorted(path.name for path in hf_assets.iterdir() if _LEGAL.match(path.name))
+    files = sorted(path.name for path in hf_assets.iterdir() if path.name.upper().startswith((*PAPERS, "USE-POLICY")))
     named = words.get("license_name") or words.get("license")
     lines = [f"The teacher's card names the licence {escaped(named)}." if named else "The teacher's card names none."]
     if files:
@@ -124,7 +125,7 @@ def _table(first: str, columns: Mapping[str, Mapping[str, int]]) -> list[str]:
     rows = next(iter(columns.values()))
     head = [first, *map(escaped, columns)]
     body = [[escaped(row), *(f"{column[row]:,}" for column in columns.values())] for row in rows]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
+    return _markdown(head, body)
 
 
 def _losses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -134,4 +135,9 @@ def _losses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         [escaped(row["model"]), f"{row['tokens_trained']:,}", *(f"{row[f'loss_{text}']:.4f}" for text in texts)]
         for row in rows
     ]
+    return _markdown(head, body)
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> list[str]:
+    """Return the lines of a table whose cells are escaped already."""
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]

@@ -41,15 +41,16 @@ def export(run: Run, folder: Path) -> dict[str, Any]:
     artifact = ARTIFACTS[cfg.of]
     dims, target, hf_assets = run.dims(artifact), folder / HF, run.path("teacher") / HF
     dtype = _dtype(run, hf_assets)
+    dtype_name = str(dtype).removeprefix("torch.")
     with main_rank_writes() as writes:
         if writes:
             source = CheckpointSource(run.path(artifact), dims)
             export_hf(hf_assets, target, dims, source, dtype, int(cfg.shard_gib * 2**30))
-            _write_card(run, target, str(dtype).removeprefix("torch."))
+            _write_card(run, target, dtype_name)
     counted = count_params(target)
     if counted != num_params(dims):
         raise CheckpointError(f"{target} holds {counted} parameters, the plan says {num_params(dims)}.")
-    return {"params": counted, "folder": str(target), "dtype": str(dtype).removeprefix("torch.")}
+    return {"params": counted, "folder": str(target), "dtype": dtype_name}
 
 
 def _dtype(run: Run, hf_assets: Path) -> torch.dtype:

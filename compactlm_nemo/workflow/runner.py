@@ -61,8 +61,10 @@ def run_stages(config: Config, only: str | None = None, until: str | None = None
     pending = names
     console = Console(quiet=not is_main_rank())
     if launch_world_size() == 1:  # more ranks leave the decision to the main one, in _run_one
-        while pending and (told := _done_before(STAGES[pending[0]], config)):
-            console.print(f"{pending[0]}: {told}", soft_wrap=True, markup=False, highlight=False)
+        for name in names:
+            if not (told := _done_before(STAGES[name], config, *_identity(STAGES[name], config))):
+                break
+            console.print(f"{name}: {told}", soft_wrap=True, markup=False, highlight=False)
             pending = pending[1:]
     if pending:
         from compactlm_nemo.parallel.interruption import job_deadline, stop_if_asked
@@ -93,9 +95,9 @@ def _identity(stage: Stage, config: Config) -> tuple[dict[str, Any], dict[str, s
     return settings_of(stage.settings(config)), _inputs(stage, config)
 
 
-def _done_before(stage: Stage, config: Config) -> str:
+def _done_before(stage: Stage, config: Config, settings: dict[str, Any], inputs: dict[str, str]) -> str:
     """Return where a stage's result comes from when there is one, of this run or of another in `run.reuse`; else ""."""
-    folder, (settings, inputs) = _folder(stage, config), _identity(stage, config)
+    folder = _folder(stage, config)
     if stage_is_done(folder, settings, inputs):
         return "done before, skipped"
     if config.run.reuse is None:
@@ -120,7 +122,7 @@ def _inputs(stage: Stage, config: Config) -> dict[str, str]:
     for artifact in stage.artifacts(config):
         if config.run.reuse is not None and not (run / artifact / MANIFEST).exists():
             with suppress(CompactLMError):  # told below as missing
-                _done_before(MAKERS[artifact], config)
+                _done_before(MAKERS[artifact], config, *_identity(MAKERS[artifact], config))
         try:
             identities[artifact] = read_manifest(run / artifact)["fingerprint"]
         except CompactLMError:
@@ -156,7 +158,7 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
     with main_rank_writes() as writes:
         if writes:
             settings, inputs = _identity(stage, config)
-            told = _done_before(stage, config)
+            told = _done_before(stage, config, settings, inputs)
             if not told:
                 fresh_folder(folder)
     if told := broadcast_object(told):

@@ -10,11 +10,16 @@ import sys
 import pytest
 
 from compactlm_nemo.data import records
-from compactlm_nemo.data.records import missing_sources, read_pieces, read_records, sources_of
+from compactlm_nemo.data.records import missing_sources, read_pieces, sources_of
 from compactlm_nemo.errors import DataError
 
 TEXTS = ["one", "two \u00e9", "three\nlines", "four"]
 LINES = "".join(json.dumps({"text": text, "n": i}) + "\n" for i, text in enumerate(TEXTS)).encode()
+
+
+def read_records(path, key="text"):
+    for piece in read_pieces(sources_of(path), key):
+        yield from ((piece.where(record.number), record) for record in piece.records)
 
 
 def texts(path, key="text"):

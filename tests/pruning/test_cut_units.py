@@ -108,11 +108,15 @@ def silenced(model: Any, plan: Plan, dims: Dims) -> Any:
 
 
 def picks_only(kept: list[int], dims: Dims) -> Any:
-    """Forward hook of a router: logits of all experts but these are -inf; gates and choice by the definition."""
+    """Forward hook of a router: logits of all experts but these are -inf; gates and choice by the definition.
+
+    The logits come from the router's weight: what a router returns first are logits or probabilities, by version.
+    """
 
     def route(router: Any, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        logits_NE = torch.full_like(output[0], -torch.inf)
-        logits_NE[:, kept] = output[0][:, kept]
+        all_NE = args[0].reshape(-1, args[0].shape[-1]) @ router.weight.T
+        logits_NE = torch.full_like(all_NE, -torch.inf)
+        logits_NE[:, kept] = all_NE[:, kept]
         weight_NE = logits_NE.exp()
         gate_NE = weight_NE / weight_NE.sum(dim=-1, keepdim=True)
         picked_NK = gate_NE.argsort(dim=-1, descending=True)[:, : dims.experts_per_token]
