@@ -32,6 +32,10 @@ class DistillConfig:
     """Optimizer steps."""
     stop_after: int | None = setting(None, changes_result=False)
     """Stop after so many of the steps, to go on in a later run; null trains to the end."""
+    start_from: str | None = setting(None, changes_result=False)
+    """Folder of a finished distill stage whose student trains on: with a new optimizer, the schedule of these settings,
+    and the samples after those it has seen. null begins with the pruned student. What the folder holds is part of the
+    result, where it lies is not."""
     global_batch: int = setting(8)
     """Samples of one step over all data-parallel ranks."""
     micro_batch: int = setting(1, changes_result=False)

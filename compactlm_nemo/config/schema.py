@@ -75,6 +75,7 @@ class Config:
             loss=CROSS_ENTROPY,
             hidden=HiddenConfig(),
             stop_after=None,
+            start_from=None,
             teacher_tp=None,
             teacher_pp=None,
         )

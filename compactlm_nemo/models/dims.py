@@ -9,6 +9,9 @@ from typing import Any
 
 from compactlm_nemo.models.axes import AXES
 
+MODEL = "model.json"
+"""File of the architecture in an artifact that is a model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dims:

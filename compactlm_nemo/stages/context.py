@@ -25,7 +25,7 @@ from compactlm_nemo.importance.scores import load_scores
 from compactlm_nemo.losses.vocabulary import chunk_tokens
 from compactlm_nemo.models.build import ModelChunks, build_model
 from compactlm_nemo.models.checkpoint import load_model, save_model
-from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.dims import MODEL, Dims
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.launch import main_rank_writes
@@ -33,9 +33,6 @@ from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.parallel.world import is_main_rank
 from compactlm_nemo.progress import progress_bar
 from compactlm_nemo.stages.stage import Stage
-
-MODEL = "model.json"
-
 
 HF = "hf"
 

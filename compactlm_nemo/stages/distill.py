@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compactlm_nemo.artifacts import MANIFEST, read_manifest
 from compactlm_nemo.config.distill import Result
 from compactlm_nemo.config.fingerprint import correction_settings, heldout_loss, result_settings, training_text
 from compactlm_nemo.config.hardware import can_compile
@@ -12,8 +13,8 @@ from compactlm_nemo.config.prune import Stream
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import StoredKind, TeacherSource
 from compactlm_nemo.distill.layer_pairs import layer_pairs
-from compactlm_nemo.errors import ConfigError
-from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.errors import CompactLMError, ConfigError
+from compactlm_nemo.models.dims import MODEL, Dims
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -47,7 +48,36 @@ def distill_problems(config: Config, models: list[Dims]) -> list[str]:
         problems.append(
             "model.compile=true needs a C compiler (cc, gcc or clang) and TORCH_COMPILE_DISABLE unset; set it to false."
         )
+    problems += _start_problems(config, models[1:])
     return problems + _stored_problems(config) + _hidden_loss_problems(config, models) + _correction_problems(config)
+
+
+def start_files(config: Config) -> dict[str, Path]:
+    """Return what says which student trains on."""
+    start = config.distill.start_from
+    return {} if start is None else {"distill.start_from": Path(start) / MANIFEST}
+
+
+def _start_problems(config: Config, students: list[Dims]) -> list[str]:
+    """Return what keeps the student of a finished training from training on here."""
+    start = config.distill.start_from
+    if start is None:
+        return []
+    problems, named, run = [], f"distill.start_from={start}", Path(config.run.dir)
+    if run.resolve() == Path(start).resolve().parent:
+        problems.append(f"{named} is of this run itself; give another run.dir, with run.reuse={run}.")
+    if config.distill.teacher is TeacherSource.stored:
+        problems.append(f"{named} goes on with samples whose targets are not stored; set distill.teacher=live.")
+    try:
+        is_training = read_manifest(Path(start))["stage"] == STAGE.writes
+        dims = Dims.load(Path(start) / MODEL) if is_training else None
+    except (CompactLMError, OSError, ValueError, TypeError) as error:
+        return [*problems, f"{named} holds no finished training ({error}); name the folder distill of a finished run."]
+    if dims is None:
+        problems.append(f"{named} holds another stage; name the folder distill of a finished run.")
+    elif students and dims not in students:
+        problems.append(f"{named} has a student of another shape than this run's; give this run the shape of that one.")
+    return problems
 
 
 def _stored_problems(config: Config) -> list[str]:
@@ -145,6 +175,7 @@ STAGE = Stage(
     },
     writes="distill",
     settings=distill_settings,
+    files=start_files,
     problems=distill_problems,
     memory=models_in_memory,
     run=distill,

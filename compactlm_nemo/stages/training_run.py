@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from compactlm_nemo.artifacts import settings_of
+from compactlm_nemo.artifacts import MANIFEST, file_identity, read_manifest, refuse_damage, settings_of
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.fingerprint import correction_settings, result_settings, training_text
 from compactlm_nemo.config.hardware import can_compile
@@ -33,17 +33,19 @@ from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.distill.stored_targets import StoredTargets
 from compactlm_nemo.distill.teacher import LiveTeacher, NoTeacher, OwnMeshTeacher, StoredHidden, StoredTopK, Teacher
 from compactlm_nemo.distill.teacher_correction import TeacherCorrection
+from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.models.build import ModelChunks, tp_share
-from compactlm_nemo.models.checkpoint import CheckpointSource
+from compactlm_nemo.models.checkpoint import CheckpointSource, load_model
 from compactlm_nemo.models.compile import compile_layers, compiling_nothing
-from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.dims import MODEL, Dims
 from compactlm_nemo.models.experts import can_group, group_experts
 from compactlm_nemo.parallel.collectives import all_gather_objects
 from compactlm_nemo.parallel.devices import device, device_name, peak_tflops
 from compactlm_nemo.parallel.hang import watched
 from compactlm_nemo.parallel.interruption import interrupted
 from compactlm_nemo.parallel.launch import main_rank_writes, second_mesh
+from compactlm_nemo.parallel.shared_files import shared_file_problems
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.pruning.plan import PLAN, Plan
 from compactlm_nemo.search.cost import flops_per_token_forward
@@ -66,11 +68,14 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
             | training_text(config)
             | _teaching(run, cfg)
             | correction_settings(config)
+            | ({"start_from": file_identity(Path(cfg.start_from) / MANIFEST)} if cfg.start_from is not None else {})
         )
     )
     dims = run.dims(source)
     samples = Windows(run.train_corpora(), config.data.sequence_length, config.run.seed)
     student = run.load(source)
+    tokens_seen = _load_start(student, cfg)
+    first_sample = tokens_seen // config.data.sequence_length
     checkpoints = _checkpoints(state / "checkpoints", cfg, keep=cfg.keep_checkpoints)
     checkpoints.drop_damaged(*_teacher_checkpoints(run, state))
     fusions = fusions_text(available_fusions(is_cuda=torch.cuda.is_available()))
@@ -101,7 +106,9 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
             MetricsLog(tracker.log, every=cfg.log_every, rewind=tracker.rewind),
         ]
         with watched(state.parents[1], config.run.hang_minutes, all_gather_objects(socket.gethostname())):
-            end = distill(student, teacher, samples.sample, cfg, callbacks, checkpoints=checkpoints)
+            end = distill(
+                student, teacher, lambda i: samples.sample(first_sample + i), cfg, callbacks, checkpoints=checkpoints
+            )
     Console(quiet=not is_main_rank()).print(f"  {saving_text(**(times := saving_time.totals()))}")
     if end.step < cfg.steps:
         if asked.number:
@@ -114,11 +121,27 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
     with compiling_nothing():
         loss = validation_loss(run, student, source)
     return {
-        "tokens": cfg.num_samples * config.data.sequence_length,
+        "tokens": tokens_seen + cfg.num_samples * config.data.sequence_length,
         "best_step": best_weights.best_step,
         "fusions": fusions,
         "loss": loss,
     } | times
+
+
+def _load_start(student: ModelChunks, cfg: DistillConfig) -> int:
+    """Load the student of `distill.start_from`, if that is set; return the tokens that the student was trained on."""
+    if cfg.start_from is None:
+        return 0
+    folder = Path(cfg.start_from)
+    manifest = read_manifest(folder)
+    refuse_damage(folder, shared_file_problems(folder, manifest["outputs"]))
+    if Dims.load(folder / MODEL) != student.dims:
+        raise ConfigError(
+            f"distill.start_from={folder} has a student of another shape than the pruned one; give prune that shape."
+        )
+    load_model(folder, student)
+    tokens: int = manifest["results"]["tokens"]
+    return tokens
 
 
 def prepare_layers(run: Run, cfg: DistillConfig, chunks: ModelChunks) -> None:

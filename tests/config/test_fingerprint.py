@@ -56,6 +56,7 @@ READ_BY = {
     # The teacher's own training takes from `distill` what `correct` does not have.
     "distill": {"distill", "correct_teacher"},
     "distill.steps": {"distill", "cache_teacher"},
+    "distill.start_from": set(),  # what the folder holds decides, as an input
     "distill.global_batch": {"distill", "correct_teacher", "cache_teacher"},
     **{f"distill.{name}": {"distill"} for name in ("teacher", "loss", "hidden", "lr", "min_lr", "warmup_steps")},
     **{
