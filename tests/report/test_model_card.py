@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from compactlm_nemo.report.model_card import escaped, teacher_name, teacher_words
@@ -58,3 +59,25 @@ def test_values_from_outside_are_data_in_a_card(tmp_path: Path) -> None:
         assert teacher_words(tmp_path) == {}
     assert teacher_name("/c/hub/models--meta-llama--Llama-3.1-8B/snapshots/abc") == "meta-llama/Llama-3.1-8B"
     assert teacher_name("/runs/first/export/hf") == "first" and teacher_name("/models/llama/") == "llama"
+
+
+@pytest.mark.parametrize(
+    "head",
+    {
+        "runs a command": "license: !!python/object/apply:os.system ['touch ran']",
+        "doubles without end": "\n".join(
+            ["a0: &a0 [x]", *(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]" for i in range(60)), "language: *a60"]
+        ),
+        "contains itself": "language: &a [*a]",
+        "nests without end": "license: " + "[" * 30000,
+        "is long": "license: " + "x" * 10**6,
+        "has names beside": f"license: {'x' * 201}\nlanguage: {['de'] * 101}\nlicense_link: ''",
+        "is no text": "license: \0\n",
+    }.values(),
+    ids=lambda head: head[:20],
+)
+def test_a_card_that_means_harm_gives_no_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\n{head}\n---\n# A model\n")
+    assert teacher_words(tmp_path) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
