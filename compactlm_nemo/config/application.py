@@ -22,6 +22,7 @@ from compactlm_nemo.config.completion import BASH
 from compactlm_nemo.config.load import (
     CONF,
     RUN,
+    SUBMIT,
     Root,
     group_names,
     register_schema,
@@ -36,12 +37,15 @@ from compactlm_nemo.errors import ConfigError
 
 T = TypeVar("T")
 
+_GROUPS = {RUN.file: ("experiment", "model"), SUBMIT.file: ("site",)}
+"""Groups of conf/ of which a command line names a file."""
+
 
 class Application(Generic[T]):
     """One start of a recipe. `folder` is the run's folder, once it is known that the command writes to it."""
 
-    def __init__(self, root: Root[T], run: Callable[[T], None], description: str) -> None:
-        self.root, self.run, self.description = root, run, description
+    def __init__(self, root: Root[T], run: Callable[[T], None], description: str, leaves_runs: bool) -> None:
+        self.root, self.run, self.description, self.leaves_runs = root, run, description, leaves_runs
         self.folder: str | None = None
         self._error: Exception | None = None
         self._sweep: Sweep | None = None
@@ -52,7 +56,7 @@ class Application(Generic[T]):
         Raises:
             Exception: whatever the recipe raised, and Hydra's errors of composition.
         """
-        flags, overrides, options = _parsed(words)
+        flags, overrides, options = parsed_words(words)
         if flags.help:
             print(help_text(self.description, self.root))
             return 0
@@ -67,7 +71,7 @@ class Application(Generic[T]):
             if _sweeps(flags, overrides):
                 if self.root is not RUN:
                     raise ConfigError("--multirun sweeps recipes that make a run; call this one once for each value.")
-                self._sweep = Sweep.of(overrides)
+                self._sweep = Sweep.of(overrides, self.leaves_runs)
                 overrides = self._sweep.overrides(overrides, stack.enter_context(tempfile.TemporaryDirectory()))
             stack.enter_context(_command_line([*options, *overrides]))
             stack.enter_context(told_in_words())
@@ -99,10 +103,13 @@ class Application(Generic[T]):
         self.run(config)
 
 
-def _parsed(words: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+def parsed_words(words: list[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
     """Return Hydra's flags, the overrides, and the words that are flags and their values.
 
     An override may stand anywhere between flags.
+
+    Raises:
+        ConfigError: a flag is not Hydra's, or lacks its value.
     """
     parser = get_args_parser()
 
@@ -151,8 +158,8 @@ def _command_line(words: list[str]) -> Iterator[None]:
 def help_text(description: str, root: Root[Any] = RUN) -> str:
     """Return what `--help` prints: the recipe, experiments and models of a run, Hydra's flags, and every setting."""
     lines = [description, "", f"usage: python -m {root.usage}", ""]
-    if root is RUN:
-        lines += [f"{group}s: {', '.join(group_names(group))}" for group in ("experiment", "model")] + [""]
+    if groups := _GROUPS.get(root.file):
+        lines += [f"{group}s: {', '.join(group_names(group))}" for group in groups] + [""]
     lines += ["flags (those of Hydra):", *_flag_lines(root), ""]
     lines += ["settings (key = default):"]
     lines += [f"  {key} = {default}\n      {meaning}" for key, default, meaning, _ in schema_reference(root.schema)]
@@ -169,6 +176,8 @@ def _flag_lines(root: Root[Any]) -> Iterator[str]:
         "--config-name, -cn; --config-path, -cp; --config-dir, -cd": "files of your own",
         "--shell-completion, -sc install=bash": 'complete settings: eval "$(python -m RECIPE -sc install=bash)"',
     }
-    if root is not RUN:
+    if root is SUBMIT:
+        meanings["--multirun, -m"] = "jobs for each combination of values of the recipe's settings"
+    elif root is not RUN:
         del meanings["--multirun, -m"]  # there is no run to sweep
     return (f"  {flag}\n      {meaning}" for flag, meaning in meanings.items())

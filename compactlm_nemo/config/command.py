@@ -19,16 +19,22 @@ from compactlm_nemo.config.schema import Config
 T = TypeVar("T")
 
 
-def recipe(run: Callable[[Config], None], description: str | None) -> Callable[[], None]:
-    """Turn a function of a run's configuration into a command."""
-    return recipe_root(RUN, run, description)
+def recipe(run: Callable[[Config], None], description: str | None, *, leaves_runs: bool = True) -> Callable[[], None]:
+    """Turn a function of a run's configuration into a command.
+
+    Args:
+        leaves_runs: False for one that only looks, and of which a sweep leaves nothing either.
+    """
+    return recipe_root(RUN, run, description, leaves_runs=leaves_runs)
 
 
-def recipe_root(root: Root[T], run: Callable[[T], None], description: str | None) -> Callable[[], None]:
+def recipe_root(
+    root: Root[T], run: Callable[[T], None], description: str | None, *, leaves_runs: bool = True
+) -> Callable[[], None]:
     """Turn a function of a root's configuration into a command."""
 
     def command() -> None:
-        application = Application(root, run, description or "")
+        application = Application(root, run, description or "", leaves_runs)
         try:
             code = application.start(sys.argv[1:])
             sys.stdout.flush()  # here, where a reader that is gone is no fault

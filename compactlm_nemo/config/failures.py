@@ -43,6 +43,7 @@ _PASSING = (
 )  # fmt: skip
 
 _LOST_RANK = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "nccl")
+_JOB_ERRORS = ("FailedJobError", "UncompletedJobError")  # of submitit, which a launcher of Hydra's may be
 _NETWORK_ERRORS = ("DistNetworkError", "DistBackendError", "DistStoreError")
 
 
@@ -97,6 +98,11 @@ def explain(error: BaseException, run_dir: str | None = None) -> Failure:
             TRY_AGAIN,
             is_of_another_rank=True,
         )
+    if type(error).__name__ in _JOB_ERRORS:
+        was_refused = "sbatch" in text
+        out = "correct hydra.launcher" if was_refused else "its log is in run.dir/.submitit; the same command goes on"
+        told = " ".join(str(error).split())
+        return Failure(f"error: a job of the sweep failed ({told}); {out}.", USER if was_refused else TRY_AGAIN)
     return Failure(
         f"error: {stage}{type(error).__name__}: {_first_line(error)}: a fault of this program, please report it", FAULT
     )

@@ -36,19 +36,21 @@ class Sweep:
 
     swept: list[str]
     dry_run: bool
+    leaves_runs: bool = True
+    """Whether it leaves anything: a recipe that only looks does not."""
     name: str = field(default_factory=lambda: f"sweep-{uuid.uuid4().hex}")
     process: int = field(default_factory=os.getpid)
     codes: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, overrides: list[str]) -> Sweep:
+    def of(cls, overrides: list[str], leaves_runs: bool = True) -> Sweep:
         """Return the sweep that overrides of Hydra's grammar ask for."""
         parsed = [parse(text) for text in overrides]
         swept = [override.key_or_group for override in parsed if override.is_sweep_override()]
         if "run.dir" in swept:
             raise ConfigError("run.dir is the folder of the whole sweep, each run has its own below it; give one.")
         values = {override.key_or_group: override.value() for override in parsed if not override.is_sweep_override()}
-        sweep = cls(swept, values.get("dry_run") is True)
+        sweep = cls(swept, values.get("dry_run") is True, leaves_runs)
         if _is_one_of_many_ranks() and any(
             key in ("hydra/launcher", "hydra/sweeper") or "${now" in str(value) for key, value in values.items()
         ):
@@ -61,22 +63,22 @@ class Sweep:
     def overrides(self, overrides: list[str], scratch: str) -> list[str]:
         """Return the overrides with which Hydra sweeps: folders are named by what is swept alone.
 
-        A dry run, and each rank but the main one, lets Hydra's own notes go into `scratch`.
+        A dry run, a recipe that leaves nothing, and each rank but the main one, lets Hydra's notes go into `scratch`.
         """
         if self.dry_run:  # which submits nothing
             overrides = [text for text in overrides if not text.startswith(("hydra/launcher", "hydra.launcher"))]
         given = {parse(text).key_or_group for text in overrides}
         extra = [
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(given - set(self.swept)))}]",
-            f"hydra.callbacks.sweep.name={self.name}",
+            f"hydra.callbacks.sweep.name={self.name if self.leaves_runs else 'null'}",
         ]
-        if self.dry_run or not _is_main_rank():
+        if self.dry_run or not self.leaves_runs or not _is_main_rank():
             extra.append(f"hydra.sweep.dir='{scratch}'")
         return [*overrides, *extra]
 
     def run_job(self, compose: Callable[[], T], run: Callable[[T], None], run_dir: str, subfolder: str) -> None:
         """Run one of the sweep's runs in its folder below `run_dir`, and note how it ended."""
-        folder = None if self.dry_run else str(Path(run_dir) / subfolder)
+        folder = None if self.dry_run or not self.leaves_runs else str(Path(run_dir) / subfolder)
         try:
             print(f"{'plan of ' if self.dry_run else ''}{Path(run_dir) / subfolder}", flush=True)
             self._note(folder, subfolder, None, "")

@@ -2,26 +2,34 @@
 
 A short script submits, `run.dir/jobs/RECIPE.sh`: variables of the site, then `sbatch` of `slurm/run.sbatch` with the
 recipe's own overrides. `dry_run=true` prints it; run by hand, it submits the same jobs again.
+
+With `--multirun` each combination of values has jobs of its own, which sweep over one value each: `lr=choice(1e-4)`.
+So folders, names and the table are those of the sweep.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from compactlm_nemo.artifacts import atomic_write_text
+from compactlm_nemo.config.application import parsed_words
 from compactlm_nemo.config.load import CONF, compose
+from compactlm_nemo.config.overrides import hydra_overrides, parse
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.submit import SiteConfig, SubmitConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.training.wandb_run import wandb_mode
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.preflight import check
+from compactlm_nemo.workflow.sweep import TABLE
 
 JOBS = "jobs"
 """Folder of `run.dir` with logs of jobs and the scripts that submitted them."""
@@ -30,13 +38,41 @@ SCRIPT = "slurm/run.sbatch"
 TRAINING = ("compress", "rank", "rounds", "distill", "correct_teacher")
 """Recipes with a run at W&B."""
 
+MULTIRUN = "--multirun"
 _OWN = re.compile(r"(\+\+|\+|~)?(nodes|time|chain|dry_run|hydra(\.[^=]*)?|site(\.[^=]*)?)(=.*)?", re.DOTALL)
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Return the words about the job, and the others: the recipe, then its overrides."""
-    own = [word for word in words if word.startswith("-") or _OWN.fullmatch(word)]
-    return own, [word for word in words if word not in own]
+    """Return Hydra's flags with the words about the job, and the others: the recipe, its overrides, `--multirun`."""
+    try:
+        flags, overrides, options = parsed_words(words)
+    except ConfigError:
+        return words, []  # which the command refuses for the same reason
+    own = [word for word in overrides if _OWN.fullmatch(word)]
+    sweeps = [MULTIRUN] * bool(flags.multirun)
+    return (
+        [word for word in options if word not in ("-m", MULTIRUN)] + own,
+        [word for word in overrides if not _OWN.fullmatch(word)] + sweeps,
+    )
+
+
+def combinations(words: list[str]) -> list[dict[str, str]]:
+    """Return the combinations of values that overrides sweep over, each by the keys that are swept.
+
+    Raises:
+        ConfigError: no override has several values.
+    """
+    swept = {word.partition("=")[0]: values for word in words if (values := _values(word))}
+    if not swept:
+        raise ConfigError(f"{MULTIRUN} has nothing to sweep; give a setting several values, as distill.lr=1e-4,3e-4.")
+    return [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+
+
+def _values(word: str) -> list[str]:
+    """Return the values that an override sweeps over, as Hydra's grammar writes them; none where it has one value."""
+    (text,) = hydra_overrides(Config, [word], sweeps=True)
+    override = parse(text)
+    return list(override.sweep_string_iterator()) if override.is_sweep_override() else []
 
 
 def submit(config: SubmitConfig, words: list[str]) -> None:
@@ -47,15 +83,21 @@ def submit(config: SubmitConfig, words: list[str]) -> None:
     Raises:
         ConfigError: the recipe would refuse its settings, or Slurm refuses the job; nothing was submitted.
     """
-    recipe, overrides = _recipe(words), words[1:]
-    run = None if has_own_settings(recipe) else compose(overrides)
-    if run is not None:
+    recipe, overrides = _recipe(words), [word for word in words[1:] if word != MULTIRUN]
+    if MULTIRUN in words and has_own_settings(recipe):
+        raise ConfigError(f"{MULTIRUN} sweeps recipes that make a run; submit {recipe} once for each value.")
+    sweep = combinations(overrides) if MULTIRUN in words else []
+    fixed = [word for word in overrides if not (sweep and _values(word))]
+    runs: list[Config] = []
+    if not has_own_settings(recipe):
+        runs = [compose([*fixed, *(f"{key}={value}" for key, value in each.items())]) for each in sweep or [{}]]
+    for run in runs:
         check(replace(run, dry_run=config.dry_run))  # a plan needs no model, as that of the recipe itself
         if problem := launch_problems(run, config.nodes * config.site.gpus_per_node):
             raise ConfigError(problem)
-    _plan(recipe, overrides)
-    folder = (Path(run.run.dir) if run is not None else Path.cwd()).absolute() / JOBS
-    text = job_script(config, recipe, overrides, folder)
+    _plan(recipe, [*overrides, *[MULTIRUN] * bool(sweep)])
+    folder = (Path(runs[0].run.dir) if runs else Path.cwd()).absolute() / JOBS
+    text = job_script(config, recipe, fixed, folder, sweep)
     if config.dry_run:
         print(text, end="")
         return
@@ -70,9 +112,11 @@ def submit(config: SubmitConfig, words: list[str]) -> None:
         print(f"job {job}: log in {folder / log_name(recipe, folder, job)}")
     if done.returncode:
         raise ConfigError(f"sbatch: {' '.join(done.stderr.split())}; {script} is what was tried.")
-    if run is not None:
-        _tell_wandb(run, recipe)
-        print(f"status: python -m recipes.status {shlex.quote(f'run.dir={run.run.dir}')}")
+    if sweep:
+        print(f"table: {folder.parent / TABLE}, which every job writes at its end")
+    elif runs:
+        _tell_wandb(runs[0], recipe)
+        print(f"status: python -m recipes.status {shlex.quote(f'run.dir={runs[0].run.dir}')}")
 
 
 def has_own_settings(recipe: str) -> bool:
@@ -112,8 +156,15 @@ def job_name(recipe: str, folder: Path) -> str:
     return re.sub(r"[^\w.-]+", "_", f"{recipe}-{folder.parent.name}")
 
 
-def job_script(config: SubmitConfig, recipe: str, overrides: list[str], folder: Path) -> str:
-    """Return the script that submits all jobs of a chain, each after the end of the one before, and prints numbers."""
+def job_script(
+    config: SubmitConfig, recipe: str, overrides: list[str], folder: Path, sweep: Sequence[Mapping[str, str]] = ()
+) -> str:
+    """Return the script that submits all jobs of a chain, each after the end of the one before, and prints numbers.
+
+    Args:
+        overrides: Those that all jobs have.
+        sweep: From `combinations`; each of them has a chain of its own.
+    """
     lines = [
         "#!/usr/bin/env bash",
         f"# Submits recipes.{recipe}; run by hand, it submits again.",
@@ -125,18 +176,21 @@ def job_script(config: SubmitConfig, recipe: str, overrides: list[str], folder: 
         f"export GPUS_PER_NODE={config.site.gpus_per_node}",
         "submit() {",
         f'  sbatch --parsable --export=ALL "$@" {shlex.join(_options(config, recipe, folder))} \\',
-        f"    {shlex.join([SCRIPT, recipe, *overrides])}",
+        f"    {shlex.join([SCRIPT, recipe, *overrides])}" + ' "${values[@]}"' * bool(sweep),
         "}",
-        'job="$(submit)"',
-        'echo "${job%%;*}"',
     ]
-    if config.chain > 1:
-        lines += [
-            f"for _ in $(seq 2 {config.chain}); do",
-            '  job="$(submit --dependency=afterany:"${job%%;*}")"',
-            '  echo "${job%%;*}"',
-            "done",
-        ]
+    for values in sweep or [{}]:
+        if sweep:
+            choices = [f"{key}=choice({value})" for key, value in values.items()]
+            lines.append(f"values=({shlex.join([MULTIRUN, *choices])})")
+        lines += ['job="$(submit)"', 'echo "${job%%;*}"']
+        if config.chain > 1:
+            lines += [
+                f"for _ in $(seq 2 {config.chain}); do",
+                '  job="$(submit --dependency=afterany:"${job%%;*}")"',
+                '  echo "${job%%;*}"',
+                "done",
+            ]
     return "\n".join(lines) + "\n"
 
 

@@ -21,7 +21,10 @@ TABLE = "sweep.md"
 
 
 class SweepTable:
-    """A callback of Hydra, which conf/config.yaml names. `name` is the sweep that is running."""
+    """A callback of Hydra, which conf/config.yaml names.
+
+    `name` is the sweep that is running, None where it leaves no runs.
+    """
 
     def __init__(self, name: str | None) -> None:
         self.name = name
@@ -33,7 +36,7 @@ class SweepTable:
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print and write the table of all runs in the sweep's folder; exit with the code of those that failed."""
-        if config.dry_run:
+        if config.dry_run or self.name is None:
             return
         folder = Path(config.run.dir)
         notes = {path.parent: json.loads(path.read_text()) for path in sorted(folder.rglob(JOB))}

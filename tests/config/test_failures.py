@@ -25,6 +25,14 @@ from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError, OtherRankError
 
 
+class FailedJobError(RuntimeError):
+    """Named as submitit's."""
+
+
+class UncompletedJobError(RuntimeError):
+    """Named as submitit's."""
+
+
 def os_error(number: int, path: str = "/data/file") -> OSError:
     return OSError(number, os.strerror(number), path)
 
@@ -56,6 +64,8 @@ def raised_while(error: BaseException, context: BaseException) -> BaseException:
         (RuntimeError("worker: OSError(28, 'No space left on device')"), TRY_AGAIN, "no space left for"),
         (CheckpointException("write", {0: (os_error(errno.EDQUOT), None)}), TRY_AGAIN, "no space left for /data/file"),
         (MemoryError(), USER, "out of memory"),
+        (FailedJobError("sbatch: error: Memory\nsbatch: error: no"), USER, "Memory sbatch: error: no); correct hydra."),
+        (UncompletedJobError("Job 7 has not produced any output"), TRY_AGAIN, "the same command goes on"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), USER, "out of memory (CUDA out of memory. Tried"),
         (RuntimeError("[gloo] Connection closed by peer [10.0.0.1]:35"), TRY_AGAIN, "another rank is lost"),
         # A missing file that was met on the way explains nothing, nor does an error of a user that was handled.

@@ -178,7 +178,53 @@ def test_another_folder_than_the_checkout_is_refused(inputs: Path, tmp_path: Pat
 def test_words_about_the_job_are_told_from_the_recipes() -> None:
     own = ["nodes=2", "time=04:00:00", "chain=2", "dry_run=true", "site=x", "site.options=[]", "+site.foo=1", "--help"]
     recipe = ["compress", "wandb.notes=nodes=2", "distill.lr=1", "experiment=site", "site_=3"]
-    assert split_words([*own, *recipe]) == (own, recipe)
+    assert split_words([*own, *recipe]) == (["--help", *own[:-1]], recipe)
+    assert split_words(["compress", "--cfg", "job", "nodes=2", "-p", "site"]) == (
+        ["--cfg", "job", "-p", "site", "nodes=2"],
+        ["compress"],
+    )
+    assert split_words(["compress", "-m", "distill.lr=1,2"]) == ([], ["compress", "distill.lr=1,2", "--multirun"])
+
+
+def test_a_sweep_gives_every_combination_jobs_of_its_own(inputs: Path, checkout: Path) -> None:
+    run = checkout.parent / "run"
+    words = command(inputs, run)[2:]
+    swept = ["distill.lr=1e-3,3e-3", "search.heads=[2],[2,4]", "wandb.notes='a, b','c'"]
+    done = _submit(checkout, "compress", "--multirun", "site.gpus_per_node=1", "chain=2", *words, *swept)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"table: {run}/sweep.md, which every job writes at its end"
+    records = _records(checkout)
+    first, second = records[0]["argv"], records[1]["argv"]
+    assert first[first.index("compress") + 1 :] == second[second.index("compress") + 1 :]  # one chain
+    assert first[first.index("compress") + 1 :] == [
+        *words,
+        "--multirun",
+        "distill.lr=choice(0.001)",
+        "search.heads=choice([2])",
+        "wandb.notes=choice('a, b')",
+    ]
+    got = {tuple(record["argv"][-3:]) for record in records}  # type: ignore[index]
+    assert len(records) == 2 * 8 and len(got) == 8
+    plans = commands.run(["-m", "recipes.compress", *first[first.index("compress") + 1 :], "dry_run=true"])
+    assert plans.returncode == 0, plans.stderr
+    assert f"plan of {run}/distill.lr=0.001,search.heads=[2],wandb.notes=a\\,\\ b" in plans.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["compress", "-m"], "--multirun has nothing to sweep"),
+        (["compress", "-m", "distill.lr=1e-3,-1"], "distill.lr=-1.0 must be > 0"),
+        (["verify", "-m"], "submit verify once for each value"),
+        (["compress", "--cfg"], "argument --cfg/-c: expected one argument"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
+)
+def test_a_sweep_that_cannot_be_is_one_line(inputs: Path, checkout: Path, words: list[str], told: str) -> None:
+    recipe = [] if words[0] == "verify" else command(inputs, checkout.parent / "run", "site.gpus_per_node=1")[2:]
+    done = _submit(checkout, words[0], *recipe, *words[1:])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr and done.stderr.count("\n") == 1 and not _records(checkout)
 
 
 def test_every_site_composes_and_gives_a_script_that_bash_reads() -> None:
@@ -201,3 +247,13 @@ def test_every_form_of_a_time_limit_is_known(text: str) -> None:
 def test_any_other_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"time={text} is no time limit")):
         SubmitConfig(time=text)
+
+
+def test_documented_sweeps_are_submitted(checkout: Path) -> None:
+    text = (CONF.parent / "docs" / "command_line.md").read_text().replace("\\\n", " ")
+    documented = [shlex.split(line)[3:] for line in text.splitlines() if line.startswith("python -m recipes.submit ")]
+    sweeps = [words for words in documented if "-m" in words]
+    assert len(sweeps) == 1
+    for words in sweeps:
+        done = _submit(checkout, *words, "dry_run=true")
+        assert done.returncode == 0 and done.stdout.count("values=(") == 2, done.stderr
