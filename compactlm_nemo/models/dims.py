@@ -11,6 +11,8 @@ from compactlm_nemo.models.axes import AXES
 
 MODEL = "model.json"
 """File of the architecture in an artifact that is a model."""
+BY_LAYER = ("no_rope_layers",)
+"""Fields of `Dims` with one value a layer, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class Dims:
     """True: LayerNorm with weight 1 + w and bias. False: RMSNorm."""
     window: int | None = None
     """Sliding attention window in tokens, None for full attention."""
+    no_rope_layers: list[bool] | None = None
+    """For each layer whether it has no rotary embedding; None for families whose layers all have it."""
     num_experts: int = 0
     """Experts of a layer, of which a router picks `experts_per_token`; 0 is a dense model."""
     experts_per_token: int = 0
@@ -61,9 +65,19 @@ class Dims:
         return {name: getattr(self, axis.size) for name, axis in AXES.items()}
 
     def with_shape(self, **sizes: int) -> Dims:
-        """Return the architecture with other sizes by axis of `AXES`: ``dims.with_shape(layers=16, hidden=3072)``."""
+        """Return the architecture with other sizes by axis of `AXES`: ``dims.with_shape(layers=16, hidden=3072)``.
+
+        Which of its layers fewer layers are decides a plan (`keep_layers`); until then they count as the first ones.
+        """
+        kept = self.keep_layers(list(range(min(self.num_layers, sizes.get("layers", self.num_layers)))))
         changes: dict[str, Any] = {AXES[name].size: size for name, size in sizes.items()}
-        return replace(self, **changes)
+        return replace(kept, **changes)
+
+    def keep_layers(self, layers: list[int]) -> Dims:
+        """Return the architecture of these layers, 0-based: what is said of each layer goes with the layer."""
+        by_layer = {name: values for name in BY_LAYER if (values := getattr(self, name)) is not None}
+        kept: dict[str, Any] = {name: [values[layer] for layer in layers] for name, values in by_layer.items()}
+        return replace(self, num_layers=len(layers), **kept)
 
     def padded_vocab(self, tp: int, multiple: int) -> int:
         """Return the smallest multiple of `tp * multiple` that holds the vocabulary."""

@@ -35,6 +35,8 @@ class Family:
     window: bool = False
     """Whether `sliding_window` applies to all layers by itself (Mistral): a query sees `window` tokens up to its own.
     Elsewhere `sliding_window` means nothing without `use_sliding_window`."""
+    skips_rope: bool = False
+    """Whether some layers have no rotary embedding: `no_rope_layers`, or every `no_rope_layer_interval`-th."""
     also: Mapping[str, Any] = field(default_factory=dict)
     """Further config keys of this family with the only values we support."""
     ffn: str = "intermediate_size"
@@ -55,6 +57,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(activation="silu", qkv_bias=False, window=True),
     "qwen2": Family(activation="silu", qkv_bias=True, also={"use_sliding_window": False}),
     "qwen3": Family(activation="silu", qk_norm=True, also={"use_sliding_window": False}),
+    "smollm3": Family(activation="silu", mlp_bias=True, skips_rope=True, also={"use_sliding_window": False}),
     "nemotron": Family(
         activation="relu2", gated_mlp=False, layer_norm_1p=True, norm_eps="norm_eps", mlp_bias=True, partial_rotary=True
     ),
@@ -103,6 +106,7 @@ def dims_of(config: Any) -> Dims:
     family = FAMILIES[kind]
     given = config.to_diff_dict()
     known = _READ | _HARMLESS | (_READ_WITH_EXPERTS if family.experts else set())
+    known |= {"no_rope_layers", "no_rope_layer_interval"} if family.skips_rope else set()
     unknown = {key: value for key, value in given.items() if key not in known and value not in (None, False)}
     refuse_unknown_keys(unknown, kind)
     _whole_sizes(config, family)
@@ -136,6 +140,7 @@ def dims_of(config: Any) -> Dims:
         gated_mlp=family.gated_mlp,
         layer_norm_1p=family.layer_norm_1p,
         window=window,
+        no_rope_layers=_no_rope_layers(config) if family.skips_rope else None,
         **rope,
         **(_experts(config, kind) if family.experts else {}),
     )
@@ -149,6 +154,16 @@ def _whole_sizes(config: Any, family: Family) -> None:
         size = getattr(config, key, None)
         if type(size) is not int and not (size is None and key in may_be_missing):
             raise CheckpointError(f"config.json: {key}={size!r} must be a whole number.")
+
+
+def _no_rope_layers(config: Any) -> list[bool]:
+    """Return for each layer whether it has no rotary embedding; the config's list has 1 for a layer that has one."""
+    num_layers, rotates = config.num_hidden_layers, config.no_rope_layers
+    if rotates is None:
+        rotates = [(layer + 1) % config.no_rope_layer_interval != 0 for layer in range(num_layers)]
+    if len(rotates) < num_layers:
+        raise CheckpointError(f"config.json: no_rope_layers has {len(rotates)} entries for {num_layers} layers.")
+    return [not rotated for rotated in rotates[:num_layers]]
 
 
 def _experts(config: Any, kind: str) -> dict[str, Any]:
@@ -193,6 +208,8 @@ def resized(config: Any, dims: Dims) -> Any:
         values["num_experts_per_tok"] = dims.experts_per_token
     if dims.shared_expert_ffn:
         values["shared_expert_intermediate_size"] = dims.shared_expert_ffn
+    if FAMILIES[dims.family].skips_rope:
+        values["no_rope_layers"] = [int(not without) for without in dims.no_rope_layers or []]
     if values.get("layer_types"):
         values["layer_types"] = values["layer_types"][: dims.num_layers]
     if "max_window_layers" in values:

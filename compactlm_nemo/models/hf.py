@@ -59,7 +59,7 @@ def read_config(folder: Path) -> Any:
         if (as_mistral := with_own_head_size(values)) != values:
             return AutoConfig.for_model(as_mistral.pop("model_type"), **as_mistral)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{folder}/config.json cannot be read: {reason}") from None
 

@@ -35,6 +35,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen2": _QWEN | {"intermediate_size": 22016, "num_key_value_heads": 32},
     "qwen3": _QWEN | {"intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128},
+    "smollm3": _COMMON
+    | {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "rope_theta": 2e6, "mlp_bias": False,
+        "tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": None, "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
     "nemotron": _COMMON
     | {
         "hidden_act": "relu2", "hidden_size": 6144, "num_attention_heads": 48, "intermediate_size": 24576,

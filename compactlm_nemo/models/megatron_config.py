@@ -43,6 +43,7 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         add_qkv_bias=dims.qkv_bias,
         qk_layernorm=dims.qk_norm,
         window_size=None if dims.window is None else (dims.window - 1, 0),
+        no_rope_freq=None if dims.no_rope_layers is None else [int(without) for without in dims.no_rope_layers],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=mesh.tp_size,

@@ -47,6 +47,10 @@ class Plan:
     merge: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """Teacher layer -> pairs (kept head, removed head that is merged into it), each within one group."""
 
+    def student(self, teacher: Dims, sizes: Dims) -> Dims:
+        """Return the architecture of these sizes whose layers are the kept ones of the teacher."""
+        return teacher.keep_layers(self.layers).with_shape(**sizes.shape())
+
     def to_json(self) -> dict[str, Any]:
         """Write the plan as lists and dictionaries with string keys."""
         values: dict[str, Any] = _plain(vars(self))

@@ -118,7 +118,8 @@ class Pruner:
         return validation_loss(self.run, self.student(student, self.plan(student, folder)), "candidate")
 
     def student(self, dims: Dims, plan: Plan) -> ModelChunks:
-        """Return this rank's share of the student, in evaluation mode. Collective."""
+        """Return this rank's share of the student of these sizes, in evaluation mode. Collective."""
+        dims = plan.student(self.teacher, dims)
         source: ParameterSource = self.source
         if self.moments is not None:
             replacements = self._replacements(plan)

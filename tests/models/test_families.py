@@ -74,6 +74,8 @@ def test_cases_would_show_the_difference() -> None:
         ("nemotron", {"rope_parameters": full}),
         ("llama", {"rms_norm_eps": 1e-6}),
         ("nemotron", {"norm_eps": 1e-6}),
+        ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}),
+        ("smollm3_biases", {"no_rope_layers": [1, 1, 1, 1]}),
         ("mixtral", {"sliding_window": 8}),
         ("mixtral", {"num_experts_per_tok": 1}),
         ("qwen2_moe", {"norm_topk_prob": True}),

@@ -76,6 +76,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config of a wrong type": (_config(hidden_size="wide"), ["config.json", "hidden_size"]),
     "invented model_type": (_config(model_type="mamba9"), ["model_type=mamba9", "llama, mistral, qwen2"]),
     "other model_type": (_config(model_type="gpt2"), ["model_type=gpt2", "llama, mistral, qwen2"]),
+    "a list of layers that is too short": (
+        _config(model_type="smollm3", no_rope_layers=[1, 0], layer_types=["full_attention"] * 4, pad_token_id=None),
+        ["no_rope_layers has 2 entries for 4 layers"],
+    ),
+    "a list of layers that transformers cannot complete": (
+        _config(model_type="smollm3", no_rope_layers=[1, 0], pad_token_id=None),
+        ["config.json cannot be read"],
+    ),
     "unknown rotation": (
         _config(rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0}),
         ["rope_type='spiral'", "default, linear"],

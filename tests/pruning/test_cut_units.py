@@ -24,7 +24,7 @@ from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import EAGER, EXPERT_CASES, save_tiny, tokens
 
-DENSE = ("llama_biases", "qwen3", "nemotron_tied_biases")
+DENSE = ("llama_biases", "qwen3", "nemotron_tied_biases", "smollm3")
 CASES = (*DENSE, *EXPERT_CASES)
 
 
@@ -134,7 +134,7 @@ def test_cut_model_is_the_whole_one_with_units_silenced(case, heads, groups, exp
     dims, _ = open_hf(tmp_path / "teacher")
     student = student_of(dims, hidden=dims.hidden_size, heads=heads, groups=groups, experts=experts)
     plan = random_plan(dims, student, seed=100 * heads + 10 * groups + experts)
-    export_cut(tmp_path / "teacher", tmp_path / "student", student, plan)
+    export_cut(tmp_path / "teacher", tmp_path / "student", plan.student(dims, student), plan)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "student", **EAGER).double().eval()
     with torch.no_grad():
         whole, got = (each(tokens(), use_cache=False).logits for each in (model, exported))
@@ -157,6 +157,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dims, _ = open_hf(folder / "teacher")
         student = student_of(dims, **SHAPE)
         plan = random_plan(dims, student, number)
+        student = plan.student(dims, student)
         (folder / "plan.json").write_text(json.dumps(plan.to_json()))
         export_cut(folder / "teacher", folder / "student", student, plan)
         with torch.no_grad():
@@ -174,7 +175,7 @@ def _same_student(rank: int, world: int, fields: dict[str, Any], cases: tuple[st
         save_model(out / case / "teacher", teacher)
         dist.barrier()
         plan = Plan.from_json(json.loads((root / case / "plan.json").read_text()))
-        student = student_of(dims, **SHAPE)
+        student = plan.student(dims, student_of(dims, **SHAPE))
         wide = CutSource(dims, plan, CheckpointSource(out / case / "teacher", dims))
         model = build_model(student, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE)
         fill(model, NarrowedSource(wide, plan.layers, Selection(plan.hidden)), VOCAB_MULTIPLE)

@@ -196,6 +196,17 @@ def test_nothing_cut_keeps_everything():
     assert all(plan.heads[i].tolist() == list(range(6)) and plan.mlp[i].tolist() == list(range(24)) for i in range(5))
 
 
+def test_what_is_said_of_a_layer_goes_with_the_layer():
+    teacher = replace(TEACHER, no_rope_layers=[False, True, False, True, True])
+    sizes = teacher.with_shape(layers=3, heads=4)
+    assert sizes.no_rope_layers == [False, True, False]
+    plan = replace(make_plan(TEACHER, TEACHER, scores_of(TEACHER)), layers=[0, 3, 4])
+    student = plan.student(teacher, sizes)
+    assert student == replace(sizes, no_rope_layers=[False, True, True]) and student.num_layers == 3
+    assert teacher.keep_layers(list(range(5))) == teacher
+    assert plan.student(TEACHER, TEACHER.with_shape(layers=3)).no_rope_layers is None
+
+
 def test_json_round_trip():
     plan = make_plan(TEACHER, STUDENT, scores_of(TEACHER))
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))

@@ -18,6 +18,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 VOCAB = 131
@@ -72,6 +73,11 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2_tied": (Qwen2Config, {"tie_word_embeddings": True}),
     "qwen3": (Qwen3Config, {"sliding_window": 7, "use_sliding_window": False}),
     "qwen3_tied": (Qwen3Config, {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 1e6}}),
+    "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0, 0, 1], "pad_token_id": None}),
+    "smollm3_biases": (
+        SmolLM3Config,
+        {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "pad_token_id": None},
+    ),
     "nemotron": (NemotronConfig, {"rope_parameters": _PARTIAL, "norm_eps": 1e-3}),
     "nemotron_tied_biases": (
         NemotronConfig,
