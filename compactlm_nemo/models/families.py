@@ -46,8 +46,14 @@ class Family:
     norm_topk: bool | None = None
     """Fixed by the architecture, or None when `norm_topk_prob` decides."""
     mlp: str = "mlp"
-    """Tensor names: the module of MLP or experts in a layer, and its three matrices."""
-    gate_up_down: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    """Tensor names: the module of MLP or experts in a layer."""
+    fc1: tuple[str, ...] = ("gate_proj", "up_proj")
+    """Tensor names: the matrices before the activation, or the one that holds both."""
+    fc2: str = "down_proj"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    """Tensor names: the three projections, or the one that holds all of them."""
+    own_code: str | None = None
+    """What `auto_map` names in folders whose code became transformers' own class."""
 
 
 _NO_DENSE_LAYERS: dict[str, Any] = {"mlp_only_layers": [], "decoder_sparse_step": 1}
@@ -59,11 +65,16 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(activation="silu", qk_norm=True, also={"use_sliding_window": False}),
     "smollm3": Family(activation="silu", mlp_bias=True, skips_rope=True, also={"use_sliding_window": False}),
     "nemotron": Family(
-        activation="relu2", gated_mlp=False, layer_norm_1p=True, norm_eps="norm_eps", mlp_bias=True, partial_rotary=True
+        activation="relu2", gated_mlp=False, layer_norm_1p=True, norm_eps="norm_eps", mlp_bias=True,
+        partial_rotary=True, fc1=("up_proj",),
+    ),
+    "phi3": Family(
+        activation="silu", qkv_bias=False, window=True, partial_rotary=True, qkv=("qkv_proj",), fc1=("gate_up_proj",),
+        own_code="modeling_phi3.Phi3ForCausalLM",
     ),
     "mixtral": Family(
         activation="silu", qkv_bias=False, window=True, experts=True, norm_topk=True, mlp="block_sparse_moe",
-        gate_up_down=("w1", "w3", "w2"),
+        fc1=("w1", "w3"), fc2="w2",
     ),
     "qwen2_moe": Family(
         activation="silu", qkv_bias=True, experts=True, ffn="moe_intermediate_size",
@@ -93,7 +104,7 @@ _HARMLESS = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "_name_or_path",
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "attention_dropout", "hidden_dropout",
     "max_window_layers", "pretraining_tp", "name_or_path", "output_attentions", "return_dict", "_attn_implementation",
-    "is_llama_config", "transformers.js_config",
+    "is_llama_config", "transformers.js_config", "embd_pdrop", "resid_pdrop",
 }  # fmt: skip
 """Keys without influence on the forward pass in evaluation, or that only describe the file."""
 
@@ -106,6 +117,8 @@ def dims_of(config: Any) -> Dims:
     family = FAMILIES[kind]
     given = config.to_diff_dict()
     known = _READ | _HARMLESS | (_READ_WITH_EXPERTS if family.experts else set())
+    own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    known |= {"auto_map"} if own_code is not None and own_code.split("--")[-1] == family.own_code else set()
     known |= {"no_rope_layers", "no_rope_layer_interval"} if family.skips_rope else set()
     unknown = {key: value for key, value in given.items() if key not in known and value not in (None, False)}
     refuse_unknown_keys(unknown, kind)
@@ -193,8 +206,15 @@ def _only(kind: str, key: str, value: Any, supported: Any) -> None:
 
 
 def resized(config: Any, dims: Dims) -> Any:
-    """Return a copy of a transformers config with the sizes of `dims`."""
+    """Return a copy of a transformers config with the sizes of `dims`.
+
+    Raises:
+        CheckpointError: no config of this family can have them (`export_problem`).
+    """
+    if problem := export_problem(dims):
+        raise CheckpointError(problem)
     values = config.to_dict()
+    values.pop("auto_map", None)  # of code that does not travel
     values.update(
         num_hidden_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
@@ -218,8 +238,6 @@ def resized(config: Any, dims: Dims) -> Any:
         return type(config).from_dict(values)
     from transformers import MistralConfig
 
-    if problem := export_problem(dims):
-        raise CheckpointError(problem)
     names = {"mlp_bias", "attention_bias", "pretraining_tp", "model_type", "architectures"}
     fields = {name: value for name, value in values.items() if name not in names}
     return MistralConfig(**fields, sliding_window=None, architectures=["MistralForCausalLM"])
@@ -240,11 +258,19 @@ def export_problem(dims: Dims) -> str | None:
             f"search.hidden={dims.hidden_size} must be a multiple of search.heads={dims.num_heads} for a llama with "
             "biases, or transformers refuses to load it; change either."
         )
+    if dims.family == "phi3" and (dims.rope_scaling or {}).get("rope_type") == "longrope":
+        # Its config counts the factors by heads as wide as hidden size / heads, whatever their size is.
+        width, pairs = dims.hidden_size // dims.num_heads, int(dims.head_dim * dims.rotary_percent) // 2
+        if int(width * dims.rotary_percent) // 2 != pairs:
+            return (
+                f"search.hidden={dims.hidden_size} / search.heads={dims.num_heads} must be {dims.head_dim}, the width "
+                "of a head, for a phi3 with longrope, or transformers refuses to load it; change either."
+            )
     return None
 
 
 def hf_names(name: str, dims: Dims) -> list[str]:
-    """Return HF tensors that, put together along dim 0 (qkv by `merge_qkv`), are the Megatron parameter `name`.
+    """Return HF tensors that, put together along dim 0, are the Megatron parameter `name`; qkv's go to `merge_qkv`.
 
     Layer and expert numbers are global and 0-based.
     """
@@ -255,8 +281,7 @@ def hf_names(name: str, dims: Dims) -> list[str]:
     if name.startswith("decoder.final_layernorm."):
         return ["model.norm." + name.rsplit(".", 1)[1]]
     family = FAMILIES[dims.family]
-    gate, up, down = family.gate_up_down
-    matrices = {"linear_fc1": [gate, up] if dims.gated_mlp else [up], "linear_fc2": [down]}
+    matrices = {"linear_fc1": family.fc1, "linear_fc2": [family.fc2]}
     _, _, layer, *middle, kind = name.split(".")
     if kind == "gate_weight":
         return [f"model.layers.{layer}.{family.mlp}.shared_expert_gate.weight"]
@@ -266,7 +291,7 @@ def hf_names(name: str, dims: Dims) -> list[str]:
         return [f"model.layers.{layer}.{where}.{matrix}.{kind}" for matrix in matrices[middle[-1]]]
     parts = {
         "input_layernorm": ["input_layernorm"],
-        "self_attention.linear_qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        "self_attention.linear_qkv": [f"self_attn.{projection}" for projection in family.qkv],
         "self_attention.linear_proj": ["self_attn.o_proj"],
         "self_attention.q_layernorm": ["self_attn.q_norm"],
         "self_attention.k_layernorm": ["self_attn.k_norm"],
@@ -278,10 +303,10 @@ def hf_names(name: str, dims: Dims) -> list[str]:
 
 def hf_shapes(name: str, wanted: tuple[int, ...], dims: Dims) -> list[tuple[int, ...]]:
     """Return the shapes of the tensors of `hf_names`; `wanted` is the shape of the whole Megatron parameter."""
-    if "linear_qkv" in name:
+    parts = len(hf_names(name, dims))
+    if "linear_qkv" in name and parts > 1:
         rows = [heads * dims.head_dim for heads in (dims.num_heads, dims.num_query_groups, dims.num_query_groups)]
     else:
-        parts = len(hf_names(name, dims))
         rows = [wanted[0] // parts] * parts
     return [(count, *wanted[1:]) for count in rows]
 

@@ -123,6 +123,9 @@ class HFSource:
             refuse_other_head(self._rows(*hf_names(name, self.dims)), self._rows("lm_head.weight"), self.folder)
         parts = [self.files[n].get_tensor(n) for n in hf_names(name, self.dims)]
         if "linear_qkv" in name:
+            if len(parts) == 1:
+                groups, head_dim = self.dims.num_query_groups, self.dims.head_dim
+                parts = list(parts[0].split([heads * head_dim for heads in (self.dims.num_heads, groups, groups)]))
             q, k, v = parts
             return merge_qkv(q, k, v, self.dims.num_query_groups)
         return torch.cat(parts)
@@ -192,11 +195,9 @@ def export_hf(
                 f"{name} is not finite as {dtype}; nothing of it is exported. Give another export.dtype."
             )
         if "linear_qkv" in name:
-            parts = split_qkv(full, dims.num_heads, dims.num_query_groups, dims.head_dim)
-        else:
-            names = hf_names(name, dims)
-            parts = list(full.chunk(len(names))) if len(names) > 1 else [full]
-        for hf_name, part in zip(hf_names(name, dims), parts, strict=True):
+            full = torch.cat(split_qkv(full, dims.num_heads, dims.num_query_groups, dims.head_dim))
+        rows = [shape[0] for shape in hf_shapes(name, tuple(full.shape), dims)]
+        for hf_name, part in zip(hf_names(name, dims), full.split(rows), strict=True):
             if size_bytes + part.nbytes > shard_bytes and shards[-1]:
                 _write_shard(folder, len(shards), shards[-1])
                 shards[-1] = {}

@@ -76,6 +76,9 @@ def write_for_every_reader(folder: Path) -> None:
             values["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
         kind = rope.get("rope_type", "default")
         values["rope_scaling"] = None if kind == "default" else rope
+        if values["model_type"] == "phi3" and not {"factor", "attention_factor"} & rope.keys() and kind != "default":
+            # Version 4 takes these three alone, and version 5 them before `rope_parameters`.
+            values["rope_scaling"] = {"type": kind} | {name: rope[name] for name in ("short_factor", "long_factor")}
     for written, read in (("num_local_experts", "num_experts"), ("num_experts", "num_local_experts")):
         if written in values:
             values.setdefault(read, values[written])  # Qwen's mixtures count them under either name, by version

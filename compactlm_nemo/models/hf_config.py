@@ -48,6 +48,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096, "norm_eps": 1e-5, "mlp_bias": False, "vocab_size": 256000,
         "partial_rotary_factor": 0.5,
     },
+    "phi3": _COMMON
+    | {
+        "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "vocab_size": 32064, "sliding_window": None, "original_max_position_embeddings": 4096,
+    },
     "mixtral": _COMMON
     | {
         "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,

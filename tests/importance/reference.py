@@ -28,6 +28,7 @@ def over(x: Tensor, how: str, dim: int) -> Tensor:
 def activations(model: Any, ids_NS: Tensor, neurons: str = "after") -> dict[str, list[Tensor]]:
     """`[N, S, E]` activations by the name of their score; `hidden` has one for each norm, `depth` a pair a layer."""
     config = model.config
+    width = getattr(config, "intermediate_size", None)
     head_dim, groups = config.head_dim, config.num_key_value_heads
     seen: dict[str, list[Tensor]] = {}
 
@@ -56,12 +57,13 @@ def activations(model: Any, ids_NS: Tensor, neurons: str = "after") -> dict[str,
             )
         )
         if hasattr(layer.mlp, "down_proj"):
-            first = getattr(layer.mlp, "gate_proj", layer.mlp.up_proj)
+            names = ("gate_up_proj", "gate_proj", "up_proj")  # of gate and up together the first half
+            first = next(getattr(layer.mlp, name) for name in names if hasattr(layer.mlp, name))
             after = layer.mlp.down_proj.register_forward_pre_hook(
                 lambda _, args, i=i: at(f"layers.{i}.mlp", args[0]) if neurons == "after" else None
             )
             before = first.register_forward_hook(
-                lambda _, args, out, i=i: at(f"layers.{i}.mlp", out) if neurons == "before" else None
+                lambda _, args, out, i=i: at(f"layers.{i}.mlp", out[..., :width]) if neurons == "before" else None
             )
             handles += [after, before]
         else:

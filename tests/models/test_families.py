@@ -74,6 +74,10 @@ def test_cases_would_show_the_difference() -> None:
         ("nemotron", {"rope_parameters": full}),
         ("llama", {"rms_norm_eps": 1e-6}),
         ("nemotron", {"norm_eps": 1e-6}),
+        ("phi3", {"sliding_window": 8}),
+        ("phi3", {"rope_parameters": plain | {"partial_rotary_factor": 1.0}}),
+        ("phi3_tied_longrope", {"original_max_position_embeddings": LENGTH}),
+        ("phi3_tied_longrope", {"rope_parameters": plain | {"partial_rotary_factor": 0.5}}),
         ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}),
         ("smollm3_biases", {"no_rope_layers": [1, 1, 1, 1]}),
         ("mixtral", {"sliding_window": 8}),
@@ -100,18 +104,21 @@ def test_shards_hold_the_model_together(hf_root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_resized_config_makes_the_smaller_model(case: str) -> None:
     config = tiny_config(case)
-    small = dims_of(config).with_shape(layers=3, hidden=32, ffn=56, heads=2)
+    small = dims_of(config).with_shape(layers=3, hidden=24, ffn=56, heads=2)
     new = resized(config, small)
     assert dims_of(new) == small
     assert config.num_hidden_layers == 4, "the config given is not changed"
     model = AutoModelForCausalLM.from_config(new)
     assert len(model.model.layers) == 3
-    assert model.model.layers[0].self_attn.q_proj.weight.shape == (2 * 16, 32)
-    assert model.model.layers[0].self_attn.k_proj.weight.shape == (2 * 16, 32)
+    attention, width = model.model.layers[0].self_attn, 2 * small.head_dim
+    if hasattr(attention, "qkv_proj"):
+        assert attention.qkv_proj.weight.shape == (3 * width, 24)
+    else:
+        assert attention.q_proj.weight.shape == attention.k_proj.weight.shape == (width, 24)
     mlp = model.model.layers[0].mlp
     if small.num_experts:
-        assert mlp.experts.down_proj.shape == (4, 32, 56)
+        assert mlp.experts.down_proj.shape == (4, 24, 56)
     else:
-        assert mlp.down_proj.weight.shape == (32, 56)
+        assert mlp.down_proj.weight.shape == (24, 56)
     if getattr(new, "layer_types", None):
         assert len(new.layer_types) == 3

@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compactlm_nemo.config.load import CONF, compose
 from compactlm_nemo.errors import CheckpointError
-from compactlm_nemo.models.families import FAMILIES, dims_of
+from compactlm_nemo.models.families import FAMILIES, dims_of, export_problem, resized
 from compactlm_nemo.models.hf import export_hf, open_hf, read_config
 from compactlm_nemo.models.hf_config import DEFAULTS, quick_dims, quick_folder_dims
 from compactlm_nemo.models.source import declared_dims, quick_source_dims
-from tests.support.tiny_models import CASES, EAGER, save_tiny, tokens
+from tests.support.tiny_models import CASES, EAGER, save_tiny, tiny_config, tokens
 
 
 def test_every_family_has_defaults() -> None:
@@ -123,3 +123,39 @@ def test_a_llama_whose_heads_do_not_divide_its_width_is_read(tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(llama | {"attention_bias": True}))
     with pytest.raises(CheckpointError, match="config.json cannot be read|lacks 16 tensors"):
         open_hf(tmp_path)
+
+
+def test_code_that_became_a_class_of_transformers_is_not_missed(tmp_path: Path) -> None:
+    """Folders of Phi-3 name the code that they came with; transformers has it as its own."""
+    save_tiny("phi3", tmp_path)
+    plain, text = quick_folder_dims(tmp_path), json.loads((tmp_path / "config.json").read_text())
+    auto_map = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    (tmp_path / "config.json").write_text(json.dumps(text | {"auto_map": auto_map}))
+    dims, source = open_hf(tmp_path)
+    assert dims == quick_folder_dims(tmp_path) == plain is not None
+    export_hf(tmp_path, tmp_path / "out", dims, source, torch.float32)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    auto_map["AutoModelForCausalLM"] = "modeling_own.Phi3ForCausalLM"
+    (tmp_path / "config.json").write_text(json.dumps(text | {"auto_map": auto_map}))
+    with pytest.raises(CheckpointError, match="auto_map names code of the folder's own, which is never run"):
+        open_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "is_refused"), [(48, 4, False), (36, 3, False), (36, 2, True), (24, 4, True)]
+)
+def test_a_phi3_with_longrope_is_as_wide_as_its_heads(hidden: int, heads: int, is_refused: bool) -> None:
+    """transformers counts the factors by hidden size / heads, and refuses the config where these are others."""
+    config = tiny_config("phi3_tied_longrope")
+    sizes = {"hidden": hidden, "heads": heads, "groups": 1}
+    problem = export_problem(dims_of(config).with_shape(**sizes))
+    assert (problem is not None) == is_refused
+    if problem is not None:
+        assert problem.startswith(f"search.hidden={hidden} / search.heads={heads} must be 12, the width of a head")
+        with pytest.raises(CheckpointError, match="the width of a head"):
+            resized(config, dims_of(config).with_shape(**sizes))
+        with pytest.raises(Exception, match="short_factor field must have length"):
+            tiny_config("phi3_tied_longrope", hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=1)
+    else:
+        assert dims_of(resized(config, dims_of(config).with_shape(**sizes))).shape()["hidden"] == hidden
+    assert export_problem(dims_of(tiny_config("phi3")).with_shape(**sizes)) is None

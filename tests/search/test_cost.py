@@ -179,12 +179,14 @@ def test_active_params_of_the_published_models(kind, config, total, active):
 
 
 def random_shape(teacher, draw):
-    """Any sizes the family can have; biases tie a llama's hidden size to its heads (`families.export_problem`)."""
+    """Any sizes the family can have; some are tied to each other (`families.export_problem`)."""
     groups = draw.choice([1, 2])
     heads = groups * draw.randint(1, 3)
     tied = teacher.family == "llama" and (teacher.qkv_bias or teacher.mlp_bias)
+    width = teacher.head_dim if (teacher.rope_scaling or {}).get("rope_type") == "longrope" else draw.randint(1, 9)
     return teacher.with_shape(
-        layers=draw.randint(1, 4), hidden=heads * draw.randint(1, 9) if tied else draw.randint(1, 48),
+        layers=draw.randint(1, 4),
+        hidden=heads * width if tied or teacher.family == "phi3" else draw.randint(1, 48),
         ffn=draw.randint(1, 80), groups=groups, heads=heads,
         experts=draw.randint(max(2, teacher.experts_per_token), teacher.num_experts) if teacher.num_experts else 0,
         shared_expert_ffn=draw.randint(1, 40) if teacher.shared_expert_ffn else 0,
@@ -209,7 +211,10 @@ def test_counts_of_random_shapes_are_those_of_the_built_model(case):
         idle = sum(p.numel() // experts for n, p in model.named_parameters() if ".experts." in n)
         idle *= experts - dims.experts_per_token
         assert cost.active_params(dims) == total - idle
-        kv = sum(p.shape[0] for n, p in model.named_parameters() if n.endswith(("k_proj.weight", "v_proj.weight")))
+        kv = sum(p.shape[0] for n, p in model.named_parameters() if n.endswith((".k_proj.weight", ".v_proj.weight")))
+        for layer in model.model.layers:
+            if fused := getattr(layer.self_attn, "qkv_proj", None):
+                kv += fused.weight.shape[0] - layer.self_attn.o_proj.weight.shape[1]
         assert cost.kv_cache_bytes_per_token(dims, 2) == 2 * kv
         assert cost.memory_bytes(dims, 100, 2) == 2 * total + 200 * kv
 

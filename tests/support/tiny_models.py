@@ -13,6 +13,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     NemotronConfig,
+    Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -57,6 +58,20 @@ _LLAMA3 = {
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
+# Of the 6 rotated channels of a 12-wide head. Its config counts the factors by hidden_size / num_attention_heads.
+_LONGROPE: dict[str, Any] = {
+    "head_dim": 12,
+    "original_max_position_embeddings": 16,  # shorter than a test sequence
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.1, 1.3],
+        "long_factor": [1.0, 2.0, 5.0],
+    },
+}
+
+
 _PARTIAL = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.25}
 
 
@@ -83,6 +98,8 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         NemotronConfig,
         {"rope_parameters": _PARTIAL, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
+    "phi3": (Phi3Config, {"sliding_window": 7, "rope_parameters": _PARTIAL, "pad_token_id": None}),
+    "phi3_tied_longrope": (Phi3Config, _LONGROPE | {"tie_word_embeddings": True, "pad_token_id": None}),
     "mixtral": (MixtralConfig, {"intermediate_size": 24, "num_local_experts": 4, "sliding_window": 7}),
     "qwen2_moe": (Qwen2MoeConfig, _EXPERTS | {"shared_expert_intermediate_size": 40}),
     "qwen3_moe": (Qwen3MoeConfig, _EXPERTS | {"norm_topk_prob": True, "attention_bias": True}),
