@@ -187,7 +187,7 @@ def read_box(
 
 
 # Transformer Engine keeps a norm's weight in the linear layer that follows it.
-_FUSED_NORMS = {
+FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
@@ -197,7 +197,7 @@ _NO_WEIGHTS = ("optimizer", "rng", "rerun", "opt_param_scheduler", "chained_")
 """How the keys of training state begin, which such folders may hold beside the weights."""
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a parameter is stored: the key, and its number in each leading axis of the stored tensor, in their order.
 
     The axes are those of `CheckpointSource.counts`; none where the parameter is stored by itself.
@@ -228,13 +228,13 @@ class CheckpointSource:
         self.places = {name: self._place(name) for name in self.shapes}
         self._refuse_others()
 
-    def _place(self, name: str) -> _Place:
+    def _place(self, name: str) -> Place:
         stored = self.metadata.state_dict_metadata
         for prefix in ("", "module."):
             for key, at in _possible_places(name):
                 if isinstance(stored.get(prefix + key), TensorStorageMetadata):
                     self._check_shape(name, prefix + key, at)
-                    return _Place(prefix + key, at)
+                    return Place(prefix + key, at)
         raise CheckpointError(f"checkpoint {self.reader.path} has no parameter {name}; is this its config?")
 
     def _refuse_others(self) -> None:
@@ -281,16 +281,34 @@ class CheckpointSource:
             yield read_box(self.reader, self.metadata, key, [first, *[0] * (len(shape) - 1)], shape)
 
 
-def _possible_places(name: str) -> list[_Place]:
-    """Return where the tools we know store a parameter, likeliest first."""
+def stacked_place(name: str, *, fused_norms: tuple[str, ...] = ()) -> Place:
+    """Return where a parameter is stored by the tools that stack the layers of a model, and their experts.
+
+    Args:
+        fused_norms: Those of `FUSED_NORMS` whose weights are kept in the linear layer that follows.
+    """
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
     if not match:
-        return [_Place(name, {})]
-    layer, tail = match.groups()
-    experts: dict[str, int] = {}
+        return Place(name, {})
+    at, tail = {"layers": int(match[1])}, match[2]
     if expert := re.match(r"mlp\.experts\.local_experts\.(\d+)\.", tail):
-        experts = {"experts": int(expert[1])}
+        at["experts"] = int(expert[1])
         tail = tail.replace(expert[0], "mlp.experts.experts.")
-    tails = [tail, *(tail.replace(ours, fused) for ours, fused in _FUSED_NORMS.items() if tail.startswith(ours))]
-    stacked = [_Place(f"decoder.layers.{tail}", {"layers": int(layer)} | experts) for tail in tails]
-    return stacked + [_Place(f"decoder.layers.{layer}.{tail}", experts) for tail in tails]
+    for norm in fused_norms:
+        tail = tail.replace(norm, FUSED_NORMS[norm]) if tail.startswith(norm) else tail
+    return Place(f"decoder.layers.{tail}", at)
+
+
+def _possible_places(name: str) -> list[Place]:
+    """Return where the tools we know store a parameter, likeliest first."""
+    fused = [(norm,) for norm in FUSED_NORMS if norm in name]
+    stacked = [stacked_place(name, fused_norms=norms) for norms in ((), *fused)]
+    singly = [
+        Place(
+            place.key.replace("layers.", f"layers.{place.at['layers']}.", 1),
+            {axis: number for axis, number in place.at.items() if axis != "layers"},
+        )
+        for place in stacked
+        if place.at
+    ]
+    return stacked + singly

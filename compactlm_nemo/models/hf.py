@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -180,51 +181,75 @@ def export_hf(
     Raises:
         NumericsError: a weight is NaN or infinite in this number format.
     """
+    write_assets(hf_assets, folder, dims, dtype)
+    numbers = shard_numbers(dims, dtype, shard_bytes)
+    shard: dict[str, Tensor] = {}
+    total_params = 0
+    for name in parameter_shapes(dims):
+        full = finite_as(source, name, dtype)
+        if "linear_qkv" in name:
+            full = torch.cat(split_qkv(full, dims.num_heads, dims.num_query_groups, dims.head_dim))
+        rows = [shape[0] for shape in hf_shapes(name, tuple(full.shape), dims)]
+        for hf_name, part in zip(hf_names(name, dims), full.split(rows), strict=True):
+            if shard and numbers[hf_name] != numbers[next(iter(shard))]:
+                _write_shard(folder, numbers, shard)
+                shard = {}
+            shard[hf_name] = part.contiguous()
+            total_params += part.numel()
+    _write_shard(folder, numbers, shard)
+    if max(numbers.values()) > 1:
+        write_index(folder, numbers, total_params * dtype.itemsize)
+    return total_params
+
+
+def write_assets(hf_assets: Path, folder: Path, dims: Dims, dtype: torch.dtype) -> None:
+    """Write what a Hugging Face folder has beside its weights: config.json of these sizes, tokenizer, licence."""
     copy_hf_assets(hf_assets, folder)
     config = resized(read_config(hf_assets), dims)
     config.dtype = dtype
     config.save_pretrained(folder)
     write_for_every_reader(folder)
-    shards: list[dict[str, Tensor]] = [{}]
-    index: dict[str, int] = {}
-    size_bytes = total_params = 0
-    for name in parameter_shapes(dims):
-        full = source(name).to(dtype)
-        if not full.isfinite().all():
-            raise NumericsError(
-                f"{name} is not finite as {dtype}; nothing of it is exported. Give another export.dtype."
-            )
-        if "linear_qkv" in name:
-            full = torch.cat(split_qkv(full, dims.num_heads, dims.num_query_groups, dims.head_dim))
-        rows = [shape[0] for shape in hf_shapes(name, tuple(full.shape), dims)]
-        for hf_name, part in zip(hf_names(name, dims), full.split(rows), strict=True):
-            if size_bytes + part.nbytes > shard_bytes and shards[-1]:
-                _write_shard(folder, len(shards), shards[-1])
-                shards[-1] = {}
-                shards.append({})
-                size_bytes = 0
-            shards[-1][hf_name] = part.contiguous()
-            index[hf_name] = len(shards)
-            size_bytes += part.nbytes
-            total_params += part.numel()
-    _write_shard(folder, len(shards), shards[-1])
-    _finish_shards(folder, len(shards), index, total_params * dtype.itemsize)
-    return total_params
 
 
-def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, folder / f"part-{number}.safetensors", metadata={"format": "pt"})
+def finite_as(source: ParameterSource, name: str, dtype: torch.dtype) -> Tensor:
+    """Return a parameter in a number format.
+
+    Raises:
+        NumericsError: it is NaN or infinite there.
+    """
+    full = source(name).to(dtype)
+    if not full.isfinite().all():
+        raise NumericsError(f"{name} is not finite as {dtype}; nothing of it is exported. Give another export.dtype.")
+    return full
 
 
-def _finish_shards(folder: Path, count: int, index: dict[str, int], total_bytes: int) -> None:
-    """Give the shards the names transformers looks for, which hold their total number."""
-    if count == 1:
-        (folder / "part-1.safetensors").rename(folder / "model.safetensors")
-        return
-    names = {i: f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)}
-    for number, name in names.items():
-        (folder / f"part-{number}.safetensors").rename(folder / name)
-    weight_map = {name: names[number] for name, number in index.items()}
+def shard_numbers(dims: Dims, dtype: torch.dtype, shard_bytes: int) -> dict[str, int]:
+    """Return in which file, counted from 1, each Hugging Face tensor is, in the order in which they are written."""
+    numbers: dict[str, int] = {}
+    number, size_bytes = 1, 0
+    for name, shape in parameter_shapes(dims).items():
+        for hf_name, part in zip(hf_names(name, dims), hf_shapes(name, shape, dims), strict=True):
+            num_bytes = prod(part) * dtype.itemsize
+            if size_bytes and size_bytes + num_bytes > shard_bytes:
+                number, size_bytes = number + 1, 0
+            numbers[hf_name] = number
+            size_bytes += num_bytes
+    return numbers
+
+
+def _file_of(number: int, numbers: dict[str, int]) -> str:
+    """Return the name that transformers looks for, which holds the number of files."""
+    count = max(numbers.values())
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _write_shard(folder: Path, numbers: dict[str, int], shard: dict[str, Tensor]) -> None:
+    save_file(shard, folder / _file_of(numbers[next(iter(shard))], numbers), metadata={"format": "pt"})
+
+
+def write_index(folder: Path, numbers: dict[str, int], total_bytes: int) -> None:
+    """Write which tensor is in which file."""
+    weight_map = {name: _file_of(number, numbers) for name, number in numbers.items()}
     text = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2)
     (folder / "model.safetensors.index.json").write_text(text)
 

@@ -53,6 +53,22 @@ def copy_hf_assets(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / name)
 
 
+def write_config(folder: Path, values: dict[str, Any]) -> None:
+    """Write the config.json of a model whose checkpoint came without one, beside its tokenizer.
+
+    Architecture and special tokens are added to `values`: transformers would take the first Llama's for those.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from compactlm_nemo.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(folder)
+    kinds = ("bos", "eos", "pad")
+    numbers = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]]
+    _write(folder / "config.json", {"architectures": [architecture]} | values | numbers)
+
+
 def dtype_of(folder: Path) -> str | None:
     """Return the number format that a folder's config.json states, None where it states none."""
     values = _read(folder / "config.json")

@@ -127,3 +127,41 @@ def quick_folder_dims(folder: Path) -> Dims | None:
         return quick_dims(json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError):
         return None
+
+
+def config_values(dims: Dims) -> dict[str, Any]:
+    """Return what config.json says of an architecture, under the names that transformers 5 and 4 read."""
+    family = FAMILIES[dims.family]
+    values: dict[str, Any] = {
+        "model_type": dims.family,
+        "hidden_act": family.activation,
+        "num_hidden_layers": dims.num_layers,
+        "hidden_size": dims.hidden_size,
+        family.ffn: dims.ffn_hidden_size,
+        "num_attention_heads": dims.num_heads,
+        "num_key_value_heads": dims.num_query_groups,
+        "head_dim": dims.head_dim,
+        "vocab_size": dims.vocab_size,
+        "max_position_embeddings": dims.max_position_embeddings,
+        family.norm_eps: dims.norm_eps,
+        "rope_theta": dims.rope_theta,
+        "rope_scaling": dims.rope_scaling and dict(dims.rope_scaling),  # transformers adds to it
+        "tie_word_embeddings": dims.tied_embeddings,
+    }
+    if family.qkv_bias is None:
+        values["attention_bias"] = dims.qkv_bias
+    if family.mlp_bias:
+        values["mlp_bias"] = dims.mlp_bias
+    if family.partial_rotary:
+        values["partial_rotary_factor"] = dims.rotary_percent
+    if family.window:
+        values["sliding_window"] = dims.window
+    if family.experts:
+        count = "num_local_experts" if "num_local_experts" in DEFAULTS[dims.family] else "num_experts"
+        values[count] = dims.num_experts
+        values["num_experts_per_tok"] = dims.experts_per_token
+    if family.experts and family.norm_topk is None:
+        values["norm_topk_prob"] = dims.norm_topk
+    if "shared_expert_intermediate_size" in DEFAULTS[dims.family]:
+        values["shared_expert_intermediate_size"] = dims.shared_expert_ffn
+    return values

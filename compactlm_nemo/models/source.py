@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.errors import CheckpointError, ConfigError
+from compactlm_nemo.models.bridge_config import (
+    RUN_CONFIG,
+    dims_of_settings,
+    number_format,
+    read_model_settings,
+    refuse_other_settings,
+)
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import dims_of
-from compactlm_nemo.models.hf_config import quick_dims, quick_folder_dims
+from compactlm_nemo.models.hf_config import config_values, quick_dims, quick_folder_dims
 from compactlm_nemo.models.outside import refuse_absurd_sizes
 
 if TYPE_CHECKING:
@@ -19,10 +26,47 @@ WEIGHTS = "weights"
 """Subfolder of a model folder with the distributed checkpoint; `model.json` and `hf/` stand beside it."""
 
 
+TRACKER = "latest_checkpointed_iteration.txt"
+"""File beside the folders of a training's checkpoints: the number of the one to read, or `release`."""
+TOKENIZER = "tokenizer"
+"""Folder in a checkpoint of Bridge."""
+
+
 def find_weights(folder: Path) -> Path | None:
-    """Return the `torch_dist` folder in a model folder: ours and NeMo 2's `weights`, Bridge's newest `iter_*`."""
-    candidates = [folder / WEIGHTS, folder, *sorted(folder.glob("iter_*"), reverse=True)]
+    """Return the `torch_dist` folder in a model folder: ours and NeMo 2's `weights`, or a checkpoint of Bridge.
+
+    That is the one that its tracker names; without a tracker the `iter_*` of the largest number, or `release`.
+
+    Raises:
+        CheckpointError: the tracker names none, or one that is not there.
+    """
+    for path in (folder / WEIGHTS, folder):
+        if (path / ".metadata").is_file():
+            return path
+    if (folder / TRACKER).is_file():
+        return _tracked(folder)
+    numbered = [path for path in folder.glob("iter_*") if path.name[5:].isdecimal()]
+    candidates = [*sorted(numbered, key=lambda path: int(path.name[5:]), reverse=True), folder / "release"]
     return next((path for path in candidates if (path / ".metadata").is_file()), None)
+
+
+def _tracked(folder: Path) -> Path:
+    """Return the checkpoint that the tracker of a folder names."""
+    word = (folder / TRACKER).read_text(encoding="utf-8", errors="replace")[:100].strip()
+    if word != "release" and not (word.isascii() and word.isdecimal()):
+        raise CheckpointError(f"{folder / TRACKER} says {word!r}; it must be a number or `release`: mend it.")
+    path = folder / ("release" if word == "release" else f"iter_{int(word):07d}")
+    if not (path / ".metadata").is_file():
+        raise CheckpointError(
+            f"{folder / TRACKER} says {word}, and {path} holds no checkpoint; fetch it, or set model.source to another."
+        )
+    return path
+
+
+def _own_settings(source: Path) -> dict[str, Any] | None:
+    """Return the settings of the model that Megatron-Bridge keeps beside its weights; None where there are none."""
+    weights = find_weights(source)
+    return None if weights is None else read_model_settings(weights)
 
 
 def quick_source_dims(cfg: ModelConfig) -> Dims | None:
@@ -37,7 +81,13 @@ def quick_source_dims(cfg: ModelConfig) -> Dims | None:
         from compactlm_nemo.models import gguf
 
         return quick_dims(gguf.config_values(source))
-    return quick_folder_dims(Path(cfg.hf_assets) if cfg.hf_assets and find_weights(source) else source)
+    weights = find_weights(source)
+    if weights is None:
+        return quick_folder_dims(source)
+    if cfg.hf_assets:
+        return quick_folder_dims(Path(cfg.hf_assets))
+    settings = read_model_settings(weights)
+    return None if settings is None else dims_of_settings(settings, str(weights / RUN_CONFIG))
 
 
 def declared_dims(cfg: ModelConfig) -> Dims | None:
@@ -58,16 +108,31 @@ def declared_dims(cfg: ModelConfig) -> Dims | None:
 
 
 def hf_assets_folder(cfg: ModelConfig) -> Path:
-    """Return the folder with `config.json` and tokenizer of a teacher that is a folder."""
+    """Return the folder with the tokenizer of a teacher that is a folder, and its config.json unless Bridge made it."""
     source = Path(cfg.source)
-    if find_weights(source) is None:
+    weights = find_weights(source)
+    if weights is None:
         return source
-    if cfg.hf_assets is None:
+    if cfg.hf_assets is not None:
+        return Path(cfg.hf_assets)
+    if not (weights / RUN_CONFIG).is_file():
         raise ConfigError(
             f"model.source={source} is a torch_dist folder without config.json and tokenizer; "
             "set model.hf_assets to a folder that has them."
         )
-    return Path(cfg.hf_assets)
+    if not (weights / TOKENIZER).is_dir():
+        raise ConfigError(
+            f"model.source={source} has no tokenizer in {weights / TOKENIZER}; set model.hf_assets to a folder with "
+            "config.json and tokenizer."
+        )
+    return weights / TOKENIZER
+
+
+def generated_config(cfg: ModelConfig, dims: Dims) -> dict[str, Any] | None:
+    """Return a config.json for a teacher that has none of its own; None where `hf_assets_folder` holds it."""
+    if cfg.hf_assets is not None or (settings := _own_settings(Path(cfg.source))) is None:
+        return None
+    return config_values(dims) | {"dtype": number_format(settings)}
 
 
 def teacher_dims(cfg: ModelConfig) -> Dims:
@@ -88,7 +153,14 @@ def open_teacher(cfg: ModelConfig) -> tuple[Dims, ParameterSource]:
     from compactlm_nemo.models.hf import open_hf, read_config
 
     source = Path(cfg.source)
-    if find_weights(source) is None:
+    weights = find_weights(source)
+    if weights is None:
         return open_hf(source)
-    dims = dims_of(read_config(hf_assets_folder(cfg)))
+    settings, where = read_model_settings(weights), str(weights / RUN_CONFIG)
+    if cfg.hf_assets is None and settings is not None:
+        dims = dims_of_settings(settings, where)
+    else:
+        dims = dims_of(read_config(hf_assets_folder(cfg)))
+        if settings is not None:
+            refuse_other_settings(dims, settings, Path(str(cfg.hf_assets)), where)
     return dims, CheckpointSource(source, dims)

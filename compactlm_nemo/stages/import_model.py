@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.models.bridge_config import RUN_CONFIG
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.hf_assets import assets_of
+from compactlm_nemo.models.hf_assets import assets_of, write_config
+from compactlm_nemo.models.source import find_weights, hf_assets_folder
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -19,9 +21,9 @@ def source_files(config: Config) -> dict[str, Path]:
     source = Path(config.model.source)
     if not source.is_dir():
         return {"model.source": source}
-    kinds = ("*.safetensors", "*.distcp", ".metadata")
-    files = {str(path.relative_to(source)): path for kind in kinds for path in source.rglob(kind)}
-    assets = assets_of(Path(config.model.hf_assets or source))
+    weights, kinds = find_weights(source), ("*.safetensors", "*.distcp", ".metadata", RUN_CONFIG)
+    files = {str(path.relative_to(source)): path for kind in kinds for path in (weights or source).rglob(kind)}
+    assets = assets_of(source if weights is None else hf_assets_folder(config.model))
     return files | {f"hf_assets/{name}": path for name, path in assets.items()}
 
 
@@ -41,7 +43,7 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
     from compactlm_nemo.models import gguf
     from compactlm_nemo.models.build import fill
     from compactlm_nemo.models.hf_assets import copy_hf_assets
-    from compactlm_nemo.models.source import hf_assets_folder, open_teacher
+    from compactlm_nemo.models.source import generated_config, open_teacher
     from compactlm_nemo.parallel.launch import main_rank_writes
     from compactlm_nemo.report.model_card import TEACHER_WORDS, teacher_words
     from compactlm_nemo.search.cost import num_params
@@ -57,6 +59,8 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
     with main_rank_writes() as writes:
         if writes:
             copy_hf_assets(hf_assets_folder(teacher), folder / HF)
+            if (values := generated_config(teacher, dims)) is not None:
+                write_config(folder / HF, values)
             write_json(folder / TEACHER_WORDS, teacher_words(hf_assets_folder(teacher)))
     model = run.build(dims)
     fill(model, weights, run.config.model.vocab_multiple)
