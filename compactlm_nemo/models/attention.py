@@ -27,7 +27,7 @@ these takes the input, 8 GiB a layer at 8,192 tokens."""
 
 
 class SdpaCoreAttention(MegatronModule):
-    """Attention by `scaled_dot_product_attention`, causal unless the model brings a mask.
+    """Attention by `scaled_dot_product_attention`, causal unless the model brings a mask; its scale is the config's.
 
     query `[s, b, heads, d]`, key and value `[s, b, groups, d]` of this TP rank; returns `[s, b, heads * d]`. Under
     context parallelism s is this rank's part of the sequence (`context_positions`); keys and values are gathered in the
@@ -56,6 +56,7 @@ class SdpaCoreAttention(MegatronModule):
                 v_BGTD,
                 attn_mask=attention_mask,
                 is_causal=attention_mask is None,
+                scale=self.config.softmax_scale,
                 enable_gqa=q_BNSD.shape[1] != k_BGTD.shape[1],
             )
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)

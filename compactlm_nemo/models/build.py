@@ -39,8 +39,12 @@ ParameterSource = Callable[[str], Tensor]
 class HiddenStateModel(GPTModel):
     """GPTModel whose last stage returns its final normed hidden states `[s, b, h]`, whole under sequence parallelism.
 
-    The output layer is applied by the chunked loss heads, so that the logits of a sequence never exist at once.
+    The output layer is applied by the chunked loss heads, so that the logits of a sequence never exist at once. Where a
+    model divides its logits, its hidden states are divided here instead, and no head needs to know.
     """
+
+    logits_scaling: float = 1.0
+    """What the hidden states are divided by, `Dims.logits_scaling`."""
 
     document_end: int | None = None
     """Token at which a document begins and attention with it, as it ends the one before; None: samples are whole."""
@@ -66,6 +70,8 @@ class HiddenStateModel(GPTModel):
         return AttentionMask(self.config, self.cp_group)
 
     def _postprocess(self, hidden_states: Tensor, *_: object, **__: object) -> Tensor:
+        if self.post_process and self.logits_scaling != 1:
+            hidden_states = hidden_states / self.logits_scaling
         if self.post_process and self.config.sequence_parallel:
             # The loss heads sum their gradient over TP ranks themselves, so each rank takes its own part of it.
             return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
@@ -195,6 +201,9 @@ def _build_chunk(
             if module.weight is not None:  # None: a tied output layer on the stage of the embedding
                 module.weight.tensor_model_parallel = True
     _set_rotations(model, dims)
+    model.logits_scaling = dims.logits_scaling
+    if is_first and dims.embedding_multiplier != 1:
+        model.embedding.register_forward_hook(lambda _, args, stream: stream * dims.embedding_multiplier)
     return model.to(device())
 
 

@@ -51,6 +51,14 @@ class Dims:
     """Sliding attention window in tokens, None for full attention."""
     no_rope_layers: list[bool] | None = None
     """For each layer whether it has no rotary embedding; None for families whose layers all have it."""
+    embedding_multiplier: float = 1.0
+    """What a row of the embedding table is multiplied with where it enters the residual stream."""
+    residual_multiplier: float = 1.0
+    """What attention and MLP are multiplied with where they are added to the residual stream."""
+    attention_multiplier: float | None = None
+    """What products of queries and keys are multiplied with, None for ``1 / sqrt(head_dim)``."""
+    logits_scaling: float = 1.0
+    """What logits are divided by."""
     num_experts: int = 0
     """Experts of a layer, of which a router picks `experts_per_token`; 0 is a dense model."""
     experts_per_token: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,8 @@ class Family:
     Elsewhere `sliding_window` means nothing without `use_sliding_window`."""
     skips_rope: bool = False
     """Whether some layers have no rotary embedding: `no_rope_layers`, or every `no_rope_layer_interval`-th."""
+    multipliers: bool = False
+    """Whether the config has the multipliers of `_MULTIPLIERS`."""
     also: Mapping[str, Any] = field(default_factory=dict)
     """Further config keys of this family with the only values we support."""
     ffn: str = "intermediate_size"
@@ -72,6 +75,7 @@ FAMILIES: dict[str, Family] = {
         activation="silu", qkv_bias=False, window=True, partial_rotary=True, qkv=("qkv_proj",), fc1=("gate_up_proj",),
         own_code="modeling_phi3.Phi3ForCausalLM",
     ),
+    "granite": Family(activation="silu", mlp_bias=True, multipliers=True),
     "mixtral": Family(
         activation="silu", qkv_bias=False, window=True, experts=True, norm_topk=True, mlp="block_sparse_moe",
         fc1=("w1", "w3"), fc2="w2",
@@ -85,6 +89,9 @@ FAMILIES: dict[str, Family] = {
         also={"use_sliding_window": False, **_NO_DENSE_LAYERS},
     ),
 }  # fmt: skip
+
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+"""Config keys that are fields of `Dims` of the same names."""
 
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _READ = {
@@ -120,6 +127,7 @@ def dims_of(config: Any) -> Dims:
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     known |= {"auto_map"} if own_code is not None and own_code.split("--")[-1] == family.own_code else set()
     known |= {"no_rope_layers", "no_rope_layer_interval"} if family.skips_rope else set()
+    known |= set(_MULTIPLIERS) if family.multipliers else set()
     unknown = {key: value for key, value in given.items() if key not in known and value not in (None, False)}
     refuse_unknown_keys(unknown, kind)
     _whole_sizes(config, family)
@@ -155,6 +163,7 @@ def dims_of(config: Any) -> Dims:
         window=window,
         no_rope_layers=_no_rope_layers(config) if family.skips_rope else None,
         **rope,
+        **(_multipliers(config) if family.multipliers else {}),
         **(_experts(config, kind) if family.experts else {}),
     )
 
@@ -167,6 +176,14 @@ def _whole_sizes(config: Any, family: Family) -> None:
         size = getattr(config, key, None)
         if type(size) is not int and not (size is None and key in may_be_missing):
             raise CheckpointError(f"config.json: {key}={size!r} must be a whole number.")
+
+
+def _multipliers(config: Any) -> dict[str, Any]:
+    values = {name: getattr(config, name) for name in _MULTIPLIERS}
+    for name, value in values.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise CheckpointError(f"config.json: {name}={value!r} must be a number > 0.")
+    return {name: float(value) for name, value in values.items()}
 
 
 def _no_rope_layers(config: Any) -> list[bool]:

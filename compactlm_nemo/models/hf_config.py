@@ -53,6 +53,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
         "vocab_size": 32064, "sliding_window": None, "original_max_position_embeddings": 4096,
     },
+    "granite": _COMMON
+    | {
+        "intermediate_size": 11008, "max_position_embeddings": 2048, "mlp_bias": False, "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0,
+    },
     "mixtral": _COMMON
     | {
         "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,

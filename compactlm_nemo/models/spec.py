@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,6 +73,24 @@ class BiasedRowLinear(RowLinear):
         super().__init__(*args, **{**kwargs, "bias": True})
 
 
+class ResidualAdd(torch.nn.Module):
+    """What attention or MLP writes goes to the residual stream times a multiplier: ``r + multiplier * (x + bias)``.
+
+    In Megatron's place of bias, dropout and addition, without dropout.
+    """
+
+    def __init__(self, multiplier: float) -> None:
+        super().__init__()
+        self.multiplier = multiplier
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        return self.add
+
+    def add(self, x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        x, bias = x_with_bias
+        return residual + (x if bias is None else x + bias) * self.multiplier
+
+
 class GatedSharedExpertMLP(SharedExpertMLP):
     """A shared expert with its gate, however this Megatron says so: in the specification (0.15) or in the config."""
 
@@ -82,6 +101,9 @@ class GatedSharedExpertMLP(SharedExpertMLP):
 def layer_spec(dims: Dims) -> ModuleSpec:
     """Return one decoder layer: separate norms, so that scoring can hook the same places in every model."""
     norm_qk = Norm if dims.qk_norm else IdentityOp
+    add: Any = get_bias_dropout_add
+    if dims.residual_multiplier != 1:
+        add = ModuleSpec(module=ResidualAdd, params={"multiplier": dims.residual_multiplier})
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -97,10 +119,10 @@ def layer_spec(dims: Dims) -> ModuleSpec:
                     k_layernorm=norm_qk,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add,
             pre_mlp_layernorm=Norm,
             mlp=mlp_spec(dims),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
         ),
     )
 

@@ -6,8 +6,8 @@ teacher's stream is before layer b,
     min over W of  sum over tokens of  weight * |r + W x - h|^2,    weight = 1 / mean(h^2),
 
 over the tokens that count (`data.marks`), with x the input of that fc2, r the stream before its MLP and h the stream
-before layer b. The weights keep the few tokens of massive activations from deciding alone. All sums are measured on the
-teacher, in one pass.
+before layer b; h - r is divided by the model's residual multiplier. The weights keep the few tokens of massive
+activations from deciding alone. All sums are measured on the teacher, in one pass.
 
 Shape suffixes: S sequence, B batch, N tokens, F neurons, H hidden size.
 """
@@ -97,7 +97,7 @@ def measure_replacements(
                 counts_N1 = context_share(counts_of(tokens_BS[:counted]), mesh).T.flatten()[:, None]
                 weighted_NF = x_NF / h_NH.square().mean(dim=-1, keepdim=True) * counts_N1
                 sums[start - 1][0] += weighted_NF.T @ x_NF
-                sums[start - 1][1] += weighted_NF.T @ (h_NH - r_NH)
+                sums[start - 1][1] += weighted_NF.T @ ((h_NH - r_NH) / dims.residual_multiplier)
             progress(samples.num_counted(idx))
     finally:
         taps.remove()

@@ -10,7 +10,8 @@ teacher (and n the next one that stays), in this order:
 
 by ridge regression from the present weight, ``W' = W + ((G + D)^-1 (B - G W^T))^T`` with G = sum x x^T and
 B = sum x t^T; T takes the teacher's stream to the student's. The sums are over the tokens that count (`data.marks`),
-for proj and fc2 with the weight 1 / mean(T(.)^2). Errors of earlier layers are thus made up for where they can be.
+for proj and fc2 with the weight 1 / mean(T(.)^2) and the target divided by the model's residual multiplier. Errors of
+earlier layers are thus made up for where they can be.
 Experts keep the refit on the tokens they were sent.
 
 Teacher and student are walked together, layer by layer: of each, a rank holds the states of its tokens before the
@@ -171,7 +172,7 @@ class SequentialReconstruction:
         to_student: Callable[[Tensor], Tensor],
     ) -> None:
         """Sum up over the tokens and write the refitted weight of one linear map, on the rank that has the layer."""
-        taps, sums = Taps(), _Sums()
+        taps, sums, multiplier = Taps(), _Sums(), self.dims.residual_multiplier
         block, module = _holds(chunks, layer), None
         if block is not None:
             attention, mlp = block.self_attention, block.mlp
@@ -193,9 +194,13 @@ class SequentialReconstruction:
             if part in ("proj", "fc2"):
                 stream_NK = self._tokens(taps.seen["stream"], counted, is_sharded=False)
                 if module.bias is not None:
-                    stream_NK = stream_NK + module.bias.double()
+                    stream_NK = stream_NK + multiplier * module.bias.double()
                 target_NK = to_student(target_NH).double()
-                sums.add(x_NE, target_NK - stream_NK, counts_N1 / target_NK.square().mean(dim=-1, keepdim=True))
+                sums.add(
+                    x_NE,
+                    (target_NK - stream_NK) / multiplier,
+                    counts_N1 / target_NK.square().mean(dim=-1, keepdim=True),
+                )
             else:
                 sums.add(x_NE, target_NH.double(), counts_N1)
 

@@ -75,6 +75,10 @@ def test_cases_would_show_the_difference() -> None:
         ("llama", {"rms_norm_eps": 1e-6}),
         ("nemotron", {"norm_eps": 1e-6}),
         ("phi3", {"sliding_window": 8}),
+        *(
+            ("granite", {key: 1.0})
+            for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+        ),
         ("phi3", {"rope_parameters": plain | {"partial_rotary_factor": 1.0}}),
         ("phi3_tied_longrope", {"original_max_position_embeddings": LENGTH}),
         ("phi3_tied_longrope", {"rope_parameters": plain | {"partial_rotary_factor": 0.5}}),

@@ -79,6 +79,21 @@ def sliced(tensors: dict[str, Tensor], hidden: list[int]) -> dict[str, Tensor]:
     return wanted
 
 
+def unfused(tensors: dict[str, Tensor], heads: int) -> dict[str, Tensor]:
+    """Query, key and value projections by themselves, gate and up too, where a family stores them as one."""
+    split = {}
+    for name, full in tensors.items():
+        if name.endswith(".qkv_proj.weight"):
+            rows = [count * HEAD_DIM for count in (heads, 2, 2)]
+            parts = dict(zip(("q_proj", "k_proj", "v_proj"), full.split(rows), strict=True))
+        elif name.endswith(".gate_up_proj.weight"):
+            parts = dict(zip(("gate_proj", "up_proj"), full.chunk(2), strict=True))
+        else:
+            parts = {name.split(".")[-2]: full}
+        split |= {name.replace(name.split(".")[-2], part): tensor for part, tensor in parts.items()}
+    return split
+
+
 def export_cut(teacher: Path, target: Path, hidden: list[int]) -> Dims:
     dims, source = open_hf(teacher)
     student = student_of(dims, hidden)
@@ -86,12 +101,13 @@ def export_cut(teacher: Path, target: Path, hidden: list[int]) -> Dims:
     return student
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in EXPERT_CASES])
+# With longrope the hidden size of a Phi-3 is tied to its heads.
+@pytest.mark.parametrize("case", [case for case in CASES if case not in (*EXPERT_CASES, "phi3_tied_longrope")])
 def test_cut_is_the_slice_of_every_tensor(case, tmp_path):
     save_tiny(case, tmp_path / "teacher")
     student = export_cut(tmp_path / "teacher", tmp_path / "student", HIDDEN)
-    want = sliced(load_file(tmp_path / "teacher" / "model.safetensors"), HIDDEN)
-    got = load_file(tmp_path / "student" / "model.safetensors")
+    want = sliced(unfused(load_file(tmp_path / "teacher" / "model.safetensors"), 4), HIDDEN)
+    got = unfused(load_file(tmp_path / "student" / "model.safetensors"), 2)
     assert got.keys() == want.keys()
     for name in want:
         assert torch.equal(got[name], want[name]), name

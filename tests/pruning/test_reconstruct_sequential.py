@@ -29,7 +29,7 @@ from tests.support.tiny_models import EAGER, save_tiny, tokens
 RIDGE = 1e-3
 
 
-CASES = {"llama": HIDDEN, "nemotron_tied_biases": HIDDEN, "qwen3": EVERY}
+CASES = {"llama": HIDDEN, "nemotron_tied_biases": HIDDEN, "qwen3": EVERY, "granite_tied_biases": HIDDEN}
 """Model and kept channels: with EVERY the readers stay as they are."""
 
 
@@ -94,7 +94,8 @@ def walked(teacher: Any, student: Any, hidden: list[int]) -> Any:
 def _solve_writer(student: Any, linear: Any, norm: Any, target: numpy.ndarray) -> None:
     seen = seen_in(student, {"x": (linear, False), "stream": (norm, False)})
     bias = 0 if linear.bias is None else linear.bias.detach().numpy()
-    solved(linear, seen["x"], target - seen["stream"] - bias, 1 / (target**2).mean(axis=1, keepdims=True))
+    factor = getattr(student.config, "residual_multiplier", 1)
+    solved(linear, seen["x"], (target - seen["stream"]) / factor - bias, 1 / (target**2).mean(axis=1, keepdims=True))
 
 
 def plain_source(dims: Dims, source: Any, hidden: list[int]) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -53,6 +54,11 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+_MULTIPLIERS = {
+    "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.4, "logits_scaling": 1.5,
+}  # fmt: skip
 
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -100,6 +106,11 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
     "phi3": (Phi3Config, {"sliding_window": 7, "rope_parameters": _PARTIAL, "pad_token_id": None}),
     "phi3_tied_longrope": (Phi3Config, _LONGROPE | {"tie_word_embeddings": True, "pad_token_id": None}),
+    "granite": (GraniteConfig, _MULTIPLIERS | {"pad_token_id": None}),
+    "granite_tied_biases": (
+        GraniteConfig,
+        _MULTIPLIERS | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
     "mixtral": (MixtralConfig, {"intermediate_size": 24, "num_local_experts": 4, "sliding_window": 7}),
     "qwen2_moe": (Qwen2MoeConfig, _EXPERTS | {"shared_expert_intermediate_size": 40}),
     "qwen3_moe": (Qwen3MoeConfig, _EXPERTS | {"norm_topk_prob": True, "attention_bias": True}),
