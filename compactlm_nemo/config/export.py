@@ -1,4 +1,4 @@
-"""Settings of the Hugging Face folder that a model leaves as."""
+"""Settings of the folder that a model leaves as."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ class ExportedModel(Enum):
     distilled = "distilled"
 
 
+class ExportFormat(Enum):
+    """Whose folder a model leaves as."""
+
+    hf = "hf"
+    bridge = "bridge"
+
+
 class ExportDtype(Enum):
     """Number format of exported weights."""
 
@@ -32,11 +39,15 @@ class ExportDtype(Enum):
 class ExportConfig:
     of: ExportedModel = setting(ExportedModel.distilled)
     """The teacher as imported, the student as cut and not trained yet (to train it elsewhere), or the distilled one."""
+    format: ExportFormat = setting(ExportFormat.hf)
+    """hf is a Hugging Face folder, `export/hf`; bridge a checkpoint of Megatron-Bridge, `export/bridge`, for
+    `AutoBridge.export_ckpt` and the trainer's `pretrained_checkpoint`."""
     dtype: ExportDtype | None = setting(None)
     """Number format of the weights; null takes that of the teacher's config.json, or `model.precision` where it has
     none of these."""
     shard_gib: float = setting(4.0)
-    """A file of weights is closed before it would be larger than these GiB."""
+    """A file of weights is closed before it would be larger than these GiB. A checkpoint of Megatron-Bridge is one
+    file; the files that Bridge makes of it are cut so."""
 
     push: str | None = setting(None)
     """Repository of the Hugging Face Hub, as ORG/NAME, that the push stage uploads the folder to; it is made private
@@ -47,4 +58,8 @@ class ExportConfig:
         require(
             self.push is None or REPOSITORY.fullmatch(self.push) is not None,
             f"export.push={self.push} must be ORG/NAME of letters, digits and . _ -; or leave it out.",
+        )
+        require(
+            self.push is None or self.format is ExportFormat.hf,
+            f"export.push={self.push} needs export.format=hf, not {self.format.name}; leave one of them out.",
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.models.bridge_config import LLAMA3_OF_MEGATRON, RUN_CONFIG
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.source import TOKENIZER, TRACKER
+from compactlm_nemo.models.source import TOKENIZER, TRACKER, find_weights
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,12 @@ HF = "hf"
 """Folder beside the checkpoint with the model's config.json and tokenizer, which `AutoBridge` asks for."""
 
 
+CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+"""How Megatron-Core has to read the shards: layers stacked, and no prefix before an optimizer's."""
+_COUNTERS = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+_OF_THE_MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
 def bridge_problem(dims: Dims) -> str | None:
     """Return why Megatron-Bridge cannot hold a model of this architecture; None where it can."""
     if dims.family not in FAMILIES_OF_BRIDGE:
@@ -32,10 +38,10 @@ def bridge_problem(dims: Dims) -> str | None:
     if dims.qkv_bias is not (dims.family == "qwen2") or dims.proj_bias or dims.mlp_bias:
         return f"Megatron-Bridge has no {dims.family} with biases in attention or MLP"
     scaling = dims.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling["rope_type"] == "linear":
         return None
     if scaling["rope_type"] != "llama3":
-        return f"this package writes no rope_type={scaling['rope_type']} for Megatron-Bridge, only llama3"
+        return f"rope_type={scaling['rope_type']} is not written for Megatron-Bridge, only linear and llama3"
     others = {name: scaling[name] for name, only in LLAMA3_OF_MEGATRON.items() if scaling[name] != only}
     if others:
         (name, value), *_ = others.items()
@@ -81,9 +87,16 @@ def export_bridge(
     return num_params
 
 
-CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-"""How Megatron-Core has to read the shards: layers stacked, and no prefix before an optimizer's."""
-_COUNTERS = ("step", "consumed_train_samples", "skipped_train_samples", "consumed_valid_samples")
+def count_bridge(folder: Path) -> int:
+    """Return parameters in the checkpoint of a folder that `export_bridge` wrote, counted from its index."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from compactlm_nemo.models.checkpoint_metadata import read_metadata
+
+    weights = find_weights(folder)
+    assert weights is not None
+    stored = read_metadata(weights).state_dict_metadata.values()
+    return sum(prod(tensor.size) for tensor in stored if isinstance(tensor, TensorStorageMetadata))
 
 
 def _copy_tokenizer(hf: Path, target: Path) -> None:
@@ -92,9 +105,6 @@ def _copy_tokenizer(hf: Path, target: Path) -> None:
     for path in sorted(hf.iterdir()):
         if path.is_file() and path.suffix != ".safetensors" and path.name not in _OF_THE_MODEL:
             shutil.copyfile(path, target / path.name)
-
-
-_OF_THE_MODEL = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 def _fused_norms(dims: Dims) -> tuple[str, ...]:
@@ -152,7 +162,8 @@ def model_settings(dims: Dims, dtype: torch.dtype) -> dict[str, Any]:
     """Return section `model`: what makes `bridge_config.dims_of_settings` give `dims` again."""
     number_format = str(dtype).removeprefix("torch.")
     activation = "torch.nn.functional.silu" if dims.gated_mlp else "megatron.core.activations.squared_relu"
-    scaling = dims.rope_scaling or {}
+    scaling = dims.rope_scaling or {"rope_type": None, "factor": 1.0}
+    is_llama3, is_linear = (scaling["rope_type"] == kind for kind in ("llama3", "linear"))
     settings: dict[str, Any] = {
         "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
         "num_layers": dims.num_layers,
@@ -171,8 +182,9 @@ def model_settings(dims: Dims, dtype: torch.dtype) -> dict[str, Any]:
         "position_embedding_type": "rope",
         "rotary_base": dims.rope_theta,
         "rotary_percent": dims.rotary_percent,
-        "rope_scaling": bool(scaling),
-        "rope_scaling_factor": scaling.get("factor", 1.0),
+        "rope_scaling": is_llama3,
+        "rope_scaling_factor": scaling["factor"] if is_llama3 else 1.0,
+        "seq_len_interpolation_factor": scaling["factor"] if is_linear else None,
         "gated_linear_unit": dims.gated_mlp,
         "activation_func": {"_target_": activation, "_call_": False},
         "add_bias_linear": False,

@@ -22,7 +22,7 @@ RUN_CONFIG = "run_config.yaml"
 LLAMA3_OF_MEGATRON = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What Megatron-Core's `rope_scaling` takes beside its factor; it has no settings for them."""
 
-_ONLY: dict[str, Any] = {
+SUPPORTED: dict[str, Any] = {
     "multi_latent_attention": False, "moe_layer_freq": 1, "mtp_num_layers": None, "softmax_type": "vanilla",
     "moe_router_score_function": "softmax", "qk_l2_norm": False, "attention_output_gate": False, "no_rope_freq": None,
     "window_attn_skip_freq": None, "position_embedding_type": "rope", "rotary_interleaved": False,
@@ -90,7 +90,7 @@ def dims_of_settings(settings: Mapping[str, Any], where: str = RUN_CONFIG) -> Di
     Raises:
         CheckpointError: a setting is missing, no number, or one that no family here computes; `where` begins the line.
     """
-    for key, only in _ONLY.items():
+    for key, only in SUPPORTED.items():
         if (value := settings.get(key)) not in (None, only):
             raise CheckpointError(f"{where}: model.{key}={value!r} is not supported; it must be {only!r}.")
     get = _Numbers(settings, where)

@@ -1,4 +1,4 @@
-"""The export stage: a model of the run becomes a Hugging Face folder."""
+"""The export stage: a model of the run becomes a folder that other tools load."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.export import ExportDtype, ExportedModel
 from compactlm_nemo.config.fingerprint import result_settings
+from compactlm_nemo.config.schema import Config
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.formats import FORMATS
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -28,26 +31,32 @@ KINDS = {
 """What a card says of them."""
 
 
+def export_problems(config: Config, models: list[Dims]) -> list[str]:
+    """Return why the format cannot hold the run's models, of which the first is the teacher; sizes do not matter."""
+    chosen = config.export.format
+    problem = FORMATS[chosen].problem(models[0]) if models else None
+    return [f"export.format={chosen.name}: {problem}; use export.format=hf."] if problem else []
+
+
 def export(run: Run, folder: Path) -> dict[str, Any]:
-    """Write the chosen model as a Hugging Face folder, and count its parameters in the files."""
+    """Write the chosen model in the chosen format, and count its parameters in the files."""
     from compactlm_nemo.errors import CheckpointError
     from compactlm_nemo.models.checkpoint import CheckpointSource
-    from compactlm_nemo.models.hf import count_params, export_hf
     from compactlm_nemo.parallel.launch import main_rank_writes
     from compactlm_nemo.search.cost import num_params
     from compactlm_nemo.stages.context import HF
 
     cfg = run.config.export
-    artifact = ARTIFACTS[cfg.of]
-    dims, target, hf_assets = run.dims(artifact), folder / HF, run.path("teacher") / HF
+    artifact, written = ARTIFACTS[cfg.of], FORMATS[cfg.format]
+    dims, target, hf_assets = run.dims(artifact), folder / cfg.format.name, run.path("teacher") / HF
     dtype = _dtype(run, hf_assets)
     dtype_name = str(dtype).removeprefix("torch.")
     with main_rank_writes() as writes:
         if writes:
             source = CheckpointSource(run.path(artifact), dims)
-            export_hf(hf_assets, target, dims, source, dtype, int(cfg.shard_gib * 2**30))
+            written.write(hf_assets, target, dims, source, dtype, int(cfg.shard_gib * 2**30))
             _write_card(run, target, dtype_name)
-    counted = count_params(target)
+    counted = written.count(target)
     if counted != num_params(dims):
         raise CheckpointError(f"{target} holds {counted} parameters, the plan says {num_params(dims)}.")
     return {"params": counted, "folder": str(target), "dtype": dtype_name}
@@ -149,10 +158,11 @@ def _reads(of: ExportedModel) -> dict[str, Any]:
 
 STAGE = Stage(
     name="export",
-    summary="one model of the run (`export.of`) -> `export/hf`, a Hugging Face folder",
+    summary="one model of the run (`export.of`) -> `export/hf`, a Hugging Face folder, or `export/bridge`",
     reads=("teacher",),
     may_read=_reads(ExportedModel.student) | _reads(ExportedModel.distilled),
     writes="export",
     settings=lambda config: {"export": result_settings(replace(config.export, push=None))},
+    problems=export_problems,
     run=export,
 )

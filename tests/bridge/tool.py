@@ -1,15 +1,15 @@
-"""Megatron-Bridge at work: started by its own environment's Python, one command a process, everything on the CPU.
+"""Megatron-Bridge at work, on the CPU: a process of its environment's Python that does a list of jobs.
 
-    python tool.py import HF CHECKPOINT          a Hugging Face folder becomes a checkpoint
-    python tool.py export CHECKPOINT HF TARGET   a checkpoint becomes a Hugging Face folder, as the one in HF
-    python tool.py start CHECKPOINT FILE         a training starts from it (`pretrained_checkpoint`), weights into FILE
+    python tool.py JOBS.json        `[["import", HF, CHECKPOINT], ...]`, the functions of `COMMANDS` and their arguments
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,16 +19,16 @@ from compactlm_nemo.parallel.host import use_cpu
 use_cpu()
 torch.cuda.set_device = lambda *_: None  # type: ignore[assignment]
 
-from megatron.bridge import AutoBridge  # noqa: E402
-from megatron.bridge.training import checkpointing, model_load_save  # noqa: E402
+from megatron.bridge import AutoBridge  # type: ignore[import-not-found]  # noqa: E402
+from megatron.bridge.training import checkpointing, model_load_save  # type: ignore[import-not-found]  # noqa: E402
 
 
 def import_checkpoint(hf: str, target: str) -> None:
-    """What `AutoBridge.import_ckpt` does, on gloo instead of NCCL."""
+    """Do what `AutoBridge.import_ckpt` does, on gloo instead of NCCL."""
     with model_load_save.temporary_distributed_context(backend="gloo"):
         bridge = AutoBridge.from_hf_pretrained(hf)
         model = bridge.to_megatron_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        bridge.save_megatron_model(model, target, hf_tokenizer_path=hf if Path(hf, "tokenizer.json").exists() else None)
+        bridge.save_megatron_model(model, target, hf_tokenizer_path=hf)
 
 
 def export_checkpoint(source: str, hf: str, target: str) -> None:
@@ -36,25 +36,22 @@ def export_checkpoint(source: str, hf: str, target: str) -> None:
 
 
 def start_training(source: str, file: str) -> None:
-    """Load a checkpoint as Bridge's trainer does at the start of a fine-tuning, all keys of the model being asked for."""
-    from megatron.bridge.training.config import CheckpointConfig, ConfigContainer
-
-    settings = model_load_save.load_model_config(str(Path(source) / "iter_0000000"))[0]
+    """Load a checkpoint as the trainer does that fine-tunes it (`pretrained_checkpoint`), and keep its weights."""
+    settings, _ = model_load_save.load_model_config(str(Path(source) / "iter_0000000"))
     with model_load_save.temporary_distributed_context(backend="gloo"):
         settings.finalize()
         model = settings.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        state = _state(settings, CheckpointConfig(pretrained_checkpoint=source, load=source + "-none"), ConfigContainer)
-        checkpointing.load_checkpoint(state, model, None, None)
-        weights = {name: tensor for name, tensor in model[0].state_dict().items() if isinstance(tensor, torch.Tensor)}
-        torch.save({name: tensor for name, tensor in weights.items() if "_extra_state" not in name}, file)
+        checkpointing.load_checkpoint(_trainer(settings, source), model, None, None)
+        weights = {name: tensor for name, tensor in model[0].named_parameters()}
+        torch.save({name: tensor.detach().clone() for name, tensor in weights.items()}, file)
 
 
-def _state(settings: Any, checkpoint: Any, container: Any) -> Any:
-    from types import SimpleNamespace
+def _trainer(settings: Any, pretrained: str) -> Any:
+    """Return the state of a trainer that has nothing of its own yet, as far as loading looks at it."""
+    from megatron.bridge.training.config import CheckpointConfig  # type: ignore[import-not-found]
+    from megatron.bridge.training.state import TrainState  # type: ignore[import-not-found]
 
-    from megatron.bridge.training.state import TrainState
-
-    checkpoint.ckpt_format, checkpoint.dist_ckpt_strictness = "torch_dist", "assume_ok_unexpected"
+    checkpoint = CheckpointConfig(pretrained_checkpoint=pretrained, load=f"{pretrained}/none")
     cfg = SimpleNamespace(
         model=settings, checkpoint=checkpoint, rng=None, optimizer=SimpleNamespace(use_distributed_optimizer=True),
         peft=None, logger=SimpleNamespace(log_progress=False), dist=SimpleNamespace(),
@@ -69,4 +66,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 if __name__ == "__main__":
-    COMMANDS[sys.argv[1]](*sys.argv[2:])
+    for command, *arguments in json.loads(Path(sys.argv[1]).read_text()):
+        COMMANDS[command](*arguments)
