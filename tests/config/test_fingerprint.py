@@ -14,7 +14,7 @@ from compactlm_nemo.artifacts import settings_of
 from compactlm_nemo.config.data import CorpusConfig, DataConfig
 from compactlm_nemo.config.distill import DistillConfig, Result
 from compactlm_nemo.config.evaluate import EvaluateConfig
-from compactlm_nemo.config.export import ExportConfig, ExportDtype
+from compactlm_nemo.config.export import ExportConfig, ExportDtype, ExportFormat
 from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.loss import HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
@@ -73,7 +73,8 @@ READ_BY = {
 }  # fmt: skip
 """Setting, or section of those that are not listed themselves -> the stages whose result another value changes."""
 OTHERS: dict[str, Any] = {
-    "run.dir": "runs/b", "model.source": "other", "export.push": "c/d", "model.architecture": {"model_type": "llama"},
+    "run.dir": "runs/b", "model.source": "other", "export.push": "c/d", "export.format": None,
+    "model.architecture": {"model_type": "llama"},
     "parallel.pp_split": [1], "parallel.sequence_parallel": None, "parallel.virtual_stages": None,
     "data.train": {"a": CorpusConfig(path="a.jsonl"), "c": CorpusConfig(path="c.jsonl")},
     "data.heldout": {"c": CorpusConfig(path="b.jsonl")},
@@ -175,6 +176,12 @@ def test_how_often_it_is_measured_decides_the_best_weights(setting: dict[str, An
     assert _void(best, replace(best, distill=replace(best.distill, **setting))) == {"distill", "correct_teacher"}
     last = _distill(eval_every=5)
     assert _void(last, replace(last, distill=replace(last.distill, **setting))) == set()
+
+
+def test_another_format_voids_an_export_that_goes_nowhere() -> None:
+    """A push takes one format alone, so the run of all stages has no other."""
+    kept = replace(CONFIG, export=ExportConfig())
+    assert _void(kept, replace(CONFIG, export=ExportConfig(format=ExportFormat.bridge))) == {"export"}
 
 
 def test_what_the_result_is_decides() -> None:
