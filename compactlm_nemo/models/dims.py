@@ -38,6 +38,8 @@ class Dims:
     rope_scaling: dict[str, Any] | None = None
     """`rope_type` and its numbers, as `models.rope.rope_of` gives them; None for frequencies as they are."""
     rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
+    """Whether channels 2i and 2i + 1 of a head turn together; else i and i + half of those that turn."""
     tied_embeddings: bool = False
     qkv_bias: bool = False
     proj_bias: bool = False

@@ -27,10 +27,13 @@ class Family:
     qk_norm: bool = False
     qkv_bias: bool | None = None
     """Fixed by the architecture, or None when `attention_bias` decides."""
+    proj_bias: bool = True
+    """Whether `attention_bias` means the output projection too."""
     mlp_bias: bool = False
     """Whether the architecture has the setting `mlp_bias`; the others have no such bias."""
     partial_rotary: bool = False
     """Whether the architecture can rotate only a part of each head."""
+    rotary_interleaved: bool = False
     norm_eps: str = "rms_norm_eps"
     """Config key of the norm's epsilon."""
     window: bool = False
@@ -76,6 +79,9 @@ FAMILIES: dict[str, Family] = {
         own_code="modeling_phi3.Phi3ForCausalLM",
     ),
     "granite": Family(activation="silu", mlp_bias=True, multipliers=True),
+    "glm": Family(
+        activation="silu", proj_bias=False, partial_rotary=True, rotary_interleaved=True, fc1=("gate_up_proj",)
+    ),
     "mixtral": Family(
         activation="silu", qkv_bias=False, window=True, experts=True, norm_topk=True, mlp="block_sparse_moe",
         fc1=("w1", "w3"), fc2="w2",
@@ -155,13 +161,14 @@ def dims_of(config: Any) -> Dims:
         norm_eps=getattr(config, family.norm_eps),
         tied_embeddings=bool(config.tie_word_embeddings),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
-        proj_bias=attention_bias if family.qkv_bias is None else False,
+        proj_bias=attention_bias and family.qkv_bias is None and family.proj_bias,
         mlp_bias=mlp_bias,
         qk_norm=family.qk_norm,
         gated_mlp=family.gated_mlp,
         layer_norm_1p=family.layer_norm_1p,
         window=window,
         no_rope_layers=_no_rope_layers(config) if family.skips_rope else None,
+        rotary_interleaved=family.rotary_interleaved,
         **rope,
         **(_multipliers(config) if family.multipliers else {}),
         **(_experts(config, kind) if family.experts else {}),

@@ -27,6 +27,11 @@ _QWEN_MOE = _QWEN | {
     "hidden_size": 2048, "num_hidden_layers": 24, "norm_topk_prob": False, "mlp_only_layers": [],
     "decoder_sparse_step": 1,
 }  # fmt: skip
+_GLM = _COMMON | {
+    "vocab_size": 151552, "intermediate_size": 13696, "num_hidden_layers": 40, "num_key_value_heads": 2,
+    "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1.5625e-7, "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _COMMON | {"intermediate_size": 11008, "max_position_embeddings": 2048, "mlp_bias": False},
     "mistral": _COMMON
@@ -58,6 +63,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 11008, "max_position_embeddings": 2048, "mlp_bias": False, "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0,
     },
+    "glm": _GLM,
     "mixtral": _COMMON
     | {
         "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,

@@ -42,6 +42,7 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         add_bias_linear=False,  # attention and MLP have their own switches: spec.py
         add_qkv_bias=dims.qkv_bias,
         qk_layernorm=dims.qk_norm,
+        rotary_interleaved=dims.rotary_interleaved,
         softmax_scale=dims.attention_multiplier,
         window_size=None if dims.window is None else (dims.window - 1, 0),
         no_rope_freq=None if dims.no_rope_layers is None else [int(without) for without in dims.no_rope_layers],
