@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from math import prod
 from pathlib import Path
@@ -147,15 +146,12 @@ def states(dims: Dims) -> list[str]:
 def run_config(dims: Dims, dtype: torch.dtype) -> str:
     """Return `run_config.yaml` as text: the settings of the model, and that nothing else was saved.
 
-    Settings that only decide how fast it runs are left to Megatron-Bridge. The text is JSON, which YAML reads.
+    Settings that only decide how fast it runs are left to Megatron-Bridge.
     """
-    return json.dumps(
-        {
-            "model": model_settings(dims, dtype),
-            "checkpoint": {"save_rng": False, "save_optim": False, "fully_parallel_save": True},
-        },
-        indent=2,
-    )
+    import yaml
+
+    nothing_else = {"save_rng": False, "save_optim": False, "fully_parallel_save": True}
+    return str(yaml.safe_dump({"model": model_settings(dims, dtype), "checkpoint": nothing_else}))
 
 
 def model_settings(dims: Dims, dtype: torch.dtype) -> dict[str, Any]:

@@ -100,13 +100,13 @@ def dims_of_settings(settings: Mapping[str, Any], where: str = RUN_CONFIG) -> Di
     hidden, heads = get.size("hidden_size"), get.size("num_attention_heads")
     has_biases = bool(settings.get("add_bias_linear"))
     dims = Dims(
-        family=_family(settings, hidden % heads > 0 if heads else False),
+        family=_family(settings, hidden % heads > 0),
         num_layers=get.size("num_layers"),
         hidden_size=hidden,
-        ffn_hidden_size=get.size("moe_ffn_hidden_size", 0) * bool(experts) or get.size("ffn_hidden_size"),
+        ffn_hidden_size=(get.size("moe_ffn_hidden_size", 0) if experts else 0) or get.size("ffn_hidden_size"),
         num_heads=heads,
         num_query_groups=get.size("num_query_groups", heads),
-        head_dim=get.size("kv_channels", hidden // heads if heads else 0),
+        head_dim=get.size("kv_channels", hidden // heads),
         vocab_size=get.size("vocab_size"),
         max_position_embeddings=get.size("seq_length"),
         norm_eps=get.number("layernorm_epsilon", 1e-5),
@@ -143,10 +143,11 @@ class _Numbers:
 
     def size(self, key: str, missing: int | None = None) -> int:
         value = self.settings.get(key)
-        value = missing if value is None else value
-        if type(value) is not int or value < 0:
+        if value is None and missing is not None:
+            return missing
+        if type(value) is not int or value < 1:
             raise CheckpointError(
-                f"{self.where}: model.{key}={value!r} must be a whole number; mend it, or set model.hf_assets."
+                f"{self.where}: model.{key}={value!r} must be a whole number > 0; mend it, or set model.hf_assets."
             )
         return value
 

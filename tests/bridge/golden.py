@@ -1,6 +1,6 @@
 """Writes golden.json: what Megatron-Bridge itself writes for the tiny models of `tests/support/bridge.py`.
 
-    COMPACTLM_BRIDGE=... python -m tests.bridge.golden
+COMPACTLM_BRIDGE=... python -m tests.bridge.golden
 """
 
 from __future__ import annotations

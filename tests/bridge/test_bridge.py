@@ -1,4 +1,4 @@
-"""Megatron-Bridge itself, of an environment of its own, with a stand-in for Transformer Engine: it reads ours, we its."""
+"""Megatron-Bridge itself, with a stand-in for Transformer Engine, reads our checkpoints, and we read its."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Megatron-Bridge at work, on the CPU: a process of its environment's Python that does a list of jobs.
 
-    python tool.py JOBS.json        `[["import", HF, CHECKPOINT], ...]`, the functions of `COMMANDS` and their arguments
+python tool.py JOBS.json        `[["import", HF, CHECKPOINT], ...]`, the functions of `COMMANDS` and their arguments
 """
 
 from __future__ import annotations

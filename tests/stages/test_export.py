@@ -16,6 +16,7 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf_assets import dtype_of
 from tests.support import commands
 from tests.support.stopped_runs import copy_artifacts
+from tests.support.tiny_models import tiny_config
 from tests.support.tiny_run import command, make_inputs
 
 
@@ -99,3 +100,35 @@ def _stored(folder: Path) -> torch.dtype:
     with safe_open(sorted(folder.glob("*.safetensors"))[0], framework="pt") as file:
         dtype: torch.dtype = file.get_tensor(next(iter(file.keys()))).dtype
     return dtype
+
+
+def test_a_model_leaves_for_megatron_bridge_and_comes_back(inputs: Path, pruned: Path, tmp_path: Path) -> None:
+    """The student as a checkpoint is a teacher without a config.json, whose Hugging Face folder is the student's."""
+    run, again = copy_artifacts(pruned, tmp_path / "run"), tmp_path / "again"
+    done = commands.run(command(inputs, run, "export.of=student", "export.format=bridge", recipe="export"))
+    assert done.returncode == 0, done.stderr
+    assert not (run / "export" / "hf").exists() and (run / "export" / "bridge" / "README.md").is_file()
+    source = f"model.source={run}/export/bridge"
+    for recipe, settings in (("import_model", []), ("export", ["export.of=teacher"])):
+        done = commands.run(command(inputs, again, source, *settings, recipe=recipe))
+        assert done.returncode == 0, done.stderr
+    dims = Dims.load(run / "student" / "model.json")
+    assert Dims.load(again / "teacher" / "model.json") == dims
+    shutil.rmtree(run / "export")
+    want, got = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (_exported(inputs, run, "export.of=student"), again / "export" / "hf")
+    )
+    assert want.state_dict().keys() == got.state_dict().keys()
+    assert all(torch.equal(tensor, got.state_dict()[name]) for name, tensor in want.state_dict().items())
+    assert got.config.architectures == ["LlamaForCausalLM"] and got.config.eos_token_id == 0
+    assert (again / "export" / "hf" / "tokenizer.json").is_file()
+
+
+def test_what_bridge_cannot_hold_is_told_before_anything_is_made(inputs: Path, tmp_path: Path) -> None:
+    tiny_config("mixtral").save_pretrained(tmp_path / "mixtral")
+    settings = [f"model.source={tmp_path}/mixtral", "dry_run=true", "export.format=bridge"]
+    done = commands.run(command(inputs, tmp_path / "run", *settings, recipe="export"))
+    assert done.returncode == 2, done.stderr
+    assert "export.format=bridge: Megatron-Bridge has no mixtral, only llama, " in done.stderr, done.stderr
+    assert "use export.format=hf" in done.stderr and not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from transformer_engine.pytorch import fp8
 
 
