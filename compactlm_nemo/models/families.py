@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.config_keys import refuse_unknown_keys
+from compactlm_nemo.models.config_values import (
+    MULTIPLIERS,
+    experts_of,
+    multipliers_of,
+    no_rope_layers_of,
+    refuse_other_than_whole_sizes,
+    refuse_other_value,
+)
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.rope import rope_of
 
@@ -96,10 +103,6 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
-_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
-"""Config keys that are fields of `Dims` of the same names."""
-
-_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 _READ = {
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "norm_eps",
@@ -133,21 +136,22 @@ def dims_of(config: Any) -> Dims:
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     known |= {"auto_map"} if own_code is not None and own_code.split("--")[-1] == family.own_code else set()
     known |= {"no_rope_layers", "no_rope_layer_interval"} if family.skips_rope else set()
-    known |= set(_MULTIPLIERS) if family.multipliers else set()
+    known |= set(MULTIPLIERS) if family.multipliers else set()
     unknown = {key: value for key, value in given.items() if key not in known and value not in (None, False)}
     refuse_unknown_keys(unknown, kind)
-    _whole_sizes(config, family)
-    _only(kind, "hidden_act", config.hidden_act, family.activation)
+    counts = ("num_experts", "num_experts_per_tok") if family.experts else ()
+    refuse_other_than_whole_sizes(config, (family.ffn, *counts))
+    refuse_other_value(kind, "hidden_act", config.hidden_act, family.activation)
     for key, value in family.also.items():
-        _only(kind, key, getattr(config, key, value), value)
+        refuse_other_value(kind, key, getattr(config, key, value), value)
     window = getattr(config, "sliding_window", None) if family.window else None
     for layer_type in getattr(config, "layer_types", None) or []:
-        _only(kind, "layer_types", layer_type, "full_attention" if window is None else "sliding_attention")
+        refuse_other_value(kind, "layer_types", layer_type, "full_attention" if window is None else "sliding_attention")
     attention_bias = bool(getattr(config, "attention_bias", False))
     mlp_bias = family.mlp_bias and bool(getattr(config, "mlp_bias", False))
     rope = rope_of(config)
     if not family.partial_rotary:
-        _only(kind, "partial_rotary_factor", rope["rotary_percent"], 1.0)
+        refuse_other_value(kind, "partial_rotary_factor", rope["rotary_percent"], 1.0)
     return Dims(
         family=kind,
         num_layers=config.num_hidden_layers,
@@ -167,66 +171,12 @@ def dims_of(config: Any) -> Dims:
         gated_mlp=family.gated_mlp,
         layer_norm_1p=family.layer_norm_1p,
         window=window,
-        no_rope_layers=_no_rope_layers(config) if family.skips_rope else None,
+        no_rope_layers=no_rope_layers_of(config) if family.skips_rope else None,
         rotary_interleaved=family.rotary_interleaved,
         **rope,
-        **(_multipliers(config) if family.multipliers else {}),
-        **(_experts(config, kind) if family.experts else {}),
+        **(multipliers_of(config) if family.multipliers else {}),
+        **(experts_of(config, kind, family.norm_topk) if family.experts else {}),
     )
-
-
-def _whole_sizes(config: Any, family: Family) -> None:
-    """Refuse a size that is no whole number; some versions of transformers take any value."""
-    experts = ("num_experts", "num_experts_per_tok") if family.experts else ()
-    may_be_missing = ("num_key_value_heads", "head_dim", "shared_expert_intermediate_size")
-    for key in (*_SIZES, family.ffn, *experts, *may_be_missing):
-        size = getattr(config, key, None)
-        if type(size) is not int and not (size is None and key in may_be_missing):
-            raise CheckpointError(f"config.json: {key}={size!r} must be a whole number.")
-
-
-def _multipliers(config: Any) -> dict[str, Any]:
-    values = {name: getattr(config, name) for name in _MULTIPLIERS}
-    for name, value in values.items():
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise CheckpointError(f"config.json: {name}={value!r} must be a number > 0.")
-    return {name: float(value) for name, value in values.items()}
-
-
-def _no_rope_layers(config: Any) -> list[bool]:
-    """Return for each layer whether it has no rotary embedding; the config's list has 1 for a layer that has one."""
-    num_layers, rotates = config.num_hidden_layers, config.no_rope_layers
-    if rotates is None:
-        rotates = [(layer + 1) % config.no_rope_layer_interval != 0 for layer in range(num_layers)]
-    if len(rotates) < num_layers:
-        raise CheckpointError(f"config.json: no_rope_layers has {len(rotates)} entries for {num_layers} layers.")
-    return [not rotated for rotated in rotates[:num_layers]]
-
-
-def _experts(config: Any, kind: str) -> dict[str, Any]:
-    """Return number, choice and gates of the experts."""
-    count, picked = config.num_experts, config.num_experts_per_tok
-    if not 1 <= picked <= count:
-        raise CheckpointError(f"config.json: num_experts_per_tok={picked} must be in [1, {count}], the experts.")
-    norm_topk = FAMILIES[kind].norm_topk
-    if norm_topk is None:
-        norm_topk = bool(config.norm_topk_prob)
-    if norm_topk and picked == 1:
-        raise CheckpointError(
-            f"config.json: num_experts_per_tok=1 with gate weights scaled to sum to 1 is not supported for {kind}: "
-            "every gate would be 1 and the router without gradient."
-        )
-    return {
-        "num_experts": count,
-        "experts_per_token": picked,
-        "norm_topk": norm_topk,
-        "shared_expert_ffn": getattr(config, "shared_expert_intermediate_size", None) or 0,
-    }
-
-
-def _only(kind: str, key: str, value: Any, supported: Any) -> None:
-    if value != supported:
-        raise CheckpointError(f"config.json: {key}={value!r} is not supported for {kind}; it must be {supported!r}.")
 
 
 def resized(config: Any, dims: Dims) -> Any:

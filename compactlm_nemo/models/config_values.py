@@ -1,0 +1,67 @@
+"""Values of a Hugging Face config that need more than to be read: each is checked, and an error names it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from compactlm_nemo.errors import CheckpointError
+
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+"""Config keys that are fields of `Dims` of the same names."""
+
+_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+
+
+def refuse_other_than_whole_sizes(config: Any, further: tuple[str, ...]) -> None:
+    """Refuse a size that is no whole number; some versions of transformers take any value."""
+    may_be_missing = ("num_key_value_heads", "head_dim", "shared_expert_intermediate_size")
+    for key in (*_SIZES, *further, *may_be_missing):
+        size = getattr(config, key, None)
+        if type(size) is not int and not (size is None and key in may_be_missing):
+            raise CheckpointError(f"config.json: {key}={size!r} must be a whole number.")
+
+
+def multipliers_of(config: Any) -> dict[str, Any]:
+    """Return the fields of `Dims` that `MULTIPLIERS` names."""
+    values = {name: getattr(config, name) for name in MULTIPLIERS}
+    for name, value in values.items():
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise CheckpointError(f"config.json: {name}={value!r} must be a number > 0.")
+    return {name: float(value) for name, value in values.items()}
+
+
+def no_rope_layers_of(config: Any) -> list[bool]:
+    """Return for each layer whether it has no rotary embedding; the config's list has 1 for a layer that has one."""
+    num_layers, rotates = config.num_hidden_layers, config.no_rope_layers
+    if rotates is None:
+        rotates = [(layer + 1) % config.no_rope_layer_interval != 0 for layer in range(num_layers)]
+    if len(rotates) < num_layers:
+        raise CheckpointError(f"config.json: no_rope_layers has {len(rotates)} entries for {num_layers} layers.")
+    return [not rotated for rotated in rotates[:num_layers]]
+
+
+def experts_of(config: Any, kind: str, norm_topk: bool | None) -> dict[str, Any]:
+    """Return number, choice and gates of the experts."""
+    count, picked = config.num_experts, config.num_experts_per_tok
+    if not 1 <= picked <= count:
+        raise CheckpointError(f"config.json: num_experts_per_tok={picked} must be in [1, {count}], the experts.")
+    if norm_topk is None:
+        norm_topk = bool(config.norm_topk_prob)
+    if norm_topk and picked == 1:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok=1 with gate weights scaled to sum to 1 is not supported for {kind}: "
+            "every gate would be 1 and the router without gradient."
+        )
+    return {
+        "num_experts": count,
+        "experts_per_token": picked,
+        "norm_topk": norm_topk,
+        "shared_expert_ffn": getattr(config, "shared_expert_intermediate_size", None) or 0,
+    }
+
+
+def refuse_other_value(kind: str, key: str, value: Any, supported: Any) -> None:
+    """Refuse a key of the config that has another value than the supported one."""
+    if value != supported:
+        raise CheckpointError(f"config.json: {key}={value!r} is not supported for {kind}; it must be {supported!r}.")
