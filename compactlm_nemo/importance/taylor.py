@@ -213,7 +213,7 @@ class _Units:
         elif module.endswith(".linear_fc2") and kind == "weight":
             self._hidden(_over(product, 1))
             self._neurons(layer, module, _over(product, 0))
-        elif module.endswith(("q_layernorm", "k_layernorm")):
+        elif module.endswith(("q_layernorm", "k_layernorm", "query_norm", "key_norm")):
             pass
         elif self.mesh.tp_rank == 0:  # equal on every tensor-parallel rank: norms, biases of writers, gates
             self._hidden(product.double() if product.ndim == 1 else _over(product, 0))

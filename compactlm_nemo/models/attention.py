@@ -1,7 +1,7 @@
 """Attention of a layer by torch's fused kernels, and the mask that all layers of a micro-batch share.
 
 Shape suffixes: B samples, S queries of this rank, T tokens of the whole sequence, N heads, G groups of keys and values,
-D channels of a head.
+D channels of a head, E channels of all heads of this rank.
 """
 
 from __future__ import annotations
@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -65,6 +71,50 @@ class SdpaCoreAttention(MegatronModule):
 def for_each_head(x_BGTD: Tensor, num_heads: int) -> Tensor:
     """Return `[B, num_heads, T, D]`: the key or value of each query head, which neighbouring heads share."""
     return x_BGTD.repeat_interleave(num_heads // x_BGTD.shape[1], dim=1)
+
+
+class NormOverHeads(MegatronModule):
+    """RMSNorm over the channels of all heads together, of which this tensor-parallel rank has `num_heads`.
+
+    ``w x / sqrt(mean(x^2) + eps)``, x `[s, b, heads, d]`, statistics at least float32, the mean over the heads of all
+    ranks; w `[heads * d]` of this rank. The mean's gradient is summed over the ranks, as each uses it on its heads.
+    """
+
+    def __init__(self, config: TransformerConfig, num_heads: int, tp_group: ProcessGroup) -> None:
+        super().__init__(config=config)
+        width = num_heads * config.kv_channels
+        self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype))
+        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]  # or the gradient norm drops it
+        self.tp_group, self.num_channels = tp_group, width * tp_group.size()
+
+    def forward(self, x_SBND: Tensor) -> Tensor:
+        x_SBE = x_SBND.flatten(-2).to(torch.promote_types(x_SBND.dtype, torch.float32))
+        squares_SB1 = x_SBE.square().sum(dim=-1, keepdim=True)
+        if self.tp_group.size() > 1:
+            squares_SB1 = reduce_from_tensor_model_parallel_region(squares_SB1, group=self.tp_group)
+            squares_SB1 = copy_to_tensor_model_parallel_region(squares_SB1, group=self.tp_group)
+        normed_SBE = x_SBE * (squares_SB1 / self.num_channels + self.config.layernorm_epsilon).rsqrt()
+        return (self.weight * normed_SBE).to(x_SBND.dtype).view_as(x_SBND)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """Tell Megatron's checkpoints that ranks have different heads."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {"weight": 0}, sharded_offsets
+        )
+
+
+class NormedOverHeads(SelfAttention):
+    """Attention with a `NormOverHeads` of queries and one of keys; Megatron's own norms know one head at a time."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        tp_group = self.pg_collection.tp
+        self.query_norm = NormOverHeads(config, self.num_attention_heads_per_partition, tp_group)
+        self.key_norm = NormOverHeads(config, self.num_query_groups_per_partition, tp_group)
+
+    def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+        query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
+        return self.query_norm(query), self.key_norm(key), *others
 
 
 class AttentionMask:

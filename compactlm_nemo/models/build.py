@@ -236,7 +236,7 @@ def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padd
         return full.chunk(size, 0)[rank]
     if ".linear_fc1." in name and gated:
         return torch.cat([half.chunk(size, 0)[rank] for half in full.chunk(2, 0)])
-    if ".linear_qkv." in name or ".linear_fc1." in name:
+    if ".linear_qkv." in name or ".linear_fc1." in name or name.endswith(("query_norm.weight", "key_norm.weight")):
         return full.chunk(size, 0)[rank]
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return full.chunk(size, 1)[rank]

@@ -44,7 +44,14 @@ class Dims:
     qkv_bias: bool = False
     proj_bias: bool = False
     mlp_bias: bool = False
+    norm_before: bool = True
+    """Whether attention and MLP read the stream behind a norm, and not the stream itself."""
+    norm_after: bool = False
+    """Whether what attention and MLP write goes through a norm before it is added to the stream."""
     qk_norm: bool = False
+    """Whether queries and keys of each head are normed."""
+    qk_norm_over_heads: bool = False
+    """Whether there is one norm over the queries of all heads, and one over all keys."""
     gated_mlp: bool = True
     """True: silu(gate) * up. False: squared ReLU."""
     layer_norm_1p: bool = False

@@ -23,6 +23,11 @@ EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weig
 """Megatron's names of the two matrices over the vocabulary."""
 
 
+NORMS_BEFORE = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+AFTER_ATTENTION, AFTER_MLP = "self_attention.linear_proj.post_layernorm", "mlp.linear_fc2.post_layernorm"
+"""Names of the norms behind attention and MLP, Megatron-Bridge's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What sets one Hugging Face architecture apart from the common decoder."""
@@ -32,6 +37,7 @@ class Family:
     gated_mlp: bool = True
     layer_norm_1p: bool = False
     qk_norm: bool = False
+    qk_norm_over_heads: bool = False
     qkv_bias: bool | None = None
     """Fixed by the architecture, or None when `attention_bias` decides."""
     proj_bias: bool = True
@@ -60,6 +66,8 @@ class Family:
     """Fixed by the architecture, or None when `norm_topk_prob` decides."""
     mlp: str = "mlp"
     """Tensor names: the module of MLP or experts in a layer."""
+    norms: Mapping[str, str] = field(default_factory=lambda: NORMS_BEFORE)
+    """Tensor names: our norm of a layer -> theirs. Which norms there are decides what they are."""
     fc1: tuple[str, ...] = ("gate_proj", "up_proj")
     """Tensor names: the matrices before the activation, or the one that holds both."""
     fc2: str = "down_proj"
@@ -86,6 +94,10 @@ FAMILIES: dict[str, Family] = {
         own_code="modeling_phi3.Phi3ForCausalLM",
     ),
     "granite": Family(activation="silu", mlp_bias=True, multipliers=True),
+    "olmo2": Family(
+        activation="silu", qk_norm_over_heads=True,
+        norms={AFTER_ATTENTION: "post_attention_layernorm", AFTER_MLP: "post_feedforward_layernorm"},
+    ),
     "glm": Family(
         activation="silu", proj_bias=False, partial_rotary=True, rotary_interleaved=True, fc1=("gate_up_proj",)
     ),
@@ -167,7 +179,10 @@ def dims_of(config: Any) -> Dims:
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         proj_bias=attention_bias and family.qkv_bias is None and family.proj_bias,
         mlp_bias=mlp_bias,
+        norm_before="input_layernorm" in family.norms,
+        norm_after=AFTER_ATTENTION in family.norms,
         qk_norm=family.qk_norm,
+        qk_norm_over_heads=family.qk_norm_over_heads,
         gated_mlp=family.gated_mlp,
         layer_norm_1p=family.layer_norm_1p,
         window=window,
@@ -243,6 +258,18 @@ def export_problem(dims: Dims) -> str | None:
     return None
 
 
+def cut_problem(teacher: Dims, student: Dims) -> str | None:
+    """Return why the teacher's architecture forbids this student; None where it does not."""
+    sizes = ("num_heads", "num_query_groups")
+    if teacher.qk_norm_over_heads and any(getattr(student, size) != getattr(teacher, size) for size in sizes):
+        return (
+            f"search.heads={student.num_heads} and search.groups={student.num_query_groups} must be the teacher's "
+            f"{teacher.num_heads} and {teacher.num_query_groups} for {teacher.family}: its norms of queries and keys "
+            "run over all heads, and those that stay would change; leave both out."
+        )
+    return None
+
+
 def hf_names(name: str, dims: Dims) -> list[str]:
     """Return HF tensors that, put together along dim 0, are the Megatron parameter `name`; qkv's go to `merge_qkv`.
 
@@ -264,13 +291,14 @@ def hf_names(name: str, dims: Dims) -> list[str]:
         where = where.replace("experts.local_experts.", "experts.").replace("shared_experts", "shared_expert")
         return [f"model.layers.{layer}.{where}.{matrix}.{kind}" for matrix in matrices[middle[-1]]]
     parts = {
-        "input_layernorm": ["input_layernorm"],
         "self_attention.linear_qkv": [f"self_attn.{projection}" for projection in family.qkv],
         "self_attention.linear_proj": ["self_attn.o_proj"],
         "self_attention.q_layernorm": ["self_attn.q_norm"],
         "self_attention.k_layernorm": ["self_attn.k_norm"],
-        "pre_mlp_layernorm": ["post_attention_layernorm"],
+        "self_attention.query_norm": ["self_attn.q_norm"],
+        "self_attention.key_norm": ["self_attn.k_norm"],
         "mlp.router": [f"{family.mlp}.gate"],
+        **{norm: [theirs] for norm, theirs in family.norms.items()},
     }[".".join(middle)]
     return [f"model.layers.{layer}.{part}.{kind}" for part in parts]
 
@@ -290,7 +318,9 @@ def parameter_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
     h, d = dims.hidden_size, dims.head_dim
     qkv = (dims.num_heads + 2 * dims.num_query_groups) * d
     norm: dict[str, tuple[int, ...]] = {"weight": (h,), "bias": (h,)} if dims.layer_norm_1p else {"weight": (h,)}
-    layer: dict[str, tuple[int, ...]] = {f"input_layernorm.{k}": s for k, s in norm.items()}
+    layer: dict[str, tuple[int, ...]] = {}
+    if dims.norm_before:
+        layer |= {f"input_layernorm.{k}": s for k, s in norm.items()}
     layer["self_attention.linear_qkv.weight"] = (qkv, h)
     if dims.qkv_bias:
         layer["self_attention.linear_qkv.bias"] = (qkv,)
@@ -299,7 +329,13 @@ def parameter_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
         layer["self_attention.linear_proj.bias"] = (h,)
     if dims.qk_norm:
         layer |= {"self_attention.q_layernorm.weight": (d,), "self_attention.k_layernorm.weight": (d,)}
-    layer |= {f"pre_mlp_layernorm.{k}": s for k, s in norm.items()}
+    if dims.qk_norm_over_heads:
+        counts = {"query": dims.num_heads, "key": dims.num_query_groups}
+        layer |= {f"self_attention.{of}_norm.weight": (count * d,) for of, count in counts.items()}
+    if dims.norm_before:
+        layer |= {f"pre_mlp_layernorm.{k}": s for k, s in norm.items()}
+    if dims.norm_after:
+        layer |= {f"{name}.{k}": s for name in (AFTER_ATTENTION, AFTER_MLP) for k, s in norm.items()}
     layer |= _mlp_shapes(dims)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab_size, h)}
     for i in range(dims.num_layers):

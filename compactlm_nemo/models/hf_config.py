@@ -63,6 +63,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 11008, "max_position_embeddings": 2048, "mlp_bias": False, "embedding_multiplier": 1.0,
         "residual_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0,
     },
+    "olmo2": _COMMON
+    | {
+        "vocab_size": 50304, "intermediate_size": 11008, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+    },
     "glm": _GLM,
     "mixtral": _COMMON
     | {

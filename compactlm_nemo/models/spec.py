@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from compactlm_nemo.models.attention import SdpaCoreAttention
+from compactlm_nemo.models.attention import NormedOverHeads, SdpaCoreAttention
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.experts import Experts
 
@@ -73,6 +73,31 @@ class BiasedRowLinear(RowLinear):
         super().__init__(*args, **{**kwargs, "bias": True})
 
 
+class NormedRowLinear(RowLinear):
+    """With a norm of what the linear map writes, its bias included."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.post_layernorm = Norm(self.config, self.output_size, eps=self.config.layernorm_epsilon)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        out, bias = super().forward(x)
+        return self.post_layernorm(out if bias is None else out + bias), None
+
+
+class NormedBiasedRowLinear(NormedRowLinear, BiasedRowLinear):
+    """Both."""
+
+
+ROW_LINEARS: dict[tuple[bool, bool], type[RowLinear]] = {
+    (False, False): RowLinear,
+    (True, False): BiasedRowLinear,
+    (False, True): NormedRowLinear,
+    (True, True): NormedBiasedRowLinear,
+}
+"""(has a bias, has a norm behind it) -> the output projection of attention, or fc2."""
+
+
 class ResidualAdd(torch.nn.Module):
     """What attention or MLP writes goes to the residual stream times a multiplier: ``r + multiplier * (x + bias)``.
 
@@ -100,27 +125,27 @@ class GatedSharedExpertMLP(SharedExpertMLP):
 
 def layer_spec(dims: Dims) -> ModuleSpec:
     """Return one decoder layer: separate norms, so that scoring can hook the same places in every model."""
-    norm_qk = Norm if dims.qk_norm else IdentityOp
+    norm, norm_qk = (Norm if has_norm else IdentityOp for has_norm in (dims.norm_before, dims.qk_norm))
     add: Any = get_bias_dropout_add
     if dims.residual_multiplier != 1:
         add = ModuleSpec(module=ResidualAdd, params={"multiplier": dims.residual_multiplier})
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=NormedOverHeads if dims.qk_norm_over_heads else SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=SdpaCoreAttention,
-                    linear_proj=BiasedRowLinear if dims.proj_bias else RowLinear,
+                    linear_proj=ROW_LINEARS[dims.proj_bias, dims.norm_after],
                     q_layernorm=norm_qk,
                     k_layernorm=norm_qk,
                 ),
             ),
             self_attn_bda=add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=norm,
             mlp=mlp_spec(dims),
             mlp_bda=add,
         ),
@@ -131,7 +156,7 @@ def mlp_spec(dims: Dims) -> ModuleSpec:
     """Return the MLP of a layer, or its router and experts, each expert an MLP by itself."""
     matrices = MLPSubmodules(
         linear_fc1=BiasedColumnParallelLinear if dims.mlp_bias else ColumnParallelLinear,
-        linear_fc2=BiasedRowLinear if dims.mlp_bias else RowLinear,
+        linear_fc2=ROW_LINEARS[dims.mlp_bias, dims.norm_after],
     )
     if not dims.num_experts:
         return ModuleSpec(module=MLP, submodules=matrices)

@@ -106,6 +106,9 @@ class NarrowedSource:
             return hidden.norm(before_attention if rest.startswith("input") else before_mlp, full)
         if rest in ("input_layernorm.bias", "pre_mlp_layernorm.bias"):
             return hidden.norm_bias(full)
+        if rest.endswith("post_layernorm.weight"):
+            writer = "self_attention.linear_proj" if rest.startswith("self_attention") else "mlp.linear_fc2"
+            return hidden.post_norm(f"decoder.layers.{self.layers[layer]}.{writer}.weight", full)
         if rest == "self_attention.linear_qkv.weight":
             return hidden.read(before_attention, full)
         if rest.endswith(("linear_fc1.weight", "router.weight", "gate_weight")):

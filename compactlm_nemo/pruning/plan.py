@@ -21,6 +21,7 @@ from compactlm_nemo.importance.names import (
 from compactlm_nemo.importance.selection import check_scores, keep_heads, keep_layers, top_units
 from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.families import cut_problem
 
 PLAN = "plan.json"
 """Name of the plan's file in a student's folder."""
@@ -165,6 +166,8 @@ def _check_student(teacher: Dims, student: Dims) -> None:
             f"student num_experts={student.num_experts} must be at least the {teacher.experts_per_token} that a token "
             "is sent to; raise search.experts."
         )
+    if problem := cut_problem(teacher, student):
+        raise ConfigError(problem)
     cut = teacher.with_shape(**student.shape())
     changed = [name for name, value in vars(cut).items() if getattr(student, name) != value]
     if changed:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compactlm_nemo.importance.names import FINAL_NORM, attention_norm_key, mlp_norm_key
+from compactlm_nemo.importance.names import FINAL_NORM, attention_norm_key, heads_key, mlp_key, mlp_norm_key
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.pruning.least_squares import refit
@@ -41,6 +41,9 @@ class HiddenCut(Protocol):
     def norm_bias(self, bias_H: Tensor) -> Tensor:
         """Narrow the bias of a norm, `[K]`."""
 
+    def post_norm(self, writer: str, weight_H: Tensor) -> Tensor:
+        """Narrow the weight of the norm behind the teacher's parameter `writer`, `[K]`."""
+
     def read(self, name: str, weight_OH: Tensor) -> Tensor:
         """Narrow a linear map behind the norm `name`, `[O, K]`."""
 
@@ -67,26 +70,43 @@ class Selection:
     def norm_bias(self, bias_H: Tensor) -> Tensor:
         return bias_H.index_select(0, self.channels)
 
+    def post_norm(self, writer: str, weight_H: Tensor) -> Tensor:
+        return weight_H.index_select(0, self.channels)
+
     def read(self, name: str, weight_OH: Tensor) -> Tensor:
         return weight_OH.index_select(1, self.channels)
 
 
 class NormedStream:
-    """Reads second moments of the stream behind its norms, one at a time."""
+    """Reads second moments of the stream behind its norms, one at a time, of the teacher that `source` gives."""
 
-    def __init__(self, moment: Callable[[str], Tensor], tokens: int, norm_weight: Callable[[str], Tensor]) -> None:
-        self.moment, self.tokens, self.norm_weight = moment, tokens, norm_weight
+    def __init__(self, moment: Callable[[str], Tensor], tokens: int, source: ParameterSource) -> None:
+        self.moment, self.tokens, self.source = moment, tokens, source
+
+    def norm_weight(self, name: str) -> Tensor:
+        """Read the weight of the norm that has these second moments."""
+        return self.source(norm_weight_name(name))
 
     def normed(self, name: str) -> Tensor:
         """Read ``M = E[x^ x^^T]`` before the norm's weight, float64."""
         return normed_moment(self.moment(name), self.tokens, self.norm_weight(name))
+
+    def written(self, writer: str) -> Tensor:
+        """Compute ``diag(W C W^T)`` of a parameter that writes to the stream, `[H]` float64: the energies it writes.
+
+        C are the second moments of its input; a bias is left out.
+        """
+        layer, weight_HE = int(writer.split(".")[2]), self.source(writer).double()
+        key = heads_key(layer) if "linear_proj" in writer else mlp_key(layer)
+        return ((weight_HE @ self.moment(key).double()) * weight_HE).sum(dim=1)
 
 
 class RefittedSelection(Selection):
     """Selection where readers make up for the removed channels, and norms for the smaller root mean square.
 
     An RMSNorm over fewer channels divides by another number, so its weight is scaled by the root mean square of the
-    kept channels of ``x / rms(x)`` over the calibration tokens. A LayerNorm's output is left to the readers' refit.
+    kept channels of ``x / rms(x)`` over the calibration tokens; behind a writer by that of the kept channels that are
+    written, as a share of that of all. A LayerNorm's output is left to the readers' refit.
     """
 
     def __init__(self, channels: Tensor, stream: NormedStream, ridge: float, *, is_rms: bool) -> None:
@@ -98,6 +118,11 @@ class RefittedSelection(Selection):
         if not self.is_rms:
             return weight_K
         return (weight_K.double() * self.stream.normed(name).diagonal()[self.channels].mean().sqrt()).to(weight_H.dtype)
+
+    def post_norm(self, writer: str, weight_H: Tensor) -> Tensor:
+        energy_H = self.stream.written(writer)
+        share = energy_H[self.channels].mean() / energy_H.mean()
+        return (super().post_norm(writer, weight_H).double() * share.sqrt()).to(weight_H.dtype)
 
     def read(self, name: str, weight_OH: Tensor) -> Tensor:
         return refit(weight_OH, self.stream.moment(name), self.channels, self.ridge).to(weight_OH.dtype)
@@ -131,6 +156,9 @@ class RotatedStream:
     def norm_bias(self, bias_H: Tensor) -> Tensor:
         raise NotImplementedError("only RMSNorms, which have no bias, can be turned")
 
+    def post_norm(self, writer: str, weight_H: Tensor) -> Tensor:
+        raise NotImplementedError("a norm behind a writer sees a rotation")
+
     def read(self, name: str, weight_OH: Tensor) -> Tensor:
         if self._map is None or self._map[0] != name:  # one layer's readers come one after another
             norm_H = self.stream.norm_weight(name)
@@ -162,14 +190,21 @@ def norm_weight_name(moment: str) -> str:
 
 def normed_stream(source: ParameterSource, moment: Moment, tokens: int) -> NormedStream:
     """Read second moments behind the norms of the teacher whose parameters `source` gives."""
-    return NormedStream(moment, tokens, lambda name: source(norm_weight_name(name)))
+    return NormedStream(moment, tokens, source)
 
 
 def stream_energy(teacher: Dims, layers: list[int], stream: NormedStream) -> Tensor:
-    """Sum ``E[x^ x^^T]`` over the norms of these layers and the final one, `[H, H]` float64."""
+    """Sum ``E[x^ x^^T]`` over the norms of these layers and the final one, `[H, H]` float64.
+
+    Where layers read the stream without a norm, x^ is the stream divided by its root mean square over all tokens.
+    """
     total_HH = torch.zeros(teacher.hidden_size, teacher.hidden_size, dtype=torch.float64)
     for name in [key(layer) for layer in layers for key in (attention_norm_key, mlp_norm_key)] + [FINAL_NORM]:
-        total_HH += stream.normed(name)
+        if teacher.norm_before or name == FINAL_NORM:
+            total_HH += stream.normed(name)
+        else:
+            moment_HH = stream.moment(name).double()
+            total_HH += moment_HH / moment_HH.diagonal().mean()
     return total_HH
 
 

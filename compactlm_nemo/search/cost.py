@@ -41,13 +41,15 @@ def _sharded_layer_params(dims: Dims) -> int:
     always = dims.shared_expert_ffn if dims.num_experts else dims.ffn_hidden_size
     weights = _attention_weights(dims) + _mlp_weights(dims, always)
     qkv_rows = (dims.num_heads + 2 * dims.num_query_groups) * dims.head_dim
-    return weights + qkv_rows * dims.qkv_bias + _halves(dims) * dims.ffn_hidden_size * dims.mlp_bias
+    norms = (dims.num_heads + dims.num_query_groups) * dims.head_dim * dims.qk_norm_over_heads
+    return weights + norms + qkv_rows * dims.qkv_bias + _halves(dims) * dims.ffn_hidden_size * dims.mlp_bias
 
 
 def _replicated_layer_params(dims: Dims) -> int:
     """Return parameters of one layer that every tensor- and expert-parallel rank holds whole."""
     biases = dims.hidden_size * (dims.proj_bias + dims.mlp_bias)
-    return 2 * _norm_params(dims) + 2 * dims.head_dim * dims.qk_norm + biases + _router_weights(dims)
+    norms = 2 * (dims.norm_before + dims.norm_after) * _norm_params(dims)
+    return norms + 2 * dims.head_dim * dims.qk_norm + biases + _router_weights(dims)
 
 
 def embedding_params(dims: Dims) -> int:

@@ -10,6 +10,7 @@ from compactlm_nemo.config.prune import Reconstruct, Stream
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.families import cut_problem
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -28,9 +29,22 @@ def prune_problems(config: Config, models: list[Dims]) -> list[str]:
         problems.append(
             f"prune.reconstruct={prune.reconstruct.name} needs score.second_moments=true; set it, or reconstruct=none."
         )
-    if prune.hidden is Stream.rotate and models and models[0].layer_norm_1p:
+    if not models:
+        return problems
+    teacher = models[0]
+    problems += sorted({problem for model in models[1:] if (problem := cut_problem(teacher, model))})
+    if teacher.norm_after:
+        problems += [
+            f"{setting} needs attention and MLP without norms behind them, which {teacher.family} has; {out}."
+            for setting, is_set, out in (
+                ("prune.hidden=rotate", prune.hidden is Stream.rotate, "use select"),
+                ("prune.sequential=true", prune.sequential, "leave it out"),
+            )
+            if is_set
+        ]
+    if prune.hidden is Stream.rotate and teacher.layer_norm_1p:
         problems.append(
-            f"prune.hidden=rotate needs RMSNorms, {models[0].family} has LayerNorms, which see a rotation; use select."
+            f"prune.hidden=rotate needs RMSNorms, {teacher.family} has LayerNorms, which see a rotation; use select."
         )
     return problems
 

@@ -151,7 +151,7 @@ class Pruner:
     def _replacements(self, plan: Plan) -> dict[int, BlockReplacement]:
         """Measure for every removed block how the MLP before the block can replace it. Collective."""
         blocks = removed_blocks(plan.layers, self.teacher.num_layers)
-        if not blocks or self.teacher.num_experts:
+        if not blocks or self.teacher.num_experts or self.teacher.norm_after:
             return {}
         windows_NS = self.calibration
         with progress_bar("replace removed layers", len(windows_NS), windows_NS.shape[1]) as advance:

@@ -48,8 +48,10 @@ def activations(model: Any, ids_NS: Tensor, neurons: str = "after") -> dict[str,
     for i, layer in enumerate(model.model.layers):
         handles.append(layer.self_attn.o_proj.register_forward_pre_hook(attention(i)))
         handles += [
-            norm.register_forward_hook(lambda _, args, out: at("hidden", out))
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: at("hidden", kwargs.get("hidden_states", *args[:1])), with_kwargs=True
+            )
+            for module in (layer.self_attn, layer.mlp)
         ]
         handles.append(
             layer.register_forward_hook(

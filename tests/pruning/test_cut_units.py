@@ -24,7 +24,7 @@ from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import EAGER, EXPERT_CASES, save_tiny, tokens
 
-DENSE = ("llama_biases", "qwen3", "nemotron_tied_biases", "smollm3", "phi3", "granite_tied_biases", "glm")
+DENSE = ("llama_biases", "qwen3", "nemotron_tied_biases", "smollm3", "phi3", "granite_tied_biases", "glm", "olmo2")
 CASES = (*DENSE, *EXPERT_CASES)
 
 
@@ -36,6 +36,8 @@ def save_teacher(case: str, folder: Path) -> Any:
 
 
 def student_of(teacher: Dims, *, hidden: int, heads: int, groups: int, experts: int) -> Dims:
+    if teacher.qk_norm_over_heads:
+        heads, groups = teacher.num_heads, teacher.num_query_groups
     return teacher.with_shape(
         layers=3, hidden=hidden, ffn=10, heads=heads, groups=groups,
         experts=experts if teacher.num_experts else 0,
