@@ -32,7 +32,7 @@ def prune_problems(config: Config, models: list[Dims]) -> list[str]:
     if not models:
         return problems
     teacher = models[0]
-    problems += sorted({problem for model in models[1:] if (problem := cut_problem(teacher, model))})
+    problems += sorted({problem for model in models[1:] if (problem := cut_problem(teacher, model))})[:1]
     if teacher.norm_after:
         problems += [
             f"{setting} needs attention and MLP without norms behind them, which {teacher.family} has; {out}."

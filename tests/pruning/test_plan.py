@@ -207,6 +207,13 @@ def test_what_is_said_of_a_layer_goes_with_the_layer():
     assert plan.student(TEACHER, TEACHER.with_shape(layers=3)).no_rope_layers is None
 
 
+def test_norms_over_all_heads_forbid_to_cut_heads():
+    normed = replace(TEACHER, qk_norm_over_heads=True)
+    with pytest.raises(ConfigError, match="search.heads=4 and search.groups=2 must be the teacher's 6 and 2 for llama"):
+        make_plan(normed, normed.with_shape(heads=4), scores_of(TEACHER))
+    assert make_plan(normed, normed.with_shape(hidden=8, ffn=8, layers=2), scores_of(TEACHER)).hidden.shape == (8,)
+
+
 def test_json_round_trip():
     plan = make_plan(TEACHER, STUDENT, scores_of(TEACHER))
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))

@@ -68,6 +68,8 @@ def activations(model: Any) -> dict[str, numpy.ndarray]:
     for i, layer in enumerate(model.model.layers):
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, i=i: put(f"layers.{i}.heads", args[0]))
         layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=i: put(f"layers.{i}.mlp", args[0]))
+        if not hasattr(layer, "input_layernorm"):
+            continue  # its norms stand behind attention and MLP
         layer.input_layernorm.register_forward_hook(
             lambda _, args, out, i=i: (put(f"h.{i}", args[0]), put(f"layers.{i}.attention_norm", out))[0]
         )
@@ -160,6 +162,31 @@ def test_every_parameter_is_least_squares_on_the_tokens(case, tmp_path):
     for name, expected in want.items():
         atol = 1e-4 * numpy.abs(expected).max()
         numpy.testing.assert_allclose(got[name].double().numpy(), expected, rtol=1e-4, atol=atol, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["olmo2"])
+def test_norms_behind_writers_divide_by_what_the_kept_channels_are_written(case, tmp_path):
+    """By sqrt(mean over the kept / mean over all) of y^2, y what the teacher writes to a channel."""
+    model = save_tiny(case, tmp_path / "teacher")
+    seen = activations(model)
+    dims, source = open_hf(tmp_path / "teacher")
+    stream = normed_stream(source, moments(seen), num_tokens())
+    narrow = NarrowedSource(source, list(range(4)), RefittedSelection(torch.tensor(HIDDEN), stream, RIDGE, is_rms=True))
+    scales: list[float] = []
+    for i, layer in enumerate(model.model.layers):
+        for part, linear in (
+            ("self_attention.linear_proj", layer.self_attn.o_proj),
+            ("mlp.linear_fc2", layer.mlp.down_proj),
+        ):
+            x = seen[f"layers.{i}.{'heads' if part.startswith('self') else 'mlp'}"]
+            energy = ((x @ linear.weight.detach().numpy().T) ** 2).mean(axis=0)
+            scale = numpy.sqrt(energy[HIDDEN].mean() / energy.mean())
+            name = f"decoder.layers.{i}.{part}.post_layernorm.weight"
+            want = source(name).double().numpy()[HIDDEN] * scale
+            numpy.testing.assert_allclose(narrow(name).double().numpy(), want, rtol=1e-5)
+            scales.append(scale)
+    assert max(scales) - min(scales) > 0.02
+    assert set(parameter_shapes(dims)) & {"decoder.layers.0.input_layernorm.weight"} == set()
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])

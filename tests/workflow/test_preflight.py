@@ -26,9 +26,27 @@ EXPERTS = [
 ]
 
 
+OLMO2 = [*DRY, "model.architecture.model_type=olmo2"]
+
+
+LEAST_SQUARES = ["score.second_moments=true", "prune.reconstruct=least_squares"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (
+            [*OLMO2, "search.heads=[16,32]", "search.groups=[16,32]"],
+            ["search.heads=16 and search.groups=16 must be the teacher's 32 and 32 for olmo2: its norms"],
+        ),
+        (
+            [*OLMO2, *LEAST_SQUARES, "prune.hidden=rotate"],
+            ["prune.hidden=rotate needs attention and MLP without norms behind them, which olmo2 has; use select"],
+        ),
+        (
+            [*OLMO2, *LEAST_SQUARES, "prune.sequential=true"],
+            ["prune.sequential=true needs attention and MLP without norms behind them, which olmo2 has; leave it"],
+        ),
         ([*LLAMA, "parallel.ep=2"], ["parallel.ep=2 needs a model with experts, which llama is not"]),
         (
             [*LLAMA, "score.second_moments=true", "score.expert_moments=true"],
