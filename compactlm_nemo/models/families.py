@@ -66,7 +66,7 @@ class Family:
     """Fixed by the architecture, or None when `norm_topk_prob` decides."""
     mlp: str = "mlp"
     """Tensor names: the module of MLP or experts in a layer."""
-    norms: Mapping[str, str] = field(default_factory=lambda: NORMS_BEFORE)
+    norms: Mapping[str, str] = field(default_factory=NORMS_BEFORE.copy)
     """Tensor names: our norm of a layer -> theirs. Which norms there are decides what they are."""
     fc1: tuple[str, ...] = ("gate_proj", "up_proj")
     """Tensor names: the matrices before the activation, or the one that holds both."""
@@ -100,6 +100,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "glm": Family(
         activation="silu", proj_bias=False, partial_rotary=True, rotary_interleaved=True, fc1=("gate_up_proj",)
+    ),
+    "glm4": Family(
+        activation="silu", proj_bias=False, partial_rotary=True, rotary_interleaved=True, fc1=("gate_up_proj",),
+        norms=NORMS_BEFORE | {AFTER_ATTENTION: "post_self_attn_layernorm", AFTER_MLP: "post_mlp_layernorm"},
     ),
     "mixtral": Family(
         activation="silu", qkv_bias=False, window=True, experts=True, norm_topk=True, mlp="block_sparse_moe",

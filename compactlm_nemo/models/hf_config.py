@@ -68,6 +68,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "vocab_size": 50304, "intermediate_size": 11008, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
     },
     "glm": _GLM,
+    "glm4": _GLM,
     "mixtral": _COMMON
     | {
         "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5,

@@ -75,6 +75,7 @@ def test_cases_would_show_the_difference() -> None:
         ("llama", {"rms_norm_eps": 1e-6}),
         ("nemotron", {"norm_eps": 1e-6}),
         ("olmo2", {"rms_norm_eps": 1e-6}),
+        ("glm4", {"rope_parameters": full}),
         ("glm", {"rope_parameters": full}),
         ("glm_tied_no_bias", {"rope_parameters": plain | {"partial_rotary_factor": 0.25}}),
         ("phi3", {"sliding_window": 8}),

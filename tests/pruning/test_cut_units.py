@@ -24,7 +24,17 @@ from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import EAGER, EXPERT_CASES, save_tiny, tokens
 
-DENSE = ("llama_biases", "qwen3", "nemotron_tied_biases", "smollm3", "phi3", "granite_tied_biases", "glm", "olmo2")
+DENSE = (
+    "llama_biases",
+    "qwen3",
+    "nemotron_tied_biases",
+    "smollm3",
+    "phi3",
+    "granite_tied_biases",
+    "glm",
+    "olmo2",
+    "glm4",
+)
 CASES = (*DENSE, *EXPERT_CASES)
 
 

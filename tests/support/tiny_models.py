@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Glm4Config,
     GlmConfig,
     GraniteConfig,
     LlamaConfig,
@@ -117,6 +118,8 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "olmo2_tied_bias": (Olmo2Config, {"tie_word_embeddings": True, "attention_bias": True, "pad_token_id": None}),
     "glm": (GlmConfig, {"rope_parameters": _PARTIAL | {"partial_rotary_factor": 0.5}, "pad_token_id": None}),
     "glm_tied_no_bias": (GlmConfig, {"tie_word_embeddings": True, "attention_bias": False, "pad_token_id": None}),
+    "glm4": (Glm4Config, {"rope_parameters": _PARTIAL | {"partial_rotary_factor": 0.5}, "pad_token_id": None}),
+    "glm4_tied_no_bias": (Glm4Config, {"tie_word_embeddings": True, "attention_bias": False, "pad_token_id": None}),
     "mixtral": (MixtralConfig, {"intermediate_size": 24, "num_local_experts": 4, "sliding_window": 7}),
     "qwen2_moe": (Qwen2MoeConfig, _EXPERTS | {"shared_expert_intermediate_size": 40}),
     "qwen3_moe": (Qwen3MoeConfig, _EXPERTS | {"norm_topk_prob": True, "attention_bias": True}),
