@@ -198,7 +198,7 @@ class _Units:
     def add(self, name: str, parameter: Tensor) -> None:
         layer, module, kind = _parsed(name)
         weight = parameter.detach().float()
-        if module.endswith("layernorm") and kind == "weight" and self.dims.layer_norm_1p:
+        if module.endswith("layernorm") and kind == "weight" and self.dims.norm_1p:
             weight = weight + 1
         product = (weight * parameter.main_grad).abs_()  # type: ignore[attr-defined]
         if module in ("embedding.word_embeddings", "output_layer"):

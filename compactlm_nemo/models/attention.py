@@ -117,6 +117,26 @@ class NormedOverHeads(SelfAttention):
         return self.query_norm(query), self.key_norm(key), *others
 
 
+class LocalOrGlobalAttention(SelfAttention):
+    """Attention of a layer that is local or not (`Dims.local_layers`): of masks and rotations it takes its own.
+
+    Both come in one tensor, first what global layers take and then what local ones do, so that layers may be recomputed
+    and sent through a pipeline as all others.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *args: Any,
+        rotary_pos_emb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        kind = int(self.config.local_layers[self.layer_number - 1])
+        own = [None if both is None else both[kind] for both in (attention_mask, rotary_pos_emb)]
+        return super().forward(hidden_states, own[0], *args, rotary_pos_emb=own[1], **kwargs)
+
+
 class AttentionMask:
     """What each token attends to, of one model chunk: documents, a sliding window and context parallelism decide it.
 
@@ -128,13 +148,16 @@ class AttentionMask:
     def __init__(self, config: TransformerConfig, cp_group: ProcessGroup) -> None:
         self.cp_size, self.cp_group, self.dtype = config.context_parallel_size, cp_group, config.params_dtype
         self.window: int | None = config.window_size[0] + 1 if config.window_size else None
+        has_global = config.local_layers is not None and self.window is not None
+        self.windows = [None, self.window] if has_global else [self.window]
+        """One, or that of global layers and that of local ones."""
         self._made: tuple[object, Tensor] | None = None
 
     def __call__(self, tokens_BS: Tensor, document_end: int | None) -> Tensor | None:
         """Return `[B or 1, 1, S, T]` in the model's dtype, 0 where a token attends and -inf elsewhere.
 
         None where every token attends to all before it. A mask that does not depend on the tokens is made once for a
-        length and kept.
+        length and kept. Where layers are local or global, `[2, B or 1, 1, S, T]` for `LocalOrGlobalAttention`.
         """
         length = tokens_BS.shape[1]
         has_window = self.window is not None and self.window < length * self.cp_size
@@ -159,11 +182,12 @@ class AttentionMask:
         return queries_S, gathered_positions(length, self.cp_size, device)
 
     def _positions(self, queries_S: Tensor, keys_T: Tensor) -> Tensor:
-        """Return `[1, 1, S, T]`, true where a token's place allows it to attend."""
-        attends_ST = keys_T <= queries_S[:, None]
-        if self.window is not None:
-            attends_ST &= keys_T > queries_S[:, None] - self.window
-        return attends_ST[None, None]
+        """Return `[1, 1, S, T]`, true where a token's place allows it to attend; `[2, 1, 1, S, T]` for two windows."""
+        past_ST = keys_T <= queries_S[:, None]
+        masks = [
+            past_ST if window is None else past_ST & (keys_T > queries_S[:, None] - window) for window in self.windows
+        ]
+        return (torch.stack(masks) if len(masks) > 1 else masks[0])[..., None, None, :, :]
 
     def _documents(self, tokens_BS: Tensor, document_end: int, queries_S: Tensor, keys_T: Tensor) -> Tensor:
         """Return `[B, 1, S, T]`, true where two tokens are of one document."""

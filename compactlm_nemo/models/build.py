@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -202,9 +205,15 @@ def _build_chunk(
                 module.weight.tensor_model_parallel = True
     _set_rotations(model, dims)
     model.logits_scaling = dims.logits_scaling
-    if is_first and dims.embedding_multiplier != 1:
-        model.embedding.register_forward_hook(lambda _, args, stream: stream * dims.embedding_multiplier)
+    if is_first and (scale := embedding_scale(dims, config.params_dtype)) != 1:
+        model.embedding.register_forward_hook(lambda _, args, stream: stream * scale)
     return model.to(device())
+
+
+def embedding_scale(dims: Dims, dtype: torch.dtype) -> float:
+    """Return what rows of the embedding table are multiplied with where they enter the stream."""
+    by_width = torch.tensor(math.sqrt(dims.hidden_size), dtype=dtype).item() if dims.embedding_by_width else 1.0
+    return dims.embedding_multiplier * by_width
 
 
 def _set_rotations(model: HiddenStateModel, dims: Dims) -> None:
@@ -214,6 +223,13 @@ def _set_rotations(model: HiddenStateModel, dims: Dims) -> None:
     if dims.rope_scaling is not None and dims.rope_scaling["rope_type"] == "longrope":
         limit = dims.rope_scaling["original_max_position_embeddings"]
         model.rotations = limit, rotary.inv_freq, inverse_frequencies(dims, limit + 1).to(rotary.inv_freq.device)
+    if dims.local_layers is not None and dims.local_rope_theta is not None:
+        of_local = copy.copy(rotary)
+        unscaled = replace(dims, rope_theta=dims.local_rope_theta, rope_scaling=None)
+        of_local.inv_freq = inverse_frequencies(unscaled).to(rotary.inv_freq.device)
+        rotary.register_forward_hook(
+            lambda _, args, kwargs, angles: torch.stack([angles, of_local.forward(*args, **kwargs)]), with_kwargs=True
+        )
 
 
 def global_names(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:

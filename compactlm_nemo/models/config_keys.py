@@ -11,11 +11,48 @@ from pathlib import Path
 from typing import Any
 
 from compactlm_nemo.errors import CheckpointError
+from compactlm_nemo.models.config_values import MULTIPLIERS
 
 MOST = 64
 """Unknown keys of a file that is read at all."""
 
 _log = logging.getLogger(__name__)
+
+
+_READ = {
+    "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "tie_word_embeddings",
+    "attention_bias", "mlp_bias", "hidden_act", "sliding_window", "use_sliding_window", "layer_types",
+    "original_max_position_embeddings",
+}  # fmt: skip
+_READ_WITH_EXPERTS = {
+    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "qkv_bias", "mlp_only_layers", "decoder_sparse_step",
+    # Of training, or about what else is returned:
+    "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
+}  # fmt: skip
+_READ_OF_LOCAL_LAYERS = {
+    "query_pre_attn_scalar", "hidden_activation", "sliding_window_pattern", "_sliding_window_pattern",
+    "rope_local_base_freq",
+    "cache_implementation",  # of generation
+}  # fmt: skip
+_HARMLESS = {
+    "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "_name_or_path",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "attention_dropout", "hidden_dropout",
+    "max_window_layers", "pretraining_tp", "name_or_path", "output_attentions", "return_dict", "_attn_implementation",
+    "is_llama_config", "transformers.js_config", "embd_pdrop", "resid_pdrop",
+}  # fmt: skip
+"""Keys without influence on the forward pass in evaluation, or that only describe the file."""
+
+
+def known_keys(*, experts: bool, local_layers: bool, skips_rope: bool, multipliers: bool) -> set[str]:
+    """Return the keys of a config whose meaning is known, for a family with or without each of these parts."""
+    known = _READ | _HARMLESS
+    known |= _READ_WITH_EXPERTS if experts else set()
+    known |= _READ_OF_LOCAL_LAYERS if local_layers else set()
+    known |= {"no_rope_layers", "no_rope_layer_interval"} if skips_rope else set()
+    return known | (set(MULTIPLIERS) if multipliers else set())
 
 
 def refuse_unknown_keys(keys: Mapping[str, Any], kind: str) -> None:

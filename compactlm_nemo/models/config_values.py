@@ -10,6 +10,9 @@ from compactlm_nemo.errors import CheckpointError
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 """Config keys that are fields of `Dims` of the same names."""
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""What `layer_types` says of a layer, by whether it is local."""
+
 _SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 
 
@@ -39,6 +42,28 @@ def no_rope_layers_of(config: Any) -> list[bool]:
     if len(rotates) < num_layers:
         raise CheckpointError(f"config.json: no_rope_layers has {len(rotates)} entries for {num_layers} layers.")
     return [not rotated for rotated in rotates[:num_layers]]
+
+
+def local_layers_of(config: Any) -> list[bool]:
+    """Return for each layer whether it is local; without a list every `sliding_window_pattern`-th is global."""
+    num_layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
+    if kinds is None:
+        patterns = [getattr(config, name, None) for name in ("_sliding_window_pattern", "sliding_window_pattern")]
+        every = patterns[0] or patterns[1] or 6
+        kinds = [LAYER_TYPES[(layer + 1) % every != 0] for layer in range(num_layers)]
+    if len(kinds) < num_layers:
+        raise CheckpointError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers.")
+    if unknown := [kind for kind in kinds if kind not in LAYER_TYPES]:
+        raise CheckpointError(f"config.json: layer_types has {unknown[0]!r}; only {LAYER_TYPES} are supported.")
+    return [kind == LAYER_TYPES[True] for kind in kinds[:num_layers]]
+
+
+def query_scale_of(config: Any) -> dict[str, Any]:
+    """Return the field of `Dims` for ``1 / sqrt(query_pre_attn_scalar)``."""
+    scalar = config.query_pre_attn_scalar
+    if type(scalar) not in (int, float) or not 0 < scalar < math.inf:
+        raise CheckpointError(f"config.json: query_pre_attn_scalar={scalar!r} must be a number > 0.")
+    return {"attention_multiplier": scalar**-0.5}
 
 
 def experts_of(config: Any, kind: str, norm_topk: bool | None) -> dict[str, Any]:

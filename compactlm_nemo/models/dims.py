@@ -11,7 +11,7 @@ from compactlm_nemo.models.axes import AXES
 
 MODEL = "model.json"
 """File of the architecture in an artifact that is a model."""
-BY_LAYER = ("no_rope_layers",)
+BY_LAYER = ("no_rope_layers", "local_layers")
 """Fields of `Dims` with one value a layer, or None."""
 
 
@@ -53,15 +53,25 @@ class Dims:
     qk_norm_over_heads: bool = False
     """Whether there is one norm over the queries of all heads, and one over all keys."""
     gated_mlp: bool = True
-    """True: silu(gate) * up. False: squared ReLU."""
+    """True: activation(gate) * up. False: squared ReLU."""
+    gelu: bool = False
+    """Activation of a gated MLP: GELU by its tanh formula; else silu."""
     layer_norm_1p: bool = False
     """True: LayerNorm with weight 1 + w and bias. False: RMSNorm."""
+    rms_norm_1p: bool = False
+    """Whether the weight of an RMSNorm is 1 + w, added in float32."""
     window: int | None = None
     """Sliding attention window in tokens, None for full attention."""
+    local_layers: list[bool] | None = None
+    """For each layer whether it is local: it alone has the window, and turns by `local_rope_theta` without scaling.
+    None where the layers are alike."""
+    local_rope_theta: float | None = None
     no_rope_layers: list[bool] | None = None
     """For each layer whether it has no rotary embedding; None for families whose layers all have it."""
     embedding_multiplier: float = 1.0
     """What a row of the embedding table is multiplied with where it enters the residual stream."""
+    embedding_by_width: bool = False
+    """Whether it is multiplied with ``sqrt(hidden_size)`` as well, rounded to the model's number format."""
     residual_multiplier: float = 1.0
     """What attention and MLP are multiplied with where they are added to the residual stream."""
     attention_multiplier: float | None = None
@@ -76,6 +86,11 @@ class Dims:
     experts gives them."""
     shared_expert_ffn: int = 0
     """Width of the expert that sees every token and has a sigmoid gate of its own; 0 is none."""
+
+    @property
+    def norm_1p(self) -> bool:
+        """Whether the weight of a norm is 1 + w."""
+        return self.layer_norm_1p or self.rms_norm_1p
 
     def shape(self) -> dict[str, int]:
         """Return the size on every axis of `AXES`, by the axis's name."""

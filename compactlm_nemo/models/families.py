@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compactlm_nemo.errors import CheckpointError
-from compactlm_nemo.models.config_keys import refuse_unknown_keys
+from compactlm_nemo.models.config_keys import known_keys, refuse_unknown_keys
 from compactlm_nemo.models.config_values import (
-    MULTIPLIERS,
+    LAYER_TYPES,
     experts_of,
+    local_layers_of,
     multipliers_of,
     no_rope_layers_of,
+    query_scale_of,
     refuse_other_than_whole_sizes,
     refuse_other_value,
 )
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.rope import rope_of
+from compactlm_nemo.models.rope import rope_of, rope_of_kinds
 
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 """Megatron's names of the two matrices over the vocabulary."""
@@ -33,9 +35,11 @@ class Family:
     """What sets one Hugging Face architecture apart from the common decoder."""
 
     activation: str
-    """Required `hidden_act`."""
+    """Required value of `activation_key`."""
+    activation_key: str = "hidden_act"
     gated_mlp: bool = True
     layer_norm_1p: bool = False
+    rms_norm_1p: bool = False
     qk_norm: bool = False
     qk_norm_over_heads: bool = False
     qkv_bias: bool | None = None
@@ -54,6 +58,11 @@ class Family:
     Elsewhere `sliding_window` means nothing without `use_sliding_window`."""
     skips_rope: bool = False
     """Whether some layers have no rotary embedding: `no_rope_layers`, or every `no_rope_layer_interval`-th."""
+    local_layers: bool = False
+    """Whether `layer_types` says which layers are local: these alone have the window, and a theta of their own."""
+    embedding_by_width: bool = False
+    query_scalar: bool = False
+    """Whether products of queries and keys are divided by the root of `query_pre_attn_scalar`."""
     multipliers: bool = False
     """Whether the config has the multipliers of `_MULTIPLIERS`."""
     also: Mapping[str, Any] = field(default_factory=dict)
@@ -98,6 +107,17 @@ FAMILIES: dict[str, Family] = {
         activation="silu", qk_norm_over_heads=True,
         norms={AFTER_ATTENTION: "post_attention_layernorm", AFTER_MLP: "post_feedforward_layernorm"},
     ),
+    "gemma3_text": Family(
+        activation="gelu_pytorch_tanh", activation_key="hidden_activation", rms_norm_1p=True, qk_norm=True,
+        local_layers=True, embedding_by_width=True, query_scalar=True,
+        norms={
+            "input_layernorm": "input_layernorm", AFTER_ATTENTION: "post_attention_layernorm",
+            "pre_mlp_layernorm": "pre_feedforward_layernorm", AFTER_MLP: "post_feedforward_layernorm",
+        },
+        also={
+            "final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False,
+        },
+    ),
     "glm": Family(
         activation="silu", proj_bias=False, partial_rotary=True, rotary_interleaved=True, fc1=("gate_up_proj",)
     ),
@@ -119,27 +139,6 @@ FAMILIES: dict[str, Family] = {
     ),
 }  # fmt: skip
 
-_READ = {
-    "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "norm_eps",
-    "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "tie_word_embeddings",
-    "attention_bias", "mlp_bias", "hidden_act", "sliding_window", "use_sliding_window", "layer_types",
-    "original_max_position_embeddings",
-}  # fmt: skip
-_READ_WITH_EXPERTS = {
-    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "moe_intermediate_size",
-    "shared_expert_intermediate_size", "qkv_bias", "mlp_only_layers", "decoder_sparse_step",
-    # Of training, or about what else is returned:
-    "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
-}  # fmt: skip
-_HARMLESS = {
-    "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "_name_or_path",
-    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "attention_dropout", "hidden_dropout",
-    "max_window_layers", "pretraining_tp", "name_or_path", "output_attentions", "return_dict", "_attn_implementation",
-    "is_llama_config", "transformers.js_config", "embd_pdrop", "resid_pdrop",
-}  # fmt: skip
-"""Keys without influence on the forward pass in evaluation, or that only describe the file."""
-
 
 def dims_of(config: Any) -> Dims:
     """Return the architecture of a transformers config; a CheckpointError names the first thing we cannot represent."""
@@ -148,24 +147,25 @@ def dims_of(config: Any) -> Dims:
         raise CheckpointError(f"config.json: model_type={kind} is not supported; use one of {', '.join(FAMILIES)}.")
     family = FAMILIES[kind]
     given = config.to_diff_dict()
-    known = _READ | _HARMLESS | (_READ_WITH_EXPERTS if family.experts else set())
+    known = known_keys(
+        experts=family.experts, local_layers=family.local_layers, skips_rope=family.skips_rope,
+        multipliers=family.multipliers,
+    )  # fmt: skip
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     known |= {"auto_map"} if own_code is not None and own_code.split("--")[-1] == family.own_code else set()
-    known |= {"no_rope_layers", "no_rope_layer_interval"} if family.skips_rope else set()
-    known |= set(MULTIPLIERS) if family.multipliers else set()
     unknown = {key: value for key, value in given.items() if key not in known and value not in (None, False)}
     refuse_unknown_keys(unknown, kind)
     counts = ("num_experts", "num_experts_per_tok") if family.experts else ()
     refuse_other_than_whole_sizes(config, (family.ffn, *counts))
-    refuse_other_value(kind, "hidden_act", config.hidden_act, family.activation)
+    refuse_other_value(kind, family.activation_key, getattr(config, family.activation_key), family.activation)
     for key, value in family.also.items():
         refuse_other_value(kind, key, getattr(config, key, value), value)
-    window = getattr(config, "sliding_window", None) if family.window else None
-    for layer_type in getattr(config, "layer_types", None) or []:
+    window = getattr(config, "sliding_window", None) if family.window or family.local_layers else None
+    for layer_type in [] if family.local_layers else getattr(config, "layer_types", None) or []:
         refuse_other_value(kind, "layer_types", layer_type, "full_attention" if window is None else "sliding_attention")
     attention_bias = bool(getattr(config, "attention_bias", False))
     mlp_bias = family.mlp_bias and bool(getattr(config, "mlp_bias", False))
-    rope = rope_of(config)
+    rope = rope_of_kinds(config) if family.local_layers else rope_of(config)
     if not family.partial_rotary:
         refuse_other_value(kind, "partial_rotary_factor", rope["rotary_percent"], 1.0)
     return Dims(
@@ -188,11 +188,16 @@ def dims_of(config: Any) -> Dims:
         qk_norm=family.qk_norm,
         qk_norm_over_heads=family.qk_norm_over_heads,
         gated_mlp=family.gated_mlp,
+        gelu=family.activation.startswith("gelu"),
         layer_norm_1p=family.layer_norm_1p,
+        rms_norm_1p=family.rms_norm_1p,
         window=window,
         no_rope_layers=no_rope_layers_of(config) if family.skips_rope else None,
+        local_layers=local_layers_of(config) if family.local_layers else None,
         rotary_interleaved=family.rotary_interleaved,
+        embedding_by_width=family.embedding_by_width,
         **rope,
+        **(query_scale_of(config) if family.query_scalar else {}),
         **(multipliers_of(config) if family.multipliers else {}),
         **(experts_of(config, kind, family.norm_topk) if family.experts else {}),
     )
@@ -223,7 +228,9 @@ def resized(config: Any, dims: Dims) -> Any:
         values["shared_expert_intermediate_size"] = dims.shared_expert_ffn
     if FAMILIES[dims.family].skips_rope:
         values["no_rope_layers"] = [int(not without) for without in dims.no_rope_layers or []]
-    if values.get("layer_types"):
+    if dims.local_layers is not None:
+        values["layer_types"] = [LAYER_TYPES[local] for local in dims.local_layers]
+    elif values.get("layer_types"):
         values["layer_types"] = values["layer_types"][: dims.num_layers]
     if "max_window_layers" in values:
         values["max_window_layers"] = dims.num_layers
@@ -246,10 +253,12 @@ def _needs_mistral(dims: Dims) -> bool:
 
 def export_problem(dims: Dims) -> str | None:
     """Return why no Hugging Face folder can hold a model of these sizes; None when one can."""
-    if _needs_mistral(dims) and (dims.qkv_bias or dims.mlp_bias):
+    needs_multiple = {"llama": dims.qkv_bias or dims.mlp_bias, "gemma3_text": True}.get(dims.family, False)
+    if needs_multiple and dims.hidden_size % dims.num_heads:
+        biases = " with biases" if dims.family == "llama" else ""
         return (
-            f"search.hidden={dims.hidden_size} must be a multiple of search.heads={dims.num_heads} for a llama with "
-            "biases, or transformers refuses to load it; change either."
+            f"search.hidden={dims.hidden_size} must be a multiple of search.heads={dims.num_heads} for a {dims.family}"
+            f"{biases}, or transformers refuses to load it; change either."
         )
     if dims.family == "phi3" and (dims.rope_scaling or {}).get("rope_type") == "longrope":
         # Its config counts the factors by heads as wide as hidden size / heads, whatever their size is.

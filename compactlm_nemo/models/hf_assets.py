@@ -86,7 +86,10 @@ def write_for_every_reader(folder: Path) -> None:
     path = folder / "config.json"
     values = _read(path)
     rope = dict(values.get("rope_parameters") or {})
-    if "rope_theta" in rope:  # no families whose layers differ
+    if "full_attention" in rope:  # of families whose layers differ
+        values["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
+    if "rope_theta" in rope:
         values["rope_theta"] = rope.pop("rope_theta")
         if "partial_rotary_factor" in rope:
             values["partial_rotary_factor"] = rope.pop("partial_rotary_factor")

@@ -67,6 +67,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {
         "vocab_size": 50304, "intermediate_size": 11008, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
     },
+    "gemma3_text": _COMMON
+    | {
+        "hidden_activation": "gelu_pytorch_tanh", "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216,
+        "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+        "max_position_embeddings": 131072, "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
+        "sliding_window": 4096, "rope_theta": 1e6,
+    },
     "glm": _GLM,
     "glm4": _GLM,
     "mixtral": _COMMON
@@ -112,7 +119,8 @@ class _Config:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._given = dict(values)
         rope = values.get("rope_parameters")
-        if rope is not None and not {"rope_theta", "partial_rotary_factor"} & rope.keys():
+        said = {"rope_theta", "partial_rotary_factor", "full_attention"}
+        if rope is not None and not said & rope.keys():
             raise ValueError("transformers completes these")
         self.__dict__.update(DEFAULTS[values["model_type"]] | self._given)
         if "num_local_experts" in self.__dict__:
@@ -150,7 +158,7 @@ def config_values(dims: Dims) -> dict[str, Any]:
     family = FAMILIES[dims.family]
     values: dict[str, Any] = {
         "model_type": dims.family,
-        "hidden_act": family.activation,
+        family.activation_key: family.activation,
         "num_hidden_layers": dims.num_layers,
         "hidden_size": dims.hidden_size,
         family.ffn: dims.ffn_hidden_size,

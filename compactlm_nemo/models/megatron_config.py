@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import activations
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.models.dims import Dims
@@ -35,10 +37,10 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         num_query_groups=dims.num_query_groups,
         kv_channels=dims.head_dim,
         normalization="LayerNorm" if dims.layer_norm_1p else "RMSNorm",
-        layernorm_zero_centered_gamma=dims.layer_norm_1p,
+        layernorm_zero_centered_gamma=dims.norm_1p,
         layernorm_epsilon=dims.norm_eps,
         gated_linear_unit=dims.gated_mlp,
-        activation_func=F.silu if dims.gated_mlp else activations.squared_relu,
+        activation_func=_activation(dims),
         add_bias_linear=False,  # attention and MLP have their own switches: spec.py
         add_qkv_bias=dims.qkv_bias,
         qk_layernorm=dims.qk_norm,
@@ -72,9 +74,22 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         persist_layer_norm=False,
         **(_expert_settings(dims) if dims.num_experts else {}),
     )
+    config.local_layers = dims.local_layers  # ours, for LayerAttention
     if (factor := attention_factor(dims)) != 1.0:
         _multiply_rotations(config, factor)
     return config
+
+
+def _activation(dims: Dims) -> Callable[[Tensor], Tensor]:
+    if not dims.gated_mlp:
+        squared_relu: Callable[[Tensor], Tensor] = activations.squared_relu
+        return squared_relu
+    return gelu_tanh if dims.gelu else F.silu
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """Return ``x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``."""
+    return F.gelu(x, approximate="tanh")
 
 
 def _multiply_rotations(config: TransformerConfig, factor: float) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.errors import CheckpointError
@@ -57,6 +58,23 @@ def rope_of(config: Any) -> dict[str, Any]:
     if kind in _RESOLVED:
         scaling = {"rope_type": kind} | _RESOLVED[kind](numbers | {"truncate": given.get("truncate", True)}, config)
     return {"rope_theta": float(theta), "rotary_percent": float(percent), "rope_scaling": scaling}
+
+
+def rope_of_kinds(config: Any) -> dict[str, Any]:
+    """Return the same of a config whose local layers turn by a theta of their own, and `local_rope_theta`.
+
+    Version 5 of transformers has a dict for each kind of layer, version 4 `rope_local_base_freq` beside `rope_theta`.
+    """
+    kinds = getattr(config, "rope_parameters", None) or {}
+    of_local = kinds.get("sliding_attention") or {"rope_theta": getattr(config, "rope_local_base_freq", None) or 1e4}
+    of_global = kinds.get("full_attention")
+    if of_global is None:
+        theta = getattr(config, "rope_theta", None) or 1e6
+        of_global = {"rope_theta": theta} | (getattr(config, "rope_scaling", None) or {})
+    if (kind := of_local.get("rope_type", "default")) != "default":
+        raise CheckpointError(f"config.json: rope_type={kind!r} of sliding_attention is not supported.")
+    sizes = SimpleNamespace(rope_parameters=of_global, max_position_embeddings=config.max_position_embeddings)
+    return rope_of(sizes) | {"local_rope_theta": float(of_local["rope_theta"])}
 
 
 _NUMBERS = {

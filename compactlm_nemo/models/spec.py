@@ -21,13 +21,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from compactlm_nemo.models.attention import NormedOverHeads, SdpaCoreAttention
+from compactlm_nemo.models.attention import LocalOrGlobalAttention, NormedOverHeads, SdpaCoreAttention
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.experts import Experts
 
 
 class Norm(torch.nn.Module):
-    """RMSNorm, or LayerNorm with weight 1 + w when the config centres its weight at zero.
+    """RMSNorm or LayerNorm, with weight 1 + w when the config centres its weight at zero.
 
     Statistics are float32. The weight carries `sequence_parallel`, by which Megatron sums its gradient over TP ranks.
     """
@@ -46,10 +46,13 @@ class Norm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (x.shape[-1],)
-        weight = self.weight + 1 if self.zero_centered else self.weight
         if self.is_layer_norm:
+            weight = self.weight + 1 if self.zero_centered else self.weight
             return F.layer_norm(x, shape, weight, self.bias, self.eps)
-        return F.rms_norm(x, shape, weight, self.eps)
+        if self.zero_centered:  # 1 + w would lose most digits of w in bfloat16
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return F.rms_norm(x.to(wide), shape, self.weight.to(wide) + 1, self.eps).to(x.dtype)
+        return F.rms_norm(x, shape, self.weight, self.eps)
 
 
 class BiasedColumnParallelLinear(ColumnParallelLinear):
@@ -134,7 +137,7 @@ def layer_spec(dims: Dims) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
-                module=NormedOverHeads if dims.qk_norm_over_heads else SelfAttention,
+                module=_attention(dims),
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
@@ -150,6 +153,13 @@ def layer_spec(dims: Dims) -> ModuleSpec:
             mlp_bda=add,
         ),
     )
+
+
+def _attention(dims: Dims) -> type[SelfAttention]:
+    """Return the kind of attention; no family has what both of the others add."""
+    if dims.local_layers is not None:
+        return LocalOrGlobalAttention
+    return NormedOverHeads if dims.qk_norm_over_heads else SelfAttention
 
 
 def mlp_spec(dims: Dims) -> ModuleSpec:

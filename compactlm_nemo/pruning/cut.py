@@ -6,6 +6,7 @@ layout and the extra memory is one whole parameter.
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -17,7 +18,7 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER
 from compactlm_nemo.pruning.least_squares import columns_of
 from compactlm_nemo.pruning.plan import Plan
-from compactlm_nemo.pruning.residual_stream import HiddenCut
+from compactlm_nemo.pruning.residual_stream import HiddenCut, scaled
 
 EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
 """Matches the parameter of a routed expert in its layer; the second group is the expert's number."""
@@ -87,19 +88,29 @@ def _cut_mlp(rest: str, full: Tensor, neurons: Tensor, width: int) -> Tensor:
 
 
 class NarrowedSource:
-    """A model whose residual stream is narrowed; `layers` are the teacher's numbers of the model's layers."""
+    """A model whose residual stream is narrowed; `layers` are the teacher's numbers of the model's layers.
 
-    def __init__(self, source: ParameterSource, layers: list[int], hidden: HiddenCut) -> None:
-        self.source, self.layers, self.hidden = source, layers, hidden
+    Where the embedding is multiplied with ``sqrt(H)``, the table makes up for the student's smaller H, and the final
+    norm for a table that is the output layer too.
+    """
+
+    def __init__(self, source: ParameterSource, teacher: Dims, layers: list[int], hidden: HiddenCut) -> None:
+        self.source, self.teacher, self.layers, self.hidden = source, teacher, layers, hidden
 
     def __call__(self, name: str) -> Tensor:
-        full, hidden = self.source(name), self.hidden
+        full, hidden, teacher = self.source(name), self.hidden, self.teacher
         if name == EMBEDDING:
-            return hidden.embed(full)
+            table_VK = hidden.embed(full)
+            return scaled(table_VK, math.sqrt(full.shape[1] / table_VK.shape[1]) if teacher.embedding_by_width else 1.0)
         if name == OUTPUT_LAYER:
             return hidden.read(FINAL_NORM, full)
         if name.startswith("decoder.final_layernorm."):
-            return hidden.norm(FINAL_NORM, full) if name.endswith("weight") else hidden.norm_bias(full)
+            if name.endswith("bias"):
+                return hidden.norm_bias(full)
+            weight_K = hidden.norm(FINAL_NORM, full)
+            by_width = teacher.embedding_by_width and teacher.tied_embeddings
+            factor = math.sqrt(len(weight_K) / len(full)) if by_width else 1.0
+            return scaled(weight_K, factor, one_plus=teacher.norm_1p)
         layer, rest = split_name(name)
         before_attention, before_mlp = attention_norm_key(self.layers[layer]), mlp_norm_key(self.layers[layer])
         if rest in ("input_layernorm.weight", "pre_mlp_layernorm.weight"):

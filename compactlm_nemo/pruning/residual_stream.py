@@ -21,6 +21,8 @@ from compactlm_nemo.pruning.rotation import Rotation, normed_moment, principal_r
 
 TABLE_ROWS = 16384
 """Most rows of an embedding table that are in float64 at once."""
+Moment = Callable[[str], Tensor]
+"""Name of second moments -> the whole matrix."""
 
 
 class HiddenCut(Protocol):
@@ -78,14 +80,18 @@ class Selection:
 
 
 class NormedStream:
-    """Reads second moments of the stream behind its norms, one at a time, of the teacher that `source` gives."""
+    """Reads second moments of the stream behind its norms, one at a time, of the teacher that `source` gives.
 
-    def __init__(self, moment: Callable[[str], Tensor], tokens: int, source: ParameterSource) -> None:
-        self.moment, self.tokens, self.source = moment, tokens, source
+    `one_plus` says that the weight of a norm is 1 + w.
+    """
+
+    def __init__(self, moment: Moment, tokens: int, source: ParameterSource, *, one_plus: bool = False) -> None:
+        self.moment, self.tokens, self.source, self.one_plus = moment, tokens, source, one_plus
 
     def norm_weight(self, name: str) -> Tensor:
         """Read the weight of the norm that has these second moments."""
-        return self.source(norm_weight_name(name))
+        weight_H = self.source(norm_weight_name(name))
+        return weight_H.float() + 1 if self.one_plus else weight_H
 
     def normed(self, name: str) -> Tensor:
         """Read ``M = E[x^ x^^T]`` before the norm's weight, float64."""
@@ -117,12 +123,13 @@ class RefittedSelection(Selection):
         weight_K = super().norm(name, weight_H)
         if not self.is_rms:
             return weight_K
-        return (weight_K.double() * self.stream.normed(name).diagonal()[self.channels].mean().sqrt()).to(weight_H.dtype)
+        factor = self.stream.normed(name).diagonal()[self.channels].mean().sqrt().item()
+        return scaled(weight_K, factor, one_plus=self.stream.one_plus)
 
     def post_norm(self, writer: str, weight_H: Tensor) -> Tensor:
         energy_H = self.stream.written(writer)
         share = energy_H[self.channels].mean() / energy_H.mean()
-        return (super().post_norm(writer, weight_H).double() * share.sqrt()).to(weight_H.dtype)
+        return scaled(super().post_norm(writer, weight_H), share.sqrt().item(), one_plus=self.stream.one_plus)
 
     def read(self, name: str, weight_OH: Tensor) -> Tensor:
         return refit(weight_OH, self.stream.moment(name), self.channels, self.ridge).to(weight_OH.dtype)
@@ -167,6 +174,13 @@ class RotatedStream:
         return torch.cat(parts)
 
 
+def scaled(weight: Tensor, factor: float, *, one_plus: bool = False) -> Tensor:
+    """Return a weight that is multiplied with a factor, where it is w or, for a norm, 1 + w."""
+    if factor == 1:
+        return weight
+    return ((weight.double() + float(one_plus)) * factor - float(one_plus)).to(weight.dtype)
+
+
 def _turned(writer: Tensor, scale_H: Tensor, basis_HK: Tensor) -> Tensor:
     """Return ``Q^T S W`` of a writer `[H, E]` or a bias `[H]`, in its dtype."""
     scale = scale_H.view(-1, *[1] * (writer.dim() - 1))
@@ -176,21 +190,12 @@ def _turned(writer: Tensor, scale_H: Tensor, basis_HK: Tensor) -> Tensor:
 FINAL_NORM_WEIGHT = "decoder.final_layernorm.weight"
 
 
-Moment = Callable[[str], Tensor]
-"""Name of second moments -> the whole matrix."""
-
-
 def norm_weight_name(moment: str) -> str:
     """Return the parameter of the norm that has these second moments."""
     if moment == FINAL_NORM:
         return FINAL_NORM_WEIGHT
     _, layer, kind = moment.split(".")
     return f"decoder.layers.{layer}.{'input' if kind == 'attention_norm' else 'pre_mlp'}_layernorm.weight"
-
-
-def normed_stream(source: ParameterSource, moment: Moment, tokens: int) -> NormedStream:
-    """Read second moments behind the norms of the teacher whose parameters `source` gives."""
-    return NormedStream(moment, tokens, source)
 
 
 def stream_energy(teacher: Dims, layers: list[int], stream: NormedStream) -> Tensor:

@@ -127,10 +127,27 @@ def flops_per_token_forward(dims: Dims, seq: int) -> int:
         raise ConfigError(f"data.sequence_length={seq} must be > 0; try 512.")
     linear = _attention_weights(dims) + _router_weights(dims) + _mlp_weights(dims, dims.shared_expert_ffn)
     linear += (dims.experts_per_token or 1) * _mlp_weights(dims, dims.ffn_hidden_size)
-    window = min(seq, dims.window or seq)
-    keys = window * (window + 1) // 2 + (seq - window) * window  # summed over the queries of the sequence
-    attention = 4 * dims.num_heads * dims.head_dim * dims.num_layers * keys // seq
+    keys = sum(count * _keys(seq, min(seq, window or seq)) for window, count in _windows(dims).items())
+    attention = 4 * dims.num_heads * dims.head_dim * keys // seq
     return 2 * (dims.num_layers * linear + dims.vocab_size * dims.hidden_size) + attention
+
+
+def _windows(dims: Dims) -> dict[int | None, int]:
+    """Return the layers that have each window, None for those that have none."""
+    if dims.local_layers is None:
+        return {dims.window: dims.num_layers}
+    num_local = sum(dims.local_layers)
+    return {dims.window: num_local} | {None: dims.num_layers - num_local}
+
+
+def _keys(seq: int, window: int) -> int:
+    """Return the keys that the queries of a sequence read in one layer, summed over the queries."""
+    return window * (window + 1) // 2 + (seq - window) * window
+
+
+def cached_tokens(dims: Dims, context: int) -> int:
+    """Return the tokens whose keys and values a sequence of `context` tokens keeps, the mean over the layers."""
+    return sum(count * min(context, window or context) for window, count in _windows(dims).items()) // dims.num_layers
 
 
 def kv_cache_bytes_per_token(dims: Dims, bytes_per_value: int) -> int:
@@ -155,7 +172,7 @@ def counts(cfg: SearchConfig) -> dict[str, Callable[[Dims], int]]:
         "non_embedding_params": non_embedding_params,
         "active_params": active_params,
         "memory_bytes": lambda dims: memory_bytes(
-            dims, cfg.batch * min(cfg.context, dims.window or cfg.context), cfg.bytes_per_value
+            dims, cfg.batch * cached_tokens(dims, cfg.context), cfg.bytes_per_value
         ),
         "flops": lambda dims: flops_per_token_forward(dims, cfg.context),
     }

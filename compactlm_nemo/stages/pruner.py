@@ -31,10 +31,10 @@ from compactlm_nemo.pruning.reconstruct import RefittedWriters
 from compactlm_nemo.pruning.reconstruct_sequential import SequentialReconstruction
 from compactlm_nemo.pruning.residual_stream import (
     HiddenCut,
+    NormedStream,
     RefittedSelection,
     RotatedStream,
     Selection,
-    normed_stream,
     stream_energy,
     stream_rotation,
 )
@@ -90,7 +90,7 @@ class Pruner:
     def _hidden_error(self) -> Tensor:
         """Return what all normed streams lose without n channels or directions, a share, `[H + 1]`."""
         assert self.moments is not None
-        stream, size = normed_stream(self.source, self.moments.whole, self.moments.tokens), self.teacher.hidden_size
+        stream, size = self._normed_stream(self.moments), self.teacher.hidden_size
         if self.cfg.hidden is Stream.rotate:
             energy_H = stream_rotation(self.teacher, list(range(self.teacher.num_layers)), size, stream).energy_H
         else:
@@ -127,7 +127,7 @@ class Pruner:
         hidden, wide_source = self._hidden_cut(plan), CutSource(self.teacher, plan, source)
         model = self.run.build(dims)
         vocab_multiple = self.run.config.model.vocab_multiple
-        fill(model, NarrowedSource(wide_source, plan.layers, hidden), vocab_multiple)
+        fill(model, NarrowedSource(wide_source, self.teacher, plan.layers, hidden), vocab_multiple)
         if self.cfg.sequential:
             self._refit_sequentially(model, dims, plan, hidden, wide_source)
         return model.eval()
@@ -172,11 +172,14 @@ class Pruner:
             self.run.train_corpora(), samples, config.data.sequence_length, config.run.seed
         ).to(device())  # fmt: skip
 
+    def _normed_stream(self, moments: MomentSource) -> NormedStream:
+        return NormedStream(moments.whole, moments.tokens, self.source, one_plus=self.teacher.norm_1p)
+
     def _hidden_cut(self, plan: Plan) -> HiddenCut:
         """Return how the residual stream is narrowed."""
         if self.moments is None or len(plan.hidden) == self.teacher.hidden_size:
             return Selection(plan.hidden)
-        stream = normed_stream(self.source, self.moments.whole, self.moments.tokens)
+        stream = self._normed_stream(self.moments)
         if self.cfg.hidden is Stream.select:
             return RefittedSelection(plan.hidden, stream, self.cfg.ridge, is_rms=not self.teacher.layer_norm_1p)
         # One rank's eigenvectors serve all, as those of equal directions are not unique.

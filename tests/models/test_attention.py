@@ -19,10 +19,17 @@ END = 3
 TOKENS = torch.tensor([[5, 3, 1, 2, 3, 3, 8, 9, 4, 7, 6, 3], [3, 1, 1, 1, 2, 2, 2, 9, 3, 5, 5, 5]])
 
 
-def mask_of(window: int | None, size: int = 1, rank: int = 0, dtype: torch.dtype = torch.float32) -> AttentionMask:
+def mask_of(
+    window: int | None,
+    size: int = 1,
+    rank: int = 0,
+    dtype: torch.dtype = torch.float32,
+    local_layers: list[bool] | None = None,
+) -> AttentionMask:
     config: Any = SimpleNamespace(
-        context_parallel_size=size, params_dtype=dtype, window_size=None if window is None else (window - 1, 0)
-    )
+        context_parallel_size=size, params_dtype=dtype, window_size=None if window is None else (window - 1, 0),
+        local_layers=local_layers,
+    )  # fmt: skip
     group: Any = SimpleNamespace(rank=lambda: rank)
     return AttentionMask(config, group)
 
@@ -48,6 +55,20 @@ def test_a_mask_is_zero_where_a_token_attends_and_minus_infinity_elsewhere(windo
             for k in range(LENGTH):
                 want = attends(q, k, window, None if document_end is None else sample)
                 assert rows[q, k] == (0 if want else -math.inf), (b, q, k)
+
+
+@pytest.mark.parametrize("document_end", [None, END])
+def test_global_and_local_layers_have_a_mask_each(document_end):
+    got = mask_of(4, local_layers=[True, False])(TOKENS, document_end)
+    assert got is not None and got.shape[0] == 2
+    for kind, window in enumerate((None, 4)):
+        rows = got[kind].expand(len(TOKENS), 1, LENGTH, LENGTH)
+        for b, sample in enumerate(TOKENS.tolist()):
+            for q in range(LENGTH):
+                for k in range(LENGTH):
+                    want = attends(q, k, window, None if document_end is None else sample)
+                    assert rows[b, 0, q, k] == (0 if want else -math.inf), (kind, b, q, k)
+    assert mask_of(LENGTH, local_layers=[True, False])(TOKENS, None) is None, "no window binds"
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -26,6 +26,7 @@ from tests.support.tiny_models import EAGER, EXPERT_CASES, save_tiny, tokens
 
 DENSE = (
     "llama_biases",
+    "gemma3",
     "qwen3",
     "nemotron_tied_biases",
     "smollm3",
@@ -89,7 +90,7 @@ def random_plan(teacher: Dims, student: Dims, seed: int) -> Plan:
 
 def export_cut(teacher: Path, folder: Path, student: Dims, plan: Plan) -> None:
     dims, source = open_hf(teacher)
-    cut = NarrowedSource(CutSource(dims, plan, source), plan.layers, Selection(plan.hidden))
+    cut = NarrowedSource(CutSource(dims, plan, source), dims, plan.layers, Selection(plan.hidden))
     export_hf(teacher, folder, student, cut, torch.float32)
 
 
@@ -116,6 +117,8 @@ def silenced(model: Any, plan: Plan, dims: Dims) -> Any:
     for position, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = position
     model.config.num_hidden_layers = len(plan.layers)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in plan.layers]
     return model
 
 
@@ -190,7 +193,7 @@ def _same_student(rank: int, world: int, fields: dict[str, Any], cases: tuple[st
         student = plan.student(dims, student_of(dims, **SHAPE))
         wide = CutSource(dims, plan, CheckpointSource(out / case / "teacher", dims))
         model = build_model(student, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE)
-        fill(model, NarrowedSource(wide, plan.layers, Selection(plan.hidden)), VOCAB_MULTIPLE)
+        fill(model, NarrowedSource(wide, dims, plan.layers, Selection(plan.hidden)), VOCAB_MULTIPLE)
         save_model(out / case / "student", model)
         logits = whole_logits(model.eval(), student, mesh, tokens()[mine])
         if logits is not None:

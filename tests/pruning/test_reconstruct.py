@@ -29,10 +29,10 @@ from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.reconstruct import RefittedWriters
 from compactlm_nemo.pruning.residual_stream import (
     HiddenCut,
+    NormedStream,
     RefittedSelection,
     RotatedStream,
     Selection,
-    normed_stream,
     stream_rotation,
 )
 from tests.pruning.test_cut import (
@@ -98,12 +98,12 @@ def student_source(
     """All refits on top of the cut of test_cut, as a run puts them together."""
     plan = plan_of(hidden)
     moment = moments(seen)
-    stream = normed_stream(source, moment, num_tokens())
+    stream = NormedStream(moment, num_tokens(), source, one_plus=dims.norm_1p)
     narrow: HiddenCut = RefittedSelection(plan.hidden, stream, RIDGE, is_rms=not dims.layer_norm_1p)
     if rotate:
         narrow = RotatedStream(stream_rotation(dims, plan.layers, len(plan.hidden), stream), stream, RIDGE)
     wide = CutSource(dims, plan, RefittedWriters(dims, plan, source, moment, RIDGE, {}))
-    return NarrowedSource(wide, plan.layers, narrow)
+    return NarrowedSource(wide, dims, plan.layers, narrow)
 
 
 def naive(tensors: dict[str, Tensor], seen: dict[str, numpy.ndarray], is_rms: bool) -> dict[str, numpy.ndarray]:
@@ -170,8 +170,9 @@ def test_norms_behind_writers_divide_by_what_the_kept_channels_are_written(case,
     model = save_tiny(case, tmp_path / "teacher")
     seen = activations(model)
     dims, source = open_hf(tmp_path / "teacher")
-    stream = normed_stream(source, moments(seen), num_tokens())
-    narrow = NarrowedSource(source, list(range(4)), RefittedSelection(torch.tensor(HIDDEN), stream, RIDGE, is_rms=True))
+    stream = NormedStream(moments(seen), num_tokens(), source)
+    refitted = RefittedSelection(torch.tensor(HIDDEN), stream, RIDGE, is_rms=True)
+    narrow = NarrowedSource(source, dims, list(range(4)), refitted)
     scales: list[float] = []
     for i, layer in enumerate(model.model.layers):
         for part, linear in (
@@ -209,7 +210,7 @@ def test_each_expert_is_fitted_on_the_tokens_it_was_sent(case, tmp_path):
         layers=2, hidden=len(HIDDEN), ffn=4, heads=2, groups=1, experts=2,
         shared_expert_ffn=len(SHARED) if dims.shared_expert_ffn else 0,
     )  # fmt: skip
-    narrow = NarrowedSource(wide, plan.layers, Selection(plan.hidden))
+    narrow = NarrowedSource(wide, dims, plan.layers, Selection(plan.hidden))
     export_hf(tmp_path / "teacher", tmp_path / "student", student, narrow, torch.float32)
     full, got = (load_file(tmp_path / name / "model.safetensors") for name in ("teacher", "student"))
     fitted_ones = 0
@@ -246,7 +247,7 @@ def test_with_nothing_removed_nothing_changes(case, tmp_path):
         heads={i: torch.arange(4) for i in range(4)}, mlp={i: torch.arange(80) for i in range(4)},
     )  # fmt: skip
     writers = RefittedWriters(dims, plan, source, moments(seen), RIDGE, {})
-    same = NarrowedSource(CutSource(dims, plan, writers), plan.layers, Selection(plan.hidden))
+    same = NarrowedSource(CutSource(dims, plan, writers), dims, plan.layers, Selection(plan.hidden))
     for name in parameter_shapes(dims):
         assert torch.equal(same(name), source(name)), name
 
@@ -279,11 +280,15 @@ def test_a_stream_of_few_dimensions_is_turned_without_loss(tmp_path):
         layers=list(range(4)), hidden=torch.arange(32),
         heads={i: torch.arange(4) for i in range(4)}, mlp={i: torch.arange(80) for i in range(4)},
     )  # fmt: skip
-    stream = normed_stream(source, moments(seen), num_tokens())
+    stream = NormedStream(moments(seen), num_tokens(), source)
     narrow = RotatedStream(stream_rotation(dims, plan.layers, len(plan.hidden), stream), stream, 1e-9)
     student = dims.with_shape(layers=4, hidden=32, ffn=80, heads=4)
     export_hf(
-        tmp_path / "teacher", tmp_path / "student", student, NarrowedSource(source, plan.layers, narrow), torch.float32
+        tmp_path / "teacher",
+        tmp_path / "student",
+        student,
+        NarrowedSource(source, dims, plan.layers, narrow),
+        torch.float32,
     )
     want = logits_of(tmp_path / "teacher")
     torch.testing.assert_close(logits_of(tmp_path / "student"), want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
@@ -298,10 +303,14 @@ def test_a_shared_table_stays_one_through_a_rotation(tmp_path):
     seen = activations(model)
     dims, source = open_hf(tmp_path / "teacher")
     plan = Plan(layers=list(range(4)), hidden=torch.arange(48), heads={}, mlp={})
-    stream = normed_stream(source, moments(seen), num_tokens())
+    stream = NormedStream(moments(seen), num_tokens(), source)
     narrow = RotatedStream(stream_rotation(dims, plan.layers, len(plan.hidden), stream), stream, 1e-9)
     export_hf(
-        tmp_path / "teacher", tmp_path / "student", dims, NarrowedSource(source, plan.layers, narrow), torch.float32
+        tmp_path / "teacher",
+        tmp_path / "student",
+        dims,
+        NarrowedSource(source, dims, plan.layers, narrow),
+        torch.float32,
     )
     want = logits_of(tmp_path / "teacher")
     torch.testing.assert_close(logits_of(tmp_path / "student"), want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))

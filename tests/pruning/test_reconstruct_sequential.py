@@ -101,7 +101,7 @@ def _solve_writer(student: Any, linear: Any, norm: Any, target: numpy.ndarray) -
 def plain_source(dims: Dims, source: Any, hidden: list[int]) -> tuple[Any, Any]:
     """(the cut before its stream is narrowed, the plain cut)."""
     wide = CutSource(dims, plan_of(hidden), source)
-    return wide, NarrowedSource(wide, LAYERS, Selection(torch.tensor(hidden)))
+    return wide, NarrowedSource(wide, dims, LAYERS, Selection(torch.tensor(hidden)))
 
 
 @pytest.fixture(scope="module")

@@ -139,6 +139,10 @@ def test_flops_and_cache_by_hand():
     # Queries at positions 1..4 read 1+2+3+4 = 10 keys, or 1+2+2+2 = 7 in a window of 2; 4 heads of 2, two matmuls.
     assert cost.flops_per_token_forward(TINY, 4) == linear + 2 * 4 * 4 * 2 * 10 // 4
     assert cost.flops_per_token_forward(replace(TINY, window=2), 4) == linear + 2 * 4 * 4 * 2 * 7 // 4
+    # Of its two layers one is local; it keeps 2 tokens of 5, the other all, so 3 in the mean.
+    local = replace(TINY, window=2, local_layers=[True, False])
+    assert cost.flops_per_token_forward(local, 4) == linear + 4 * 4 * 2 * (7 + 10) // 4
+    assert cost.cached_tokens(local, 5) == (2 + 5) // 2 and cost.cached_tokens(replace(TINY, window=2), 5) == 2
     biased = replace(TINY, qkv_bias=True, proj_bias=True, mlp_bias=True, tied_embeddings=False)
     assert cost.flops_per_token_forward(biased, 1) == linear + 2 * 4 * 4 * 2
     assert cost.kv_cache_bytes_per_token(TINY, 2) == 2 * 2 * 2 * 2 * 2
@@ -182,7 +186,7 @@ def random_shape(teacher, draw):
     """Any sizes the family can have; some are tied to each other (`families.export_problem`)."""
     groups = draw.choice([1, 2])
     heads = groups * draw.randint(1, 3)
-    tied = teacher.family == "llama" and (teacher.qkv_bias or teacher.mlp_bias)
+    tied = teacher.family == "gemma3_text" or (teacher.family == "llama" and (teacher.qkv_bias or teacher.mlp_bias))
     width = teacher.head_dim if (teacher.rope_scaling or {}).get("rope_type") == "longrope" else draw.randint(1, 9)
     return teacher.with_shape(
         layers=draw.randint(1, 4),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
     GraniteConfig,
@@ -84,6 +85,15 @@ _LONGROPE: dict[str, Any] = {
 _PARTIAL = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.25}
 
 
+# Two kinds of layers, each with another window and theta; products of queries and keys by another root than the heads'.
+_GEMMA: dict[str, Any] = {
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "query_pre_attn_scalar": 20,
+    "pad_token_id": None,
+}
+
+
 CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"rms_norm_eps": 1e-3}),
     "llama_tied_llama3_rope": (LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
@@ -116,6 +126,19 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
     "olmo2": (Olmo2Config, {"rms_norm_eps": 1e-3, "pad_token_id": None}),
     "olmo2_tied_bias": (Olmo2Config, {"tie_word_embeddings": True, "attention_bias": True, "pad_token_id": None}),
+    "gemma3": (Gemma3TextConfig, _GEMMA),
+    "gemma3_untied_bias_scaled_rope": (
+        Gemma3TextConfig,
+        _GEMMA
+        | {
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
     "glm": (GlmConfig, {"rope_parameters": _PARTIAL | {"partial_rotary_factor": 0.5}, "pad_token_id": None}),
     "glm_tied_no_bias": (GlmConfig, {"tie_word_embeddings": True, "attention_bias": False, "pad_token_id": None}),
     "glm4": (Glm4Config, {"rope_parameters": _PARTIAL | {"partial_rotary_factor": 0.5}, "pad_token_id": None}),
@@ -145,7 +168,7 @@ def tiny_model(case: str, **changes: Any) -> Any:
     config = tiny_config(case, **changes)
     model = AutoModelForCausalLM.from_config(config, **EAGER, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(sum(map(ord, case)))
-    centre = 0.0 if config.model_type == "nemotron" else 1.0
+    centre = 0.0 if config.model_type in ("nemotron", "gemma3_text") else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name and name.endswith("weight")
