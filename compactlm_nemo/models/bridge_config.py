@@ -13,7 +13,6 @@ from typing import Any
 
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import FAMILIES
 from compactlm_nemo.models.hf_config import config_values, quick_dims
 from compactlm_nemo.models.outside import refuse_absurd_sizes, refuse_large_config
 
@@ -128,11 +127,15 @@ def dims_of_settings(settings: Mapping[str, Any], where: str = RUN_CONFIG) -> Di
     )
     refuse_absurd_sizes(config_values(dims), where)
     if quick_dims(config_values(dims)) != dims:
-        raise CheckpointError(f"{where}: no model that is supported is what section `model` says; {_KNOWN}")
+        raise CheckpointError(
+            f"{where}: no model that is supported is what section `model` says; it must be one of "
+            f"{', '.join(FAMILIES_OF_SETTINGS)}."
+        )
     return dims
 
 
-_KNOWN = f"it must be one of {', '.join(FAMILIES)}."
+FAMILIES_OF_SETTINGS = ("llama", "mistral", "qwen2", "qwen3", "nemotron", "mixtral", "qwen2_moe", "qwen3_moe")
+"""Families that settings of Megatron-Core alone can mean; the others have parts that it has no settings for."""
 
 
 class _Numbers:

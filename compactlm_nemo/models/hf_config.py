@@ -154,7 +154,10 @@ def quick_folder_dims(folder: Path) -> Dims | None:
 
 
 def config_values(dims: Dims) -> dict[str, Any]:
-    """Return what config.json says of an architecture, under the names that transformers 5 and 4 read."""
+    """Return what config.json says of an architecture, under the names that transformers 5 and 4 read.
+
+    It knows the families of `bridge_config.FAMILIES_OF_SETTINGS`, whose checkpoints may come without a config.json.
+    """
     family = FAMILIES[dims.family]
     values: dict[str, Any] = {
         "model_type": dims.family,
