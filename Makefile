@@ -12,11 +12,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help same-python install compress test older fakecuda lint format docs clean
+.PHONY: help same-python install compress test older test-bridge fakecuda lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 # The pins go first, so that the torch pip is set up for (CPU or CUDA) is the one everything else is resolved against.
 $(STAMP): setup.py $(PINS) | same-python
@@ -49,6 +49,18 @@ $(OLDER)/bin/python: $(STAMP)
 		"$$($(OLDER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
 
 older: $(OLDER)/bin/python  ## Build an environment with transformers 4, in which tests load exported folders
+
+# Megatron-Bridge beside .venv's torch and Megatron-Core: it loads the checkpoints that are written for it.
+BRIDGE := .venv-bridge
+$(BRIDGE)/bin/python: $(STAMP) requirements/bridge.txt
+	$(PYTHON) -m venv $(BRIDGE)
+	$(BRIDGE)/bin/pip install -q --no-deps -r requirements/bridge.txt
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(BRIDGE)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	touch $@
+
+test-bridge: $(BRIDGE)/bin/python  ## Load exported checkpoints in Megatron-Bridge itself, and its own here
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/bridge $(ARGS)
 
 # A torch with CUDA (3 GB) that sees devices which compute nothing: tests/fakecuda/device.py says what they count.
 FAKECUDA ?= .fakecuda

