@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help same-python install compress test older test-bridge fakecuda lint format docs clean
+.PHONY: help same-python install compress test older test-bridge test-nemo fakecuda lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -61,6 +61,16 @@ $(BRIDGE)/bin/python: $(STAMP) requirements/bridge.txt
 
 test-bridge: $(BRIDGE)/bin/python  ## Load exported checkpoints in Megatron-Bridge itself, and its own here
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/bridge $(ARGS)
+
+# NeMo 2, which cannot share .venv: with it the tests let it load and export what we write, and read what it writes.
+NEMO2 := .venv-nemo2
+$(NEMO2)/.installed: requirements/nemo2.txt
+	$(PYTHON) -m venv $(NEMO2)
+	$(NEMO2)/bin/pip install -q -r requirements/nemo2.txt
+	touch $@
+
+test-nemo: $(STAMP) $(NEMO2)/.installed  ## Build an environment with NeMo 2, and compare checkpoints with it
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/nemo $(ARGS)
 
 # A torch with CUDA (3 GB) that sees devices which compute nothing: tests/fakecuda/device.py says what they count.
 FAKECUDA ?= .fakecuda

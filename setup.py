@@ -46,7 +46,6 @@ setup(
         "scipy",
     ],
     extras_require={
-        "nemo": ["nemo-toolkit==3.0.0"],
         "nemo-run": [
             "nemo-run>=0.11,<0.12",
             "leptonai<0.47",

@@ -135,7 +135,7 @@ def test_files_stay_short() -> None:
 def test_tests_mirror_the_package() -> None:
     rooms = {path.name for path in CODE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert folders - {"support", "fakecuda", "gpu", "chaos", "bridge"} <= rooms
+    assert folders - {"support", "fakecuda", "gpu", "chaos", "bridge", "nemo"} <= rooms
 
 
 def test_every_promise_has_its_test() -> None:

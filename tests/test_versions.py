@@ -162,6 +162,23 @@ def test_pip_replaces_neither_torch_nor_megatron_of_an_image(tmp_path: Path) -> 
     assert _would_install(report).keys() == {"compactlm-nemo"}
 
 
+@pytest.mark.usefixtures("package_index")
+def test_an_environment_beside_nemo_takes_its_own_transformers_and_the_images_torch(tmp_path: Path) -> None:
+    """docs/nemo.md: of an image with NeMo 2 only what it has too old is brought anew."""
+    tool = {"megatron-core": "0.15.3", "transformers": "4.57.6", "huggingface-hub": "0.36.0", "nemo-toolkit": "2.7.3"}
+    others = {need.name: version(need.name) for need in map(Requirement, SETUP["install_requires"])}
+    python = _environment(tmp_path / "env", {**others, **NVIDIA, **tool})
+    report, sources = tmp_path / "report.json", tmp_path / "sources"
+    sources.mkdir()
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, sources)
+    done = _pip("--python", python, "install", "--dry-run", "--report", report, sources)
+    assert done.returncode == 0, done.stderr
+    new = _would_install(report)
+    assert Version(new["transformers"]).major == 5 and "compactlm-nemo" in new
+    assert not new.keys() & {"torch", "triton", "numpy", "apex", "transformer-engine", "megatron-core"}
+
+
 # --- the container file ------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ class ExportFormat(Enum):
 
     hf = "hf"
     bridge = "bridge"
+    nemo2 = "nemo2"
 
 
 class ExportDtype(Enum):
@@ -41,13 +42,19 @@ class ExportConfig:
     """The teacher as imported, the student as cut and not trained yet (to train it elsewhere), or the distilled one."""
     format: ExportFormat = setting(ExportFormat.hf)
     """hf is a Hugging Face folder, `export/hf`; bridge a checkpoint of Megatron-Bridge, `export/bridge`, for
-    `AutoBridge.export_ckpt` and the trainer's `pretrained_checkpoint`."""
+    `AutoBridge.export_ckpt` and the trainer's `pretrained_checkpoint`; nemo2 one of NeMo 2, `export/nemo2`, for
+    `llm.finetune`, `llm.deploy` and `llm.export_ckpt`."""
     dtype: ExportDtype | None = setting(None)
     """Number format of the weights; null takes that of the teacher's config.json, or `model.precision` where it has
     none of these."""
     shard_gib: float = setting(4.0)
-    """A file of weights is closed before it would be larger than these GiB. A checkpoint of Megatron-Bridge is one
-    file; the files that Bridge makes of it are cut so."""
+    """A file of weights is closed before it would be larger than these GiB. A checkpoint of Megatron-Bridge or
+    NeMo 2 is one file; the files that Bridge makes of it are cut so."""
+
+    verify: str | None = setting(None)
+    """Python of an environment with the tool that will read the folder: transformers of any version for hf,
+    Megatron-Bridge, or NeMo 2. It loads the folder, and every weight that it then has is compared with the exported
+    one before the export counts as done. The model must fit into the memory of the machine."""
 
     push: str | None = setting(None)
     """Repository of the Hugging Face Hub, as ORG/NAME, that the push stage uploads the folder to; it is made private

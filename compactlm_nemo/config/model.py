@@ -29,11 +29,11 @@ def device_precision() -> Precision:
 @dataclass(kw_only=True)
 class ModelConfig:
     source: str = setting(MISSING, changes_result=False)
-    """Teacher: a Hugging Face folder (safetensors), a `.gguf` file, or a NeMo 2, Megatron-Bridge or Megatron-Core
-    `torch_dist` folder. Of these only Megatron-Bridge's says itself what it is; the others need `model.hf_assets`."""
+    """Teacher: a Hugging Face folder (safetensors), a `.gguf` file, a checkpoint of NeMo 2 or Megatron-Bridge, or a
+    `torch_dist` folder of Megatron-Core (then `model.hf_assets` is needed)."""
     hf_assets: str | None = setting(None, changes_result=False)
-    """Folder with `config.json` and tokenizer of a teacher that is a `torch_dist` folder. It must not contradict a
-    checkpoint of Megatron-Bridge."""
+    """Folder with `config.json` and tokenizer of a teacher that is a `torch_dist` folder, where that has none of its
+    own. What both say must agree."""
     architecture: dict[str, Any] = setting({}, changes_result=False)
     """Hugging Face config values the source must have; a dry run plans with them where the source is absent."""
     precision: Precision = setting(Precision.auto)

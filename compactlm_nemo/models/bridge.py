@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from compactlm_nemo.models.source import TOKENIZER, TRACKER, find_weights
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from compactlm_nemo.models.build import ParameterSource
     from compactlm_nemo.models.torch_dist import Part
@@ -111,8 +113,12 @@ def _fused_norms(dims: Dims) -> tuple[str, ...]:
     return ("input_layernorm.",) if dims.num_experts else ("input_layernorm.", "pre_mlp_layernorm.")
 
 
-def parts(dims: Dims) -> list[Part]:
-    """Return where each parameter is written: `[layers, (experts,) ...]` in one tensor for all layers."""
+def parts(dims: Dims, prefix: str = "") -> list[Part]:
+    """Return where each parameter is written: `[layers, (experts,) ...]` in one tensor for all layers.
+
+    Args:
+        prefix: How every key begins.
+    """
     from compactlm_nemo.models.checkpoint import stacked_place
     from compactlm_nemo.models.families import parameter_shapes
     from compactlm_nemo.models.torch_dist import Part
@@ -123,8 +129,23 @@ def parts(dims: Dims) -> list[Part]:
         key, at = stacked_place(name, fused_norms=_fused_norms(dims))
         size = (*(counts[axis] for axis in at), *shape)
         offsets = (*at.values(), *[0] * len(shape))
-        found.append(Part(key, size, offsets, (*[1] * len(at), *shape), name))
+        found.append(Part(prefix + key, size, offsets, (*[1] * len(at), *shape), name))
     return found
+
+
+def engine_tensors(dims: Dims, source: ParameterSource, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter under the name that it has in Megatron-Core's model with Transformer Engine's layers."""
+    from compactlm_nemo.models.checkpoint import stacked_place
+    from compactlm_nemo.models.families import parameter_shapes
+    from compactlm_nemo.models.hf import finite_as
+
+    for name in parameter_shapes(dims):
+        key, at = stacked_place(name, fused_norms=_fused_norms(dims))
+        if at:
+            key = key.replace("layers.", f"layers.{at['layers']}.", 1)
+        if "experts" in at:
+            key = key.replace("mlp.experts.experts.", f"mlp.experts.local_experts.{at['experts']}.")
+        yield key, finite_as(source, name, dtype)
 
 
 def states(dims: Dims) -> list[str]:

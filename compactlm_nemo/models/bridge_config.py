@@ -83,9 +83,11 @@ def read_model_settings(weights: Path) -> dict[str, Any] | None:
     return dict(settings["model"])
 
 
-def dims_of_settings(settings: Mapping[str, Any], where: str = RUN_CONFIG) -> Dims:
-    """Return the architecture that Megatron-Bridge's settings of a model make.
+def dims_of_settings(settings: Mapping[str, Any], where: str = RUN_CONFIG, family: str | None = None) -> Dims:
+    """Return the architecture that Megatron-Core's settings of a model make, as Megatron-Bridge and NeMo 2 keep them.
 
+    Args:
+        family: The model's where it is known, else the first that has these parts.
     Raises:
         CheckpointError: a setting is missing, no number, or one that no family here computes; `where` begins the line.
     """
@@ -99,7 +101,7 @@ def dims_of_settings(settings: Mapping[str, Any], where: str = RUN_CONFIG) -> Di
     hidden, heads = get.size("hidden_size"), get.size("num_attention_heads")
     has_biases = bool(settings.get("add_bias_linear"))
     dims = Dims(
-        family=_family(settings, hidden % heads > 0),
+        family=_family(settings, family, hidden % heads > 0),
         num_layers=get.size("num_layers"),
         hidden_size=hidden,
         ffn_hidden_size=(get.size("moe_ffn_hidden_size", 0) if experts else 0) or get.size("ffn_hidden_size"),
@@ -180,8 +182,10 @@ def _check_layer(settings: Mapping[str, Any], where: str, layer_norm: bool, gate
         )
 
 
-def _family(settings: Mapping[str, Any], has_own_head_size: bool) -> str:
-    """Return the first family that has these parts."""
+def _family(settings: Mapping[str, Any], known: str | None, has_own_head_size: bool) -> str:
+    """Return the known family, or else the first that has these parts; a Llama with heads of their own is a Mistral."""
+    if known is not None:
+        return "mistral" if known == "llama" and has_own_head_size else known
     has_norms = bool(settings.get("qk_layernorm"))
     if settings.get("num_moe_experts"):
         shared = settings.get("moe_shared_expert_intermediate_size")
@@ -213,8 +217,8 @@ def _window(settings: Mapping[str, Any], where: str) -> int | None:
     return int(window[0]) + 1
 
 
-def refuse_other_settings(dims: Dims, settings: Mapping[str, Any], hf_assets: Path, where: str) -> None:
-    """Refuse a config.json that says otherwise than the checkpoint's own run_config.yaml.
+def refuse_other_settings(dims: Dims, stated: Dims, hf_assets: Path, where: str) -> None:
+    """Refuse a config.json that says otherwise than the checkpoint's own settings, `stated`.
 
     A llama may stand for the mistral that computes the same. The length that a model was trained with is not compared:
     a run sets it as it likes. Megatron-Bridge 0.3 writes `sliding_window` itself into `window_size`, newer versions
@@ -223,7 +227,6 @@ def refuse_other_settings(dims: Dims, settings: Mapping[str, Any], hf_assets: Pa
     Raises:
         CheckpointError: they differ; every difference is named, with both values.
     """
-    stated = dims_of_settings(settings, where)
     if dims.window is not None and stated.window == dims.window + 1:
         stated = replace(stated, window=dims.window)
     there, here = asdict(stated), asdict(dims)

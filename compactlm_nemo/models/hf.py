@@ -185,21 +185,30 @@ def export_hf(
     numbers = shard_numbers(dims, dtype, shard_bytes)
     shard: dict[str, Tensor] = {}
     total_params = 0
+    for hf_name, part in hf_tensors(dims, source, dtype):
+        if shard and numbers[hf_name] != numbers[next(iter(shard))]:
+            _write_shard(folder, numbers, shard)
+            shard = {}
+        shard[hf_name] = part.contiguous()
+        total_params += part.numel()
+    _write_shard(folder, numbers, shard)
+    if max(numbers.values()) > 1:
+        write_index(folder, numbers, total_params * dtype.itemsize)
+    return total_params
+
+
+def hf_tensors(dims: Dims, source: ParameterSource, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield the Hugging Face tensors of a model with their names, in the order in which they are written.
+
+    Raises:
+        NumericsError: a weight is NaN or infinite in this number format.
+    """
     for name in parameter_shapes(dims):
         full = finite_as(source, name, dtype)
         if "linear_qkv" in name:
             full = torch.cat(split_qkv(full, dims.num_heads, dims.num_query_groups, dims.head_dim))
         rows = [shape[0] for shape in hf_shapes(name, tuple(full.shape), dims)]
-        for hf_name, part in zip(hf_names(name, dims), full.split(rows), strict=True):
-            if shard and numbers[hf_name] != numbers[next(iter(shard))]:
-                _write_shard(folder, numbers, shard)
-                shard = {}
-            shard[hf_name] = part.contiguous()
-            total_params += part.numel()
-    _write_shard(folder, numbers, shard)
-    if max(numbers.values()) > 1:
-        write_index(folder, numbers, total_params * dtype.itemsize)
-    return total_params
+        yield from zip(hf_names(name, dims), full.split(rows), strict=True)
 
 
 def write_assets(hf_assets: Path, folder: Path, dims: Dims, dtype: torch.dtype) -> None:

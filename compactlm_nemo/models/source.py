@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from compactlm_nemo.models.bridge_config import (
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import dims_of
 from compactlm_nemo.models.hf_config import config_values, quick_dims, quick_folder_dims
+from compactlm_nemo.models.nemo_config import CONTEXT, NEMO_TOKENIZER, dims_of_nemo, read_nemo_settings
 from compactlm_nemo.models.outside import refuse_absurd_sizes
 
 if TYPE_CHECKING:
@@ -63,10 +65,33 @@ def _tracked(folder: Path) -> Path:
     return path
 
 
-def _own_settings(source: Path) -> dict[str, Any] | None:
-    """Return the settings of the model that Megatron-Bridge keeps beside its weights; None where there are none."""
-    weights = find_weights(source)
-    return None if weights is None else read_model_settings(weights)
+@dataclass(frozen=True)
+class OwnModel:
+    """What a checkpoint itself says of its model: Megatron-Bridge and NeMo 2 keep that beside the weights."""
+
+    dims: Dims
+    number_format: str
+    where: str
+    """File that says it."""
+    tokenizer: Path
+    """Where the tokenizer is, if it travels with the checkpoint."""
+
+
+def own_model(weights: Path, vocab_size: int | None = None) -> OwnModel | None:
+    """Return what the checkpoint in a `torch_dist` folder says of its model; None where it says nothing.
+
+    Args:
+        vocab_size: Size of the vocabulary where NeMo leaves that to the tokenizer; None reads the tokenizer.
+    """
+    if (settings := read_model_settings(weights)) is not None:
+        where = weights / RUN_CONFIG
+        dims = dims_of_settings(settings, str(where))
+        return OwnModel(dims, number_format(settings), str(where), weights / TOKENIZER)
+    tokenizer = weights.parent / CONTEXT / NEMO_TOKENIZER
+    if weights.name != WEIGHTS or (nemo := read_nemo_settings(weights.parent)) is None:
+        return None
+    dims = dims_of_nemo(nemo, tokenizer, vocab_size)
+    return OwnModel(dims, number_format(nemo.values), nemo.where, tokenizer)
 
 
 def quick_source_dims(cfg: ModelConfig) -> Dims | None:
@@ -86,8 +111,8 @@ def quick_source_dims(cfg: ModelConfig) -> Dims | None:
         return quick_folder_dims(source)
     if cfg.hf_assets:
         return quick_folder_dims(Path(cfg.hf_assets))
-    settings = read_model_settings(weights)
-    return None if settings is None else dims_of_settings(settings, str(weights / RUN_CONFIG))
+    own = own_model(weights)
+    return None if own is None else own.dims
 
 
 def declared_dims(cfg: ModelConfig) -> Dims | None:
@@ -108,31 +133,32 @@ def declared_dims(cfg: ModelConfig) -> Dims | None:
 
 
 def hf_assets_folder(cfg: ModelConfig) -> Path:
-    """Return the folder with the tokenizer of a teacher that is a folder, and its config.json unless Bridge made it."""
+    """Return the folder with the tokenizer of a teacher that is a folder, and its config.json if that has one."""
     source = Path(cfg.source)
     weights = find_weights(source)
     if weights is None:
         return source
     if cfg.hf_assets is not None:
         return Path(cfg.hf_assets)
-    if not (weights / RUN_CONFIG).is_file():
+    if (own := own_model(weights)) is None:
         raise ConfigError(
             f"model.source={source} is a torch_dist folder without config.json and tokenizer; "
             "set model.hf_assets to a folder that has them."
         )
-    if not (weights / TOKENIZER).is_dir():
+    if not own.tokenizer.is_dir():
         raise ConfigError(
-            f"model.source={source} has no tokenizer in {weights / TOKENIZER}; set model.hf_assets to a folder with "
+            f"model.source={source} has no tokenizer in {own.tokenizer}; set model.hf_assets to a folder with "
             "config.json and tokenizer."
         )
-    return weights / TOKENIZER
+    return own.tokenizer
 
 
 def generated_config(cfg: ModelConfig, dims: Dims) -> dict[str, Any] | None:
     """Return a config.json for a teacher that has none of its own; None where `hf_assets_folder` holds it."""
-    if cfg.hf_assets is not None or (settings := _own_settings(Path(cfg.source))) is None:
+    weights = find_weights(Path(cfg.source))
+    if cfg.hf_assets is not None or weights is None or (own := own_model(weights)) is None:
         return None
-    return config_values(dims) | {"dtype": number_format(settings)}
+    return config_values(dims) | {"dtype": own.number_format}
 
 
 def teacher_dims(cfg: ModelConfig) -> Dims:
@@ -156,11 +182,9 @@ def open_teacher(cfg: ModelConfig) -> tuple[Dims, ParameterSource]:
     weights = find_weights(source)
     if weights is None:
         return open_hf(source)
-    settings, where = read_model_settings(weights), str(weights / RUN_CONFIG)
-    if cfg.hf_assets is None and settings is not None:
-        dims = dims_of_settings(settings, where)
-    else:
-        dims = dims_of(read_config(hf_assets_folder(cfg)))
-        if settings is not None:
-            refuse_other_settings(dims, settings, Path(str(cfg.hf_assets)), where)
+    if cfg.hf_assets is None and (own := own_model(weights)) is not None:
+        return own.dims, CheckpointSource(source, own.dims)
+    dims = dims_of(read_config(hf_assets_folder(cfg)))
+    if (own := own_model(weights, dims.vocab_size)) is not None:
+        refuse_other_settings(dims, own.dims, Path(str(cfg.hf_assets)), own.where)
     return dims, CheckpointSource(source, dims)

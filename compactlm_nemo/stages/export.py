@@ -11,6 +11,7 @@ from compactlm_nemo.config.fingerprint import result_settings
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.formats import FORMATS
+from compactlm_nemo.models.read_back import read_back, read_back_problem
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -32,10 +33,17 @@ KINDS = {
 
 
 def export_problems(config: Config, models: list[Dims]) -> list[str]:
-    """Return why the format cannot hold the run's models, of which the first is the teacher; sizes do not matter."""
+    """Return why the format cannot hold the run's models, or the Python that is to read it cannot.
+
+    The first model is the teacher; sizes do not matter. A dry run may plan for another machine.
+    """
     chosen = config.export.format
     problem = FORMATS[chosen].problem(models[0]) if models else None
-    return [f"export.format={chosen.name}: {problem}; use export.format=hf."] if problem else []
+    problems = [f"export.format={chosen.name}: {problem}; use export.format=hf."] if problem else []
+    python = config.export.verify
+    if python is not None and not config.dry_run and (missing := read_back_problem(python, chosen.name)):
+        problems.append(f"export.verify={python} {missing}.")
+    return problems
 
 
 def export(run: Run, folder: Path) -> dict[str, Any]:
@@ -51,15 +59,19 @@ def export(run: Run, folder: Path) -> dict[str, Any]:
     dims, target, hf_assets = run.dims(artifact), folder / cfg.format.name, run.path("teacher") / HF
     dtype = _dtype(run, hf_assets)
     dtype_name = str(dtype).removeprefix("torch.")
+    verified: dict[str, str] = {}
     with main_rank_writes() as writes:
         if writes:
             source = CheckpointSource(run.path(artifact), dims)
             written.write(hf_assets, target, dims, source, dtype, int(cfg.shard_gib * 2**30))
             _write_card(run, target, dtype_name)
-    counted = written.count(target)
-    if counted != num_params(dims):
-        raise CheckpointError(f"{target} holds {counted} parameters, the plan says {num_params(dims)}.")
-    return {"params": counted, "folder": str(target), "dtype": dtype_name}
+            if cfg.verify is not None:
+                tensors = written.tensors(dims, source, dtype)
+                verified = {"verified_by": read_back(cfg.verify, cfg.format.name, target, tensors, written.tied)}
+    counted, planned = written.count(target), num_params(written.held(dims))
+    if counted != planned:
+        raise CheckpointError(f"{target} holds {counted} parameters, the plan says {planned}.")
+    return {"params": counted, "folder": str(target), "dtype": dtype_name} | verified
 
 
 def _dtype(run: Run, hf_assets: Path) -> torch.dtype:
@@ -158,7 +170,7 @@ def _reads(of: ExportedModel) -> dict[str, Any]:
 
 STAGE = Stage(
     name="export",
-    summary="one model of the run (`export.of`) -> `export/hf`, a Hugging Face folder, or `export/bridge`",
+    summary="one model of the run (`export.of`) -> `export/hf`, a Hugging Face folder, or another `export.format`",
     reads=("teacher",),
     may_read=_reads(ExportedModel.student) | _reads(ExportedModel.distilled),
     writes="export",

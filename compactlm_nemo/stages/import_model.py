@@ -9,6 +9,7 @@ from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.bridge_config import RUN_CONFIG
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf_assets import assets_of, write_config
+from compactlm_nemo.models.nemo_config import CONTEXT, IO, YAML
 from compactlm_nemo.models.source import find_weights, hf_assets_folder
 from compactlm_nemo.stages.stage import Stage
 
@@ -23,6 +24,7 @@ def source_files(config: Config) -> dict[str, Path]:
         return {"model.source": source}
     weights, kinds = find_weights(source), ("*.safetensors", "*.distcp", ".metadata", RUN_CONFIG)
     files = {str(path.relative_to(source)): path for kind in kinds for path in (weights or source).rglob(kind)}
+    files |= {f"{CONTEXT}/{name}": source / CONTEXT / name for name in (IO, YAML)}
     assets = assets_of(source if weights is None else hf_assets_folder(config.model))
     return files | {f"hf_assets/{name}": path for name, path in assets.items()}
 

@@ -47,7 +47,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make_source(name: str, folder: Path) -> tuple[Dims, ParameterSource]:
     """Write a case of `CASES` as a Hugging Face folder that transformers 4 reads too, with a tokenizer."""
-    case, changes = CASES[name]
+    return make_folder(*CASES[name], folder)
+
+
+def make_folder(case: str, changes: dict[str, Any], folder: Path) -> tuple[Dims, ParameterSource]:
+    """Write a case of `tiny_models` with these changes, as `make_source`."""
     made = folder.with_name(f"{folder.name}-of-transformers-5")
     save_tiny(case, made, **changes)
     words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(VOCAB - 3))])}

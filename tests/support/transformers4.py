@@ -27,11 +27,16 @@ print(AutoTokenizer.from_pretrained(sys.argv[1])(sys.argv[2])["input_ids"])
 """
 
 
+def python() -> Path:
+    """The Python that has it; skips the test where there is none."""
+    path = Path(os.environ.get("COMPACTLM_TRANSFORMERS4", ROOT / ".venv-transformers4" / "bin" / "python"))
+    if not path.exists():
+        pytest.skip(f"needs transformers 4 in {path}: make older")
+    return path
+
+
 def _run(script: str, *arguments: str) -> str:
-    python = Path(os.environ.get("COMPACTLM_TRANSFORMERS4", ROOT / ".venv-transformers4" / "bin" / "python"))
-    if not python.exists():
-        pytest.skip(f"needs transformers 4 in {python}: make older")
-    done = subprocess.run([str(python), "-c", script, *arguments], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([str(python()), "-c", script, *arguments], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
