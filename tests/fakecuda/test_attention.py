@@ -35,8 +35,9 @@ def kernels_of(
     monkeypatch.setattr(attention, "all_gather", lambda x, group, dim: torch.cat([x] * cp, dim=dim))
     monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", lambda x, group: torch.cat([x] * cp))
     config: Any = SimpleNamespace(
-        context_parallel_size=cp, params_dtype=dtype, window_size=None if window is None else (window - 1, 0)
-    )
+        context_parallel_size=cp, params_dtype=dtype, window_size=None if window is None else (window - 1, 0),
+        softmax_scale=None, local_layers=None,
+    )  # fmt: skip
     with FakeTensorMode(), AttentionKernels() as kernels:
         tokens_BS = torch.zeros(SAMPLES, LENGTH, dtype=torch.long, device="cuda")
         mask = AttentionMask(config, group)(tokens_BS, document_end)
