@@ -84,7 +84,7 @@ class CorpusConfig:
         return self.prefix is not None
 
 
-def _corpus(key: str, value: Any) -> CorpusConfig:
+def corpus_of(key: str, value: Any) -> CorpusConfig:
     """Return a corpus from its short form (a path) or its long one; OmegaConf cannot type values that users add."""
     if isinstance(value, CorpusConfig):
         return value
@@ -133,7 +133,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for part in ("train", "heldout"):
-            setattr(self, part, {name: _corpus(f"data.{part}.{name}", v) for name, v in getattr(self, part).items()})
+            setattr(self, part, {name: corpus_of(f"data.{part}.{name}", v) for name, v in getattr(self, part).items()})
         require(self.sequence_length > 1, f"data.sequence_length={self.sequence_length} must be > 1; try 512.")
 
     def corpora(self) -> dict[str, CorpusConfig]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from compactlm_nemo.config.data import corpus_of
 from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.config.hardware import has_cuda
 from compactlm_nemo.errors import require
@@ -47,7 +48,14 @@ class ModelConfig:
     vocab_multiple: int = setting(128, changes_result=False)
     """The vocabulary is padded to a multiple of this times `parallel.tp`; exported without padding."""
 
+    vocab_texts: Any = setting(None)
+    """Trim the vocabulary to the tokens that these texts use: a path or a list of paths as in `data.train`, or
+    {path, key}; null keeps it whole. Table, head, tokenizer, losses and export have these tokens alone; a corpus that
+    needs another one is refused, so give every text of the run."""
+
     def __post_init__(self) -> None:
+        if self.vocab_texts is not None:
+            self.vocab_texts = corpus_of("model.vocab_texts", self.vocab_texts)
         if self.precision is Precision.auto:
             self.precision = device_precision()
         require(self.vocab_multiple > 0, f"model.vocab_multiple={self.vocab_multiple} must be > 0; use 128.")

@@ -60,11 +60,18 @@ class DocumentEncoder:
     """Attention will begin anew behind every `eod`, so no chat may hold one but at its end."""
     refused: Mapping[bytes, str] = field(default_factory=dict)
     """Digests of documents that must not occur, each with the place where it stands already."""
+    new_ids: Mapping[int, int] | None = None
+    """Id of the tokenizer -> id of the model with a trimmed vocabulary, of its tokens; None where they are the same."""
 
     @cached_property
     def num_tokens(self) -> int:
-        """Size of the vocabulary."""
+        """Size of the tokenizer's vocabulary."""
         return min(len(self.tokenizer), self.vocab_size or len(self.tokenizer))
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Size of the vocabulary of what `encode` returns."""
+        return self.num_tokens if self.new_ids is None else len(self.new_ids)
 
     @cached_property
     def _chats(self) -> ChatEncoder:
@@ -152,9 +159,20 @@ class DocumentEncoder:
         if (other := self.refused.get(digest)) is not None:
             raise DataError(f"{where} and {other} hold the same document; take it out of data.train.")
         out.troubles[INNER_ENDS] += has_inner_end
-        out.documents.append(document)
+        out.documents.append(document if self.new_ids is None else document._replace(ids=self._new(where, ids)))
         out.digests.append(digest)
         out.numbers.append(record.number)
+
+    def _new(self, where: str, ids: list[int]) -> list[int]:
+        """Return ids of the trimmed vocabulary; refuse a token that it has not."""
+        assert self.new_ids is not None
+        lacking = [number for number in ids if number not in self.new_ids]
+        if lacking:
+            raise DataError(
+                f"{where} needs the token {self.tokenizer.convert_ids_to_tokens(lacking[0])!r}, one of {len(lacking)} "
+                "that the trimmed vocabulary has not; add this text to model.vocab_texts."
+            )
+        return [self.new_ids[number] for number in ids]
 
 
 def _is_chat(record: Record) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -23,15 +24,19 @@ import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from compactlm_nemo.artifacts import sealed
+from compactlm_nemo.config.data import LossOn
 from compactlm_nemo.data.answer_mask import SUFFIX, AnswerMaskWriter
 from compactlm_nemo.data.documents import EMPTY, INNER_ENDS, SPECIAL_TOKENS, DocumentEncoder, EncodedPiece
 from compactlm_nemo.data.records import missing_sources, read_pieces, sources_of, total_bytes
+from compactlm_nemo.data.windows import TokenStream
 from compactlm_nemo.errors import DataError, OtherRankError
 from compactlm_nemo.parallel.collectives import all_gather_objects, broadcast_object
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.parallel.world import is_main_rank
 
 Bar = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
+_MAP_TOKENS = 2**22
 
 _log = logging.getLogger(__name__)
 
@@ -91,6 +96,37 @@ def tokenize_corpus(
         counts = broadcast_object(counts)
     assert counts is not None  # the main rank has written, or all ranks have raised
     return counts
+
+
+def map_tokens(prefix: Path, target: Path, encoder: DocumentEncoder) -> None:
+    """Write Megatron's files of a corpus again with the ids of a trimmed vocabulary, each as wide as it was.
+
+    Args:
+        prefix: `PREFIX.bin`, `PREFIX.idx` and perhaps `PREFIX.mask`, with the ids of the whole tokenizer.
+        target: Prefix of the new files.
+        encoder: Has the tokenizer and `new_ids`.
+    Raises:
+        DataError: a file is damaged, or holds a token that the vocabulary has not.
+    """
+    ids = TokenStream(prefix, encoder.num_tokens, LossOn.all).ids
+    assert encoder.new_ids is not None
+    table = numpy.full(encoder.num_tokens, -1, dtype=numpy.int64)
+    table[list(encoder.new_ids)] = list(encoder.new_ids.values())
+    with Path(f"{target}.bin").open("wb") as file:
+        for start in range(0, len(ids), _MAP_TOKENS):
+            block = ids[start : start + _MAP_TOKENS]
+            mapped = table[block]
+            if (lacking := numpy.flatnonzero(mapped < 0)).size:
+                number = int(block[lacking[0]])
+                raise DataError(
+                    f"{prefix}.bin needs the token {encoder.tokenizer.convert_ids_to_tokens(number)!r} ({number}, at "
+                    f"place {start + int(lacking[0])}), which the trimmed vocabulary has not; add its text to "
+                    "model.vocab_texts."
+                )
+            file.write(mapped.astype(ids.dtype).tobytes())
+    for suffix in (SUFFIX, ".idx"):
+        if Path(f"{prefix}{suffix}").is_file():
+            shutil.copyfile(f"{prefix}{suffix}", f"{target}{suffix}")
 
 
 def _write_parts(sources: list[str], encoder: DocumentEncoder, parts: Path, bar: Bar) -> list[Path]:
@@ -156,7 +192,7 @@ def _join(
     num_documents, troubles, digests = 0, Counter[str](), dict[bytes, str]()
     try:
         mask = AnswerMaskWriter(Path(f"{temporary}{SUFFIX}"))
-        builder = IndexedDatasetBuilder(f"{temporary}.bin", dtype=DType.optimal_dtype(encoder.num_tokens))
+        builder = IndexedDatasetBuilder(f"{temporary}.bin", dtype=DType.optimal_dtype(encoder.num_new_tokens))
         try:
             for name in names:
                 with numpy.load(name) as part:

@@ -97,6 +97,11 @@ class TokenStream:
         return self._mask is not None
 
     @property
+    def ids(self) -> numpy.ndarray:
+        """All tokens, `[num_tokens]`, as they are in the file."""
+        return self._tokens
+
+    @property
     def last_token(self) -> int:
         """Return the token that ends the last document."""
         return int(self._tokens[-1])

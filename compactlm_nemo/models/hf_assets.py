@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ PAPERS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 FOLDERS = ("additional_chat_templates",)
 OF_THE_FILES = (".index.json", "trainer_state.json", "training_args.json", "adapter_config.json", "_results.json")
 """How names end that tell of the weights' files or of a training, and so of nothing that a student has."""
+VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tekken.json")
+"""Files, beside `*.model` and `*.tiktoken`, with the vocabulary that tokenizer.json has too."""
 LARGEST = 256 * 2**20
 """Bytes of a file that travels; the largest tokenizers have a tenth."""
+
+_WITH_IDS = ("config.json", "generation_config.json")
 
 
 def assets_of(folder: Path) -> dict[str, Path]:
@@ -67,6 +72,43 @@ def write_config(folder: Path, values: dict[str, Any]) -> None:
     numbers = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in kinds}
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]]
     _write(folder / "config.json", {"architectures": [architecture]} | values | numbers)
+
+
+def config_token_ids(folder: Path) -> set[int]:
+    """Return the ids of tokens that config.json and generation_config.json name."""
+    configs = [_read(folder / name) for name in _WITH_IDS if (folder / name).is_file()]
+    values = [value for config in configs for key, value in config.items() if key.endswith("_token_id")]
+    return {
+        number for value in values for number in (value if isinstance(value, list) else [value]) if number is not None
+    }
+
+
+def trim_hf_assets(folder: Path, new_ids: Mapping[int, int], tokenizer: Mapping[str, Any]) -> None:
+    """Make the small files of a model those of a trimmed vocabulary, in place.
+
+    Args:
+        new_ids: Id before -> id, of the tokens with a row; ids of no such token become null.
+        tokenizer: The content of the trimmed tokenizer.json; other files with a vocabulary are removed.
+    """
+    _write(folder / "tokenizer.json", dict(tokenizer))
+    for path in folder.iterdir():
+        if path.suffix in (".model", ".tiktoken") or path.name in VOCABULARIES:
+            path.unlink()
+    for path in [folder / name for name in _WITH_IDS if (folder / name).is_file()]:
+        values = _read(path)
+        for key, value in values.items():
+            if key.endswith("_token_id"):
+                found = [new_ids[number] for number in value if number in new_ids] if isinstance(value, list) else None
+                values[key] = new_ids.get(value) if found is None else found or None
+        if "vocab_size" in values:
+            values["vocab_size"] = len(new_ids)
+        _write(path, values)
+    path = folder / "tokenizer_config.json"
+    if path.is_file() and "added_tokens_decoder" in (values := _read(path)):
+        ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        tokens = [token for token in values["added_tokens_decoder"].values() if token["content"] in ids]
+        values["added_tokens_decoder"] = {str(ids[token["content"]]): token for token in tokens}
+        _write(path, values)
 
 
 def dtype_of(folder: Path) -> str | None:

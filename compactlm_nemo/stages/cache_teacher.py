@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compactlm_nemo.config.fingerprint import result_settings, training_text
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import StoredKind, TeacherSource
+from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.stages.stage import Stage
 
@@ -25,6 +26,8 @@ def cache_problems(config: Config, models: list[Dims]) -> list[str]:
 
 def cache_teacher(run: Run, folder: Path) -> dict[str, Any]:
     """Store the targets."""
+    if problems := cache_problems(run.config, [run.dims("teacher")]):  # a trimmed vocabulary is known only now
+        raise ConfigError(problems[0])
     from compactlm_nemo.stages.teacher_targets import store_targets
 
     return store_targets(run, folder)

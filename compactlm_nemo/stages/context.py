@@ -181,9 +181,12 @@ class Run:
         ).to(device())
 
     def token_prefix(self, corpus: str) -> Path:
-        """Return where the tokens of a corpus are: its own Megatron files, or those of the tokenize stage."""
-        configured = self.config.data.corpora()[corpus]
-        return configured.prefix or self.path("tokens") / corpus
+        """Return where the tokens of a corpus are: its own Megatron files, or those of the tokenize stage.
+
+        That stage writes Megatron files too where the vocabulary is trimmed, as their ids are of the whole one.
+        """
+        own = self.config.data.corpora()[corpus].prefix if self.config.model.vocab_texts is None else None
+        return own or self.path("tokens") / corpus
 
     @property
     def document_end(self) -> int:

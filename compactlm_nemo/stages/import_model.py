@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.data.records import is_hub, missing_sources, sources_of
 from compactlm_nemo.models.bridge_config import RUN_CONFIG
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf_assets import assets_of, write_config
@@ -18,26 +19,61 @@ if TYPE_CHECKING:
 
 
 def source_files(config: Config) -> dict[str, Path]:
-    """Return the files of the teacher: its weights, and what travels with it from import to export."""
-    source = Path(config.model.source)
+    """Return the files of the teacher: its weights, what travels with it from import to export, and vocab_texts."""
+    source, texts = Path(config.model.source), _vocab_files(config)
     if not source.is_dir():
-        return {"model.source": source}
+        return {"model.source": source} | texts
     weights, kinds = find_weights(source), ("*.safetensors", "*.distcp", ".metadata", RUN_CONFIG)
     files = {str(path.relative_to(source)): path for kind in kinds for path in (weights or source).rglob(kind)}
     files |= {f"{CONTEXT}/{name}": source / CONTEXT / name for name in (IO, YAML)}
     assets = assets_of(source if weights is None else hf_assets_folder(config.model))
-    return files | {f"hf_assets/{name}": path for name, path in assets.items()}
+    return files | {f"hf_assets/{name}": path for name, path in assets.items()} | texts
+
+
+def _vocab_files(config: Config) -> dict[str, Path]:
+    """Return what decides which tokens stay: texts, and the user's chat template."""
+    if config.model.vocab_texts is None:
+        return {}
+    texts = [source for source in sources_of(config.model.vocab_texts.path) if not is_hub(source)]
+    template = {} if (given := config.data.chat_template) is None else {"data.chat_template": Path(given)}
+    return template | {f"model.vocab_texts:{source}": Path(source) for source in texts}
+
+
+def import_settings(config: Config) -> dict[str, Any]:
+    """Return what decides the teacher's weights beside its files."""
+    settings: dict[str, Any] = {"model.precision": config.model.precision}
+    if (texts := config.model.vocab_texts) is not None:
+        settings |= {"model.vocab_texts": [texts.path, texts.key], "data.document_end": config.data.document_end}
+    return settings
 
 
 def import_problems(config: Config, models: list[Dims]) -> list[str]:
-    """Return what is wrong with `model.source`; a dry run can do with `model.architecture`."""
-    if Path(config.model.source).exists() or (config.dry_run and config.model.architecture):
+    """Return what is wrong with source and texts of the model; a dry run can do with `model.architecture`."""
+    if config.dry_run and config.model.architecture:
         return []
-    return [f"model.source={config.model.source} does not exist; give a model folder or a .gguf file."]
+    problems = []
+    if not Path(config.model.source).exists():
+        problems += [f"model.source={config.model.source} does not exist; give a model folder or a .gguf file."]
+    texts = config.model.vocab_texts
+    problems += [
+        f"model.vocab_texts={path} does not exist, or is no text; give what data.train can have."
+        for path in ([] if texts is None else texts.paths if texts.is_tokenised else missing_sources(texts.path))
+    ]
+    return problems
+
+
+def import_plan(config: Config) -> list[str]:
+    """Return what a dry run cannot know of the vocabulary."""
+    if config.model.vocab_texts is None:
+        return []
+    return ["  model.vocab_texts: which tokens stay is known when it has read the texts; until then sizes are of all"]
 
 
 def import_model(run: Run, folder: Path) -> dict[str, Any]:
-    """Convert a teacher of any kind into a checkpoint, `model.json`, and `hf/` with config and tokenizer."""
+    """Convert a teacher of any kind into a checkpoint, `model.json`, and `hf/` with config and tokenizer.
+
+    With `model.vocab_texts` it has the vocabulary of these texts, and `vocabulary.json` and `untrimmed/` beside them.
+    """
     import shutil
     from dataclasses import replace
 
@@ -50,6 +86,7 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
     from compactlm_nemo.report.model_card import TEACHER_WORDS, teacher_words
     from compactlm_nemo.search.cost import num_params
     from compactlm_nemo.stages.context import HF
+    from compactlm_nemo.stages.trim_vocabulary import kept_rows, trim_vocabulary
 
     teacher, converted = run.config.model, folder / "converted"
     if Path(teacher.source).suffix == ".gguf":
@@ -61,6 +98,11 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
     with main_rank_writes() as writes:
         if writes:
             copy_hf_assets(hf_assets_folder(teacher), folder / HF)
+    vocabulary = trim_vocabulary(run, folder, folder / HF, dims.vocab_size)
+    if vocabulary is not None:
+        dims, weights = replace(dims, vocab_size=len(vocabulary.rows)), kept_rows(weights, vocabulary)
+    with main_rank_writes() as writes:
+        if writes:
             if (values := generated_config(teacher, dims)) is not None:
                 write_config(folder / HF, values)
             write_json(folder / TEACHER_WORDS, teacher_words(hf_assets_folder(teacher)))
@@ -70,7 +112,8 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
     with main_rank_writes() as writes:
         if writes:
             shutil.rmtree(converted, ignore_errors=True)
-    return {"params": num_params(dims)}
+    kept = {} if vocabulary is None else {"vocab_size": dims.vocab_size, "whole_vocab_size": vocabulary.whole_size}
+    return {"params": num_params(dims)} | kept
 
 
 STAGE = Stage(
@@ -78,9 +121,10 @@ STAGE = Stage(
     summary="teacher folder or GGUF file -> Megatron distributed checkpoint, `model.json`, config and tokenizer",
     reads=(),
     writes="teacher",
-    settings=lambda config: {"model.precision": config.model.precision},
+    settings=import_settings,
     files=source_files,
     problems=import_problems,
+    plan=import_plan,
     memory=lambda config: ("teacher",),
     run=import_model,
 )

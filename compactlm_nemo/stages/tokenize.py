@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,15 +85,11 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
     import shutil
     from functools import partial
 
-    from compactlm_nemo.data.tokenizer import check_vocabulary, load_tokenizer
-    from compactlm_nemo.data.tokens import Counts, tokenize_corpus
+    from compactlm_nemo.data.tokens import Counts, map_tokens, tokenize_corpus
     from compactlm_nemo.parallel.launch import main_rank_writes
     from compactlm_nemo.progress import byte_bar
-    from compactlm_nemo.stages.context import HF
 
-    data, vocab_size = run.config.data, run.dims("teacher").vocab_size
-    tokenizer = load_tokenizer(run.path("teacher") / HF)
-    check_vocabulary(tokenizer, vocab_size)  # a GGUF file's is known only now
+    data, encoder = run.config.data, _encoder(run)
     parts = run.open_progress({"stage": run.stage.name}, are_independent=True)
     counts: dict[str, Counts] = {}
     refused: dict[bytes, str] = {}
@@ -101,13 +98,17 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
         corpus = data.corpora()[name]
         if not corpus.is_tokenised:
             is_heldout = name.startswith("heldout.")
-            encoder = _encoder(run, tokenizer, vocab_size, corpus, {} if is_heldout else refused)
             counts[name] = tokenize_corpus(
-                corpus.path, folder / name, encoder,
+                corpus.path, folder / name, replace(encoder, key=corpus.key, refused={} if is_heldout else refused),
                 parts=parts / f"{_digest(run, name, corpus)}.{name}", keeps_digests=is_heldout,
                 bar=partial(byte_bar, f"tokenize {name}"),
             )  # fmt: skip
             refused |= counts[name].digests
+        elif encoder.new_ids is not None:
+            assert corpus.prefix is not None
+            with main_rank_writes() as writes:
+                if writes:
+                    map_tokens(corpus.prefix, folder / name, encoder)
         _check_loss(run, name, corpus)
     with main_rank_writes() as writes:
         if writes:
@@ -120,23 +121,31 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
     } | ({"answers": answers} if answers else {})
 
 
-def _encoder(
-    run: Run, tokenizer: Any, vocab_size: int, corpus: CorpusConfig, refused: dict[bytes, str]
-) -> DocumentEncoder:
-    """Return what turns the records of a corpus into tokens."""
+def _encoder(run: Run) -> DocumentEncoder:
+    """Return what turns the records of a corpus, but for its key, into tokens of the model.
+
+    Where the vocabulary is trimmed it reads with the whole tokenizer, which shows what the model lacks of a text.
+    """
     from compactlm_nemo.data.chat import read_template
     from compactlm_nemo.data.documents import DocumentEncoder
+    from compactlm_nemo.data.tokenizer import check_vocabulary, end_of_text, load_tokenizer
+    from compactlm_nemo.data.trimming import UNTRIMMED, TrimmedVocabulary
+    from compactlm_nemo.stages.context import HF
 
-    data = run.config.data
+    data, teacher = run.config.data, run.path("teacher")
+    vocabulary = TrimmedVocabulary.load(teacher)
+    folder = teacher / (HF if vocabulary is None else UNTRIMMED)
+    vocab_size = run.dims("teacher").vocab_size if vocabulary is None else vocabulary.whole_size
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, vocab_size)  # a GGUF file's is known only now
     return DocumentEncoder(
         tokenizer=tokenizer,
-        eod=run.document_end,
+        eod=end_of_text(folder, data.document_end),
         vocab_size=vocab_size,
-        key=corpus.key,
         chat_template=read_template(None if data.chat_template is None else Path(data.chat_template)),
         parses_special_tokens=data.special_tokens is SpecialTokens.parse,
         keeps_apart=data.mask_documents,
-        refused=refused,
+        new_ids=None if vocabulary is None else vocabulary.new_ids,
     )
 
 

@@ -11,6 +11,7 @@ from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.search.cost import counts, num_params, params_per_rank
 from compactlm_nemo.search.space import enumerate_space, shape_of
 from compactlm_nemo.stages.stage import Stage
+from compactlm_nemo.workflow.preflight import planned_search
 
 TRAINING_BYTES = {Precision.fp32: 4 + 4 + 8, Precision.bf16: 2 + 4 + 4 + 8}
 """Bytes a parameter while training: weight, float32 gradient, main weight, two moments; one data-parallel rank."""
@@ -30,7 +31,7 @@ def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> lis
     if teacher is None:
         lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
         return lines + [line for stage in stages for line in _stage_lines(config, stage, "")]
-    candidates = enumerate_space(teacher, config.search, config.parallel.tp)
+    candidates = enumerate_space(teacher, planned_search(config), config.parallel.tp)
     student = max(candidates, key=num_params)
     lines += _sizes(config, "teacher", teacher)
     lines.append(f"candidates: {len(candidates)}")

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compactlm_nemo.artifacts import MANIFEST
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import CompactLMError, ConfigError, listed
-from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.dims import MODEL, Dims
 from compactlm_nemo.models.source import declared_dims, hf_assets_folder, quick_source_dims, teacher_dims
 from compactlm_nemo.parallel.world import is_main_rank
 from compactlm_nemo.search.space import enumerate_space
@@ -30,20 +32,39 @@ def check(config: Config, names: Collection[str] = tuple(STAGES)) -> Dims | None
     Raises:
         ConfigError: a rule between settings is broken, or a file cannot be used.
     """
-    dims = quick_source_dims(config.model)
+    dims = with_known_vocabulary(config, quick_source_dims(config.model))
     if problems := run_dir_problems(Path(config.run.dir)) + rule_problems(config, dims, names):
         raise ConfigError(listed(problems))
     try:
-        dims_of_files = source_dims(config)
+        whole_dims = source_dims(config)
     except CompactLMError as error:
         raise ConfigError(str(error)) from None
+    dims_of_files = with_known_vocabulary(config, whole_dims)
     problems = rule_problems(config, dims_of_files, names) if dims_of_files != dims else []
-    if dims_of_files is not None:
-        problems += _tokenizer_problems(config, dims_of_files)
-        problems += _token_file_problems(config, dims_of_files) if reads_texts(config, names) else []
+    if whole_dims is not None:
+        problems += _tokenizer_problems(config, whole_dims)
+        problems += _token_file_problems(config, whole_dims) if reads_texts(config, names) else []
     if problems := problems + _task_problems(config):
         raise ConfigError(listed(problems))
     return dims_of_files
+
+
+def with_known_vocabulary(config: Config, dims: Dims | None) -> Dims | None:
+    """Return the teacher's architecture with the vocabulary that the import has left, where there was an import."""
+    if dims is None or config.model.vocab_texts is None or not _is_imported(config):
+        return dims
+    return replace(dims, vocab_size=Dims.load(Path(config.run.dir) / "teacher" / MODEL).vocab_size)
+
+
+def planned_search(config: Config) -> SearchConfig:
+    """Return the search before it runs: without budgets that count the vocabulary while its size is not known."""
+    if config.model.vocab_texts is None or _is_imported(config):
+        return config.search
+    return replace(config.search, params=None, active_params=None, memory_bytes=None, flops=None)
+
+
+def _is_imported(config: Config) -> bool:
+    return (Path(config.run.dir) / "teacher" / MANIFEST).is_file()
 
 
 def run_dir_problems(folder: Path) -> list[str]:
@@ -72,7 +93,7 @@ def rule_problems(config: Config, dims: Dims | None, names: Collection[str] = tu
     models = [] if dims is None else [dims]
     if dims is not None:
         try:
-            models += enumerate_space(dims, config.search, config.parallel.tp)
+            models += enumerate_space(dims, planned_search(config), config.parallel.tp)
         except CompactLMError as error:
             problems.append(str(error))
     for name, stage in STAGES.items():
@@ -99,9 +120,13 @@ def _difference(source: Path, declared: Dims, found: Dims) -> str:
 
 
 def _tokenizer_problems(config: Config, dims: Dims) -> list[str]:
-    """Return whether the tokenizer has more entries than the model."""
+    """Return whether the tokenizer has more entries than the model, or cannot be trimmed."""
     from compactlm_nemo.data.tokenizer import check_vocabulary, load_tokenizer
+    from compactlm_nemo.data.trimming import trim_problem
 
+    if Path(config.model.source).is_dir() and config.model.vocab_texts is not None:
+        if problem := trim_problem(hf_assets_folder(config.model)):
+            return [problem]
     if not Path(config.model.source).is_dir() or not (hf_assets_folder(config.model) / "tokenizer.json").is_file():
         return []
     try:

@@ -20,7 +20,7 @@ from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.space import enumerate_space
-from compactlm_nemo.workflow.preflight import check
+from compactlm_nemo.workflow.preflight import check, planned_search
 from compactlm_nemo.workflow.runner import run_stages
 
 
@@ -66,7 +66,7 @@ def run_rounds(config: Config) -> None:
     if config.dry_run:
         return run_stages(config)
     assert teacher is not None  # outside a dry run check() has opened it
-    candidates = enumerate_space(teacher, config.search, config.parallel.tp)
+    candidates = enumerate_space(teacher, planned_search(config), config.parallel.tp)
     if len(candidates) > 1:
         raise ConfigError(f"recipes.rounds needs one target, search allows {len(candidates)}; give one value an axis.")
     source = config.model.source
