@@ -104,6 +104,7 @@ def _write_card(run: Run, target: Path, dtype: str) -> None:
 
 def _card(run: Run, dtype: str) -> Card:
     """Return what the model card tells of this run."""
+    from compactlm_nemo.data.trimming import TrimmedVocabulary
     from compactlm_nemo.models.hf_assets import older_reader_problem
     from compactlm_nemo.report.model_card import Card, teacher_name
     from compactlm_nemo.search.cost import num_params
@@ -114,6 +115,12 @@ def _card(run: Run, dtype: str) -> Card:
     if of is not ExportedModel.teacher:
         models[f"{teacher}, {of.name}"] = run.dims(ARTIFACTS[of])
     problem = older_reader_problem(run.dims(ARTIFACTS[of]))
+    remarks = [] if problem is None else [problem]
+    if (vocabulary := TrimmedVocabulary.load(run.path("teacher"))) is not None:
+        remarks.append(
+            f"the vocabulary is trimmed from {vocabulary.whole_size:,} tokens to {len(vocabulary.rows):,}, those of "
+            "the texts it was made for; others are spelled with shorter tokens."
+        )
     card = Card(
         teacher=teacher,
         kind=KINDS[of],
@@ -122,7 +129,7 @@ def _card(run: Run, dtype: str) -> Card:
             for name, dims in models.items()
         },
         dtype=dtype,
-        remarks=[problem] if problem else [],
+        remarks=remarks,
     )
     if of is not ExportedModel.distilled:
         return card

@@ -42,7 +42,7 @@ TEXT = {"score", "correct_teacher", "cache_teacher", "distill"}
 """Stages that draw samples from the training text."""
 READ_BY = {
     "run": set(), "run.seed": TEXT,
-    "model": set(), "model.precision": {"import_model"},
+    "model": set(), "model.precision": {"import_model"}, "model.vocab_texts": {"import_model"},
     "parallel": set(),
     "data": TEXT, "data.train": TEXT | {"tokenize"}, "data.heldout": {"tokenize"},
     "data.chat_template": set(),  # its content decides, as that of every file
