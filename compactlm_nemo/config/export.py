@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import Enum
 
 from compactlm_nemo.config.fingerprint import setting
+from compactlm_nemo.config.model import REPOSITORY
 from compactlm_nemo.errors import require
-
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 class ExportedModel(Enum):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -12,6 +14,14 @@ from compactlm_nemo.config.data import corpus_of
 from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.config.hardware import has_cuda
 from compactlm_nemo.errors import require
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+"""ORG/NAME of the Hugging Face Hub."""
+
+
+def is_repository(source: str) -> bool:
+    """Whether a model is a repository of the Hub: its name is ORG/NAME, and nothing here has that path."""
+    return bool(REPOSITORY.fullmatch(source)) and not source.endswith(".gguf") and not Path(source).exists()
 
 
 class Precision(Enum):
@@ -30,8 +40,12 @@ def device_precision() -> Precision:
 @dataclass(kw_only=True)
 class ModelConfig:
     source: str = setting(MISSING, changes_result=False)
-    """Teacher: a Hugging Face folder (safetensors), a `.gguf` file, a checkpoint of NeMo 2 or Megatron-Bridge, or a
-    `torch_dist` folder of Megatron-Core (then `model.hf_assets` is needed)."""
+    """Teacher: a repository of the Hugging Face Hub as ORG/NAME (a folder of that name wins), a Hugging Face folder
+    (safetensors), a `.gguf` file, a checkpoint of NeMo 2 or Megatron-Bridge, or a `torch_dist` folder of Megatron-Core
+    (then `model.hf_assets` is needed)."""
+    revision: str | None = setting(None, changes_result=False)
+    """Branch, tag or commit of a repository of the Hub; null is its main branch. A run keeps the commit that it began
+    with (`run.dir/hub.json`), which decides its result."""
     hf_assets: str | None = setting(None, changes_result=False)
     """Folder with `config.json` and tokenizer of a teacher that is a `torch_dist` folder, where that has none of its
     own. What both say must agree."""

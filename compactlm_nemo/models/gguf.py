@@ -185,7 +185,7 @@ def convert(path: Path, folder: Path) -> None:
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **_NO_CODE).save_pretrained(folder)
     for paper in path.parent.iterdir():
-        if paper.is_file() and is_paper(paper):
+        if paper.is_file() and is_paper(paper.name):
             shutil.copyfile(companion(path.parent, paper.name) or paper, folder / paper.name)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

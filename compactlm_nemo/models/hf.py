@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from compactlm_nemo.models.families import (
     parameter_shapes,
     resized,
 )
-from compactlm_nemo.models.hf_assets import copy_hf_assets, write_for_every_reader
+from compactlm_nemo.models.hf_assets import INDEX, copy_hf_assets, write_for_every_reader
 from compactlm_nemo.models.hf_config import with_own_head_size
 from compactlm_nemo.models.outside import (
     BLOCK_ROWS,
@@ -138,28 +138,42 @@ class HFSource:
             yield matrix[first : first + BLOCK_ROWS]
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_names(folder: Path, there: Collection[str], where: str) -> list[str]:
     """Return the files transformers would read: those of the index, or `model.safetensors`, or all there are.
 
     Some repositories keep a second copy under other tensor names beside them, so the folder's list is no guide.
+
+    Args:
+        folder: Where the index is, if there is one.
+        there: Names of all files of the model, here or where they are to be fetched from.
+        where: Names the model in messages.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if (index := folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CheckpointError(f"{index} is damaged; fetch it again.") from None
-        if missing := [name for name in names if not own_file(folder, name).is_file()]:
+        if missing := [name for name in names if own_file(folder, name).name not in there]:
             raise CheckpointError(
-                f"model.source={folder} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; fetch them."
+                f"{where} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; fetch them."
             )
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise CheckpointError(f"model.source={folder} has no *.safetensors file; pickled weights are not read.")
-    return paths
+        return names
+    if "model.safetensors" in there:
+        return ["model.safetensors"]
+    names = sorted(name for name in there if name.endswith(".safetensors") and "/" not in name)
+    if not names:
+        pickled = sorted(name for name in there if name.endswith((".bin", ".pt", ".pth")) and "/" not in name)
+        beside = f" beside {pickled[0]}" if pickled else ""
+        raise CheckpointError(
+            f"{where} has no *.safetensors file{beside}; pickled weights are not read, as they can run code: convert "
+            "them."
+        )
+    return names
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    there = [path.name for path in folder.iterdir() if path.is_file()]
+    return [folder / name for name in weight_names(folder, there, f"model.source={folder}")]
 
 
 def open_hf(folder: Path) -> tuple[Dims, HFSource]:
@@ -260,7 +274,7 @@ def write_index(folder: Path, numbers: dict[str, int], total_bytes: int) -> None
     """Write which tensor is in which file."""
     weight_map = {name: _file_of(number, numbers) for name, number in numbers.items()}
     text = json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2)
-    (folder / "model.safetensors.index.json").write_text(text)
+    (folder / INDEX).write_text(text)
 
 
 def count_params(folder: Path) -> int:

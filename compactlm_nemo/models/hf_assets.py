@@ -17,6 +17,9 @@ SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 PAPERS = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 """How the names of files begin that a licence asks to pass on."""
 FOLDERS = ("additional_chat_templates",)
+CARD = "README.md"
+INDEX = "model.safetensors.index.json"
+"""Which tensor is in which file."""
 OF_THE_FILES = (".index.json", "trainer_state.json", "training_args.json", "adapter_config.json", "_results.json")
 """How names end that tell of the weights' files or of a training, and so of nothing that a student has."""
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tekken.json")
@@ -31,16 +34,21 @@ def assets_of(folder: Path) -> dict[str, Path]:
     """Return the files that travel with a model, by name: all small ones that are neither weights nor code."""
     candidates = [folder / "config.json", *sorted(folder.glob("*"))]
     candidates += [path for name in FOLDERS for path in sorted((folder / name).glob("*.jinja"))]
-    return {str(path.relative_to(folder)): path for path in candidates if path.is_file() and _travels(path)}
+    files = {str(path.relative_to(folder)): path for path in candidates if path.is_file()}
+    return {name: path for name, path in files.items() if travels(name)}
 
 
-def is_paper(path: Path) -> bool:
-    """Whether a file is one that a licence asks to pass on, by its name."""
-    return path.name.upper().startswith(PAPERS) and path.suffix != ".py"
+def is_paper(name: str) -> bool:
+    """Whether the file of this name is one that a licence asks to pass on."""
+    return name.upper().startswith(PAPERS) and not name.endswith(".py")
 
 
-def _travels(path: Path) -> bool:
-    return is_paper(path) or (path.suffix in SUFFIXES and not path.name.endswith(OF_THE_FILES))
+def travels(name: str) -> bool:
+    """Whether the file of this name in a model's folder is one that travels: neither weights nor code."""
+    path = Path(name)
+    if path.parent != Path():
+        return str(path.parent) in FOLDERS and path.suffix == ".jinja"
+    return is_paper(name) or (path.suffix in SUFFIXES and not name.endswith(OF_THE_FILES))
 
 
 def copy_hf_assets(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `model.source` can be (Hugging Face folder, GGUF file, `torch_dist` folder): its architecture and weights."""
+"""What `model.source` can be (repository, Hugging Face folder, GGUF file, `torch_dist` folder): sizes and weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compactlm_nemo.config.model import ModelConfig
+from compactlm_nemo.config.model import ModelConfig, is_repository
 from compactlm_nemo.errors import CheckpointError, ConfigError
 from compactlm_nemo.models.bridge_config import (
     RUN_CONFIG,
@@ -32,6 +32,15 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """File beside the folders of a training's checkpoints: the number of the one to read, or `release`."""
 TOKENIZER = "tokenizer"
 """Folder in a checkpoint of Bridge."""
+
+
+def local_source(cfg: ModelConfig) -> Path:
+    """Return where the teacher lies here; for a repository of the Hub that is its commit's folder in the cache."""
+    if is_repository(cfg.source):
+        from compactlm_nemo.models.hub import snapshot
+
+        return snapshot(cfg)
+    return Path(cfg.source)
 
 
 def find_weights(folder: Path) -> Path | None:
@@ -99,7 +108,7 @@ def quick_source_dims(cfg: ModelConfig) -> Dims | None:
 
     Where the source is absent it is the one that `model.architecture` states.
     """
-    source = Path(cfg.source)
+    source = local_source(cfg)
     if not source.exists():
         return quick_dims(dict(cfg.architecture)) if cfg.architecture else None
     if source.suffix == ".gguf":
@@ -134,7 +143,7 @@ def declared_dims(cfg: ModelConfig) -> Dims | None:
 
 def hf_assets_folder(cfg: ModelConfig) -> Path:
     """Return the folder with the tokenizer of a teacher that is a folder, and its config.json if that has one."""
-    source = Path(cfg.source)
+    source = local_source(cfg)
     weights = find_weights(source)
     if weights is None:
         return source
@@ -155,21 +164,28 @@ def hf_assets_folder(cfg: ModelConfig) -> Path:
 
 def generated_config(cfg: ModelConfig, dims: Dims) -> dict[str, Any] | None:
     """Return a config.json for a teacher that has none of its own; None where `hf_assets_folder` holds it."""
-    weights = find_weights(Path(cfg.source))
+    weights = find_weights(local_source(cfg))
     if cfg.hf_assets is not None or weights is None or (own := own_model(weights)) is None:
         return None
     return config_values(dims) | {"dtype": own.number_format}
 
 
 def teacher_dims(cfg: ModelConfig) -> Dims:
-    """Return the architecture of an existing teacher; all names and shapes of weights are checked, none is read."""
-    source = Path(cfg.source)
+    """Return the architecture of an existing teacher; all names and shapes of weights are checked, none is read.
+
+    Of a repository of the Hub only config.json is here before the import stage, which checks the rest.
+    """
+    from compactlm_nemo.models.hf import read_config
+
+    source = local_source(cfg)
     if source.is_file():
         if source.suffix != ".gguf":
             raise CheckpointError(f"model.source={source} is neither a folder nor a .gguf file; give one of them.")
         from compactlm_nemo.models import gguf
 
         return dims_of(gguf.read(source)[1])
+    if is_repository(cfg.source):
+        return dims_of(read_config(source))
     return open_teacher(cfg)[0]
 
 
@@ -178,7 +194,7 @@ def open_teacher(cfg: ModelConfig) -> tuple[Dims, ParameterSource]:
     from compactlm_nemo.models.checkpoint import CheckpointSource
     from compactlm_nemo.models.hf import open_hf, read_config
 
-    source = Path(cfg.source)
+    source = local_source(cfg)
     weights = find_weights(source)
     if weights is None:
         return open_hf(source)

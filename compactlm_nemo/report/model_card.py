@@ -14,9 +14,8 @@ from typing import Any
 
 import yaml
 
-from compactlm_nemo.models.hf_assets import PAPERS
-
-CARD = "README.md"
+from compactlm_nemo.config.model import is_repository
+from compactlm_nemo.models.hf_assets import CARD, PAPERS
 
 TEACHER_WORDS = "teacher_card.json"
 """In the teacher's artifact: what `teacher_words` found."""
@@ -56,6 +55,8 @@ def escaped(text: Any) -> str:
 
 def teacher_name(source: str) -> str:
     """Return the name of a teacher without its path: ORG/NAME in the cache of the Hub, else the folder's."""
+    if is_repository(source):
+        return source
     path = Path(source).absolute()
     if match := _SNAPSHOT.search(str(path)):
         return f"{match[1]}/{match[2]}"

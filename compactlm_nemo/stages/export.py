@@ -92,7 +92,8 @@ def _write_card(run: Run, target: Path, dtype: str) -> None:
     import json
     import logging
 
-    from compactlm_nemo.report.model_card import CARD, TEACHER_WORDS, model_card
+    from compactlm_nemo.models.hf_assets import CARD
+    from compactlm_nemo.report.model_card import TEACHER_WORDS, model_card
     from compactlm_nemo.stages.context import HF
 
     card, teacher = _card(run, dtype), run.path("teacher")

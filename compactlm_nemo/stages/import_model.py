@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compactlm_nemo.config.model import ModelConfig, is_repository
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.records import is_hub, missing_sources, sources_of
 from compactlm_nemo.models.bridge_config import RUN_CONFIG
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 def source_files(config: Config) -> dict[str, Path]:
     """Return the files of the teacher: its weights, what travels with it from import to export, and vocab_texts."""
     source, texts = Path(config.model.source), _vocab_files(config)
+    if is_repository(config.model.source):
+        return texts  # its commit tells the rest: `import_settings`
     if not source.is_dir():
         return {"model.source": source} | texts
     weights, kinds = find_weights(source), ("*.safetensors", "*.distcp", ".metadata", RUN_CONFIG)
@@ -40,8 +44,10 @@ def _vocab_files(config: Config) -> dict[str, Path]:
 
 
 def import_settings(config: Config) -> dict[str, Any]:
-    """Return what decides the teacher's weights beside its files."""
+    """Return what decides the teacher's weights beside its files; of a repository the commit."""
     settings: dict[str, Any] = {"model.precision": config.model.precision}
+    if is_repository(config.model.source):
+        settings |= {"model.source": config.model.source, "model.revision": config.model.revision}
     if (texts := config.model.vocab_texts) is not None:
         settings |= {"model.vocab_texts": [texts.path, texts.key], "data.document_end": config.data.document_end}
     return settings
@@ -49,12 +55,19 @@ def import_settings(config: Config) -> dict[str, Any]:
 
 def import_problems(config: Config, models: list[Dims]) -> list[str]:
     """Return what is wrong with source and texts of the model; a dry run can do with `model.architecture`."""
-    if config.dry_run and config.model.architecture:
+    model, texts = config.model, config.model.vocab_texts
+    if model.revision is not None and not is_repository(model.source):
+        return [
+            f"model.revision={model.revision} is of a repository of the Hub, which model.source={model.source} is not; "
+            "leave it out."
+        ]
+    if config.dry_run and model.architecture:
         return []
     problems = []
-    if not Path(config.model.source).exists():
-        problems += [f"model.source={config.model.source} does not exist; give a model folder or a .gguf file."]
-    texts = config.model.vocab_texts
+    if not Path(model.source).exists() and not is_repository(model.source):
+        problems += [
+            f"model.source={model.source} does not exist; give a model folder, a .gguf file, or ORG/NAME of the Hub."
+        ]
     problems += [
         f"model.vocab_texts={path} does not exist, or is no text; give what data.train can have."
         for path in ([] if texts is None else texts.paths if texts.is_tokenised else missing_sources(texts.path))
@@ -69,13 +82,34 @@ def import_plan(config: Config) -> list[str]:
     return ["  model.vocab_texts: which tokens stay is known when it has read the texts; until then sizes are of all"]
 
 
+def fetched(cfg: ModelConfig) -> ModelConfig:
+    """Return a teacher that lies here: the files of a repository come to the main rank, and to other nodes. Collective.
+
+    Nodes that share the main rank's cache have them already.
+    """
+    import os
+
+    from compactlm_nemo.models.hub import download, snapshot
+    from compactlm_nemo.parallel.collectives import barrier, broadcast_object
+    from compactlm_nemo.parallel.launch import main_rank_writes
+
+    names: list[str] = []
+    with main_rank_writes() as writes:
+        if writes:
+            names = download(cfg)
+    lacks = any(not (snapshot(cfg) / name).is_file() for name in broadcast_object(names))
+    if lacks and os.environ.get("LOCAL_RANK") == "0":
+        download(cfg)
+    barrier()
+    return replace(cfg, source=str(snapshot(cfg)), revision=None)
+
+
 def import_model(run: Run, folder: Path) -> dict[str, Any]:
     """Convert a teacher of any kind into a checkpoint, `model.json`, and `hf/` with config and tokenizer.
 
     With `model.vocab_texts` it has the vocabulary of these texts, and `vocabulary.json` and `untrimmed/` beside them.
     """
     import shutil
-    from dataclasses import replace
 
     from compactlm_nemo.artifacts import write_json
     from compactlm_nemo.models import gguf
@@ -94,6 +128,8 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
             if writes:
                 gguf.convert(Path(teacher.source), converted)
         teacher = replace(teacher, source=str(converted))
+    if is_repository(teacher.source):
+        teacher = fetched(teacher)
     dims, weights = open_teacher(teacher)
     with main_rank_writes() as writes:
         if writes:
@@ -118,7 +154,8 @@ def import_model(run: Run, folder: Path) -> dict[str, Any]:
 
 STAGE = Stage(
     name="import_model",
-    summary="teacher folder or GGUF file -> Megatron distributed checkpoint, `model.json`, config and tokenizer",
+    summary="teacher folder, repository of the Hub, GGUF file -> Megatron distributed checkpoint, `model.json`, config "
+    "and tokenizer",
     reads=(),
     writes="teacher",
     settings=import_settings,

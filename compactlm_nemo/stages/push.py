@@ -51,35 +51,26 @@ def push(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _upload(run: Run) -> dict[str, Any]:
-    import errno
-    import os
-
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     from compactlm_nemo.errors import ConfigError
+    from compactlm_nemo.models.hub import answer_of, status_of, way_to_hub
 
     repository, exported, api = str(run.config.export.push), run.path("export"), HfApi()
     names = {name.removeprefix("hf/"): exported / name for name in sorted(read_manifest(exported)["outputs"])}
     try:
-        api.create_repo(repository, private=True, exist_ok=True)
-        there = [name for name in api.list_repo_files(repository) if ".safetensors" in name and name not in names]
-        changes: list[Any] = [CommitOperationAdd(name, path) for name, path in names.items()]
-        changes += [CommitOperationDelete(name) for name in there]
-        commit = api.create_commit(repository, changes, commit_message="A model by CompactLM-NeMo")
+        with way_to_hub(api.endpoint):
+            api.create_repo(repository, private=True, exist_ok=True)
+            there = [name for name in api.list_repo_files(repository) if ".safetensors" in name and name not in names]
+            changes: list[Any] = [CommitOperationAdd(name, path) for name, path in names.items()]
+            changes += [CommitOperationDelete(name) for name in there]
+            commit = api.create_commit(repository, changes, commit_message="A model by CompactLM-NeMo")
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        if status in (429, *range(500, 600)):
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), api.endpoint) from error
-        said = " ".join(str(error.server_message or error).split())[:200]
         raise ConfigError(
-            f"export.push={repository} was refused by {api.endpoint} ({status}: {said}); give a token that may write "
-            "there, or another name."
+            f"export.push={repository} was refused by {api.endpoint} ({status_of(error)}: {answer_of(error)}); give a "
+            "token that may write there, or another name."
         ) from error
-    except Exception as error:
-        if "TransportError" not in {kind.__name__ for kind in type(error).__mro__}:  # of httpx or its successor
-            raise
-        raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH), api.endpoint) from error
     return {"repository": repository, "commit": commit.oid, "files": len(names)}
 
 

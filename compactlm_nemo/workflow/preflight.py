@@ -13,15 +13,30 @@ from pathlib import Path
 from typing import Any
 
 from compactlm_nemo.artifacts import MANIFEST
+from compactlm_nemo.config.model import is_repository
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import CompactLMError, ConfigError, listed
 from compactlm_nemo.models.dims import MODEL, Dims
-from compactlm_nemo.models.source import declared_dims, hf_assets_folder, quick_source_dims, teacher_dims
+from compactlm_nemo.models.hub import keep_commit, pinned
+from compactlm_nemo.models.source import declared_dims, hf_assets_folder, local_source, quick_source_dims, teacher_dims
 from compactlm_nemo.parallel.world import is_main_rank
 from compactlm_nemo.search.space import enumerate_space
 from compactlm_nemo.workflow.layout_checks import layout_problems
 from compactlm_nemo.workflow.stage_table import STAGES
+
+
+def ready(config: Config, names: Collection[str] = tuple(STAGES)) -> tuple[Config, Dims | None]:
+    """Return the settings with the commit of a teacher that is a repository of the Hub, and what `check` returns.
+
+    The commit is written down for the run's other ranks and its next start, by a run, not by a plan of one.
+    """
+    run_dir = Path(config.run.dir)
+    found = replace(config, model=pinned(config.model, run_dir, dry_run=config.dry_run))
+    dims = check(found, names)
+    if not config.dry_run:
+        keep_commit(config.model, found.model, run_dir)
+    return found, dims
 
 
 def check(config: Config, names: Collection[str] = tuple(STAGES)) -> Dims | None:
@@ -105,7 +120,7 @@ def rule_problems(config: Config, dims: Dims | None, names: Collection[str] = tu
 def source_dims(config: Config) -> Dims | None:
     """Return the teacher's architecture; in a dry run without the teacher the one that `model.architecture` states."""
     declared = declared_dims(config.model)
-    if not Path(config.model.source).exists():
+    if not local_source(config.model).exists():
         return declared if config.dry_run else None
     dims = teacher_dims(config.model)
     if declared is not None and declared != dims:
@@ -124,10 +139,11 @@ def _tokenizer_problems(config: Config, dims: Dims) -> list[str]:
     from compactlm_nemo.data.tokenizer import check_vocabulary, load_tokenizer
     from compactlm_nemo.data.trimming import trim_problem
 
-    if Path(config.model.source).is_dir() and config.model.vocab_texts is not None:
+    is_folder = local_source(config.model).is_dir()
+    if is_folder and config.model.vocab_texts is not None and not is_repository(config.model.source):
         if problem := trim_problem(hf_assets_folder(config.model)):
             return [problem]
-    if not Path(config.model.source).is_dir() or not (hf_assets_folder(config.model) / "tokenizer.json").is_file():
+    if not is_folder or not (hf_assets_folder(config.model) / "tokenizer.json").is_file():
         return []
     try:
         check_vocabulary(load_tokenizer(hf_assets_folder(config.model)), dims.vocab_size)

@@ -20,6 +20,7 @@ from compactlm_nemo.artifacts import read_manifest, write_json
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.workflow import RankConfig
 from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.models.hub import COMMITS
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.training.tracker import LOSS, METRICS
 from compactlm_nemo.workflow.runner import run_stages
@@ -88,7 +89,8 @@ def _train(config: Config, index: int, steps: int) -> None:
     folder = Path(candidate_settings.run.dir)
     if is_main_rank():
         folder.mkdir(parents=True, exist_ok=True)
-        for artifact in SHARED:
+        shared = [*SHARED, *([COMMITS] if (Path(config.run.dir) / COMMITS).exists() else [])]
+        for artifact in shared:
             if not (folder / artifact).exists():
                 (folder / artifact).symlink_to(os.path.relpath(Path(config.run.dir) / artifact, folder))
     _meet(config)

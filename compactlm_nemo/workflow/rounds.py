@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from compactlm_nemo.config.export import ExportConfig, ExportDtype, ExportedModel
+from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.space import enumerate_space
-from compactlm_nemo.workflow.preflight import check, planned_search
+from compactlm_nemo.workflow.preflight import planned_search, ready
 from compactlm_nemo.workflow.runner import run_stages
 
 
@@ -44,7 +45,7 @@ def round_config(config: Config, number: int, student: Dims, source: str) -> Con
     return replace(
         config,
         run=replace(config.run, dir=str(Path(config.run.dir) / f"round_{number}")),
-        model=replace(config.model, source=source, hf_assets=None, architecture={}),
+        model=_from(config, source, architecture={}),
         wandb=config.wandb.part(config.run.dir, f"round-{number}", job_type="round"),
         search=replace(SearchConfig(**axes), width=config.search.width, depth=config.search.depth),
         correct=config.correct.at_most(max(1, config.rounds.steps)),
@@ -60,12 +61,18 @@ def round_config(config: Config, number: int, student: Dims, source: str) -> Con
     )
 
 
+def _from(config: Config, source: str, **others: Any) -> ModelConfig:
+    """Return the settings of a round's teacher: the given one, or the student of the round before."""
+    revision = config.model.revision if source == config.model.source else None
+    return replace(config.model, source=source, revision=revision, hf_assets=None, **others)
+
+
 def run_rounds(config: Config) -> None:
     """Run all rounds, the last with every stage."""
-    teacher = check(config)
+    config, teacher = ready(config)
     if config.dry_run:
         return run_stages(config)
-    assert teacher is not None  # outside a dry run check() has opened it
+    assert teacher is not None  # outside a dry run it was opened
     candidates = enumerate_space(teacher, planned_search(config), config.parallel.tp)
     if len(candidates) > 1:
         raise ConfigError(f"recipes.rounds needs one target, search allows {len(candidates)}; give one value an axis.")
@@ -79,5 +86,5 @@ def run_rounds(config: Config) -> None:
             run_stages(round_settings, only="distill")
         run_stages(round_settings, only="export")
         source = str(Path(round_settings.run.dir) / "export" / "hf")
-    run_stages(replace(config, model=replace(config.model, source=source, hf_assets=None)))
+    run_stages(replace(config, model=_from(config, source)))
     return None

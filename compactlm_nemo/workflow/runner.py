@@ -29,7 +29,7 @@ from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.stages.stage import Stage
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.owner import owned
-from compactlm_nemo.workflow.preflight import check
+from compactlm_nemo.workflow.preflight import ready
 from compactlm_nemo.workflow.stage_table import MAKERS, STAGES, stages_of
 from compactlm_nemo.workflow.wandb_artifacts import log_artifacts
 
@@ -48,7 +48,7 @@ def stage_recipe(name: str, description: str | None) -> Callable[[], None]:
 def run_stages(config: Config, only: str | None = None, until: str | None = None) -> None:
     """Run one stage, or all in order, or those up to one. Every process of the launch calls this function."""
     names = [only] if only else stages_of(config, until)
-    teacher = check(config, names)
+    config, teacher = ready(config, names)
     if config.dry_run:
         from compactlm_nemo.workflow.dry_run import plan_lines
 

@@ -28,7 +28,7 @@ from compactlm_nemo.config.submit import SiteConfig, SubmitConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.training.wandb_run import wandb_mode
 from compactlm_nemo.workflow.layout_checks import launch_problems
-from compactlm_nemo.workflow.preflight import check
+from compactlm_nemo.workflow.preflight import ready
 from compactlm_nemo.workflow.sweep import TABLE
 
 JOBS = "jobs"
@@ -92,7 +92,7 @@ def submit(config: SubmitConfig, words: list[str]) -> None:
     if not has_own_settings(recipe):
         runs = [compose([*fixed, *(f"{key}={value}" for key, value in each.items())]) for each in sweep or [{}]]
     for run in runs:
-        check(replace(run, dry_run=config.dry_run))  # a plan needs no model, as that of the recipe itself
+        ready(replace(run, dry_run=config.dry_run))  # a plan needs no model, as that of the recipe itself
         if problem := launch_problems(run, config.nodes * config.site.gpus_per_node):
             raise ConfigError(problem)
     _plan(recipe, [*overrides, *[MULTIRUN] * bool(sweep)])

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: what an upload asks for, of one repository, with large files as LFS objects.
+"""A Hugging Face Hub on this machine: what uploads and downloads ask for, of one repository, large files in LFS.
 
 Clients need HF_HUB_DISABLE_XET=1: the other way of sending large files is no plain HTTP.
 """
@@ -28,6 +28,19 @@ class Hub:
         self.uploads: list[str] = []
         self.fail_commits = 0
         self.url = ""
+        self.history: dict[str, dict[str, bytes]] = {}
+        """Files by commit, for downloads; `files` is what an upload changes."""
+        self.branches: dict[str, str] = {}
+        self.refusal: tuple[int, str] | None = None
+        """Status and code with which every download is refused, unless it comes with the token."""
+        self.downloads: list[str] = []
+        self.requests = 0
+
+    def publish(self, files: dict[str, bytes], branch: str = "main") -> str:
+        """Make a commit of these files, which a branch then is, and return it."""
+        commit = hashlib.sha1(f"{branch} {len(self.history)}".encode()).hexdigest()
+        self.history[commit], self.branches[branch] = files, commit
+        return commit
 
     def commit(self, lines: list[dict[str, Any]]) -> None:
         for line in lines:
@@ -39,6 +52,14 @@ class Hub:
             elif line["key"] == "deletedFile":
                 del self.files[value["path"]]
         self.commits.append(hashlib.sha1(str(len(self.commits)).encode()).hexdigest())
+
+
+def described(name: str, content: bytes) -> dict[str, Any]:
+    """What the Hub tells of a file."""
+    oid = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+    lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+    large = {"lfs": lfs | {"sha256": lfs["oid"]}} if ".safetensors" in name and "index" not in name else {}
+    return {"type": "file", "path": name, "size": len(content), "oid": oid} | large
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -54,11 +75,70 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def do_HEAD(self) -> None:
+        self._resolve(*self._place())
+
+    def _place(self) -> list[str]:
+        """Commit or branch, and file, of a path."""
+        *_, revision, name = self.path.split("?")[0].split("/", 5)
+        return [revision, name]
+
+    def _refused(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", f"the stand-in says {code}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _commit(self, revision: str) -> str | None:
+        """The commit that is asked for, None when the answer is given."""
+        self.hub.requests += 1
+        commit = self.hub.branches.get(revision, revision)
+        if self.hub.refusal and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._refused(*self.hub.refusal)
+        elif commit not in self.hub.history:
+            self._refused(404, "RevisionNotFound")
+        else:
+            return commit
+        return None
+
+    def _resolve(self, revision: str, name: str) -> None:
+        if (commit := self._commit(revision)) is None:
+            return None
+        if (content := self.hub.history[commit].get(name)) is None:
+            return self._refused(404, "EntryNotFound")
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("ETag", f'"{described(name, content)["oid"]}"')
+        if lfs := described(name, content).get("lfs"):
+            self.send_header("X-Linked-Etag", f'"{lfs["oid"]}"')
+            self.send_header("X-Linked-Size", str(len(content)))
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.hub.downloads.append(name)
+            self.wfile.write(content)
+        return None
+
     def do_GET(self) -> None:
+        if "/resolve/" in self.path:
+            return self._resolve(*self._place())
+        if self.hub.history:
+            return self._listing()
         if "/tree/" in self.path:
             tree = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in self.hub.files.items()]
             return self._answer(tree)
         self._answer({"id": "org/name", "sha": "0" * 40, "private": True, "siblings": []})
+
+    def _listing(self) -> None:
+        *_, kind, revision = self.path.split("?")[0].split("/")
+        if (commit := self._commit(revision)) is None:
+            return None
+        files = [described(name, content) for name, content in self.hub.history[commit].items()]
+        if kind == "tree":
+            return self._answer(files)
+        siblings = [each | {"rfilename": each["path"], "blobId": each["oid"]} for each in files]
+        return self._answer({"id": "org/name", "sha": commit, "private": False, "siblings": siblings})
 
     def do_PUT(self) -> None:
         oid = self.path.rsplit("/", 1)[1]
