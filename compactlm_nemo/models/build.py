@@ -248,8 +248,11 @@ def global_names(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Tenso
 def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padded_vocab: int) -> Tensor:
     """Return this TP rank's part of a whole parameter, as Megatron's parallel layers expect it."""
     if name in (EMBEDDING, OUTPUT_LAYER):
-        full = F.pad(full, (0, 0, 0, padded_vocab - full.shape[0]))
-        return full.chunk(size, 0)[rank]
+        rows = padded_vocab // size
+        share = full[rank * rows : (rank + 1) * rows]
+        return F.pad(share, (0, 0, 0, rows - share.shape[0])) if share.shape[0] < rows else share
+    if size == 1:
+        return full
     if ".linear_fc1." in name and gated:
         return torch.cat([half.chunk(size, 0)[rank] for half in full.chunk(2, 0)])
     if ".linear_qkv." in name or ".linear_fc1." in name or name.endswith(("query_norm.weight", "key_norm.weight")):

@@ -81,22 +81,32 @@ def split_qkv(qkv: Tensor, heads: int, groups: int, head_dim: int) -> list[Tenso
 class HFSource:
     """A `ParameterSource` over the safetensors of a folder.
 
-    Names and shapes of all tensors are checked from the headers when it is made; weights are read one by one after.
+    Names and shapes of all tensors are checked from the headers when it is made; weights are read one by one after. One
+    file is open at a time: what was read of a file stays in memory until it is closed.
     """
 
     def __init__(self, folder: Path, dims: Dims) -> None:
         self.dims = dims
         self.folder = folder
-        self.files: dict[str, Any] = {}
+        self.files: dict[str, Path] = {}
+        self._open: tuple[Path, Any] | None = None
+        shapes: dict[str, tuple[int, ...]] = {}
         for path in _weight_files(folder):
-            try:
-                handle = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is damaged ({error}); fetch it again.") from None
-            self.files |= dict.fromkeys(handle.keys(), handle)
-        self._check()
+            handle = _opened(path)
+            names = list(handle.keys())
+            self.files |= dict.fromkeys(names, path)
+            shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in names}
+        self._check(shapes)
 
-    def _check(self) -> None:
+    def _file(self, name: str) -> Any:
+        """Return the file of a tensor, opened, and close the one before."""
+        path = self.files[name]
+        if self._open is None or self._open[0] != path:
+            self._open = None
+            self._open = path, _opened(path)
+        return self._open[1]
+
+    def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
         expected: dict[str, tuple[int, ...]] = {}
         for name, shape in parameter_shapes(self.dims).items():
             expected |= zip(hf_names(name, self.dims), hf_shapes(name, shape, self.dims), strict=True)
@@ -112,30 +122,37 @@ class HFSource:
                 f"first {min(extra)}; only plain decoders without adapters or quantisation are read."
             )
         for name, shape in expected.items():
-            stored = tuple(self.files[name].get_slice(name).get_shape())
-            if stored != shape:
+            if shapes[name] != shape:
                 raise CheckpointError(
-                    f"model.source={self.folder}: {name} has shape {list(stored)} in the files and {list(shape)} by "
+                    f"model.source={self.folder}: {name} has shape {list(shapes[name])} in the files and {list(shape)} by "
                     "config.json; they belong to different models."
                 )
 
     def __call__(self, name: str) -> Tensor:
         if name == EMBEDDING and self.dims.tied_embeddings and "lm_head.weight" in self.files:
             refuse_other_head(self._rows(*hf_names(name, self.dims)), self._rows("lm_head.weight"), self.folder)
-        parts = [self.files[n].get_tensor(n) for n in hf_names(name, self.dims)]
+        parts = [self._file(n).get_tensor(n) for n in hf_names(name, self.dims)]
         if "linear_qkv" in name:
             if len(parts) == 1:
                 groups, head_dim = self.dims.num_query_groups, self.dims.head_dim
                 parts = list(parts[0].split([heads * head_dim for heads in (self.dims.num_heads, groups, groups)]))
             q, k, v = parts
             return merge_qkv(q, k, v, self.dims.num_query_groups)
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows(self, key: str) -> Iterator[Tensor]:
         """Yield a matrix in blocks of rows, so that two large ones can be compared."""
-        matrix = self.files[key].get_slice(key)
+        matrix = self._file(key).get_slice(key)
         for first in range(0, matrix.get_shape()[0], BLOCK_ROWS):
             yield matrix[first : first + BLOCK_ROWS]
+
+
+def _opened(path: Path) -> Any:
+    """Return a safetensors file whose header is read."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); fetch it again.") from None
 
 
 def weight_names(folder: Path, there: Collection[str], where: str) -> list[str]:

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,6 +152,7 @@ def download(cfg: ModelConfig) -> list[str]:
         OSError: the Hub cannot be reached, or the disk has less room than the download needs.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
     from compactlm_nemo.models.hf import weight_names
 
@@ -162,6 +164,8 @@ def download(cfg: ModelConfig) -> list[str]:
         if names := _whole_in_cache(folder):
             return names
         raise
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # in a log one line at the end does
     sizes = {each.rfilename: int(each.size or 0) for each in found.siblings or []}
     names = [name for name in sizes if _is_small(name)]
     start, lacking = time.perf_counter(), {name: size for name, size in sizes.items() if not (folder / name).is_file()}

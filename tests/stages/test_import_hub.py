@@ -127,7 +127,12 @@ GATED, PRIVATE, BUSY = (403, "GatedRepo"), (401, "RepoNotFound"), (503, "Busy")
         (None, ["model.source=org/a--b"], 2, "model.source=org/a--b is no folder here, and no repository of"),
         (None, ["model.revision=bare"], 2, "model.source=org/name has no config.json at bare; give a repository"),
         (None, ["model.source=absent", "model.revision=main"], 2, "which model.source=absent is not; leave it out"),
-        (None, ["model.revision=pickled"], 2, "model.source=org/name has no *.safetensors file beside pytorch_model.bin"),
+        (
+            None,
+            ["model.revision=pickled"],
+            2,
+            "model.source=org/name has no *.safetensors file beside pytorch_model.bin",
+        ),
         (None, ["model.revision=holes"], 2, "model.source=org/name lacks 1 of 2 shards, first model-00002-of-00002"),
         (None, ["model.revision=huge"], 75, "GB to fetch, "),
     ],

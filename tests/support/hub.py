@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if "/resolve/" in self.path:
             return self._resolve(*self._place())
-        if self.hub.history:
+        if self.hub.history and "/models/" in self.path:
             return self._listing()
         if "/tree/" in self.path:
             tree = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in self.hub.files.items()]
