@@ -124,8 +124,8 @@ class HFSource:
         for name, shape in expected.items():
             if shapes[name] != shape:
                 raise CheckpointError(
-                    f"model.source={self.folder}: {name} has shape {list(shapes[name])} in the files and {list(shape)} by "
-                    "config.json; they belong to different models."
+                    f"model.source={self.folder}: {name} has shape {list(shapes[name])} in the files and {list(shape)} "
+                    "by config.json; they belong to different models."
                 )
 
     def __call__(self, name: str) -> Tensor:

@@ -33,6 +33,8 @@ COMMITS = "hub.json"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAIN_RANK_SECONDS = 600.0
 """How long other ranks wait for the commit that the main rank finds."""
+SECONDS = 10.0
+"""How long the Hub may take to name a commit."""
 _log = logging.getLogger(__name__)
 _BUSY = (408, 425, 429, *range(500, 600))
 
@@ -98,16 +100,34 @@ def pinned(cfg: ModelConfig, run_dir: Path, *, dry_run: bool = False) -> ModelCo
             return cfg
         commit = _commit_of_main_rank(run_dir, asked)
     try:
+        commit = commit or _commit_of_hub(cfg)
         with _answers(cfg):
             from huggingface_hub import hf_hub_download
 
-            path = hf_hub_download(cfg.source, CONFIG, revision=commit or cfg.revision)
+            hf_hub_download(cfg.source, CONFIG, revision=commit)
     except (ConfigError, OSError) as error:
         if not (dry_run and cfg.architecture):
             raise
         _log.warning("planned with model.architecture: %s", error)
         return cfg
-    return replace(cfg, revision=Path(path).parent.name)
+    return replace(cfg, revision=commit)
+
+
+def _commit_of_hub(cfg: ModelConfig) -> str:
+    """Return the commit that the Hub names, or that the cache remembers where the Hub is not reached, which is said."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    revision = cfg.revision or constants.DEFAULT_REVISION
+    try:
+        with _answers(cfg):
+            return str(HfApi().model_info(cfg.source, revision=revision, timeout=SECONDS).sha)
+    except (ConfigError, OSError) as error:
+        path = try_to_load_from_cache(cfg.source, CONFIG, revision=revision)
+        if not isinstance(path, str):
+            raise
+        commit = Path(path).parent.name
+        _log.warning("%s Taken from the cache: commit %s.", error, commit)
+        return commit
 
 
 def keep_commit(asked: ModelConfig, found: ModelConfig, run_dir: Path) -> None:
@@ -152,7 +172,7 @@ def download(cfg: ModelConfig) -> list[str]:
         OSError: the Hub cannot be reached, or the disk has less room than the download needs.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from compactlm_nemo.models.hf import weight_names
 

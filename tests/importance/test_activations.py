@@ -14,7 +14,7 @@ from compactlm_nemo.importance.score_state import ScoreState
 from tests.importance.reference import reference
 from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
 from tests.support.ranks import run_ranks
-from tests.support.tiny_models import CASES, VOCAB, save_tiny
+from tests.support.tiny_models import CASES, EXPERT_CASES, VOCAB, save_tiny
 
 DENSE = ("llama", "nemotron")
 
@@ -83,6 +83,8 @@ def _matches(rank: int, world: int, layout: dict, cases: tuple[str, ...], root: 
                 assert_scores(running.rankings(dims, cfg), want, f"{case} {neurons.name}")
 
 
+@pytest.mark.proves("axes", ["hidden", "ffn", "heads", "groups"], CASES, "scored")
+@pytest.mark.proves("axes", "experts", EXPERT_CASES, "scored")
 def test_scores_of_every_family_are_the_definition(root, tmp_path):
     run_ranks(_matches, 1, tmp_path, {}, tuple(CASES), root)
 

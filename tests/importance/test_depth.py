@@ -179,6 +179,7 @@ def test_four_layers_take_ten_passes_and_not_sixteen():
     assert _passes(frozenset({1})) == 4 + 2 + 2 + 1 + 0
 
 
+@pytest.mark.proves("axes", "layers", CASES, "scored")
 @pytest.mark.parametrize("layout", COMBINED)
 def test_metrics_are_the_definition_in_every_layout(layout, root, tmp_path):
     run_ranks(_matches, LAYOUTS[layout][0], tmp_path, LAYOUTS[layout][1], ("llama", "nemotron"), root)

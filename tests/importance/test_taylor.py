@@ -82,6 +82,7 @@ def test_taylor_is_the_definition_in_every_layout(layout: str, root: Path, tmp_p
     run_ranks(_matches, ranks, tmp_path, fields, DENSE, root)
 
 
+@pytest.mark.proves("layouts", "{layout}", MIXED, "gradients")
 @pytest.mark.parametrize("layout", ["1", "tp2_sp", "cp2", *EXPERT_LAYOUTS])
 def test_taylor_with_experts_is_the_definition(layout: str, root: Path, tmp_path: Path) -> None:
     ranks, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]

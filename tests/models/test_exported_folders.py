@@ -32,6 +32,7 @@ def exported(case: str, folder: Path, dtype: torch.dtype = torch.float32, **chan
 
 
 @pytest.mark.slow
+@pytest.mark.proves("formats", "transformers 4 reads it", CASES, "logits")
 def test_transformers_4_has_equal_logits(tmp_path: Path) -> None:
     """It takes theta = 10000 and no scaling where a file of transformers 5 has them in `rope_parameters` alone."""
     # Its Qwen2-MoE has no head size but hidden_size / num_attention_heads.

@@ -45,6 +45,8 @@ def _compare_and_save(rank: int, world: int, layout: str, root: Path, out: Path)
 
 
 # The others are parts of these: tp2 and pp2 of tp2_pp2.
+@pytest.mark.proves("layouts", "{layout}", CASES, "logits")
+@pytest.mark.proves("formats", ["Hugging Face in", "Hugging Face out"], CASES, "equal")
 @pytest.mark.parametrize("layout", ["1", "tp2_sp", "pp1_3", "vpp2", "cp2", "tp2_pp2", "tp2_sp_cp2"])
 def test_logits_are_those_of_transformers_and_export_is_exact(layout: str, hf_root: Path, tmp_path: Path) -> None:
     dims = {case: open_hf(hf_root / case)[0] for case in CASES}

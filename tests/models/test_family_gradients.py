@@ -61,6 +61,7 @@ def _match(rank: int, world: int, layout: dict[str, Any], root: Path) -> None:
             assert error < 1e-5, f"{case} {name}: off by {error}"
 
 
+@pytest.mark.proves("layouts", "{layout}", DENSE, "gradients")
 @pytest.mark.parametrize("layout", ["tp2_pp2", "tp2_sp_cp2"])
 def test_gradients_of_every_dense_family_are_those_of_transformers(layout: str, root: Path, tmp_path: Path) -> None:
     ranks, fields = LAYOUTS[layout]

@@ -103,6 +103,7 @@ def _write(path: Path, model: Any, tensors: dict[str, Tensor], *, arch: str = "l
     writer.close()
 
 
+@pytest.mark.proves("formats", "GGUF in", "llama", "equal")
 @pytest.mark.parametrize("tied", [False, True])
 def test_convert_gives_the_model_back(tied: bool, tmp_path: Path) -> None:
     model = tiny_model("llama", tie_word_embeddings=tied, rms_norm_eps=1e-5)

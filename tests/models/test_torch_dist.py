@@ -46,6 +46,7 @@ def _save_as(rank: int, world: int, hf: Path, nemo: Path, bridge: Path) -> None:
         dist_checkpointing.save(state, str(folder))
 
 
+@pytest.mark.proves("formats", "torch_dist in", "{case}", "equal")
 @pytest.mark.parametrize("case", ["llama", "nemotron", "qwen3_tied", "qwen2_moe"])
 def test_other_tools_checkpoints_are_the_same_model(case: str, tmp_path: Path) -> None:
     save_tiny(case, tmp_path / "hf")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.build import ParameterSource, build_model, fill
 from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
 from compactlm_nemo.models.dims import Dims
@@ -106,6 +107,7 @@ def export_cut(teacher: Path, target: Path, hidden: list[int]) -> Dims:
 TIED = ("phi3_tied_longrope", "olmo2", "olmo2_tied_bias")
 
 
+@pytest.mark.proves("axes", ["layers", "hidden", "ffn", "heads"], "{case}", "cut")
 @pytest.mark.parametrize("case", [case for case in CASES if case not in (*EXPERT_CASES, *TIED)])
 def test_cut_is_the_slice_of_every_tensor(case, tmp_path):
     save_tiny(case, tmp_path / "teacher")
@@ -250,6 +252,7 @@ def sliced_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return wanted
 
 
+@pytest.mark.proves("axes", list(AXES), "{case}", "cut")
 @pytest.mark.parametrize("case", [case for case in EXPERT_CASES if not case.endswith("top1")])
 def test_experts_and_groups_are_the_slice_of_every_tensor(case, tmp_path):
     save_tiny(case, tmp_path / "teacher")

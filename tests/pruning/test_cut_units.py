@@ -141,6 +141,7 @@ def picks_only(kept: list[int], dims: Dims) -> Any:
     return route
 
 
+@pytest.mark.proves("axes", ["layers", "ffn", "heads", "groups", "experts"], "{case}", "cut")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("heads", "groups", "experts"), [(2, 2, 4), (4, 2, 3), (4, 4, 5), (1, 1, 2)])
 def test_cut_model_is_the_whole_one_with_units_silenced(case, heads, groups, experts, tmp_path):

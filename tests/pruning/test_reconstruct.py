@@ -148,6 +148,7 @@ def _in_layer(layer: int, part: str, kind: str, full: numpy.ndarray, seen: Any, 
     return full[HIDDEN] * (scale(norm, full) if kind == "weight" else 1)
 
 
+@pytest.mark.proves("axes", ["hidden", "ffn", "heads"], "{case}", "refitted")
 @pytest.mark.parametrize("case", ["llama", "nemotron"])
 def test_every_parameter_is_least_squares_on_the_tokens(case, tmp_path):
     seen = activations(save_tiny(case, tmp_path / "teacher"))
@@ -190,6 +191,7 @@ def test_norms_behind_writers_divide_by_what_the_kept_channels_are_written(case,
     assert ("decoder.layers.0.input_layernorm.weight" in parameter_shapes(dims)) == (case == "glm4")
 
 
+@pytest.mark.proves("axes", "ffn", "{case}", "refitted")
 @pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])
 def test_each_expert_is_fitted_on_the_tokens_it_was_sent(case, tmp_path):
     """fc2 of every kept expert and of the shared one, each on tokens of its own; all else is the cut of test_cut."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,7 @@ def imported(folder: Path) -> dict[str, str]:
     return {name: described["sha256"] for name, described in outputs.items() if name.endswith((".distcp", ".json"))}
 
 
+@pytest.mark.proves("stages", "import_model", ["Hugging Face folder", "repository of the Hub"], "read")
 def test_a_repository_is_the_teacher_that_its_folder_is(inputs: Path, files: dict[str, bytes], tmp_path: Path) -> None:
     one, two, plain = tmp_path / "one", tmp_path / "two", tmp_path / "plain"
     with hub() as server:
@@ -131,7 +134,7 @@ GATED, PRIVATE, BUSY = (403, "GatedRepo"), (401, "RepoNotFound"), (503, "Busy")
             None,
             ["model.revision=pickled"],
             2,
-            "model.source=org/name has no *.safetensors file beside pytorch_model.bin",
+            "org/name has no *.safetensors file beside pytorch_model.bin; pickled",
         ),
         (None, ["model.revision=holes"], 2, "model.source=org/name lacks 1 of 2 shards, first model-00002-of-00002"),
         (None, ["model.revision=huge"], 75, "GB to fetch, "),
@@ -173,12 +176,16 @@ class Huge(bytes):
         return self.size
 
 
-def test_a_token_opens_what_is_gated(inputs: Path, files: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_token_opens_what_is_gated_for_the_command_of_the_page(
+    inputs: Path, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    [block] = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "models.md").read_text(), re.S)
+    settings = [word for word in shlex.split(block) if word.startswith("model.")]
     with hub() as server:
         server.publish(files)
         server.refusal = GATED
-        done = run_recipe(inputs, tmp_path, server, "dry_run=true", HF_TOKEN=TOKEN)
-        assert done.returncode == 0, done.stderr
+        done = run_recipe(inputs, tmp_path, server, "dry_run=true", *settings, HF_TOKEN=TOKEN)
+        assert done.returncode == 0 and "source: meta-llama/Llama-3.1-8B" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

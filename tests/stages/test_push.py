@@ -74,6 +74,7 @@ def test_a_dry_run_says_what_it_would_push(inputs: Path, exported: Path) -> None
     assert server.created == [] and server.files == {}
 
 
+@pytest.mark.proves("stages", ["export", "push"], "Hugging Face folder", "written")
 def test_a_push_is_one_commit_of_the_verified_files_and_goes_on_after_a_failure(
     inputs: Path, exported: Path, tmp_path: Path
 ) -> None:
