@@ -42,6 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.proves("formats", "Bridge out", "{case}", "equal")
 @pytest.mark.parametrize("case", ALL)
 def test_bridge_exports_our_checkpoint_as_the_model_that_it_is(case: str, made: Path) -> None:
     want = load_file(made / case / "hf" / "model.safetensors")
@@ -78,6 +79,7 @@ def _slice(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     return stored[".".join(["decoder.layers", *rest])][layer]
 
 
+@pytest.mark.proves("formats", "Bridge in", "{case}", "equal")
 @pytest.mark.parametrize("case", CASES)
 def test_bridges_checkpoint_is_read_without_companions(case: str, made: Path) -> None:
     source = str(made / case / "theirs")

@@ -59,6 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.proves("formats", "NeMo 2 out", "{case}", "equal")
 @pytest.mark.parametrize("case", ALL)
 def test_nemo_exports_our_checkpoint_as_the_model_that_it_is(case: str, made: Path) -> None:
     """Of a tied Qwen3 its files hold an output layer that was never set, and its config says that nobody reads it."""
@@ -103,6 +104,7 @@ def test_nemo_proves_that_it_reads_what_was_exported(case: str, made: Path, monk
     assert read_back(str(nemo_python()), "nemo2", made / case / "ours", tensors, names).startswith("nemo-toolkit 2.")
 
 
+@pytest.mark.proves("formats", "NeMo 2 in", "{case}", "equal")
 @pytest.mark.parametrize("case", CASES)
 def test_nemos_checkpoint_is_read_without_companions(case: str, made: Path) -> None:
     """Where NeMo's import forgets what the Hugging Face config said, its own checkpoint counts."""

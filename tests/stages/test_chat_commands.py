@@ -53,6 +53,7 @@ def test_the_page_shows_each_kind_of_record() -> None:
     assert kinds == [("messages",), ("messages", "tools"), *prompts, ("text",)]
 
 
+@pytest.mark.proves("stages", ["tokenize", "score", "prune", "distill", "evaluate"], "chats and prompts", "read")
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_command_of_the_page_runs(block: str, files: Path, tmp_path: Path) -> None:
     assert len(BLOCKS) == 3

@@ -102,6 +102,8 @@ def _stored(folder: Path) -> torch.dtype:
     return dtype
 
 
+@pytest.mark.proves("stages", "export", "Megatron-Bridge checkpoint", "written")
+@pytest.mark.proves("stages", "import_model", "Megatron-Bridge checkpoint", "read")
 def test_a_model_leaves_for_megatron_bridge_and_comes_back(inputs: Path, pruned: Path, tmp_path: Path) -> None:
     """The student as a checkpoint is a teacher without a config.json, whose Hugging Face folder is the student's."""
     run, again = copy_artifacts(pruned, tmp_path / "run"), tmp_path / "again"

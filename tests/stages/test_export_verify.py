@@ -30,6 +30,8 @@ def imported(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.proves("stages", "export", "NeMo 2 checkpoint", "written")
+@pytest.mark.proves("stages", "import_model", "NeMo 2 checkpoint", "read")
 def test_a_teacher_leaves_as_nemos_checkpoint_and_comes_in_as_one(inputs: Path, imported: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(imported, tmp_path / "run"))
     done = commands.run(command(inputs, run, "export.of=teacher", "export.format=nemo2", recipe="export"))

@@ -40,6 +40,7 @@ def manifest(folder: Path) -> dict:
     return json.loads((folder / "tokens/manifest.json").read_text())
 
 
+@pytest.mark.proves("stages", "tokenize", [".jsonl, .jsonl.gz, folders, lists"], "read")
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_command_of_the_page_runs(block: str, files: Path, tmp_path: Path) -> None:
     assert len(BLOCKS) == 3

@@ -36,6 +36,8 @@ FORMATS = [
     "GGUF in",
 ]  # fmt: skip
 """Columns that come first, in this order; others follow as tests name them."""
+MODELS_IN = ["Hugging Face folder", "repository of the Hub", "NeMo 2 checkpoint", "Megatron-Bridge checkpoint"]
+"""Rows of formats that come first."""
 WORDS = ["logits", "gradients", "scored", "cut", "refitted"]
 """Words of a cell that come first."""
 
@@ -112,15 +114,15 @@ def tables() -> dict[str, Table]:
     )
     layout_words = (
         "Logits equal those of transformers, and what is exported again equals the original bit for bit; gradients\n"
-        "equal those of transformers. tp2: two tensor-parallel ranks, sp: sequence parallel, pp: pipeline, vpp: virtual\n"
-        "stages, cp: context, dp: data, ep: experts; pp1_3 has stages of one and three layers."
+        "equal those of transformers. tp2: two tensor-parallel ranks, sp: sequence parallel, pp: pipeline, vpp:\n"
+        "virtual stages, cp: context, dp: data, ep: experts; pp1_3 has stages of one and three layers."
     )
     stage_words = "What a stage has read, or written, in a test of the whole stage."
     return {
         "layouts": Table("Families and layouts", layout_words, "family", [*FAMILIES], layouts, family_of, _has_layout),
         "axes": Table("Families and axes", axis_words, "family", [*FAMILIES], [*AXES], family_of, _has_axis),
         "formats": Table("Families and formats", FORMAT_WORDS, "family", [*FAMILIES], [*FORMATS], family_of),
-        "stages": Table("Formats and stages", stage_words, "format", [], [*STAGES]),
+        "stages": Table("Formats and stages", stage_words, "format", [*MODELS_IN], [*STAGES]),
     }
 
 
@@ -136,9 +138,11 @@ MODELS = f"""# Which models, and what is proved of them
 
 {MADE}
 
-NVIDIA's own tools dropped Mistral 7B and Nemotron-4 (Megatron-Bridge has neither), teachers of the Minitron papers. They
-are kept here: the families `mistral` and `nemotron`. What sets a family apart is one entry of
-`compactlm_nemo/models/families.py`; how one is added is in [CONTRIBUTING.md](../CONTRIBUTING.md).
+NVIDIA's own tools dropped the teachers of the Minitron papers: Megatron-Bridge stopped maintaining Mistral 7B and
+Nemotron-4 in 0.6 and announced their removal in 0.7
+([its notice](https://docs.nvidia.com/nemo/megatron-bridge/0.6.0/models/README.html)). They are kept here: the families
+`mistral` and `nemotron`. What sets a family apart is one entry of `compactlm_nemo/models/families.py`; how one is added
+is in [CONTRIBUTING.md](../CONTRIBUTING.md).
 
 A model comes from a folder, a file, or the Hugging Face Hub, of which only safetensors and small files are fetched:
 
@@ -147,8 +151,8 @@ python -m recipes.import_model run.dir=runs/mine model.source=meta-llama/Llama-3
 ```
 
 The commit that the branch is at the start stays that of the run (`run.dir/hub.json`). `HF_TOKEN` opens what is gated,
-`HF_HOME` names the disk of the cache, and with `HF_HUB_OFFLINE=1` the cache alone is read. While weights are read, a rank
-holds its own and at most 1.3 times the largest file (`tests/models/test_import_memory.py`).
+`HF_HOME` names the disk of the cache, and with `HF_HUB_OFFLINE=1` the cache alone is read. While weights are read, a
+rank holds its own and at most 1.3 times the largest file (`tests/models/test_import_memory.py`).
 
 """
 COMPATIBILITY = f"""# Which formats go through which stages
