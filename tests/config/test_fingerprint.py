@@ -77,7 +77,7 @@ OTHERS: dict[str, Any] = {
     "model.architecture": {"model_type": "llama"},
     "parallel.pp_split": [1], "parallel.sequence_parallel": None, "parallel.virtual_stages": None,
     "data.train": {"a": CorpusConfig(path="a.jsonl"), "c": CorpusConfig(path="c.jsonl")},
-    "data.heldout": {"c": CorpusConfig(path="b.jsonl")},
+    "model.vocab_texts": CorpusConfig(path="a.jsonl"), "data.heldout": {"c": CorpusConfig(path="b.jsonl")},
     "score.width": [WidthMetric.taylor], "score.depth": [DepthMetric.lm_loss_blocks], "score.block_lengths": [1],
     "score.depth_samples": 3, "score.stop_tolerance": 0.5,
     "search.multiples": {"hidden": 2}, "search.divisors": ["hidden"], "search.ffn_multiples": [1.5],

@@ -128,9 +128,8 @@ def test_a_run_that_goes_on_ends_the_same(few: Path, finished: Path, tmp_path: P
     assert metrics(tmp_path) == metrics(finished)
     names = ("model.safetensors", "config.json", "tokenizer.json")
     assert all((tmp_path / "export/hf" / n).read_bytes() == (finished / "export/hf" / n).read_bytes() for n in names)
-    done = commands.run(
-        command(few, tmp_path, f"model.vocab_texts={few}/train.jsonl", "cache.k=8", recipe="import_model")
-    )
+    other = [f"model.vocab_texts={few}/train.jsonl", "cache.k=8"]
+    done = commands.run(command(few, tmp_path, *other, recipe="import_model"))
     assert done.returncode == 2 and "model.vocab_texts" in done.stderr, done.stderr
 
 
