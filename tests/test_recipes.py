@@ -121,7 +121,7 @@ def test_a_search_that_depends_on_the_layout_is_not_taken_for_another(rule: str)
 
 
 def test_every_experiment_composes() -> None:
-    assert {*PUBLISHED_BILLIONS, "smollm2_135m_cpu"} == set(EXPERIMENTS)
+    assert {*PUBLISHED_BILLIONS, "smollm2_135m_cpu", "gemma3_270m_cpu"} == set(EXPERIMENTS)
     for experiment in EXPERIMENTS:
         assert compose(_dry(experiment)).dry_run
 
@@ -273,6 +273,10 @@ def test_make_compress_is_the_two_recipes() -> None:
     for words in commands:
         assert compose(words[3:]).run.dir == "runs/smollm2_135m_cpu"
     assert compose(commands[1][3:]).dry_run
+    words = ["make", "-n", "compress", "ARGS=experiment=gemma3_270m_cpu distill.steps=7"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    fetched, compressed = (shlex.split(line)[3:] for line in done.stdout.splitlines() if "recipes." in line)
+    assert fetched == ["experiment=gemma3_270m_cpu"] and compose(compressed).distill.steps == 7
     assert "make compress" in (ROOT / "README.md").read_text() and "make test" in (ROOT / "README.md").read_text()
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.hf_assets import is_paper
-from compactlm_nemo.models.outside import check_gguf_lengths, companion, refuse_absurd_sizes
+from compactlm_nemo.models.outside import GgufHeader, companion, gguf_header, refuse_absurd_sizes
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -96,7 +96,6 @@ def undo_rope_interleaving(weight: Tensor, heads: int) -> Tensor:
 def _open(path: Path) -> Any:
     import gguf
 
-    check_gguf_lengths(path)
     try:
         return gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError, KeyError, UnicodeDecodeError) as error:
@@ -106,35 +105,33 @@ def _open(path: Path) -> Any:
 def config_values(path: Path) -> dict[str, Any] | None:
     """Return what the file's Hugging Face config would say of its sizes; None where `read` has to complain."""
     try:
-        reader = _open(path)
-        values = _sizes(reader, path)
+        header = gguf_header(path)
+        values = _sizes(header, path)
     except CheckpointError:
         return None
     if None in values.values():
         return None
-    architecture = _ARCHITECTURES[_field(reader, "general.architecture")]
     return values | {
-        "model_type": architecture.model_type,
+        "model_type": _ARCHITECTURES[header.fields["general.architecture"]].model_type,
         "rms_norm_eps": round(values["rms_norm_eps"], 12),
-        "tie_word_embeddings": "output.weight" not in {tensor.name for tensor in reader.tensors},
+        "tie_word_embeddings": "output.weight" not in header.shapes,
     }
 
 
-def _sizes(reader: Any, path: Path) -> dict[str, Any]:
+def _sizes(header: GgufHeader, path: Path) -> dict[str, Any]:
     """Return the sizes that the file says, under Hugging Face's names, None where it says none."""
-    kind = _field(reader, "general.architecture")
+    kind = header.fields.get("general.architecture")
     if kind not in _ARCHITECTURES:
         known = " and ".join(_ARCHITECTURES)
         raise CheckpointError(
             f"model.source={path}: GGUF architecture {kind} is not supported; only {known} are. Use the HF folder."
         )
-    scaling = _field(reader, f"{kind}.rope.scaling.type")
+    scaling = header.fields.get(f"{kind}.rope.scaling.type")
     if scaling not in (None, "none"):
         raise CheckpointError(f"model.source={path}: GGUF rope scaling {scaling} is not supported; use the HF folder.")
-    values = {name: _field(reader, f"{kind}.{key}") for key, name in _ARCHITECTURES[kind].config.items()}
-    if values.get("vocab_size") is None:
-        tables = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
-        values["vocab_size"] = next((int(table.shape[-1]) for table in tables), None)
+    values = {name: header.fields.get(f"{kind}.{key}") for key, name in _ARCHITECTURES[kind].config.items()}
+    if values.get("vocab_size") is None and (table := header.shapes.get("token_embd.weight")):
+        values["vocab_size"] = table[-1]
     refuse_absurd_sizes(values, f"model.source={path}")
     return values
 
@@ -144,14 +141,14 @@ def read(path: Path) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig
 
+    header = gguf_header(path)
+    values = _sizes(header, path)
     reader = _open(path)
-    values = _sizes(reader, path)
-    architecture = _ARCHITECTURES[_field(reader, "general.architecture")]
     config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **_NO_CODE)
     config.__dict__.pop("_model_name_or_path", None)  # a remark of the file's author, not of the model
-    config.tie_word_embeddings = "output.weight" not in {tensor.name for tensor in reader.tensors}
+    config.tie_word_embeddings = "output.weight" not in header.shapes
     config.rms_norm_eps = round(config.rms_norm_eps, 12)  # GGUF holds it in float32: 1e-5 reads 9.99999974e-06
-    config.architectures = [architecture.class_name]
+    config.architectures = [_ARCHITECTURES[header.fields["general.architecture"]].class_name]
     config.dtype = torch.float32
     for name in ("vocab_size", "sliding_window"):
         if values.get(name) is not None:
@@ -170,7 +167,7 @@ def convert(path: Path, folder: Path) -> None:
     from transformers import AutoTokenizer, GenerationConfig
 
     reader, config = read(path)
-    architecture = _ARCHITECTURES[_field(reader, "general.architecture")]
+    architecture = next(known for known in _ARCHITECTURES.values() if known.model_type == config.model_type)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for tensor in reader.tensors:
@@ -188,11 +185,6 @@ def convert(path: Path, folder: Path) -> None:
         if paper.is_file() and is_paper(paper.name):
             shutil.copyfile(companion(path.parent, paper.name) or paper, folder / paper.name)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _field(reader: Any, name: str) -> Any:
-    """Return the value of a GGUF key, None where the file has no such key."""
-    return reader.fields[name].contents() if name in reader.fields else None
 
 
 def _hf_name(name: str, architecture: _Architecture) -> str:

@@ -183,7 +183,7 @@ def teacher_dims(cfg: ModelConfig) -> Dims:
             raise CheckpointError(f"model.source={source} is neither a folder nor a .gguf file; give one of them.")
         from compactlm_nemo.models import gguf
 
-        return dims_of(gguf.read(source)[1])
+        return quick_dims(gguf.config_values(source)) or dims_of(gguf.read(source)[1])
     if is_repository(cfg.source):
         return dims_of(read_config(source))
     return open_teacher(cfg)[0]

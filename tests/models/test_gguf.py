@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compactlm_nemo.errors import CheckpointError
-from compactlm_nemo.models.gguf import convert, undo_rope_interleaving
+from compactlm_nemo.models.families import dims_of
+from compactlm_nemo.models.gguf import config_values, convert, undo_rope_interleaving
 from compactlm_nemo.models.hf import open_hf
+from compactlm_nemo.models.hf_config import quick_dims
 from tests.support.tiny_models import tiny_model
 
 HEADS, HEAD_DIM = 3, 8
@@ -83,15 +85,19 @@ def _write(path: Path, model: Any, tensors: dict[str, Tensor], *, arch: str = "l
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     if scaling:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     characters = [chr(code) for code in range(33, 31 + config.vocab_size)] + ["ab", "abc"]
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if arch == "gemma3" else "gpt2")
     writer.add_token_list(characters)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(characters))
+    if arch == "gemma3":
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_token_scores([-float(i) for i in range(len(characters))])
     writer.add_token_merges(["a b", "ab c"])  # two: transformers 5.2 takes a list of one for its element
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -116,6 +122,43 @@ def test_convert_gives_the_model_back(tied: bool, tmp_path: Path) -> None:
     dims, _ = open_hf(tmp_path / "hf")
     assert dims.norm_eps == 1e-5
     assert (dims.tied_embeddings, dims.head_dim, dims.num_query_groups) == (tied, 16, 2)
+
+
+_GEMMA_NAMES = _NAMES | {
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+@pytest.mark.proves("formats", "GGUF in", "gemma3_text", "equal")
+def test_convert_gives_gemma_back_whose_file_has_one_added_to_norms(tmp_path: Path) -> None:
+    """llama.cpp stores 1 + w, turns nothing, and says neither the local theta nor which layers are local."""
+    kinds = ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
+    model = tiny_model("gemma3", num_hidden_layers=7, layer_types=kinds, rms_norm_eps=1e-6, query_pre_attn_scalar=256)
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        *parts, kind = name.split(".")
+        if parts[:2] == ["model", "layers"]:
+            name = f"blk.{parts[2]}.{_GEMMA_NAMES['.'.join(parts[3:])]}.{kind}"
+        else:
+            name = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}.get(
+                ".".join(parts), ""
+            ) + ".weight"
+        if name != ".weight":  # the output layer is the table
+            tensors[name] = weight + 1 if "norm." in name else weight
+    _write(tmp_path / "tiny.gguf", model, tensors, arch="gemma3")
+    convert(tmp_path / "tiny.gguf", tmp_path / "hf")
+    got = load_file(tmp_path / "hf" / "model.safetensors")
+    want = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    assert want.keys() == got.keys()
+    for name, weight in want.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=2**-23 if "norm" in name else 0)
+    dims, _ = open_hf(tmp_path / "hf")
+    assert dims == dims_of(model.config)
+    assert quick_dims(config_values(tmp_path / "tiny.gguf")) == dims
 
 
 def test_what_cannot_be_converted_says_so(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.checkpoint import load_model, load_shards, model_state, naming_damage, save_model
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
-from compactlm_nemo.models.outside import LARGEST, check_gguf_lengths, companion, own_file
+from compactlm_nemo.models.outside import LARGEST, companion, gguf_header, own_file
 from compactlm_nemo.models.source import WEIGHTS
 from tests.models.test_checkpoint_metadata import Bomb
 from tests.support import commands
@@ -59,7 +59,7 @@ def test_a_gguf_that_declares_more_than_it_holds_is_refused(tmp_path: Path, cont
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=f"model.source={path} is not a readable GGUF file"):
-        check_gguf_lengths(path)
+        gguf_header(path)
 
 
 def test_a_whole_gguf_passes(tmp_path: Path) -> None:
@@ -72,10 +72,10 @@ def test_a_whole_gguf_passes(tmp_path: Path) -> None:
     ]
     path = tmp_path / "model.gguf"
     path.write_bytes(gguf_file(*keys))
-    check_gguf_lengths(path)
+    gguf_header(path)
     path.write_bytes(gguf_file(*keys)[:-1])  # a byte less
     with pytest.raises(CheckpointError, match="declares 2 bytes where 1 are left"):
-        check_gguf_lengths(path)
+        gguf_header(path)
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "vocab_size", "num_attention_heads", "head_dim"])
