@@ -24,6 +24,9 @@ SHORT = ("distill.checkpoint_every=1", "score.save_every=2", "cache.shard_sample
 PATIENCE_SECONDS = 240
 """Longest wait for a command on a machine that does other work."""
 
+LAUNCHER_SECONDS = 30
+"""As torchrun gives the other ranks after one has failed."""
+
 
 @dataclass
 class Tally:
@@ -131,9 +134,16 @@ class Started:
             os.kill(self.processes[rank].pid or 0, number)
 
     def wait(self, seconds: float = PATIENCE_SECONDS) -> bool:
-        """Wait for the end of all ranks; False when that takes longer."""
-        end = time.monotonic() + seconds
+        """Wait for the end of all ranks; False when that takes longer.
+
+        As a launcher does, end those that are left when one has failed: before the ranks have met, they cannot know.
+        """
+        end, failed_at = time.monotonic() + seconds, None
         while self.is_alive() and time.monotonic() < end:
+            if failed_at is None and any(process.exitcode for process in self.processes):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() > failed_at + LAUNCHER_SECONDS:
+                self.kill()
             time.sleep(0.05)
         return not self.is_alive()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -90,8 +91,9 @@ def start_ranks(
 
 
 def ended(processes: list[ForkServerProcess], words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Return how the processes of `start_ranks` have ended."""
-    code = next((process.exitcode for process in processes if process.exitcode), 0)
+    """Return how the processes of `start_ranks` have ended, with the code of one that was not ended by force."""
+    codes = sorted((process.exitcode for process in processes if process.exitcode), key=lambda c: c == -signal.SIGKILL)
+    code = codes[0] if codes else 0
     errors = "".join((folder / f"err{rank}").read_text() for rank in range(len(processes)))
     return subprocess.CompletedProcess(words, code, (folder / "out0").read_text(), errors)
 
