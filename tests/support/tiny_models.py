@@ -72,6 +72,7 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 _LONGROPE: dict[str, Any] = {
     "head_dim": 12,
     "original_max_position_embeddings": 16,  # shorter than a test sequence
+    "partial_rotary_factor": 0.5,  # here too, for versions of transformers that look nowhere else
     "rope_parameters": {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -117,7 +118,10 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         NemotronConfig,
         {"rope_parameters": _PARTIAL, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
-    "phi3": (Phi3Config, {"sliding_window": 7, "rope_parameters": _PARTIAL, "pad_token_id": None}),
+    "phi3": (
+        Phi3Config,
+        {"sliding_window": 7, "rope_parameters": _PARTIAL, "partial_rotary_factor": 0.25, "pad_token_id": None},
+    ),
     "phi3_tied_longrope": (Phi3Config, _LONGROPE | {"tie_word_embeddings": True, "pad_token_id": None}),
     "granite": (GraniteConfig, _MULTIPLIERS | {"pad_token_id": None}),
     "granite_tied_biases": (
