@@ -48,10 +48,11 @@ def read_bridge(folder: str) -> tuple[str, dict[str, Any]]:
     from megatron.bridge.training import model_load_save
 
     with model_load_save.temporary_distributed_context(backend="gloo"):
-        weights = model_load_save.load_megatron_model(
-            f"{folder}/iter_0000000", return_state_dict=True, use_cpu_init=True, skip_temp_dist_context=True
+        model = model_load_save.load_megatron_model(
+            f"{folder}/iter_0000000", use_cpu_init=True, skip_temp_dist_context=True
         )
-        weights = {name: value.clone() for name, value in _parameters(weights).items()}
+        part = model[0] if isinstance(model, list) else model
+        weights = {name: value.clone() for name, value in _parameters(part.state_dict()).items()}
     return f"megatron-bridge {version('megatron-bridge')}", weights
 
 

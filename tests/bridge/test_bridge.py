@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,12 +12,23 @@ import torch
 from safetensors.torch import load_file
 
 from compactlm_nemo.config.model import ModelConfig
-from compactlm_nemo.models.bridge import export_bridge
-from compactlm_nemo.models.families import parameter_shapes
+from compactlm_nemo.models.bridge import engine_tensors, export_bridge
+from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER, parameter_shapes
 from compactlm_nemo.models.hf import export_hf, open_hf
+from compactlm_nemo.models.read_back import read_back
 from compactlm_nemo.models.source import open_teacher
 from tests.support import commands
-from tests.support.bridge import CASES, GOLDEN, ROOT, make_source, pruned, run_bridge, tensors_of, written
+from tests.support.bridge import (
+    CASES,
+    GOLDEN,
+    ROOT,
+    bridge_python,
+    make_source,
+    pruned,
+    run_bridge,
+    tensors_of,
+    written,
+)
 
 PRUNED = ("llama", "qwen2_tied", "nemotron", "qwen3_moe")
 ALL = [*CASES, *(f"{case}_pruned" for case in PRUNED)]
@@ -97,6 +109,21 @@ def test_bridges_checkpoint_is_read_without_companions(case: str, made: Path) ->
 def test_the_golden_list_is_what_bridge_writes(case: str, made: Path) -> None:
     golden = json.loads(GOLDEN.read_text())[case]
     assert written(made / case / "theirs" / "iter_0000000", sorted(golden["model"])) == golden
+
+
+@pytest.mark.parametrize("case", ["nemotron", "qwen3_moe"])
+def test_bridge_proves_that_it_reads_what_was_exported(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `export.verify` asks it to."""
+    stand_ins = os.pathsep.join(str(ROOT / "tests" / tool / "stand_in") for tool in ("bridge", "nemo"))
+    monkeypatch.setenv("PYTHONPATH", stand_ins)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    dims, source = make_source(case, tmp_path / "hf")
+    export_bridge(tmp_path / "hf", tmp_path / "ours", dims, source, torch.float32, 2**32)
+    ours, names = dict(engine_tensors(dims, source, torch.float32)), (EMBEDDING, OUTPUT_LAYER)
+    tool = read_back(str(bridge_python()), "bridge", tmp_path / "ours", ours.items(), names)
+    assert tool.startswith("megatron-bridge 0.3.")
 
 
 def test_what_the_page_says_works(tmp_path: Path) -> None:
