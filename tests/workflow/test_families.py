@@ -17,7 +17,7 @@ from tests.support.tiny_run import command, metrics
 REFIT = ["score.second_moments=true", "prune.reconstruct=least_squares", "search.layers=[3]", "distill.steps=24"]
 
 
-@pytest.mark.parametrize("case", ["smollm3", "phi3", "granite", "olmo2", "glm4"])
+@pytest.mark.parametrize("case", ["smollm3", "phi3", "granite", "olmo2", "glm4", "gemma3"])
 def test_a_family_is_refitted_cut_and_taught(case: str, inputs: Path, tmp_path: Path) -> None:
     teacher, run = tmp_path / "teacher", tmp_path / "run"
     save_tiny(case, teacher, vocab_size=93, eos_token_id=0, bos_token_id=0)
