@@ -34,7 +34,7 @@ install: $(STAMP)  ## Build .venv
 
 EXPERIMENT := $(or $(patsubst experiment=%,%,$(filter experiment=%,$(ARGS))),smollm2_135m_cpu)
 
-compress: $(STAMP)  ## Fetch, prune and distil SmolLM2-135M on the CPU; overrides go in ARGS="distill.steps=100"
+compress: $(STAMP)  ## Fetch, prune and distil SmolLM2-135M on the CPU, or ARGS="experiment=NAME"; ARGS takes overrides too
 	$(BIN)/python -m recipes.fetch experiment=$(EXPERIMENT)
 	$(BIN)/python -m recipes.compress experiment=$(EXPERIMENT) $(filter-out experiment=%,$(ARGS))
 

@@ -142,6 +142,7 @@ def write_for_every_reader(folder: Path) -> None:
     rope = dict(values.get("rope_parameters") or {})
     if "full_attention" in rope:  # of families whose layers differ
         values["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        values.pop("_sliding_window_pattern", None)  # `layer_types` says it, also of a student with other layers
         rope = dict(rope["full_attention"])
     if "rope_theta" in rope:
         values["rope_theta"] = rope.pop("rope_theta")

@@ -74,7 +74,7 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         persist_layer_norm=False,
         **(_expert_settings(dims) if dims.num_experts else {}),
     )
-    config.local_layers = dims.local_layers  # ours, for LayerAttention
+    config.local_layers = dims.local_layers  # ours, for LocalOrGlobalAttention
     if (factor := attention_factor(dims)) != 1.0:
         _multiply_rotations(config, factor)
     return config

