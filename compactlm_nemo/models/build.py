@@ -30,6 +30,7 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER
 from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.models.megatron_config import transformer_config
+from compactlm_nemo.models.router import GroupRouter, has_own_routing
 from compactlm_nemo.models.rope import inverse_frequencies
 from compactlm_nemo.models.spec import block_spec
 from compactlm_nemo.parallel.devices import device
@@ -161,7 +162,7 @@ def build_model(
             dims,
             mesh,
             config,
-            num_layers=counts[stage * mesh.pp_size + mesh.pp_rank],
+            layers=_layers_of(counts, stage * mesh.pp_size + mesh.pp_rank),
             vocab_multiple=vocab_multiple,
             is_first=mesh.is_first_stage and stage == 0,
             is_last=mesh.is_last_stage and stage == stages - 1,
@@ -172,12 +173,18 @@ def build_model(
     return ModelChunks(chunks, dims, mesh, chunk_tokens)
 
 
+def _layers_of(counts: list[int], chunk: int) -> range:
+    """Return the numbers of a chunk's layers; `counts` are those of all chunks in pipeline order."""
+    first = sum(counts[:chunk])
+    return range(first, first + counts[chunk])
+
+
 def _build_chunk(
     dims: Dims,
     mesh: Mesh,
     config: TransformerConfig,
     *,
-    num_layers: int,
+    layers: range,
     vocab_multiple: int,
     is_first: bool,
     is_last: bool,
@@ -185,7 +192,7 @@ def _build_chunk(
 ) -> HiddenStateModel:
     model = HiddenStateModel(
         config=config,
-        transformer_layer_spec=block_spec(dims, num_layers),
+        transformer_layer_spec=block_spec(dims, layers),
         vocab_size=dims.padded_vocab(mesh.tp_size, vocab_multiple),
         max_sequence_length=dims.max_position_embeddings,
         pre_process=is_first,
@@ -204,6 +211,7 @@ def _build_chunk(
             if module.weight is not None:  # None: a tied output layer on the stage of the embedding
                 module.weight.tensor_model_parallel = True
     _set_rotations(model, dims)
+    _set_routers(model, dims)
     model.logits_scaling = dims.logits_scaling
     if is_first and (scale := embedding_scale(dims, config.params_dtype)) != 1:
         model.embedding.register_forward_hook(lambda _, args, stream: stream * scale)
@@ -232,6 +240,13 @@ def _set_rotations(model: HiddenStateModel, dims: Dims) -> None:
         )
 
 
+def _set_routers(model: HiddenStateModel, dims: Dims) -> None:
+    """Give layers with experts their router where it is not Megatron's, whose oldest version takes none of ours."""
+    for layer in model.decoder.layers if has_own_routing(dims) else []:
+        if (router := getattr(layer.mlp, "router", None)) is not None:
+            layer.mlp.router = GroupRouter(router, dims)
+
+
 def global_names(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """Return parameters of this rank under their names in the whole model (0-based global layer and expert numbers)."""
     for chunk in chunks:
@@ -245,6 +260,13 @@ def global_names(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Tenso
             yield name, parameter
 
 
+_BY_ROWS = (
+    "query_norm.weight", "key_norm.weight", "linear_q_proj.weight", "linear_q_up_proj.weight",
+    "linear_kv_up_proj.weight",
+)  # fmt: skip
+"""Further parameters whose rows, or channels, are those of heads one after another."""
+
+
 def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padded_vocab: int) -> Tensor:
     """Return this TP rank's part of a whole parameter, as Megatron's parallel layers expect it."""
     if name in (EMBEDDING, OUTPUT_LAYER):
@@ -255,7 +277,7 @@ def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padd
         return full
     if ".linear_fc1." in name and gated:
         return torch.cat([half.chunk(size, 0)[rank] for half in full.chunk(2, 0)])
-    if ".linear_qkv." in name or ".linear_fc1." in name or name.endswith(("query_norm.weight", "key_norm.weight")):
+    if name.endswith(_BY_ROWS) or ".linear_qkv." in name or ".linear_fc1." in name:
         return full.chunk(size, 0)[rank]
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return full.chunk(size, 1)[rank]

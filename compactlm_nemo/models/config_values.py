@@ -66,9 +66,9 @@ def query_scale_of(config: Any) -> dict[str, Any]:
     return {"attention_multiplier": scalar**-0.5}
 
 
-def experts_of(config: Any, kind: str, norm_topk: bool | None) -> dict[str, Any]:
+def experts_of(config: Any, kind: str, count_key: str, norm_topk: bool | None) -> dict[str, Any]:
     """Return number, choice and gates of the experts."""
-    count, picked = config.num_experts, config.num_experts_per_tok
+    count, picked = getattr(config, count_key), config.num_experts_per_tok
     if not 1 <= picked <= count:
         raise CheckpointError(f"config.json: num_experts_per_tok={picked} must be in [1, {count}], the experts.")
     if norm_topk is None:

@@ -11,13 +11,13 @@ from compactlm_nemo.models.axes import AXES
 
 MODEL = "model.json"
 """File of the architecture in an artifact that is a model."""
-BY_LAYER = ("no_rope_layers", "local_layers")
+BY_LAYER = ("no_rope_layers", "local_layers", "dense_layers")
 """Fields of `Dims` with one value a layer, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dims:
-    """One decoder-only transformer, dense or with experts in every layer.
+    """One decoder-only transformer, dense or with experts in every layer but those of `dense_layers`.
 
     `num_heads` are query heads, `num_query_groups` key/value heads; `vocab_size` is unpadded.
     """
@@ -31,6 +31,7 @@ class Dims:
     num_heads: int
     num_query_groups: int
     head_dim: int
+    """Width of a head: of queries, keys and values, or of values alone where there are latents."""
     vocab_size: int
     max_position_embeddings: int
     norm_eps: float
@@ -85,12 +86,51 @@ class Dims:
     """Whether the gate weights of the picked experts are scaled to sum to 1; else they are what the softmax over all
     experts gives them."""
     shared_expert_ffn: int = 0
-    """Width of the expert that sees every token and has a sigmoid gate of its own; 0 is none."""
+    """Width of the expert that sees every token; 0 is none."""
+    shared_expert_gate: bool = True
+    """Whether that expert has a sigmoid gate of its own."""
+    dense_layers: list[bool] | None = None
+    """For each layer whether it has one MLP, `dense_ffn` wide, in place of experts; None where the layers are alike."""
+    dense_ffn: int = 0
+    sigmoid_gates: bool = False
+    """Whether gates are sigmoids and a bias, which is not trained, is added where experts are chosen; else softmax."""
+    expert_groups: int = 1
+    """Groups of neighbouring experts: those of the `groups_per_token` best groups alone can be picked."""
+    groups_per_token: int = 1
+    gate_scale: float = 1.0
+    """What the gates of picked experts are multiplied with."""
+    kv_lora_rank: int = 0
+    """Width of the latent that keys and values of all heads are made from; 0 is attention without latents."""
+    q_lora_rank: int = 0
+    """Width of the latent that queries are made from; 0 where they are made from the stream."""
+    qk_nope_head_dim: int = 0
+    """With latents, the channels of a query or key head that do not turn."""
+    qk_rope_head_dim: int = 0
+    """With latents, those that turn; the key's are one for all heads."""
 
     @property
     def norm_1p(self) -> bool:
         """Whether the weight of a norm is 1 + w."""
         return self.layer_norm_1p or self.rms_norm_1p
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that turn."""
+        return self.qk_rope_head_dim if self.kv_lora_rank else int(self.head_dim * self.rotary_percent)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.kv_lora_rank else self.head_dim
+
+    def of_layer(self, layer: int) -> Dims:
+        """Return the architecture whose layers are all as this one: a dense one where this layer is dense."""
+        if self.dense_layers is None:
+            return self
+        if not self.dense_layers[layer]:
+            return replace(self, dense_layers=None)
+        without = {"num_experts": 0, "experts_per_token": 0, "shared_expert_ffn": 0}
+        return replace(self, dense_layers=None, ffn_hidden_size=self.dense_ffn, **without)
 
     def shape(self) -> dict[str, int]:
         """Return the size on every axis of `AXES`, by the axis's name."""

@@ -18,7 +18,9 @@ from compactlm_nemo.models.config_values import (
     refuse_other_than_whole_sizes,
     refuse_other_value,
 )
+from compactlm_nemo.models.deepseek import LATENT_NAMES, deepseek_values, dims_of_deepseek, latent_shapes
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.limits import export_problem, needs_mistral
 from compactlm_nemo.models.rope import rope_of, rope_of_kinds
 
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -73,6 +75,14 @@ class Family:
     """Whether every layer has experts instead of one MLP."""
     norm_topk: bool | None = None
     """Fixed by the architecture, or None when `norm_topk_prob` decides."""
+    expert_count: str = "num_experts"
+    """Config key of the number of experts."""
+    latents: bool = False
+    """Whether attention is multi-head latent attention, the experts' shared one has no gate, gates are scaled and
+    experts are in groups, and the first `first_k_dense_replace` layers have one MLP: what DeepSeek's families share."""
+    sigmoid_gates: bool = False
+    shared_expert: str = "shared_expert"
+    """Tensor names: the expert that sees every token."""
     mlp: str = "mlp"
     """Tensor names: the module of MLP or experts in a layer."""
     norms: Mapping[str, str] = field(default_factory=NORMS_BEFORE.copy)
@@ -87,6 +97,11 @@ class Family:
 
 
 _NO_DENSE_LAYERS: dict[str, Any] = {"mlp_only_layers": [], "decoder_sparse_step": 1}
+_DEEPSEEK: dict[str, Any] = {
+    "experts": True, "ffn": "moe_intermediate_size", "expert_count": "n_routed_experts",
+    "shared_expert": "shared_experts",
+}  # fmt: skip
+_PLAIN_DEEPSEEK: dict[str, Any] = {"attention_bias": False, "moe_layer_freq": 1}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(activation="silu", mlp_bias=True),
@@ -137,6 +152,16 @@ FAMILIES: dict[str, Family] = {
         activation="silu", qk_norm=True, experts=True, ffn="moe_intermediate_size",
         also={"use_sliding_window": False, **_NO_DENSE_LAYERS},
     ),
+    "deepseek_v2": Family(
+        activation="silu", qkv_bias=False, latents=True, **_DEEPSEEK,
+        also=_PLAIN_DEEPSEEK | {"mlp_bias": False, "norm_topk_prob": False, "scoring_func": "softmax"},
+        norm_topk=False, own_code="modeling_deepseek.DeepseekV2ForCausalLM",
+    ),
+    "deepseek_v3": Family(
+        activation="silu", qkv_bias=False, latents=True, sigmoid_gates=True, **_DEEPSEEK,
+        also=_PLAIN_DEEPSEEK | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        own_code="modeling_deepseek.DeepseekV3ForCausalLM",
+    ),
 }  # fmt: skip
 
 
@@ -149,13 +174,13 @@ def dims_of(config: Any) -> Dims:
     given = config.to_diff_dict()
     known = known_keys(
         experts=family.experts, local_layers=family.local_layers, skips_rope=family.skips_rope,
-        multipliers=family.multipliers,
+        multipliers=family.multipliers, latents=family.latents,
     )  # fmt: skip
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     known |= {"auto_map"} if own_code is not None and own_code.split("--")[-1] == family.own_code else set()
     unknown = {key: value for key, value in given.items() if key not in known and value not in (None, False)}
     refuse_unknown_keys(unknown, kind)
-    counts = ("num_experts", "num_experts_per_tok") if family.experts else ()
+    counts = (family.expert_count, "num_experts_per_tok") if family.experts else ()
     refuse_other_than_whole_sizes(config, (family.ffn, *counts))
     refuse_other_value(kind, family.activation_key, getattr(config, family.activation_key), family.activation)
     for key, value in family.also.items():
@@ -168,7 +193,7 @@ def dims_of(config: Any) -> Dims:
     rope = rope_of_kinds(config) if family.local_layers else rope_of(config)
     if not family.partial_rotary:
         refuse_other_value(kind, "partial_rotary_factor", rope["rotary_percent"], 1.0)
-    return Dims(
+    fields: dict[str, Any] = dict(
         family=kind,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -199,8 +224,11 @@ def dims_of(config: Any) -> Dims:
         **rope,
         **(query_scale_of(config) if family.query_scalar else {}),
         **(multipliers_of(config) if family.multipliers else {}),
-        **(experts_of(config, kind, family.norm_topk) if family.experts else {}),
+        **(experts_of(config, kind, family.expert_count, family.norm_topk) if family.experts else {}),
     )
+    if family.latents:
+        fields |= dims_of_deepseek(config, sigmoid=family.sigmoid_gates)
+    return Dims(**fields)
 
 
 def resized(config: Any, dims: Dims) -> Any:
@@ -222,9 +250,12 @@ def resized(config: Any, dims: Dims) -> Any:
     )
     values[FAMILIES[dims.family].ffn] = dims.ffn_hidden_size
     if dims.num_experts:
-        values["num_local_experts" if "num_local_experts" in values else "num_experts"] = dims.num_experts
+        count = FAMILIES[dims.family].expert_count
+        values["num_local_experts" if "num_local_experts" in values else count] = dims.num_experts
         values["num_experts_per_tok"] = dims.experts_per_token
-    if dims.shared_expert_ffn:
+    if FAMILIES[dims.family].latents:
+        values |= deepseek_values(dims)
+    elif dims.shared_expert_ffn:
         values["shared_expert_intermediate_size"] = dims.shared_expert_ffn
     if FAMILIES[dims.family].skips_rope:
         values["no_rope_layers"] = [int(not without) for without in dims.no_rope_layers or []]
@@ -234,53 +265,13 @@ def resized(config: Any, dims: Dims) -> Any:
         values["layer_types"] = values["layer_types"][: dims.num_layers]
     if "max_window_layers" in values:
         values["max_window_layers"] = dims.num_layers
-    if not _needs_mistral(dims):
+    if not needs_mistral(dims):
         return type(config).from_dict(values)
     from transformers import MistralConfig
 
     names = {"mlp_bias", "attention_bias", "pretraining_tp", "model_type", "architectures"}
     fields = {name: value for name, value in values.items() if name not in names}
     return MistralConfig(**fields, sliding_window=None, architectures=["MistralForCausalLM"])
-
-
-def _needs_mistral(dims: Dims) -> bool:
-    """Whether transformers' Llama refuses these sizes: heads must divide the hidden size, though they have a width.
-
-    Its Mistral is the same computation without that rule, and without biases.
-    """
-    return dims.family == "llama" and dims.hidden_size % dims.num_heads > 0
-
-
-def export_problem(dims: Dims) -> str | None:
-    """Return why no Hugging Face folder can hold a model of these sizes; None when one can."""
-    needs_multiple = {"llama": dims.qkv_bias or dims.mlp_bias, "gemma3_text": True}.get(dims.family, False)
-    if needs_multiple and dims.hidden_size % dims.num_heads:
-        biases = " with biases" if dims.family == "llama" else ""
-        return (
-            f"search.hidden={dims.hidden_size} must be a multiple of search.heads={dims.num_heads} for a {dims.family}"
-            f"{biases}, or transformers refuses to load it; change either."
-        )
-    if dims.family == "phi3" and (dims.rope_scaling or {}).get("rope_type") == "longrope":
-        # Its config counts the factors by heads as wide as hidden size / heads, whatever their size is.
-        width, pairs = dims.hidden_size // dims.num_heads, int(dims.head_dim * dims.rotary_percent) // 2
-        if int(width * dims.rotary_percent) // 2 != pairs:
-            return (
-                f"search.hidden={dims.hidden_size} / search.heads={dims.num_heads} must be {dims.head_dim}, the width "
-                "of a head, for a phi3 with longrope, or transformers refuses to load it; change either."
-            )
-    return None
-
-
-def cut_problem(teacher: Dims, student: Dims) -> str | None:
-    """Return why the teacher's architecture forbids this student; None where it does not."""
-    sizes = ("num_heads", "num_query_groups")
-    if teacher.qk_norm_over_heads and any(getattr(student, size) != getattr(teacher, size) for size in sizes):
-        return (
-            f"search.heads={student.num_heads} and search.groups={student.num_query_groups} must be the teacher's "
-            f"{teacher.num_heads} and {teacher.num_query_groups} for {teacher.family}: its norms of queries and keys "
-            "run over all heads, and those that stay would change; leave both out."
-        )
-    return None
 
 
 def hf_names(name: str, dims: Dims) -> list[str]:
@@ -297,11 +288,13 @@ def hf_names(name: str, dims: Dims) -> list[str]:
     family = FAMILIES[dims.family]
     matrices = {"linear_fc1": family.fc1, "linear_fc2": [family.fc2]}
     _, _, layer, *middle, kind = name.split(".")
+    if kind == "expert_bias":
+        return [f"model.layers.{layer}.{family.mlp}.gate.e_score_correction_bias"]
     if kind == "gate_weight":
         return [f"model.layers.{layer}.{family.mlp}.shared_expert_gate.weight"]
     if middle[-1] in matrices:  # of an MLP, of one expert, or of the expert that sees every token
         where = ".".join(middle[:-1]).replace("mlp", family.mlp, 1)
-        where = where.replace("experts.local_experts.", "experts.").replace("shared_experts", "shared_expert")
+        where = where.replace("experts.local_experts.", "experts.").replace("shared_experts", family.shared_expert)
         return [f"model.layers.{layer}.{where}.{matrix}.{kind}" for matrix in matrices[middle[-1]]]
     parts = {
         "self_attention.linear_qkv": [f"self_attn.{projection}" for projection in family.qkv],
@@ -311,6 +304,7 @@ def hf_names(name: str, dims: Dims) -> list[str]:
         "self_attention.query_norm": ["self_attn.q_norm"],
         "self_attention.key_norm": ["self_attn.k_norm"],
         "mlp.router": [f"{family.mlp}.gate"],
+        **(LATENT_NAMES if family.latents else {}),
         **{norm: [theirs] for norm, theirs in family.norms.items()},
     }[".".join(middle)]
     return [f"model.layers.{layer}.{part}.{kind}" for part in parts]
@@ -328,34 +322,43 @@ def hf_shapes(name: str, wanted: tuple[int, ...], dims: Dims) -> list[tuple[int,
 
 def parameter_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
     """Return the shapes of whole unpadded parameters by Megatron name (global layer and expert numbers), in order."""
-    h, d = dims.hidden_size, dims.head_dim
-    qkv = (dims.num_heads + 2 * dims.num_query_groups) * d
+    h = dims.hidden_size
     norm: dict[str, tuple[int, ...]] = {"weight": (h,), "bias": (h,)} if dims.layer_norm_1p else {"weight": (h,)}
     layer: dict[str, tuple[int, ...]] = {}
     if dims.norm_before:
         layer |= {f"input_layernorm.{k}": s for k, s in norm.items()}
-    layer["self_attention.linear_qkv.weight"] = (qkv, h)
-    if dims.qkv_bias:
-        layer["self_attention.linear_qkv.bias"] = (qkv,)
-    layer["self_attention.linear_proj.weight"] = (h, dims.num_heads * d)
-    if dims.proj_bias:
-        layer["self_attention.linear_proj.bias"] = (h,)
-    if dims.qk_norm:
-        layer |= {"self_attention.q_layernorm.weight": (d,), "self_attention.k_layernorm.weight": (d,)}
-    if dims.qk_norm_over_heads:
-        counts = {"query": dims.num_heads, "key": dims.num_query_groups}
-        layer |= {f"self_attention.{of}_norm.weight": (count * d,) for of, count in counts.items()}
+    layer |= {f"self_attention.{k}": s for k, s in _attention_shapes(dims).items()}
     if dims.norm_before:
         layer |= {f"pre_mlp_layernorm.{k}": s for k, s in norm.items()}
     if dims.norm_after:
         layer |= {f"{name}.{k}": s for name in (AFTER_ATTENTION, AFTER_MLP) for k, s in norm.items()}
-    layer |= _mlp_shapes(dims)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab_size, h)}
     for i in range(dims.num_layers):
-        shapes |= {f"decoder.layers.{i}.{k}": s for k, s in layer.items()}
+        shapes |= {f"decoder.layers.{i}.{k}": s for k, s in (layer | _mlp_shapes(dims.of_layer(i))).items()}
     shapes |= {f"decoder.final_layernorm.{k}": s for k, s in norm.items()}
     if not dims.tied_embeddings:
         shapes[OUTPUT_LAYER] = (dims.vocab_size, h)
+    return shapes
+
+
+def _attention_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
+    """Return the attention of a layer; names as in `parameter_shapes` after the module's."""
+    h, d = dims.hidden_size, dims.head_dim
+    proj: dict[str, tuple[int, ...]] = {"linear_proj.weight": (h, dims.num_heads * d)}
+    if dims.kv_lora_rank:
+        return latent_shapes(dims) | proj
+    qkv = (dims.num_heads + 2 * dims.num_query_groups) * d
+    shapes: dict[str, tuple[int, ...]] = {"linear_qkv.weight": (qkv, h)}
+    if dims.qkv_bias:
+        shapes["linear_qkv.bias"] = (qkv,)
+    shapes |= proj
+    if dims.proj_bias:
+        shapes["linear_proj.bias"] = (h,)
+    if dims.qk_norm:
+        shapes |= {"q_layernorm.weight": (d,), "k_layernorm.weight": (d,)}
+    if dims.qk_norm_over_heads:
+        counts = {"query": dims.num_heads, "key": dims.num_query_groups}
+        shapes |= {f"{of}_norm.weight": (count * d,) for of, count in counts.items()}
     return shapes
 
 
@@ -372,9 +375,12 @@ def _mlp_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
             shapes |= {"mlp.linear_fc1.bias": (halves * dims.ffn_hidden_size,), "mlp.linear_fc2.bias": (h,)}
         return shapes
     shapes = {"mlp.router.weight": (dims.num_experts, h)}
+    if dims.sigmoid_gates:
+        shapes["mlp.router.expert_bias"] = (dims.num_experts,)
     for expert in range(dims.num_experts):
         shapes |= matrices(f"mlp.experts.local_experts.{expert}.", dims.ffn_hidden_size)
     if dims.shared_expert_ffn:
-        shapes["mlp.shared_experts.gate_weight"] = (1, h)
+        if dims.shared_expert_gate:
+            shapes["mlp.shared_experts.gate_weight"] = (1, h)
         shapes |= matrices("mlp.shared_experts.", dims.shared_expert_ffn)
     return shapes

@@ -32,6 +32,9 @@ _GLM = _COMMON | {
     "head_dim": 128, "max_position_embeddings": 131072, "rms_norm_eps": 1.5625e-7, "attention_bias": True,
     "partial_rotary_factor": 0.5,
 }  # fmt: skip
+_DEEPSEEK = _COMMON | {
+    "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _COMMON | {"intermediate_size": 11008, "max_position_embeddings": 2048, "mlp_bias": False},
     "mistral": _COMMON
@@ -90,6 +93,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {
         "num_attention_heads": 32, "num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128,
         "num_experts_per_tok": 8,
+    },
+    "deepseek_v2": _DEEPSEEK
+    | {
+        "vocab_size": 102400, "intermediate_size": 11008, "max_position_embeddings": 2048, "first_k_dense_replace": 0,
+        "n_group": None, "topk_group": None, "topk_method": "greedy", "n_routed_experts": 64, "n_shared_experts": 2,
+        "routed_scaling_factor": 1.0, "norm_topk_prob": False, "moe_intermediate_size": 1407, "mlp_bias": False,
+    },
+    "deepseek_v3": _DEEPSEEK
+    | {
+        "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128,
+        "max_position_embeddings": 4096, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4,
+        "n_routed_experts": 256, "n_shared_experts": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+        "num_experts_per_tok": 8, "rope_interleave": True,
     },
 }  # fmt: skip
 """Family -> the values that transformers gives what a config leaves out (a test compares them)."""

@@ -32,7 +32,7 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
     config = TransformerConfig(
         num_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
-        ffn_hidden_size=dims.ffn_hidden_size,
+        ffn_hidden_size=dims.dense_ffn or dims.ffn_hidden_size,
         num_attention_heads=dims.num_heads,
         num_query_groups=dims.num_query_groups,
         kv_channels=dims.head_dim,
@@ -115,4 +115,5 @@ def _expert_settings(dims: Dims) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "alltoall",  # a token is sent to the ranks of its experts, not to all
         "moe_shared_expert_intermediate_size": dims.shared_expert_ffn or None,
+        **({} if dims.dense_layers is None else {"moe_layer_freq": [int(not dense) for dense in dims.dense_layers]}),
     }

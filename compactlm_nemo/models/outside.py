@@ -21,6 +21,7 @@ LARGEST: dict[str, int] = {
     "num_hidden_layers": 10_000, "hidden_size": 2**20, "intermediate_size": 2**24, "moe_intermediate_size": 2**24,
     "shared_expert_intermediate_size": 2**24, "num_attention_heads": 2**16, "num_key_value_heads": 2**16,
     "head_dim": 2**16, "vocab_size": 2**28, "num_experts": 2**16, "num_local_experts": 2**16,
+    "n_routed_experts": 2**16, "n_shared_experts": 2**16, "first_k_dense_replace": 10_000,
     "num_experts_per_tok": 2**16, "max_position_embeddings": 2**40,
 }  # fmt: skip
 """Key of a Hugging Face config -> more than any model has. Lists as long as these are made before anything is read."""

@@ -134,6 +134,13 @@ def _longrope(numbers: Mapping[str, Any], config: Any) -> dict[str, Any]:
 _RESOLVED = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
 
 
+def mscale_of(config: Any) -> float:
+    """Return ``0.1 mscale_all_dim ln(factor) + 1`` of a config's scaling, 1 without: its square goes to the softmax."""
+    given = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    all_dims = given.get("mscale_all_dim")
+    return _mscale(given["factor"], all_dims) if all_dims and given.get("factor") else 1.0
+
+
 def attention_factor(dims: Dims) -> float:
     """Return what cosines and sines are multiplied with."""
     return float((dims.rope_scaling or {}).get("attention_factor", 1.0))
@@ -155,7 +162,7 @@ def inverse_frequencies(dims: Dims, length: int = 0) -> Tensor:
     """
     import torch
 
-    rotary_dim = int(dims.head_dim * dims.rotary_percent)
+    rotary_dim = dims.rotary_dim
     freqs_D = 1.0 / dims.rope_theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
     scaling = dims.rope_scaling
     if scaling is None:

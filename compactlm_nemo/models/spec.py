@@ -24,6 +24,7 @@ from torch import Tensor
 from compactlm_nemo.models.attention import LocalOrGlobalAttention, NormedOverHeads, SdpaCoreAttention
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.experts import Experts
+from compactlm_nemo.models.latent_attention import LatentAttention
 
 
 class Norm(torch.nn.Module):
@@ -122,13 +123,21 @@ class ResidualAdd(torch.nn.Module):
 class GatedSharedExpertMLP(SharedExpertMLP):
     """A shared expert with its gate, however this Megatron says so: in the specification (0.15) or in the config."""
 
+    has_gate = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "gate": True})
+        super().__init__(*args, **{**kwargs, "gate": self.has_gate})
+
+
+class PlainSharedExpertMLP(GatedSharedExpertMLP):
+    """A shared expert without a gate."""
+
+    has_gate = False
 
 
 def layer_spec(dims: Dims) -> ModuleSpec:
     """Return one decoder layer: separate norms, so that scoring can hook the same places in every model."""
-    norm, norm_qk = (Norm if has_norm else IdentityOp for has_norm in (dims.norm_before, dims.qk_norm))
+    norm = Norm if dims.norm_before else IdentityOp
     add: Any = get_bias_dropout_add
     if dims.residual_multiplier != 1:
         add = ModuleSpec(module=ResidualAdd, params={"multiplier": dims.residual_multiplier})
@@ -136,21 +145,29 @@ def layer_spec(dims: Dims) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(
-                module=_attention(dims),
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=SdpaCoreAttention,
-                    linear_proj=ROW_LINEARS[dims.proj_bias, dims.norm_after],
-                    q_layernorm=norm_qk,
-                    k_layernorm=norm_qk,
-                ),
-            ),
+            self_attention=_attention_spec(dims),
             self_attn_bda=add,
             pre_mlp_layernorm=norm,
             mlp=mlp_spec(dims),
             mlp_bda=add,
+        ),
+    )
+
+
+def _attention_spec(dims: Dims) -> ModuleSpec:
+    linear_proj, norm_qk = ROW_LINEARS[dims.proj_bias, dims.norm_after], Norm if dims.qk_norm else IdentityOp
+    if dims.kv_lora_rank:
+        params = {"dims": dims, "norm": Norm, "linear_proj": linear_proj}
+        return ModuleSpec(module=LatentAttention, params=params)
+    return ModuleSpec(
+        module=_attention(dims),
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=SdpaCoreAttention,
+            linear_proj=linear_proj,
+            q_layernorm=norm_qk,
+            k_layernorm=norm_qk,
         ),
     )
 
@@ -170,15 +187,17 @@ def mlp_spec(dims: Dims) -> ModuleSpec:
     )
     if not dims.num_experts:
         return ModuleSpec(module=MLP, submodules=matrices)
+    shared = GatedSharedExpertMLP if dims.shared_expert_gate else PlainSharedExpertMLP
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
             experts=ModuleSpec(module=Experts, submodules=matrices),
-            shared_experts=ModuleSpec(module=GatedSharedExpertMLP, submodules=matrices),
+            shared_experts=ModuleSpec(module=shared, submodules=matrices),
         ),
     )
 
 
-def block_spec(dims: Dims, num_layers: int) -> TransformerBlockSubmodules:
-    """Return the `num_layers` layers of one pipeline stage and the final norm."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(dims)] * num_layers, layer_norm=Norm)
+def block_spec(dims: Dims, layers: range) -> TransformerBlockSubmodules:
+    """Return the layers of one pipeline stage, by their numbers in the model, and the final norm."""
+    specs = [layer_spec(dims.of_layer(layer)) for layer in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
@@ -95,6 +97,33 @@ _GEMMA: dict[str, Any] = {
 }
 
 
+# Heads of 12 channels that stay and 8 that turn, values of 16; the first layer dense, experts of the others in groups.
+_DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+    "head_dim": 8,  # as the config sets it by itself: of the channels that turn
+    "rms_norm_eps": 1e-3,  # the latents' norms have 1e-6
+}
+
+
+_DEEPSEEK_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16,
+    "beta_fast": 4, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 1.5,
+}  # fmt: skip
+
+
 CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"rms_norm_eps": 1e-3}),
     "llama_tied_llama3_rope": (LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
@@ -151,6 +180,24 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2_moe": (Qwen2MoeConfig, _EXPERTS | {"shared_expert_intermediate_size": 40}),
     "qwen3_moe": (Qwen3MoeConfig, _EXPERTS | {"norm_topk_prob": True, "attention_bias": True}),
     "qwen3_moe_tied_top1": (Qwen3MoeConfig, _EXPERTS | {"num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    "deepseek_v3": (DeepseekV3Config, _DEEPSEEK | {"rope_parameters": _DEEPSEEK_YARN}),
+    "deepseek_v3_tied_plain": (
+        DeepseekV3Config,
+        _DEEPSEEK
+        | {
+            "tie_word_embeddings": True, "q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1,
+            "norm_topk_prob": False, "first_k_dense_replace": 2, "n_shared_experts": 1,
+        },
+    ),
+    "deepseek_v2": (
+        DeepseekV2Config,
+        _DEEPSEEK | {"topk_method": "group_limited_greedy", "rope_parameters": _DEEPSEEK_YARN},
+    ),
+    "deepseek_v2_tied_greedy": (
+        DeepseekV2Config,
+        _DEEPSEEK
+        | {"tie_word_embeddings": True, "q_lora_rank": None, "routed_scaling_factor": 1.0, "first_k_dense_replace": 2},
+    ),
 }
 
 
@@ -174,11 +221,16 @@ def tiny_model(case: str, **changes: Any) -> Any:
     generator = torch.Generator().manual_seed(sum(map(ord, case)))
     centre = 0.0 if config.model_type in ("nemotron", "gemma3_text") else 1.0
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *_biases_of_choice(model)]:
             is_norm = "norm" in name and name.endswith("weight")
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(centre + 0.3 * noise if is_norm else 0.2 * noise)
     return model
+
+
+def _biases_of_choice(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """Buffers that are saved: what DeepSeek-V3 adds to scores of experts where it chooses."""
+    return [(name, x) for name, x in model.named_buffers() if name.endswith("e_score_correction_bias")]
 
 
 def save_tiny(case: str, folder: Path, **changes: Any) -> Any:
