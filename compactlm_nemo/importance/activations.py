@@ -67,7 +67,7 @@ class ActivationHooks:
         self._on_input(layer.self_attention.linear_proj, self._heads(idx))
         self._on_output(layer.input_layernorm, self._norm(2 * idx))
         self._on_output(layer.pre_mlp_layernorm, self._norm(2 * idx + 1))
-        if self.dims.num_experts:
+        if not self.dims.is_dense(idx):
             hook_experts(self, layer.mlp, idx)
         else:
             self.on_neurons(layer.mlp, f"mlp.{idx}")

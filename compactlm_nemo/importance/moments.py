@@ -102,12 +102,13 @@ class MomentCollector:
         for layer in chunks.layers():
             idx = layer.layer_number - 1
             self._on_input(layer.self_attention.linear_proj, heads_key(idx), dims.num_heads * dims.head_dim)
-            if not dims.num_experts:
+            has_experts = not dims.is_dense(idx)
+            if not dims.num_experts:  # of dense layers among others no refit asks
                 self._on_input(layer.mlp.linear_fc2, mlp_key(idx), dims.ffn_hidden_size)
-            elif dims.shared_expert_ffn:
+            elif has_experts and dims.shared_expert_ffn:
                 fc2 = layer.mlp.shared_experts.linear_fc2
                 self._on_input(fc2, shared_expert_key(idx), dims.shared_expert_ffn)
-            if dims.num_experts and experts:
+            if has_experts and experts:
                 self._on_experts(layer.mlp, idx, dims.ffn_hidden_size)
             self._on_norm(layer.input_layernorm, attention_norm_key(idx), dims.hidden_size)
             self._on_norm(layer.pre_mlp_layernorm, mlp_norm_key(idx), dims.hidden_size)

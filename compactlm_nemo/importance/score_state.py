@@ -115,7 +115,7 @@ class ScoreState:
         for i in range(dims.num_layers):
             (scores[names.heads_key(i)],) = of([f"heads.{i}"])
             (scores[names.groups_key(i)],) = of([f"groups.{i}"])
-            if not dims.num_experts:
+            if dims.is_dense(i):
                 (scores[names.mlp_key(i)],) = of([f"mlp.{i}"])
                 continue
             experts = range(dims.num_experts)

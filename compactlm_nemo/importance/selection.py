@@ -47,8 +47,8 @@ def _lengths(teacher: Dims) -> dict[str, int]:
     expected = {HIDDEN: teacher.hidden_size, DEPTH: teacher.num_layers}
     for i in range(teacher.num_layers):
         expected[heads_key(i)] = teacher.num_heads
-        if not teacher.num_experts:
-            expected[mlp_key(i)] = teacher.ffn_hidden_size
+        if teacher.is_dense(i):
+            expected[mlp_key(i)] = teacher.of_layer(i).ffn_hidden_size
             continue
         expected[experts_key(i)] = teacher.num_experts
         expected |= {expert_mlp_key(i, e): teacher.ffn_hidden_size for e in range(teacher.num_experts)}
@@ -98,6 +98,13 @@ def keep_heads(layer: int, teacher: Dims, student: Dims, scores: dict[str, Tenso
     by_group = scores[heads_key(layer)].cpu().view(teacher.num_query_groups, -1)
     num_kept = student.num_heads // student.num_query_groups
     return torch.cat([top_units(by_group[g], num_kept) + g * by_group.shape[1] for g in groups.tolist()])
+
+
+def keep_experts(layer: int, teacher: Dims, student: Dims, scores: dict[str, Tensor]) -> Tensor:
+    """Choose the experts of a layer that stay, ascending: equally many of each group of the router's."""
+    by_group = scores[experts_key(layer)].cpu().view(teacher.expert_groups, -1)
+    num_kept = student.num_experts // teacher.expert_groups
+    return torch.cat([top_units(score, num_kept) + g * by_group.shape[1] for g, score in enumerate(by_group)])
 
 
 def kept_share(score_E: Tensor, units: Tensor) -> float:

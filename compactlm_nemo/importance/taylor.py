@@ -5,7 +5,8 @@ whose prediction counts: the gradient is that of all samples before the absolute
 first-order, element-wise importance summed over a group of coupled weights (Ma et al. 2023, arXiv:2305.11627, section
 3.2). Units:
 
-- query head: its rows of qkv and of its bias, its columns of the output projection;
+- query head: its rows of qkv and of its bias, its columns of the output projection; where queries, keys and values are
+  made from latents, its rows of what makes each of them, which are those of its group too;
 - query group: its heads, and the key and value rows they share;
 - neuron: its rows of fc1 (gate and up) and of its bias, its column of fc2;
 - expert: all of its fc1 and fc2. Its row of the router is no part: an expert without it would not be absent;
@@ -61,7 +62,9 @@ class Gradients:
 
     def _parameters(self) -> Iterator[tuple[str, Any]]:
         for idx, ddp in enumerate(self.ddps):
-            yield from ((f"{idx}.{name}", parameter) for name, parameter in ddp.module.named_parameters())
+            for name, parameter in ddp.module.named_parameters():
+                if parameter.requires_grad:
+                    yield f"{idx}.{name}", parameter
 
     def add(self, windows_NS: Tensor, progress: Callable[[int], None]) -> None:
         """Add the gradient of further samples. Collective.
@@ -171,7 +174,7 @@ def _unit_sums(ddps: ModelChunks) -> dict[str, Tensor]:
     """Sum what this rank's parameters add to each of their units, without parameters that another rank reports."""
     units = _Units(ddps.dims, ddps.mesh)
     for name, parameter in global_names(ddp.module for ddp in ddps):
-        if units.are_from_here(name):
+        if parameter.requires_grad and units.are_from_here(name):
             units.add(name, parameter)
     return {name: x.cpu() for name, x in units.sums.items()}
 
@@ -205,6 +208,13 @@ class _Units:
             self._hidden(_over(product, 0))
         elif module.endswith(".linear_qkv"):
             self._qkv(layer, product)
+        elif module.endswith((".linear_q_proj", ".linear_q_up_proj", ".linear_kv_up_proj")):
+            if module.endswith(".linear_q_proj"):
+                self._hidden(_over(product, 0))
+            rows = self.dims.qk_head_dim
+            if "kv" in module:
+                rows = self.dims.qk_nope_head_dim + self.dims.head_dim
+            self._heads(layer, _over(product, 1).view(-1, 1, rows))
         elif module.endswith(".linear_proj") and kind == "weight":
             self._hidden(_over(product, 1))
             self._heads(layer, _over(product, 0).view(-1, self.heads_of_group, self.dims.head_dim))
@@ -213,7 +223,7 @@ class _Units:
         elif module.endswith(".linear_fc2") and kind == "weight":
             self._hidden(_over(product, 1))
             self._neurons(layer, module, _over(product, 0))
-        elif module.endswith(("q_layernorm", "k_layernorm", "query_norm", "key_norm")):
+        elif module.endswith(("q_layernorm", "k_layernorm", "kv_layernorm", "query_norm", "key_norm")):
             pass
         elif self.mesh.tp_rank == 0:  # equal on every tensor-parallel rank: norms, biases of writers, gates
             self._hidden(product.double() if product.ndim == 1 else _over(product, 0))

@@ -30,8 +30,8 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER
 from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.models.megatron_config import transformer_config
-from compactlm_nemo.models.router import GroupRouter, has_own_routing
 from compactlm_nemo.models.rope import inverse_frequencies
+from compactlm_nemo.models.router import GroupRouter, has_own_routing
 from compactlm_nemo.models.spec import block_spec
 from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.mesh import Mesh

@@ -53,9 +53,7 @@ _HARMLESS = {
 """Keys without influence on the forward pass in evaluation, or that only describe the file."""
 
 
-def known_keys(
-    *, experts: bool, local_layers: bool, skips_rope: bool, multipliers: bool, latents: bool
-) -> set[str]:
+def known_keys(*, experts: bool, local_layers: bool, skips_rope: bool, multipliers: bool, latents: bool) -> set[str]:
     """Return the keys of a config whose meaning is known, for a family with or without each of these parts."""
     known = _READ | _HARMLESS
     known |= _READ_WITH_EXPERTS if experts else set()

@@ -123,14 +123,23 @@ class Dims:
         """Width of a query or key head."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim if self.kv_lora_rank else self.head_dim
 
+    def is_dense(self, layer: int) -> bool:
+        """Return whether a layer has one MLP and no experts."""
+        return not self.num_experts or (self.dense_layers is not None and self.dense_layers[layer])
+
     def of_layer(self, layer: int) -> Dims:
         """Return the architecture whose layers are all as this one: a dense one where this layer is dense."""
         if self.dense_layers is None:
             return self
         if not self.dense_layers[layer]:
             return replace(self, dense_layers=None)
-        without = {"num_experts": 0, "experts_per_token": 0, "shared_expert_ffn": 0}
+        without: dict[str, Any] = {"num_experts": 0, "experts_per_token": 0, "shared_expert_ffn": 0}
         return replace(self, dense_layers=None, ffn_hidden_size=self.dense_ffn, **without)
+
+    def kinds(self) -> list[tuple[Dims, int]]:
+        """Return what layers there are, each as `of_layer` says, and how many of each."""
+        are_dense = [self.is_dense(layer) for layer in range(self.num_layers)]
+        return [(self.of_layer(are_dense.index(kind)), are_dense.count(kind)) for kind in sorted({*are_dense})]
 
     def shape(self) -> dict[str, int]:
         """Return the size on every axis of `AXES`, by the axis's name."""

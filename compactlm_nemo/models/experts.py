@@ -76,5 +76,6 @@ def can_group(chunks: ModelChunks, device: torch.device) -> bool:
 def group_experts(chunks: ModelChunks) -> None:
     """Let each layer compute its experts together from now on; hooks inside an expert then see nothing."""
     for layer in chunks.layers():
-        experts: Any = layer.mlp.experts
-        experts.is_grouped = True
+        if not chunks.dims.is_dense(layer.layer_number - 1):
+            experts: Any = layer.mlp.experts
+            experts.is_grouped = True

@@ -72,7 +72,12 @@ class LatentAttention(MegatronModule):
         **_: object,
     ) -> None:
         super().__init__(config=config)
-        self.dims, self.layer_number, self.tp_group, self.cp_group = dims, layer_number, pg_collection.tp, pg_collection.cp
+        self.dims, self.layer_number, self.tp_group, self.cp_group = (
+            dims,
+            layer_number,
+            pg_collection.tp,
+            pg_collection.cp,
+        )
         self.rotary_factor = attention_factor(dims)
 
         def by_heads(inputs: int, channels: int) -> ColumnParallelLinear:
@@ -92,8 +97,8 @@ class LatentAttention(MegatronModule):
         self.linear_kv_up_proj = by_heads(dims.kv_lora_rank, dims.qk_nope_head_dim + dims.head_dim)
         self.core_attention = SdpaCoreAttention(config, pg_collection=pg_collection)
         self.linear_proj = linear_proj(
-            dims.num_heads * dims.head_dim, dims.hidden_size, config=config, init_method=config.output_layer_init_method,
-            bias=False, input_is_parallel=True, skip_bias_add=True, tp_group=self.tp_group,
+            dims.num_heads * dims.head_dim, dims.hidden_size, config=config, bias=False, input_is_parallel=True,
+            init_method=config.output_layer_init_method, skip_bias_add=True, is_expert=False, tp_group=self.tp_group,
         )  # fmt: skip
 
     def forward(
@@ -117,7 +122,9 @@ class LatentAttention(MegatronModule):
 
     def _keys_and_values(self, x_PBH: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
         dims = self.dims
-        latent_PBL, shared_PBR = self.linear_kv_down_proj(x_PBH).split([dims.kv_lora_rank, dims.qk_rope_head_dim], dim=-1)
+        latent_PBL, shared_PBR = self.linear_kv_down_proj(x_PBH).split(
+            [dims.kv_lora_rank, dims.qk_rope_head_dim], dim=-1
+        )
         kv_SBE, _ = self.linear_kv_up_proj(self.kv_layernorm(latent_PBL))
         k_SBNQ, v_SBNV = kv_SBE.unflatten(-1, (-1, dims.qk_nope_head_dim + dims.head_dim)).split(
             [dims.qk_nope_head_dim, dims.head_dim], dim=-1

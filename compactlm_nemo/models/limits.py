@@ -25,8 +25,9 @@ def export_problem(dims: Dims) -> str | None:
         )
     if dims.dense_layers is not None and dims.shared_expert_ffn % dims.ffn_hidden_size:
         return (
-            f"search.shared_expert_ffn={dims.shared_expert_ffn} must be a multiple of search.ffn={dims.ffn_hidden_size} "
-            f"for {dims.family}, whose config counts the expert that sees every token in experts; change either."
+            f"search.shared_expert_ffn={dims.shared_expert_ffn} must be a multiple of search.ffn="
+            f"{dims.ffn_hidden_size} for {dims.family}, whose config counts the expert that sees every token in experts; "
+            "change either."
         )
     if dims.family == "phi3" and (dims.rope_scaling or {}).get("rope_type") == "longrope":
         # Its config counts the factors by heads as wide as hidden size / heads, whatever their size is.
@@ -47,5 +48,12 @@ def cut_problem(teacher: Dims, student: Dims) -> str | None:
             f"search.heads={student.num_heads} and search.groups={student.num_query_groups} must be the teacher's "
             f"{teacher.num_heads} and {teacher.num_query_groups} for {teacher.family}: its norms of queries and keys "
             "run over all heads, and those that stay would change; leave both out."
+        )
+    groups, experts = teacher.expert_groups, student.num_experts
+    least = max(2 * teacher.sigmoid_gates, -(-teacher.experts_per_token // teacher.groups_per_token)) * groups
+    if groups > 1 and (experts % groups or experts < least):
+        return (
+            f"search.experts={experts} must be a multiple of {groups} and at least {least} for this {teacher.family}: "
+            f"its experts are in {groups} groups, of which equally many stay of each; change it."
         )
     return None

@@ -31,7 +31,7 @@ class GroupRouter(TopKRouter):
         groups = SimpleNamespace(
             tp=other.tp_group, cp=other.cp_group, tp_cp=other.tp_cp_group, tp_dp_cp=other.tp_dp_cp_group
         )
-        super().__init__(config=other.config, pg_collection=groups)  # type: ignore[arg-type]
+        super().__init__(config=other.config, pg_collection=groups)
         self.set_layer_number(other.layer_number)
         self.dims = dims
         if dims.sigmoid_gates:
@@ -49,9 +49,9 @@ class GroupRouter(TopKRouter):
 def routed(logits_NE: Tensor, bias_E: Tensor | None, dims: Dims) -> tuple[Tensor, Tensor]:
     """Return gates and numbers of the picked experts, `[N, K]` each.
 
-    With ``s = sigmoid(logits)``, or their softmax, and ``c = s + bias``: a group's score is the sum of its two largest c
-    (its largest with softmax); of the experts of the best groups those with the largest c are picked. Gates are their s,
-    divided by their sum where `norm_topk` says so, times `gate_scale`.
+    With ``s = sigmoid(logits)``, or their softmax, and ``c = s + bias``: a group's score is the sum of its two largest
+    c (its largest with softmax); of the experts of the best groups those with the largest c are picked. Gates are their
+    s, divided by their sum where `norm_topk` says so, times `gate_scale`.
 
     Source: arXiv 2412.19437 and 2405.04434; as in transformers.
     """

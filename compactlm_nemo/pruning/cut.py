@@ -24,12 +24,21 @@ EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
 """Matches the parameter of a routed expert in its layer; the second group is the expert's number."""
 
 
+ATTENTION_READERS = [
+    f"self_attention.{name}.weight"
+    for name in ("linear_qkv", "linear_q_proj", "linear_q_down_proj", "linear_kv_down_proj")
+]
+"""Parameters of attention that read the stream."""
+
+
 class CutSource:
     """The teacher with layers and units removed and its residual stream as wide as before.
 
     Kept layers and experts are renumbered; kept heads, groups and neurons stay in the teacher's order. Of the router
     the rows of kept experts stay: where gates are scaled to sum to 1 over the picked experts the softmax does the rest,
-    elsewhere the softmax over fewer experts gives each expert a larger gate.
+    elsewhere the softmax over fewer experts gives each expert a larger gate; sigmoids know nothing of each other. Where
+    queries, keys and values are made from latents a head's rows and columns go together; latents stay whole, and so do
+    the MLPs of dense layers among layers with experts.
     """
 
     def __init__(self, teacher: Dims, plan: Plan, source: ParameterSource) -> None:
@@ -49,13 +58,22 @@ class CutSource:
             return self._cut_qkv(layer, full)
         if rest == "self_attention.linear_proj.weight":
             return full.index_select(1, columns_of(self.plan.heads[layer], self.teacher.head_dim))
-        if rest == "mlp.router.weight":
+        if (rows := self._rows_of_head(rest)) is not None:
+            return full[columns_of(self.plan.heads[layer], rows)]
+        if rest.startswith("mlp.router."):
             return full[self.plan.experts[layer]]
         if rest.startswith("mlp.shared_experts.linear"):
             return _cut_mlp(rest, full, self.plan.shared_expert[layer], self.teacher.shared_expert_ffn)
-        if rest.startswith("mlp.linear"):
+        if rest.startswith("mlp.linear") and layer in self.plan.mlp:
             return _cut_mlp(rest, full, self.plan.mlp[layer], self.teacher.ffn_hidden_size)
         return full
+
+    def _rows_of_head(self, rest: str) -> int | None:
+        """Return the rows that a head has of what makes queries, or keys and values, from latents; None elsewhere."""
+        teacher, kind = self.teacher, rest.removeprefix("self_attention.")
+        if kind == "linear_kv_up_proj.weight":
+            return teacher.qk_nope_head_dim + teacher.head_dim
+        return teacher.qk_head_dim if kind in ("linear_q_proj.weight", "linear_q_up_proj.weight") else None
 
     def _cut_qkv(self, layer: int, full: Tensor) -> Tensor:
         """Take per kept group its kept query heads, merged as the plan says, then its key and value head.
@@ -120,13 +138,13 @@ class NarrowedSource:
         if rest.endswith("post_layernorm.weight"):
             writer = "self_attention.linear_proj" if rest.startswith("self_attention") else "mlp.linear_fc2"
             return hidden.post_norm(f"decoder.layers.{self.layers[layer]}.{writer}.weight", full)
-        if rest == "self_attention.linear_qkv.weight":
+        if rest in ATTENTION_READERS:
             return hidden.read(before_attention, full)
         if rest.endswith(("linear_fc1.weight", "router.weight", "gate_weight")):
             return hidden.read(before_mlp, full)
         if "linear_proj" in rest or "linear_fc2" in rest:
             return hidden.write(full)
-        return full  # of the heads alone: query and key norms, biases of fc1 and qkv
+        return full  # of heads, latents or experts alone: their norms, what is made from latents, biases
 
 
 def split_name(name: str) -> tuple[int, str]:

@@ -13,12 +13,11 @@ from compactlm_nemo.importance.names import (
     DEPTH,
     HIDDEN,
     expert_mlp_key,
-    experts_key,
     heads_key,
     mlp_key,
     shared_expert_key,
 )
-from compactlm_nemo.importance.selection import check_scores, keep_heads, keep_layers, top_units
+from compactlm_nemo.importance.selection import check_scores, keep_experts, keep_heads, keep_layers, top_units
 from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.limits import cut_problem
@@ -38,7 +37,7 @@ class Plan:
     heads: dict[int, Tensor]
     """Teacher layer -> kept query heads, equally many of each kept query group, for the kept layers."""
     mlp: dict[int, Tensor] = field(default_factory=dict)
-    """Teacher layer -> kept neurons; empty where layers have experts."""
+    """Teacher layer -> kept neurons; empty in models with experts, whose dense layers stay as wide as they are."""
     experts: dict[int, Tensor] = field(default_factory=dict)
     """Teacher layer -> kept experts."""
     expert_mlp: dict[int, dict[int, Tensor]] = field(default_factory=dict)
@@ -110,12 +109,13 @@ def make_plan(teacher: Dims, student: Dims, scores: dict[str, Tensor], *, merge_
         plan = replace(plan, merge={i: pairs for i, pairs in merge.items() if pairs})
     if not teacher.num_experts:
         return replace(plan, mlp={i: top_units(scores[mlp_key(i)], student.ffn_hidden_size) for i in layers})
-    experts = {i: top_units(scores[experts_key(i)], student.num_experts) for i in layers}
+    mixed = [i for i in layers if not teacher.is_dense(i)]
+    experts = {i: keep_experts(i, teacher, student, scores) for i in mixed}
     neurons = {
         i: {e: top_units(scores[expert_mlp_key(i, e)], student.ffn_hidden_size) for e in experts[i].tolist()}
-        for i in layers
+        for i in mixed
     }
-    shared = layers if teacher.shared_expert_ffn else []
+    shared = mixed if teacher.shared_expert_ffn else []
     return replace(
         plan,
         experts=experts,

@@ -50,7 +50,7 @@ class RefittedWriters:
         """Name the second moments of a map's input, and the inputs that stay; None for other parameters."""
         if rest == "self_attention.linear_proj.weight":
             return heads_key(layer), columns_of(self.plan.heads[layer], self.teacher.head_dim)
-        if rest == "mlp.linear_fc2.weight":
+        if rest == "mlp.linear_fc2.weight" and layer in self.plan.mlp:
             return mlp_key(layer), self.plan.mlp[layer]
         if rest == "mlp.shared_experts.linear_fc2.weight":
             return shared_expert_key(layer), self.plan.shared_expert[layer]

@@ -97,8 +97,8 @@ def kept_importance(teacher: Dims, scores: dict[str, Tensor]) -> Callable[[Dims]
         return shares
 
     def mlp_of(layer: int, ffn: int, experts: int, shared: int) -> float:
-        if not teacher.num_experts:
-            return curve(mlp_key(layer))[ffn]
+        if teacher.is_dense(layer):
+            return 1.0 if teacher.num_experts else curve(mlp_key(layer))[ffn]
         neurons = [curve(expert_mlp_key(layer, e))[ffn] for e in range(teacher.num_experts)]
         if teacher.shared_expert_ffn:
             neurons.append(curve(shared_expert_key(layer))[shared])

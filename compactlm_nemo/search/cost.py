@@ -21,8 +21,16 @@ def _halves(dims: Dims) -> int:
     return 2 if dims.gated_mlp else 1
 
 
-def _attention_weights(dims: Dims) -> int:
-    """Return weights of the query, key, value and output projections of one layer."""
+def _latent_weights(dims: Dims) -> int:
+    """Return weights that make latents, and the turned key that all heads share, from the stream."""
+    return (dims.q_lora_rank + dims.kv_lora_rank + dims.qk_rope_head_dim) * dims.hidden_size
+
+
+def _heads_weights(dims: Dims) -> int:
+    """Return weights of the query, key, value and output projections of one layer that belong to heads."""
+    if dims.kv_lora_rank:
+        of_head = (dims.q_lora_rank or dims.hidden_size) * dims.qk_head_dim + dims.hidden_size * dims.head_dim
+        return dims.num_heads * (of_head + dims.kv_lora_rank * (dims.qk_nope_head_dim + dims.head_dim))
     return 2 * (dims.num_heads + dims.num_query_groups) * dims.head_dim * dims.hidden_size
 
 
@@ -33,13 +41,13 @@ def _mlp_weights(dims: Dims, ffn: int) -> int:
 
 def _router_weights(dims: Dims) -> int:
     """Return weights that decide on a layer's experts: the router, and the gate of the expert that sees every token."""
-    return (dims.num_experts + (dims.shared_expert_ffn > 0)) * dims.hidden_size
+    return (dims.num_experts + (dims.shared_expert_ffn > 0 and dims.shared_expert_gate)) * dims.hidden_size
 
 
 def _sharded_layer_params(dims: Dims) -> int:
     """Return parameters of one layer that tensor parallelism splits, without those that expert parallelism spreads."""
     always = dims.shared_expert_ffn if dims.num_experts else dims.ffn_hidden_size
-    weights = _attention_weights(dims) + _mlp_weights(dims, always)
+    weights = _heads_weights(dims) + _mlp_weights(dims, always)
     qkv_rows = (dims.num_heads + 2 * dims.num_query_groups) * dims.head_dim
     norms = (dims.num_heads + dims.num_query_groups) * dims.head_dim * dims.qk_norm_over_heads
     return weights + norms + qkv_rows * dims.qkv_bias + _halves(dims) * dims.ffn_hidden_size * dims.mlp_bias
@@ -49,7 +57,9 @@ def _replicated_layer_params(dims: Dims) -> int:
     """Return parameters of one layer that every tensor- and expert-parallel rank holds whole."""
     biases = dims.hidden_size * (dims.proj_bias + dims.mlp_bias)
     norms = 2 * (dims.norm_before + dims.norm_after) * _norm_params(dims)
-    return norms + 2 * dims.head_dim * dims.qk_norm + biases + _router_weights(dims)
+    router = _router_weights(dims) + dims.num_experts * dims.sigmoid_gates
+    latents = _latent_weights(dims) + dims.q_lora_rank + dims.kv_lora_rank  # and their norms
+    return norms + 2 * dims.head_dim * dims.qk_norm + biases + router + latents
 
 
 def embedding_params(dims: Dims) -> int:
@@ -78,9 +88,11 @@ def active_params(dims: Dims) -> int:
 
 def _params_with(dims: Dims, experts: int) -> int:
     """Return parameters of the model with `experts` of the experts of each layer."""
-    layer = _sharded_layer_params(dims) + _replicated_layer_params(dims)
-    layer += experts * _mlp_weights(dims, dims.ffn_hidden_size)
-    return embedding_params(dims) + dims.num_layers * layer + _norm_params(dims)
+    layers = 0
+    for kind, count in dims.kinds():
+        of_experts = min(experts, kind.num_experts) * _mlp_weights(kind, kind.ffn_hidden_size)
+        layers += count * (_sharded_layer_params(kind) + _replicated_layer_params(kind) + of_experts)
+    return embedding_params(dims) + layers + _norm_params(dims)
 
 
 def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[int], vocab_multiple: int) -> list[int]:
@@ -100,14 +112,24 @@ def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[in
     if problems:
         raise ConfigError("; ".join(problems) + "; choose another layout.")
     table = dims.padded_vocab(tp, vocab_multiple) // tp * dims.hidden_size
-    experts = dims.num_experts // layout.ep * _mlp_weights(dims, dims.ffn_hidden_size)
-    layer = (_sharded_layer_params(dims) + experts) // tp + _replicated_layer_params(dims)
+
+    def of_layer(layer: int) -> int:
+        kind = dims.of_layer(layer)
+        experts = kind.num_experts // layout.ep * _mlp_weights(kind, kind.ffn_hidden_size)
+        return (_sharded_layer_params(kind) + experts) // tp + _replicated_layer_params(kind)
+
     params = []
+    starts = [sum(chunk_layers[:chunk]) for chunk in range(len(chunk_layers))]
     for stage in range(pp):
         first, last = stage == 0, stage == pp - 1
+        layers = [
+            layer
+            for start, count in zip(starts[stage::pp], chunk_layers[stage::pp], strict=True)
+            for layer in range(start, start + count)
+        ]
         shared = dims.tied_embeddings and first  # the output layer reads the input table of this rank
         params.append(
-            sum(chunk_layers[stage::pp]) * layer
+            sum(map(of_layer, layers))
             + table * first
             + table * (last and not shared)
             + _norm_params(dims) * last  # final norm
@@ -118,18 +140,22 @@ def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[in
 def flops_per_token_forward(dims: Dims, seq: int) -> int:
     """Return forward FLOPs of one token, averaged over a sequence of `seq` tokens (rounded down; a multiply-add is 2).
 
-    ``2 * (weights of all linear layers and of the output layer) + layers * 4 * heads * head_dim * context``, where
+    ``2 * (weights of all linear layers and of the output layer) + layers * 4 * heads * head_dim * context``, with
+    latents ``2 * (query's and value's width)`` in place of ``4 * head_dim``, and keys and values made from them; where
     context is the mean number of keys a causal query reads: ``(seq + 1) / 2``, less with a sliding window. Of the
     experts only those that a token is sent to count, and the router. Norms, softmax, activations and the embedding
     look-up are not counted.
     """
     if seq < 1:
         raise ConfigError(f"data.sequence_length={seq} must be > 0; try 512.")
-    linear = _attention_weights(dims) + _router_weights(dims) + _mlp_weights(dims, dims.shared_expert_ffn)
-    linear += (dims.experts_per_token or 1) * _mlp_weights(dims, dims.ffn_hidden_size)
+    linear = 0
+    for kind, count in dims.kinds():
+        mlps = (kind.experts_per_token or 1) * _mlp_weights(kind, kind.ffn_hidden_size)
+        mlps += _router_weights(kind) + _mlp_weights(kind, kind.shared_expert_ffn)
+        linear += count * (_heads_weights(kind) + _latent_weights(kind) + mlps)
     keys = sum(count * _keys(seq, min(seq, window or seq)) for window, count in _windows(dims).items())
-    attention = 4 * dims.num_heads * dims.head_dim * keys // seq
-    return 2 * (dims.num_layers * linear + dims.vocab_size * dims.hidden_size) + attention
+    attention = 2 * dims.num_heads * (dims.qk_head_dim + dims.head_dim) * keys // seq
+    return 2 * (linear + dims.vocab_size * dims.hidden_size) + attention
 
 
 def _windows(dims: Dims) -> dict[int | None, int]:
@@ -151,7 +177,12 @@ def cached_tokens(dims: Dims, context: int) -> int:
 
 
 def kv_cache_bytes_per_token(dims: Dims, bytes_per_value: int) -> int:
-    """Return ``layers * 2 * groups * head_dim * bytes_per_value``: keys and values of one token in all layers."""
+    """Return ``layers * 2 * groups * head_dim * bytes_per_value``: keys and values of one token in all layers.
+
+    With latents that of keys and values and the turned key are kept, ``layers * (latent + turned) * bytes_per_value``.
+    """
+    if dims.kv_lora_rank:
+        return dims.num_layers * (dims.kv_lora_rank + dims.qk_rope_head_dim) * bytes_per_value
     return dims.num_layers * 2 * dims.num_query_groups * dims.head_dim * bytes_per_value
 
 

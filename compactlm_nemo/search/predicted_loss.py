@@ -66,9 +66,9 @@ def predicted_loss(teacher: Dims, scores: dict[str, Tensor], elimination: dict[s
         loss += _depth(scores[DEPTH], layers, worth_L)
         for i in layers:
             lost = _heads(i, teacher, student, scores, elimination)
-            if teacher.num_experts:
+            if not teacher.is_dense(i):
                 lost += experts_lost(i, student.num_experts, student.ffn_hidden_size, student.shared_expert_ffn)
-            else:
+            elif not teacher.num_experts:
                 lost += float(elimination[f"{mlp_key(i)}.error"][teacher.ffn_hidden_size - student.ffn_hidden_size])
             loss += float(worth_L[i]) * lost
         return loss

@@ -58,9 +58,9 @@ def within(space: list[Dims], limits: list[Budget]) -> list[Dims]:
 def enumerate_space(teacher: Dims, cfg: SearchConfig, tp: int = 1) -> list[Dims]:
     """List every combination of the axes that meets all budgets.
 
-    An empty axis keeps the teacher's value; values by rule (`search.multiples`, `search.divisors`) are those that `tp`
-    ranks can split. Order: more layers first, then larger hidden size, MLP width, heads, groups and experts; no
-    architecture appears twice.
+    An empty axis keeps the teacher's value; there are as many groups as heads where the teacher has so. Values by rule
+    (`search.multiples`, `search.divisors`) are those that `tp` ranks can split. Order: more layers first, then larger
+    hidden size, MLP width, heads, groups and experts; no architecture appears twice.
     """
     values = {axis: _values(axis, teacher, cfg, tp) for axis in AXES}
     _check_axes(teacher, cfg, values)
@@ -93,6 +93,9 @@ def _heads_fit(teacher: Dims, heads: int, groups: int) -> bool:
 def _values(axis: str, teacher: Dims, cfg: SearchConfig, tp: int) -> list[int]:
     """Return the values of an axis: those given, those by rule from `search.smallest` on, or the teacher's."""
     size = getattr(teacher, AXES[axis].size)
+    if axis == "groups" and not cfg.groups and not {"groups"} & {*cfg.multiples, *cfg.divisors}:
+        if teacher.num_heads == teacher.num_query_groups:  # a head that goes takes its keys and values along
+            return _values("heads", teacher, cfg, tp)
     given: list[int] = getattr(cfg, axis)
     if axis not in cfg.multiples and axis not in cfg.divisors:
         return given or [size]

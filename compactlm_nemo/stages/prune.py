@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.fingerprint import result_settings
-from compactlm_nemo.config.prune import Reconstruct, Stream
+from compactlm_nemo.config.prune import HeadCut, Reconstruct, Stream
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
@@ -39,6 +39,20 @@ def prune_problems(config: Config, models: list[Dims]) -> list[str]:
             for setting, is_set, out in (
                 ("prune.hidden=rotate", prune.hidden is Stream.rotate, "use select"),
                 ("prune.sequential=true", prune.sequential, "leave it out"),
+            )
+            if is_set
+        ]
+    if teacher.kv_lora_rank:
+        problems += [
+            f"{setting} needs {need}, and {teacher.family} makes them from latents; {out}."
+            for setting, is_set, need, out in (
+                (
+                    "prune.sequential=true",
+                    prune.sequential,
+                    "one projection of queries, keys and values",
+                    "leave it out",
+                ),
+                ("prune.heads=merge", prune.heads is HeadCut.merge, "heads that share keys and values", "use cut"),
             )
             if is_set
         ]

@@ -8,8 +8,8 @@ from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.limits import export_problem
 from compactlm_nemo.models.layout import split_layers
+from compactlm_nemo.models.limits import export_problem
 
 
 def launch_problems(config: Config, world_size: int) -> str:
@@ -96,6 +96,11 @@ def _expert_problems(config: Config, dims: Dims, models: list[Dims]) -> list[str
             if is_asked
         ]
     problems = []
+    if config.search.latency_ms is not None and dims.dense_layers is not None:
+        problems.append(
+            f"search.latency_ms={config.search.latency_ms:g} counts layers that are alike, and the first of a "
+            f"{dims.family} have no experts; leave it out."
+        )
     problems += [
         f"parallel.ep={layout.ep} must divide the {count} experts; use a divisor."
         for count in sorted({model.num_experts for model in models})

@@ -30,12 +30,15 @@ def size_between(teacher: Dims, target: Dims, share: float, tp: int = 1) -> Dims
 
     def between(axis: str) -> int:
         start, end = teacher.shape()[axis], target.shape()[axis]
-        unit = tp if AXES[axis].split_by_tp else 1
+        unit = tp if AXES[axis].split_by_tp else teacher.expert_groups if axis == "experts" else 1
         return start if start == end else round((start + (end - start) * share) / unit) * unit
 
     sizes = {axis: between(axis) for axis in AXES}
     per_group = [dims.num_heads // dims.num_query_groups for dims in (teacher, target)]
     sizes["heads"] = sizes["groups"] * round(per_group[0] + (per_group[1] - per_group[0]) * share)
+    if teacher.shared_expert_ffn and teacher.dense_layers is not None:  # counted in experts: `models.limits`
+        wide = [dims.shared_expert_ffn // dims.ffn_hidden_size for dims in (teacher, target)]
+        sizes["shared_expert_ffn"] = sizes["ffn"] * round(wide[0] + (wide[1] - wide[0]) * share)
     return teacher.with_shape(**sizes)
 
 

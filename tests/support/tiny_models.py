@@ -185,8 +185,14 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
         DeepseekV3Config,
         _DEEPSEEK
         | {
-            "tie_word_embeddings": True, "q_lora_rank": None, "rope_interleave": False, "n_group": 1, "topk_group": 1,
-            "norm_topk_prob": False, "first_k_dense_replace": 2, "n_shared_experts": 1,
+            "tie_word_embeddings": True,
+            "q_lora_rank": None,
+            "rope_interleave": False,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "first_k_dense_replace": 2,
+            "n_shared_experts": 1,
         },
     ),
     "deepseek_v2": (
@@ -202,6 +208,8 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 
 
 EXPERT_CASES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_tied_top1")
+LATENT_CASES = ("deepseek_v3", "deepseek_v3_tied_plain", "deepseek_v2", "deepseek_v2_tied_greedy")
+"""Those whose attention is made from latents, with experts in all layers but the first."""
 
 
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
