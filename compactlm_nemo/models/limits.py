@@ -26,7 +26,7 @@ def export_problem(dims: Dims) -> str | None:
     if dims.dense_layers is not None and dims.shared_expert_ffn % dims.ffn_hidden_size:
         return (
             f"search.shared_expert_ffn={dims.shared_expert_ffn} must be a multiple of search.ffn="
-            f"{dims.ffn_hidden_size} for {dims.family}, whose config counts the expert that sees every token in experts; "
+            f"{dims.ffn_hidden_size} for {dims.family}, whose config counts in experts the one that sees every token; "
             "change either."
         )
     if dims.family == "phi3" and (dims.rope_scaling or {}).get("rope_type") == "longrope":

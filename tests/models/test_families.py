@@ -15,7 +15,7 @@ from compactlm_nemo.models.families import dims_of, resized
 from compactlm_nemo.models.hf import count_params, export_hf, open_hf
 from tests.support.meshes import LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of, whole_logits
 from tests.support.ranks import run_ranks
-from tests.support.tiny_models import CASES, EAGER, LENGTH, save_tiny, tiny_config, tiny_model, tokens
+from tests.support.tiny_models import CASES, EAGER, LATENT_CASES, LENGTH, save_tiny, tiny_config, tiny_model, tokens
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,7 @@ def test_cases_would_show_the_difference() -> None:
     """The references depend on what each case is about: a window, partial rotation, the scaling of the frequencies."""
     plain = {"rope_type": "default", "rope_theta": 10000.0}
     full = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 1.0}
+    yarn = CASES["deepseek_v3"][1]["rope_parameters"]
     for case, changes in (
         ("mistral_window", {"sliding_window": LENGTH}),
         ("mistral_window", {"sliding_window": 8}),
@@ -95,6 +96,19 @@ def test_cases_would_show_the_difference() -> None:
         ("qwen2_moe", {"norm_topk_prob": True}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe_tied_top1", {"num_experts_per_tok": 2}),
+        ("deepseek_v3", {"rms_norm_eps": 1e-6}),
+        ("deepseek_v3", {"rope_parameters": yarn | {"mscale": 1.5}}),
+        ("deepseek_v3", {"rope_parameters": yarn | {"mscale_all_dim": 0.7}}),
+        ("deepseek_v3", {"rope_interleave": False}),
+        ("deepseek_v3", {"n_group": 1}),
+        ("deepseek_v3", {"norm_topk_prob": False}),
+        ("deepseek_v3", {"routed_scaling_factor": 1.0}),
+        ("deepseek_v3_tied_plain", {"rope_interleave": True}),
+        ("deepseek_v3_tied_plain", {"norm_topk_prob": True}),
+        ("deepseek_v2", {"topk_method": "greedy"}),
+        ("deepseek_v2", {"rope_parameters": yarn | {"mscale_all_dim": 0.7}}),
+        ("deepseek_v2", {"routed_scaling_factor": 1.0}),
+        ("deepseek_v2_tied_greedy", {"num_experts_per_tok": 2}),
     ):
         with torch.no_grad():
             gap = tiny_model(case)(tokens()).logits - tiny_model(case, **changes)(tokens()).logits
@@ -114,7 +128,8 @@ def test_shards_hold_the_model_together(hf_root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_resized_config_makes_the_smaller_model(case: str) -> None:
     config = tiny_config(case)
-    small = dims_of(config).with_shape(layers=3, hidden=24, ffn=56, heads=2)
+    shared = {"shared_expert_ffn": 2 * 56} if case in LATENT_CASES else {}
+    small = dims_of(config).with_shape(layers=3, hidden=24, ffn=56, heads=2, groups=2, **shared)
     new = resized(config, small)
     assert dims_of(new) == small
     assert config.num_hidden_layers == 4, "the config given is not changed"
@@ -123,12 +138,19 @@ def test_resized_config_makes_the_smaller_model(case: str) -> None:
     attention, width = model.model.layers[0].self_attn, 2 * small.head_dim
     if hasattr(attention, "qkv_proj"):
         assert attention.qkv_proj.weight.shape == (3 * width, 24)
+    elif case in LATENT_CASES:
+        assert attention.o_proj.weight.shape == (24, width)
+        assert attention.kv_b_proj.weight.shape == (2 * (12 + 16), 20)
+        assert (attention.q_proj if attention.q_lora_rank is None else attention.q_b_proj).weight.shape[0] == 2 * 20
     else:
         assert attention.q_proj.weight.shape == attention.k_proj.weight.shape == (width, 24)
-    mlp = model.model.layers[0].mlp
+    mlp = model.model.layers[-1].mlp
     if small.num_experts:
-        assert mlp.experts.down_proj.shape == (4, 24, 56)
+        assert mlp.experts.down_proj.shape == (small.num_experts, 24, 56)
     else:
         assert mlp.down_proj.weight.shape == (24, 56)
     if getattr(new, "layer_types", None):
         assert len(new.layer_types) == 3
+    if case in LATENT_CASES:
+        assert mlp.shared_experts.down_proj.weight.shape == (24, 2 * 56)
+        assert model.model.layers[0].mlp.down_proj.weight.shape == (24, 80), "dense layers stay as wide as they are"

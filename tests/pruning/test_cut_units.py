@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,15 @@ DENSE = (
     "olmo2",
     "glm4",
 )
-CASES = (*DENSE, *EXPERT_CASES)
+LATENT = ("deepseek_v3", "deepseek_v2", "deepseek_v3_tied_plain")
+MIXED = (*EXPERT_CASES, *LATENT)
+CASES = (*DENSE, *MIXED)
 
 
 def save_teacher(case: str, folder: Path) -> Any:
-    """A case with 8 heads in 4 groups and, where it has experts, 6 of them."""
+    """A case with 8 heads in 4 groups and, where it has experts, 6 of them; with latents 8 of either."""
+    if case in LATENT:
+        return save_tiny(case, folder, num_attention_heads=8, num_key_value_heads=8)
     count = "num_local_experts" if case == "mixtral" else "num_experts"
     experts = {count: 6} if case in EXPERT_CASES else {}
     return save_tiny(case, folder, num_attention_heads=8, num_key_value_heads=4, **experts)
@@ -49,6 +54,11 @@ def save_teacher(case: str, folder: Path) -> Any:
 def student_of(teacher: Dims, *, hidden: int, heads: int, groups: int, experts: int) -> Dims:
     if teacher.qk_norm_over_heads:
         heads, groups = teacher.num_heads, teacher.num_query_groups
+    if teacher.kv_lora_rank:
+        shared = teacher.shared_expert_ffn // teacher.ffn_hidden_size * 10
+        return teacher.with_shape(
+            layers=3, hidden=hidden, ffn=10, heads=heads, groups=heads, experts=6, shared_expert_ffn=shared
+        )
     return teacher.with_shape(
         layers=3, hidden=hidden, ffn=10, heads=heads, groups=groups,
         experts=experts if teacher.num_experts else 0,
@@ -71,15 +81,20 @@ def random_plan(teacher: Dims, student: Dims, seed: int) -> Plan:
     def neurons() -> Tensor:
         return torch.tensor(some(teacher.ffn_hidden_size, student.ffn_hidden_size))
 
+    def some_experts() -> list[int]:
+        """Equally many of each of the router's groups."""
+        size, kept = (dims.num_experts // teacher.expert_groups for dims in (teacher, student))
+        return [group * size + e for group in range(teacher.expert_groups) for e in some(size, kept)]
+
     layers = some(teacher.num_layers, student.num_layers)
-    mixed = layers if teacher.num_experts else []
-    experts = {i: some(teacher.num_experts, student.num_experts) for i in mixed}
+    mixed = [i for i in layers if not teacher.is_dense(i)]
+    experts = {i: some_experts() for i in mixed}
     shared = mixed if teacher.shared_expert_ffn else []
     return Plan(
         layers=layers,
         hidden=torch.tensor(some(teacher.hidden_size, student.hidden_size)),
         heads={i: torch.tensor(heads()) for i in layers},
-        mlp={} if mixed else {i: neurons() for i in layers},
+        mlp={} if teacher.num_experts else {i: neurons() for i in layers},
         experts={i: torch.tensor(experts[i]) for i in mixed},
         expert_mlp={i: {e: neurons() for e in experts[i]} for i in mixed},
         shared_expert={
@@ -108,11 +123,15 @@ def silenced(model: Any, plan: Plan, dims: Dims) -> Any:
         if not dims.num_experts:
             keep_columns(layer.mlp.down_proj.weight, plan.mlp[i].tolist())
             continue
+        if i not in plan.experts:
+            continue  # a dense layer among others
         for expert in plan.experts[i].tolist():
             keep_columns(layer.mlp.experts.down_proj[expert], plan.expert_mlp[i][expert].tolist())
-        layer.mlp.gate.register_forward_hook(picks_only(plan.experts[i].tolist(), dims))
+        picks = picks_only_in_groups if dims.kv_lora_rank else picks_only
+        layer.mlp.gate.register_forward_hook(picks(plan.experts[i].tolist(), dims))
         if dims.shared_expert_ffn:
-            keep_columns(layer.mlp.shared_expert.down_proj.weight, plan.shared_expert[i].tolist())
+            shared = getattr(layer.mlp, "shared_experts", None) or layer.mlp.shared_expert
+            keep_columns(shared.down_proj.weight, plan.shared_expert[i].tolist())
     model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in plan.layers)
     for position, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = position
@@ -137,6 +156,39 @@ def picks_only(kept: list[int], dims: Dims) -> Any:
         picked_NK = gate_NE.argsort(dim=-1, descending=True)[:, : dims.experts_per_token]
         gate_NK = gate_NE.gather(1, picked_NK)
         return logits_NE, gate_NK / gate_NK.sum(dim=-1, keepdim=True) if dims.norm_topk else gate_NK, picked_NK
+
+    return route
+
+
+def picks_only_in_groups(kept: list[int], dims: Dims) -> Any:
+    """The same of DeepSeek's routers, token by token in plain Python; a softmax is over the experts that stay."""
+
+    def gates_of(logits_E: Tensor, bias_E: Tensor | None) -> dict[int, float]:
+        if dims.sigmoid_gates:
+            scores = {e: 1 / (1 + math.exp(-float(logits_E[e]))) for e in kept}
+        else:
+            total = sum(math.exp(float(logits_E[e])) for e in kept)
+            scores = {e: math.exp(float(logits_E[e])) / total for e in kept}
+        choice = {e: score + (0.0 if bias_E is None else float(bias_E[e])) for e, score in scores.items()}
+        size = dims.num_experts // dims.expert_groups
+        if dims.expert_groups > 1:
+            of_group: dict[int, list[float]] = {}
+            for e in kept:
+                of_group.setdefault(e // size, []).append(choice[e])
+            number = 2 if dims.sigmoid_gates else 1
+            worth = {group: sum(sorted(values)[-number:]) for group, values in of_group.items()}
+            best = sorted(worth, key=worth.__getitem__)[-dims.groups_per_token :]
+            choice = {e: c for e, c in choice.items() if e // size in best}
+        picked = sorted(choice, key=choice.__getitem__)[-dims.experts_per_token :]
+        total = sum(scores[e] for e in picked) if dims.norm_topk else 1.0
+        return {e: scores[e] / total * dims.gate_scale for e in picked}
+
+    def route(router: Any, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        x_NH = args[0].reshape(-1, args[0].shape[-1]).float()
+        logits_NE = x_NH @ router.weight.float().T  # in float32, as transformers does whatever the model's format
+        gates = [gates_of(logits_E, getattr(router, "e_score_correction_bias", None)) for logits_E in logits_NE]
+        weight_NK = torch.tensor([list(of_token.values()) for of_token in gates])
+        return logits_NE, weight_NK.to(output[1].dtype), torch.tensor([list(of_token) for of_token in gates])
 
     return route
 
@@ -210,7 +262,7 @@ def _same_student(rank: int, world: int, fields: dict[str, Any], cases: tuple[st
 
 @pytest.mark.parametrize(
     ("layout", "cases"),
-    [("pp1_3", CASES), ("tp2_pp2", DENSE), ("ep2_pp2", EXPERT_CASES), ("tp2_sp_ep2", EXPERT_CASES)],
+    [("pp1_3", CASES), ("tp2_pp2", DENSE), ("ep2_pp2", MIXED), ("tp2_sp_ep2", MIXED)],
 )
 def test_every_layout_makes_the_same_student(layout, cases, cut, tmp_path):
     world, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]

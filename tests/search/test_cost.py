@@ -35,7 +35,7 @@ from compactlm_nemo.search import cost
 from tests.support.meshes import mesh_of
 from tests.support.ranks import run_ranks
 from tests.support.shapes import NEMOTRON_15B, TINY
-from tests.support.tiny_models import CASES, EAGER, tiny_config
+from tests.support.tiny_models import CASES, EAGER, LATENT_CASES, tiny_config
 
 SIZES = dict(
     vocab_size=70, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=6,
@@ -183,11 +183,19 @@ def test_active_params_of_the_published_models(kind, config, total, active):
 
 
 def random_shape(teacher, draw):
-    """Any sizes the family can have; some are tied to each other (`families.export_problem`)."""
+    """Any sizes the family can have; some are tied to each other (`models.limits`)."""
     groups = draw.choice([1, 2])
     heads = groups * draw.randint(1, 3)
-    tied = teacher.family == "gemma3_text" or (teacher.family == "llama" and (teacher.qkv_bias or teacher.mlp_bias))
+    tied = teacher.family in ("gemma3_text", "deepseek_v2") or (
+        teacher.family == "llama" and (teacher.qkv_bias or teacher.mlp_bias)
+    )
     width = teacher.head_dim if (teacher.rope_scaling or {}).get("rope_type") == "longrope" else draw.randint(1, 9)
+    if teacher.kv_lora_rank:
+        ffn = draw.randint(1, 30)
+        return teacher.with_shape(
+            layers=draw.randint(1, 4), hidden=heads * width if tied else draw.randint(1, 48), ffn=ffn, heads=heads,
+            groups=heads, experts=draw.choice([6, 8]), shared_expert_ffn=ffn * draw.randint(1, 3),
+        )  # fmt: skip
     return teacher.with_shape(
         layers=draw.randint(1, 4),
         hidden=heads * width if tied or teacher.family == "phi3" else draw.randint(1, 48),
@@ -207,7 +215,8 @@ def test_counts_of_random_shapes_are_those_of_the_built_model(case):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(resized(config, dims))
         assert replace(dims_of(model.config), family=dims.family) == dims
-        total = sum(p.numel() for p in model.parameters())
+        biases = sum(b.numel() for name, b in model.named_buffers() if name.endswith("e_score_correction_bias"))
+        total = sum(p.numel() for p in model.parameters()) + biases
         assert cost.num_params(dims) == total
         tables = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
         assert cost.non_embedding_params(dims) == total - sum(tables.values())
@@ -216,6 +225,9 @@ def test_counts_of_random_shapes_are_those_of_the_built_model(case):
         idle *= experts - dims.experts_per_token
         assert cost.active_params(dims) == total - idle
         kv = sum(p.shape[0] for n, p in model.named_parameters() if n.endswith((".k_proj.weight", ".v_proj.weight")))
+        if case in LATENT_CASES:  # what is kept is one latent, and not two of a kind
+            of_latents = (p.shape[0] for n, p in model.named_parameters() if n.endswith("kv_a_proj_with_mqa.weight"))
+            kv = sum(of_latents) / 2
         for layer in model.model.layers:
             if fused := getattr(layer.self_attn, "qkv_proj", None):
                 kv += fused.weight.shape[0] - layer.self_attn.o_proj.weight.shape[1]
@@ -246,7 +258,14 @@ def counted_flops(model, seq):
 
 def _megatron_holds(rank, world):
     mesh = mesh_of()
-    for case in ("llama_tied_llama3_rope", "qwen3_attention_bias", "nemotron_tied_biases", "qwen2_moe", "mixtral"):
+    for case in (
+        "llama_tied_llama3_rope",
+        "qwen3_attention_bias",
+        "nemotron_tied_biases",
+        "qwen2_moe",
+        "mixtral",
+        "deepseek_v3",
+    ):
         draw = random.Random(case)
         for _ in range(2):
             dims = random_shape(dims_of(tiny_config(case)), draw)

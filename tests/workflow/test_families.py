@@ -16,7 +16,7 @@ from tests.support.tiny_run import command, metrics
 
 MIXED = ("deepseek_v3", "deepseek_v2")
 REFIT = ["score.second_moments=true", "prune.reconstruct=least_squares", "search.layers=[3]", "distill.steps=24"]
-EXPERTS = ["score.expert_moments=true", "search.ffn=[16]", "search.experts=[3]", "search.shared_expert_ffn=[32]"]
+EXPERTS = ["score.expert_moments=true", "search.ffn=[16]", "search.experts=[6]", "search.shared_expert_ffn=[32]"]
 
 
 @pytest.mark.parametrize("case", ["smollm3", "phi3", "granite", "olmo2", "glm4", "gemma3", *MIXED])
@@ -47,4 +47,4 @@ def test_a_family_is_refitted_cut_and_taught(case: str, inputs: Path, tmp_path: 
         assert all(getattr(config, key) == whole[key] != 1 for key in keys)
     if case in MIXED:
         assert config.first_k_dense_replace == (plan["layers"][0] == 0)
-        assert (config.n_routed_experts, config.moe_intermediate_size, config.n_shared_experts) == (3, 16, 2)
+        assert (config.n_routed_experts, config.moe_intermediate_size, config.n_shared_experts) == (6, 16, 2)
