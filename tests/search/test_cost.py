@@ -225,9 +225,9 @@ def test_counts_of_random_shapes_are_those_of_the_built_model(case):
         idle *= experts - dims.experts_per_token
         assert cost.active_params(dims) == total - idle
         kv = sum(p.shape[0] for n, p in model.named_parameters() if n.endswith((".k_proj.weight", ".v_proj.weight")))
-        if case in LATENT_CASES:  # what is kept is one latent, and not two of a kind
+        if case in LATENT_CASES:  # of which keys and values are made again
             of_latents = (p.shape[0] for n, p in model.named_parameters() if n.endswith("kv_a_proj_with_mqa.weight"))
-            kv = sum(of_latents) / 2
+            kv = sum(of_latents)
         for layer in model.model.layers:
             if fused := getattr(layer.self_attn, "qkv_proj", None):
                 kv += fused.weight.shape[0] - layer.self_attn.o_proj.weight.shape[1]
