@@ -29,7 +29,7 @@ def activations(model: Any, ids_NS: Tensor, neurons: str = "after") -> dict[str,
     """`[N, S, E]` activations by the name of their score; `hidden` has one for each norm, `depth` a pair a layer."""
     config = model.config
     width = getattr(config, "intermediate_size", None)
-    head_dim, groups = config.head_dim, config.num_key_value_heads
+    head_dim, groups = getattr(config, "v_head_dim", config.head_dim), config.num_key_value_heads
     seen: dict[str, list[Tensor]] = {}
 
     def at(name: str, value: Tensor) -> None:
@@ -83,26 +83,39 @@ def experts_hook(moe: Any, i: int, config: Any, neurons: str, at: Any) -> Any:
 
     def hook(module: Any, args: Any) -> None:
         x = args[0]
-        gate = (x @ moe.gate.weight.T).softmax(-1)
-        top, chosen = gate.topk(config.num_experts_per_tok, dim=-1)
-        if config.model_type == "mixtral" or config.norm_topk_prob:
-            top = top / top.sum(-1, keepdim=True)
-        weight = torch.zeros_like(gate).scatter(-1, chosen, top)
+        weight = gates(moe.gate, x, config)
         norms = []
-        for e in range(gate.shape[-1]):
+        for e in range(weight.shape[-1]):
             first, up = (x @ moe.experts.gate_up_proj[e].T).chunk(2, dim=-1)
             inner = first / (1 + (-first).exp()) * up * weight[..., e : e + 1]
             is_routed = (weight[..., e : e + 1] > 0).to(x.dtype)
             at(f"layers.{i}.experts.{e}.mlp", inner if neurons == "after" else first * is_routed)
             norms.append((inner @ moe.experts.down_proj[e].T).pow(2).sum(-1).sqrt())
         at(f"layers.{i}.experts", torch.stack(norms, dim=-1))
-        if hasattr(moe, "shared_expert"):
-            shared = moe.shared_expert
+        if shared := getattr(moe, "shared_expert", None) or getattr(moe, "shared_experts", None):
             first = x @ shared.gate_proj.weight.T
             inner = first / (1 + (-first).exp()) * (x @ shared.up_proj.weight.T)
             at(f"layers.{i}.shared_expert.mlp", inner if neurons == "after" else first)
 
     return hook
+
+
+def gates(router: Any, x: Tensor, config: Any) -> Tensor:
+    """The weight that every expert has for every token, 0 for those it is not sent to."""
+    logits, is_deepseek = x @ router.weight.T, config.model_type.startswith("deepseek")
+    gate = logits.sigmoid() if config.model_type == "deepseek_v3" else logits.softmax(-1)
+    choice = gate + getattr(router, "e_score_correction_bias", 0)
+    if is_deepseek and getattr(config, "topk_method", None) != "greedy" and config.n_group > 1:
+        groups = choice.reshape(*choice.shape[:-1], config.n_group, -1)
+        number = 2 if config.model_type == "deepseek_v3" else 1
+        worth = groups.sort(-1, descending=True).values[..., :number].sum(-1)
+        least = worth.sort(-1, descending=True).values[..., config.topk_group - 1 : config.topk_group]
+        choice = torch.where((worth >= least)[..., None], groups, -torch.inf).reshape(choice.shape)
+    chosen = choice.topk(config.num_experts_per_tok, dim=-1).indices
+    top = gate.gather(-1, chosen)
+    if config.model_type == "mixtral" or config.norm_topk_prob:
+        top = top / top.sum(-1, keepdim=True)
+    return torch.zeros_like(gate).scatter(-1, chosen, top * getattr(config, "routed_scaling_factor", 1.0))
 
 
 def scores_of(seen: dict[str, list[Tensor]], batch: str, sequence: str) -> dict[str, Tensor]:
@@ -162,11 +175,14 @@ def taylor_reference(model: Any, ids_NS: Tensor, counts_NS: Tensor | None = None
         own = {name.removeprefix(prefix): x for name, x in taylor.items() if name.startswith(prefix)}
         for name, x in own.items():
             is_reader = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "up_proj.weight"))
+            is_reader = is_reader or name.endswith(("q_a_proj.weight", "kv_a_proj_with_mqa.weight"))
             if is_reader or name.endswith(("gate_proj.weight", "gate.weight")):
                 hidden = hidden + x.sum(0)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 hidden = hidden + x.sum(1)
-            elif "layernorm" in name or name.endswith(("o_proj.bias", "down_proj.bias")):
+            elif ("layernorm" in name and "_a_layernorm" not in name) or name.endswith(
+                ("o_proj.bias", "down_proj.bias")
+            ):
                 hidden = hidden + x
             elif name.endswith("gate_up_proj"):
                 hidden = hidden + x.sum((0, 1))
@@ -182,10 +198,15 @@ def _taylor_of_layer(own: dict[str, Tensor], heads: int, groups: int) -> dict[st
         total = own[f"self_attn.{projection}.weight"].sum(1) + own.get(f"self_attn.{projection}.bias", 0)
         return total.reshape(count, -1).sum(1)
 
-    scores = {"heads": rows("q_proj", heads) + own["self_attn.o_proj.weight"].sum(0).reshape(heads, -1).sum(1)}
-    keys_and_values = rows("k_proj", groups) + rows("v_proj", groups)
+    makers = [name for name in ("q_proj", "q_b_proj", "kv_b_proj") if f"self_attn.{name}.weight" in own]
+    scores = {"heads": own["self_attn.o_proj.weight"].sum(0).reshape(heads, -1).sum(1)}
+    scores["heads"] = scores["heads"] + sum(rows(name, heads) for name in makers)
+    keys_and_values: Any = 0  # with latents a head's own
+    if "self_attn.k_proj.weight" in own:
+        keys_and_values = rows("k_proj", groups) + rows("v_proj", groups)
     scores["groups"] = scores["heads"].reshape(groups, -1).sum(1) + keys_and_values
-    for path, name in (("mlp.", "mlp"), ("mlp.shared_expert.", "shared_expert.mlp")):
+    paths = {"mlp.": "mlp", "mlp.shared_expert.": "shared_expert.mlp", "mlp.shared_experts.": "shared_expert.mlp"}
+    for path, name in paths.items():
         if f"{path}down_proj.weight" in own:
             first = [x for x in own if x.startswith((f"{path}gate_proj.", f"{path}up_proj."))]
             values = [own[x].sum(1) if x.endswith("weight") else own[x] for x in first]

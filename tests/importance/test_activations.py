@@ -14,12 +14,12 @@ from compactlm_nemo.importance.score_state import ScoreState
 from tests.importance.reference import reference
 from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
 from tests.support.ranks import run_ranks
-from tests.support.tiny_models import CASES, EXPERT_CASES, VOCAB, save_tiny
+from tests.support.tiny_models import CASES, EXPERT_CASES, LATENT_CASES, VOCAB, save_tiny
 
 DENSE = ("llama", "nemotron")
 
 
-MIXED = ("mixtral", "qwen3_moe", "qwen2_moe")
+MIXED = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3")
 
 
 FOUR_GROUPS = tuple(f"{case}_4_groups" for case in DENSE)
@@ -84,7 +84,8 @@ def _matches(rank: int, world: int, layout: dict, cases: tuple[str, ...], root: 
 
 
 @pytest.mark.proves("axes", ["hidden", "ffn", "heads", "groups"], CASES, "scored")
-@pytest.mark.proves("axes", "experts", EXPERT_CASES, "scored")
+@pytest.mark.proves("axes", "experts", (*EXPERT_CASES, *LATENT_CASES), "scored")
+@pytest.mark.proves("axes", "shared_expert_ffn", LATENT_CASES, "scored")
 def test_scores_of_every_family_are_the_definition(root, tmp_path):
     run_ranks(_matches, 1, tmp_path, {}, tuple(CASES), root)
 

@@ -22,7 +22,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_models import VOCAB, save_tiny
 
 DENSE = ("llama", "nemotron")
-EXPERTS = ("qwen2_moe", "mixtral")
+EXPERTS = ("qwen2_moe", "mixtral", "deepseek_v3")
 SAMPLES, LENGTH = 5, 12
 
 
@@ -45,15 +45,16 @@ def reference(model: Any) -> dict[str, Tensor]:
         if re.fullmatch(r"layers\.\d+\.experts\.\d+\.mlp", name):
             seen[name] = x  # 0 for a token that was sent elsewhere
 
+    is_mixed = any(hasattr(layer.mlp, "experts") for layer in model.model.layers)
     for i, layer in enumerate(model.model.layers):
         if hasattr(layer.mlp, "experts"):
             layer.mlp.register_forward_pre_hook(experts_hook(layer.mlp, i, model.config, "after", routed))
         layer.self_attn.o_proj.register_forward_pre_hook(before(f"layers.{i}.heads"))
         layer.input_layernorm.register_forward_hook(after(f"layers.{i}.attention_norm"))
         layer.post_attention_layernorm.register_forward_hook(after(f"layers.{i}.mlp_norm"))
-        if hasattr(layer.mlp, "shared_expert"):
-            layer.mlp.shared_expert.down_proj.register_forward_pre_hook(before(f"layers.{i}.shared_expert.mlp"))
-        elif hasattr(layer.mlp, "down_proj"):
+        if shared := getattr(layer.mlp, "shared_expert", None) or getattr(layer.mlp, "shared_experts", None):
+            shared.down_proj.register_forward_pre_hook(before(f"layers.{i}.shared_expert.mlp"))
+        elif hasattr(layer.mlp, "down_proj") and not is_mixed:  # a dense layer among others is not refitted
             layer.mlp.down_proj.register_forward_pre_hook(before(f"layers.{i}.mlp"))
     model.model.norm.register_forward_hook(after("final_norm"))
     with torch.no_grad():
