@@ -41,6 +41,7 @@ _READ_WITH_LATENTS = {
     "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim",
     "rope_interleave", "first_k_dense_replace", "moe_layer_freq", "n_routed_experts", "n_shared_experts", "n_group",
     "topk_group", "topk_method", "scoring_func", "routed_scaling_factor",
+    "quantization_config",
     # Layers that predict further tokens, which are not read; of training, or of a layout:
     "num_nextn_predict_layers", "num_mtp_layers", "aux_loss_alpha", "seq_aux", "ep_size",
 }  # fmt: skip

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import Any
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.rope import mscale_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LATENT_NAMES = {
     "self_attention.linear_q_proj": ["self_attn.q_proj"],
@@ -21,8 +28,23 @@ LATENT_NAMES = {
 """Tensor names of attention with latents: Megatron's modules -> DeepSeek's."""
 
 
+FP8_BLOCK = 128
+"""Rows and columns of a weight that share a scale, in files with weights in float8."""
+SCALE = "_scale_inv"
+"""Ends the name of a weight's scales, behind the weight's own name."""
+
+_log = logging.getLogger(__name__)
+
+
 def dims_of_deepseek(config: Any, *, sigmoid: bool) -> dict[str, Any]:
     """Return the fields of `Dims` that these families have of their own, each value checked."""
+    quantised = dict(getattr(config, "quantization_config", None) or {})
+    kind = (quantised.get("quant_method"), quantised.get("fmt", "e4m3"), quantised.get("weight_block_size"))
+    if quantised and kind != ("fp8", "e4m3", [FP8_BLOCK, FP8_BLOCK]):
+        raise CheckpointError(
+            f"config.json: quantization_config={quantised} is not read, only fp8 in blocks of {FP8_BLOCK} x "
+            f"{FP8_BLOCK}; give the weights in bfloat16, and delete it."
+        )
     return _latents_of(config) | _dense_layers_of(config) | _routing_of(config, sigmoid=sigmoid)
 
 
@@ -36,6 +58,28 @@ def deepseek_values(dims: Dims) -> dict[str, Any]:
         "n_shared_experts": dims.shared_expert_ffn // dims.ffn_hidden_size,
         "num_nextn_predict_layers": 0,
     }
+
+
+def dequantised(weight_OI: Tensor, scale_PQ: Tensor) -> Tensor:
+    """Return a weight in float8 times the scales of its blocks, float32."""
+    rows, columns = weight_OI.shape
+    scale_OI = scale_PQ.float().repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
+    return weight_OI.float() * scale_OI
+
+
+def is_further_layer(name: str, dims: Dims) -> bool:
+    """Return whether a tensor of a file is of a layer that predicts further tokens, behind the last of the model."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return dims.family == "deepseek_v3" and layer is not None and int(layer[1]) >= dims.num_layers
+
+
+@cache
+def tell_of_further_layers(folder: Path, count: int) -> None:
+    """Say once that these are left out."""
+    _log.warning(
+        "model.source=%s: %d tensors of layers that predict further tokens are not read; the student has none.",
+        folder, count,
+    )  # fmt: skip
 
 
 def latent_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:

@@ -241,6 +241,7 @@ def resized(config: Any, dims: Dims) -> Any:
         raise CheckpointError(problem)
     values = config.to_dict()
     values.pop("auto_map", None)  # of code that does not travel
+    values.pop("quantization_config", None)  # what is written is not quantised
     values.update(
         num_hidden_layers=dims.num_layers,
         hidden_size=dims.hidden_size,

@@ -15,6 +15,13 @@ from torch import Tensor
 
 from compactlm_nemo.errors import CheckpointError, NumericsError
 from compactlm_nemo.models.build import ParameterSource
+from compactlm_nemo.models.deepseek import (
+    FP8_BLOCK,
+    SCALE,
+    dequantised,
+    is_further_layer,
+    tell_of_further_layers,
+)
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import (
     EMBEDDING,
@@ -91,12 +98,14 @@ class HFSource:
         self.files: dict[str, Path] = {}
         self._open: tuple[Path, Any] | None = None
         shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, str] = {}
         for path in _weight_files(folder):
             handle = _opened(path)
             names = list(handle.keys())
             self.files |= dict.fromkeys(names, path)
             shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in names}
-        self._check(shapes)
+            dtypes |= {name: handle.get_slice(name).get_dtype() for name in names}
+        self._check(shapes, dtypes)
 
     def _file(self, name: str) -> Any:
         """Return the file of a tensor, opened, and close the one before."""
@@ -106,7 +115,7 @@ class HFSource:
             self._open = path, _opened(path)
         return self._open[1]
 
-    def _check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def _check(self, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, str]) -> None:
         expected: dict[str, tuple[int, ...]] = {}
         for name, shape in parameter_shapes(self.dims).items():
             expected |= zip(hf_names(name, self.dims), hf_shapes(name, shape, self.dims), strict=True)
@@ -116,11 +125,21 @@ class HFSource:
             )
         ignored = {"lm_head.weight"} if self.dims.tied_embeddings else set()
         extra = self.files.keys() - expected.keys() - ignored
+        if further := {name for name in extra if is_further_layer(name, self.dims)}:
+            tell_of_further_layers(self.folder, len(further))
+        extra -= further
+        self.scaled = {name for name in expected if name + SCALE in extra and dtypes[name] == "F8_E4M3"}
+        extra -= {name + SCALE for name in self.scaled}
         if extra := {name for name in extra if not name.endswith("rotary_emb.inv_freq")}:
             raise CheckpointError(
                 f"model.source={self.folder} has {len(extra)} tensors its config.json does not explain, "
                 f"first {min(extra)}; only plain decoders without adapters or quantisation are read."
             )
+        for name in self.scaled:
+            expected[name + SCALE] = tuple(-(-size // FP8_BLOCK) for size in expected[name])
+        bare = [name for name in shapes if dtypes[name] == "F8_E4M3" and name in expected.keys() - self.scaled]
+        if self.scaled and bare:
+            raise CheckpointError(f"model.source={self.folder} lacks {bare[0]}{SCALE}; fetch it again.")
         for name, shape in expected.items():
             if shapes[name] != shape:
                 raise CheckpointError(
@@ -131,7 +150,7 @@ class HFSource:
     def __call__(self, name: str) -> Tensor:
         if name == EMBEDDING and self.dims.tied_embeddings and "lm_head.weight" in self.files:
             refuse_other_head(self._rows(*hf_names(name, self.dims)), self._rows("lm_head.weight"), self.folder)
-        parts = [self._file(n).get_tensor(n) for n in hf_names(name, self.dims)]
+        parts = [self._tensor(n) for n in hf_names(name, self.dims)]
         if "linear_qkv" in name:
             if len(parts) == 1:
                 groups, head_dim = self.dims.num_query_groups, self.dims.head_dim
@@ -139,6 +158,11 @@ class HFSource:
             q, k, v = parts
             return merge_qkv(q, k, v, self.dims.num_query_groups)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _tensor(self, name: str) -> Tensor:
+        """Read a tensor; weights in float8 are multiplied with their scales, float32."""
+        tensor: Tensor = self._file(name).get_tensor(name)
+        return dequantised(tensor, self._file(name + SCALE).get_tensor(name + SCALE)) if name in self.scaled else tensor
 
     def _rows(self, key: str) -> Iterator[Tensor]:
         """Yield a matrix in blocks of rows, so that two large ones can be compared."""
