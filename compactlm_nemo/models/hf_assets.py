@@ -172,6 +172,11 @@ def write_for_every_reader(folder: Path) -> None:
 
 def older_reader_problem(dims: Dims) -> str | None:
     """Return why transformers 4, and what is built on it, cannot load a model of these sizes; None where it can."""
+    if dims.family == "deepseek_v2" and abs((dims.attention_multiplier or 0) * dims.qk_head_dim**0.5 - 1) > 1e-6:
+        return (
+            "a deepseek_v2 with mscale_all_dim needs transformers 5, or the code that came with it; version 4 leaves "
+            "it out of attention."
+        )
     if dims.family == "qwen2_moe" and dims.num_heads * dims.head_dim != dims.hidden_size:
         return (
             f"a qwen2_moe with {dims.num_heads} heads of {dims.head_dim} in {dims.hidden_size} channels needs "

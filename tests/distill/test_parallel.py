@@ -33,9 +33,11 @@ from compactlm_nemo.training.batches import Batch
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 from tests.support.meshes import COMBINED, EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of
 from tests.support.ranks import run_ranks
-from tests.support.tiny_models import EXPERT_CASES, VOCAB, document_bounds, save_tiny
+from tests.support.tiny_models import EXPERT_CASES as PLAIN_EXPERT_CASES
+from tests.support.tiny_models import VOCAB, document_bounds, save_tiny
 
 CASES = ("llama", "llama_tied_llama3_rope", "nemotron")
+EXPERT_CASES = (*PLAIN_EXPERT_CASES, "deepseek_v3")
 STUDENT = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}
 TEMPERATURE = 2.0
 LENGTH = 12
@@ -104,7 +106,8 @@ def gradients(ddps: list[Any]) -> dict[str, Tensor]:
         for bucket in buffer.buckets:
             shard = bucket.grad_data.chunk(group.size())[group.rank()]
             bucket.grad_data.copy_(all_gather(shard, group, dim=0))
-    return {name: parameter.main_grad for name, parameter in global_names(ddp.module for ddp in ddps)}
+    named = global_names(ddp.module for ddp in ddps)
+    return {name: parameter.main_grad for name, parameter in named if parameter.requires_grad}
 
 
 def separate(folder: Path, mesh: Mesh, layout: ParallelConfig) -> tuple[Dims, OwnMeshTeacher]:
@@ -184,7 +187,7 @@ def _matches(
                 got, want, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, n=f"{case} {name}": f"{n}: {m}"
             )
             compared += 1
-        assert compared == sum(len(list(ddp.module.parameters())) for ddp in ddps)
+        assert compared == sum(p.requires_grad for ddp in ddps for p in ddp.module.parameters())
 
         if prepare is not None:
             continue

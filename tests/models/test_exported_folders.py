@@ -37,6 +37,8 @@ def test_transformers_4_has_equal_logits(tmp_path: Path) -> None:
     """It takes theta = 10000 and no scaling where a file of transformers 5 has them in `rope_parameters` alone."""
     # Its Qwen2-MoE has no head size but hidden_size / num_attention_heads.
     changes: dict[str, dict[str, Any]] = {"qwen2_moe": {"head_dim": 12}}
+    # Its DeepSeek-V2 leaves mscale_all_dim out of attention.
+    changes["deepseek_v2"] = {"rope_parameters": CASES["deepseek_v2"][1]["rope_parameters"] | {"mscale_all_dim": None}}
     folders = [exported(case, tmp_path / case, **changes.get(case, {})) for case in CASES]
     folders.append(exported("llama", tmp_path / "yarn", rope_parameters=YARN))
     torch.save(tokens(), tmp_path / "ids.pt")
@@ -96,7 +98,9 @@ def test_special_tokens_beside_the_usual_ones_stay_special_in_both(tmp_path: Pat
 def test_a_model_that_transformers_4_cannot_hold_is_named() -> None:
     problem = older_reader_problem(dims_of(tiny_config("qwen2_moe")))
     assert problem is not None and "4 heads of 16 in 48 channels needs transformers 5" in problem
-    for case in set(CASES) - {"qwen2_moe"}:
+    problem = older_reader_problem(dims_of(tiny_config("deepseek_v2")))
+    assert problem is not None and "version 4 leaves it out of attention" in problem
+    for case in set(CASES) - {"qwen2_moe", "deepseek_v2"}:
         assert older_reader_problem(dims_of(tiny_config(case))) is None
 
 

@@ -21,14 +21,16 @@ from compactlm_nemo.models.families import dims_of, resized
 from compactlm_nemo.models.hf import export_hf, open_hf
 from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, VOCAB_MULTIPLE, filled, mesh_of, whole_logits
 from tests.support.ranks import run_ranks
-from tests.support.tiny_models import EXPERT_CASES, save_tiny, tiny_config, tiny_model, tokens
+from tests.support.tiny_models import EXPERT_CASES, LATENT_CASES, save_tiny, tiny_config, tiny_model, tokens
+
+MIXED = (*EXPERT_CASES, *LATENT_CASES)
 
 
 @pytest.fixture(scope="module")
 def hf_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder a case with the Hugging Face model and its logits."""
     root = tmp_path_factory.mktemp("hf")
-    for case in EXPERT_CASES:
+    for case in MIXED:
         model = save_tiny(case, root / case)
         with torch.no_grad():
             torch.save(model(tokens()).logits, root / case / "logits.pt")
@@ -38,7 +40,7 @@ def hf_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _compare_and_save(rank: int, world: int, layout: dict[str, Any], root: Path, out: Path) -> None:
     mesh = mesh_of(**layout)
     mine = slice(mesh.dp_rank % 2, None, min(mesh.dp_size, 2))  # neighbours in expert parallelism see other samples
-    for case in EXPERT_CASES:
+    for case in MIXED:
         dims, model = filled(root / case, mesh)
         got = whole_logits(model.eval(), dims, mesh, tokens()[mine])
         if got is not None:
@@ -49,7 +51,7 @@ def _compare_and_save(rank: int, world: int, layout: dict[str, Any], root: Path,
 
 def _load_and_compare(rank: int, world: int, layout: dict[str, Any], root: Path, saved: Path) -> None:
     mesh = mesh_of(**layout)
-    for case in EXPERT_CASES:
+    for case in MIXED:
         dims, want = filled(root / case, mesh)
         got = build_model(dims, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE)
         load_model(saved / case, got)
@@ -66,7 +68,7 @@ def test_experts_on_several_ranks_are_the_model(saved_in: str, loaded_in: str, h
     saved = tmp_path / "saved"
     run_ranks(_compare_and_save, layouts[saved_in][0], tmp_path, layouts[saved_in][1], hf_root, saved)
     run_ranks(_load_and_compare, layouts[loaded_in][0], tmp_path, layouts[loaded_in][1], hf_root, saved)
-    for case in EXPERT_CASES:
+    for case in MIXED:
         dims, _ = open_hf(hf_root / case)
         target = tmp_path / "export" / case
         export_hf(hf_root / case, target, dims, CheckpointSource(saved / case, dims), torch.float32)
@@ -77,7 +79,7 @@ def test_experts_on_several_ranks_are_the_model(saved_in: str, loaded_in: str, h
 
 def _compare_in_bf16(rank: int, world: int, root: Path) -> None:
     mesh = mesh_of(ep=2)
-    for case in EXPERT_CASES:
+    for case in MIXED:
         dims, model = filled(root / case, mesh, dtype=torch.bfloat16)
         got = whole_logits(model.eval(), dims, mesh, tokens()[rank : rank + 1])
         assert got is not None
