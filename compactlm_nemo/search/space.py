@@ -55,19 +55,28 @@ def within(space: list[Dims], limits: list[Budget]) -> list[Dims]:
     return feasible
 
 
-def enumerate_space(teacher: Dims, cfg: SearchConfig, tp: int = 1) -> list[Dims]:
+def enumerate_space(
+    teacher: Dims, cfg: SearchConfig, tp: int = 1, layers_of: Callable[[int], list[int]] | None = None
+) -> list[Dims]:
     """List every combination of the axes that meets all budgets.
 
     An empty axis keeps the teacher's value; there are as many groups as heads where the teacher has so. Values by rule
     (`search.multiples`, `search.divisors`) are those that `tp` ranks can split. Order: more layers first, then larger
     hidden size, MLP width, heads, groups and experts; no architecture appears twice.
+
+    Args:
+        layers_of: Number of layers -> those that stay, where scores tell; else they count as the first ones.
     """
     values = {axis: _values(axis, teacher, cfg, tp) for axis in AXES}
     _check_axes(teacher, cfg, values)
     shapes = {
         tuple(shape.values()) for shape in _shapes(values, cfg) if _heads_fit(teacher, shape["heads"], shape["groups"])
     }
-    space = [teacher.with_shape(**dict(zip(AXES, sizes, strict=True))) for sizes in sorted(shapes, reverse=True)]
+    space = []
+    for sizes in sorted(shapes, reverse=True):
+        shape = dict(zip(AXES, sizes, strict=True))
+        kept = teacher if layers_of is None else teacher.keep_layers(layers_of(shape["layers"]))
+        space.append(kept.with_shape(**shape))
     if not space:
         most = max(values["groups"]) * (teacher.num_heads // teacher.num_query_groups)
         raise ConfigError(

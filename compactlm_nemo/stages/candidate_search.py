@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from compactlm_nemo.artifacts import atomic_write_text, sealed
+from compactlm_nemo.importance.names import DEPTH
+from compactlm_nemo.importance.selection import keep_layers
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import broadcast_object
 from compactlm_nemo.parallel.devices import device, device_name
@@ -30,7 +32,9 @@ from compactlm_nemo.stages.pruner import Pruner
 def search(run: Run, folder: Path) -> dict[str, Any]:
     """Write candidates.json, best first, from scores and budgets."""
     dims, cfg = run.dims("teacher"), run.config.search
-    candidates = enumerate_space(dims, cfg, run.config.parallel.tp)
+    depth = run.unit_scores()[DEPTH]
+    layers_of = (lambda count: keep_layers(depth, count).tolist()) if dims.dense_layers is not None else None
+    candidates = enumerate_space(dims, cfg, run.config.parallel.tp, layers_of)
     timed = _timed_layers(run, candidates, folder)
     if timed is not None and cfg.latency_ms is not None:
         candidates = within(candidates, [Budget("latency_ms", cfg.latency_ms, timed.milliseconds)])

@@ -90,7 +90,7 @@ def prune(run: Run, folder: Path) -> dict[str, Any]:
         if writes:
             atomic_write_text(folder / PLAN, json.dumps(plan.to_json()) + "\n")
     return {
-        "params": num_params(student),
+        "params": num_params(plan.student(teacher, student)),
         "teacher_params": num_params(teacher),
         "shape": candidates[chosen],
         "loss_before": before,

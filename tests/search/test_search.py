@@ -10,10 +10,12 @@ import torch
 from compactlm_nemo.config.search import SearchConfig
 from compactlm_nemo.errors import ConfigError, NumericsError
 from compactlm_nemo.importance.selection import keep_heads, keep_layers, top_units
+from compactlm_nemo.models.families import dims_of
 from compactlm_nemo.search import cost
 from compactlm_nemo.search.candidates import candidates_json, depth_share, rank_candidates
 from compactlm_nemo.search.space import enumerate_space
 from tests.support.shapes import NEMOTRON_15B, TINY
+from tests.support.tiny_models import tiny_config
 
 
 def _space(hidden, heads, **budget):
@@ -47,6 +49,11 @@ def test_the_8b_space_has_the_papers_15_candidates():
 
 def test_empty_axes_keep_the_teacher_and_order_is_fixed():
     assert enumerate_space(TINY, SearchConfig()) == [TINY]
+    alone = replace(TINY, num_query_groups=4)  # every head has keys and values of its own
+    assert [(d.num_heads, d.num_query_groups) for d in enumerate_space(alone, SearchConfig(heads=[2, 3]))] == [
+        (3, 3),
+        (2, 2),
+    ]
     found = enumerate_space(TINY, SearchConfig(layers=[1, 2], heads=[2, 4, 2], ffn=[3]))
     assert [(d.num_layers, d.num_heads) for d in found] == [(2, 4), (2, 2), (1, 4), (1, 2)]
     assert {(d.ffn_hidden_size, d.hidden_size) for d in found} == {(3, 4)}
@@ -243,3 +250,12 @@ def test_scores_of_another_model_are_refused(change, error, message):
         rank_candidates(TINY, [TINY], _scores() | change, SearchConfig())
     with pytest.raises(ConfigError, match="depth is missing"):
         rank_candidates(TINY, [TINY], {k: v for k, v in _scores().items() if k != "depth"}, SearchConfig())
+
+
+def test_budgets_count_the_layers_that_stay() -> None:
+    """Of a DeepSeek the first layers are dense and smaller: without one of them there is more to count."""
+    teacher = dims_of(tiny_config("deepseek_v3_tied_plain"))
+    [first] = enumerate_space(teacher, SearchConfig(layers=[2]))
+    [last] = enumerate_space(teacher, SearchConfig(layers=[2]), layers_of=lambda count: [0, 3])
+    assert (first.dense_layers, last.dense_layers) == ([True, True], [True, False])
+    assert cost.num_params(last) > cost.num_params(first)

@@ -26,6 +26,9 @@ EXPERTS = [
 ]
 
 
+DEEPSEEK = [*DRY, "model.architecture.model_type=deepseek_v3"]
+
+
 OLMO2 = [*DRY, "model.architecture.model_type=olmo2"]
 
 
@@ -46,6 +49,27 @@ LEAST_SQUARES = ["score.second_moments=true", "prune.reconstruct=least_squares"]
         (
             [*OLMO2, *LEAST_SQUARES, "prune.sequential=true"],
             ["prune.sequential=true needs attention and MLP without norms behind them, which olmo2 has; leave it"],
+        ),
+        (
+            [*DEEPSEEK, *LEAST_SQUARES, "prune.sequential=true"],
+            ["prune.sequential=true needs one projection of queries, keys and values, and deepseek_v3 makes them from"],
+        ),
+        (
+            [*DEEPSEEK, "prune.heads=merge"],
+            ["prune.heads=merge needs heads that share keys and values, and deepseek_v3 makes them from latents; use"],
+        ),
+        ([*DEEPSEEK, "search.latency_ms=9"], ["search.latency_ms=9 counts layers that are alike, and the first of a"]),
+        (
+            [*DEEPSEEK, "search.experts=[100]"],
+            ["search.experts=100 must be a multiple of 8 and at least 16 for this deepseek_v3"],
+        ),
+        (
+            [*DEEPSEEK, "search.ffn=[1536]"],
+            ["search.shared_expert_ffn=2048 must be a multiple of search.ffn=1536 for deepseek_v3"],
+        ),
+        (
+            [*DEEPSEEK, "search.heads=[96]", "search.groups=[64]"],
+            ["search.heads=96 must be a multiple of 64 query groups with at most 1 heads each"],
         ),
         ([*LLAMA, "parallel.ep=2"], ["parallel.ep=2 needs a model with experts, which llama is not"]),
         (
