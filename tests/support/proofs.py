@@ -52,7 +52,7 @@ def family_of(case: str) -> str:
 
 def _has_axis(family: str, axis: str) -> bool:
     if axis == "shared_expert_ffn":
-        return "shared_expert_intermediate_size" in DEFAULTS[family]
+        return bool({"shared_expert_intermediate_size", "n_shared_experts"} & DEFAULTS[family].keys())
     return axis != "experts" or FAMILIES[family].experts
 
 
