@@ -16,6 +16,7 @@ import pytest
 
 SLURM_CONF = """
 ClusterName=test
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 AuthType=auth/munge
@@ -87,7 +88,11 @@ def slurm_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     conf = folder / "slurm.conf"
-    conf.write_text(SLURM_CONF.format(host=socket.gethostname().split(".")[0], folder=folder, ports=_free_ports(3)))
+    ports = _free_ports(3)
+    # A job's rendezvous port follows from its number: the jobs of two clusters on one host must not have the same ones.
+    first_job = 1 + ports[0] % 19000
+    host = socket.gethostname().split(".")[0]
+    conf.write_text(SLURM_CONF.format(host=host, folder=folder, ports=ports, first_job=first_job))
     # Plain files stand for the GPUs: slurmd counts them and never opens them.
     for gpu in range(8):
         (folder / f"gpu{gpu}").touch()
