@@ -83,7 +83,7 @@ class _Cut:
         eliminate_layer(0, self.teacher, self.source, self.moments.whole, self.ridge)
 
     def _fill(self, source: ParameterSource, hidden: HiddenCut) -> None:
-        narrowed = NarrowedSource(CutSource(self.teacher, self.plan, source), self.plan.layers, hidden)
+        narrowed = NarrowedSource(CutSource(self.teacher, self.plan, source), self.teacher, self.plan.layers, hidden)
         chunks = self.run.build(self.student)
         fill(chunks, narrowed, self.run.config.model.vocab_multiple)
         if not all(bool(parameter.isfinite().all()) for parameter in chunks.parameters()):
