@@ -27,6 +27,7 @@ from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.losses.vocabulary import chunk_tokens as tokens_that_fit
 from compactlm_nemo.models.attention import AttentionMask
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.experts import add_bias
 from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER
 from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.models.megatron_config import transformer_config
@@ -197,6 +198,9 @@ def _build_chunk(
         rotary_base=int(dims.rope_theta),
         vp_stage=vp_stage,
     )
+    if dims.router_bias:
+        for layer in model.decoder.layers:
+            add_bias(layer.mlp.router)
     for module in model.modules():
         # Megatron marks shards while it initialises them, which we skip; unmarked, the gradient norm drops those of
         # every TP rank but the first.
@@ -255,7 +259,8 @@ def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padd
         return full
     if ".linear_fc1." in name and gated:
         return torch.cat([half.chunk(size, 0)[rank] for half in full.chunk(2, 0)])
-    if ".linear_qkv." in name or ".linear_fc1." in name or name.endswith(("query_norm.weight", "key_norm.weight")):
+    by_head = ("query_norm.weight", "key_norm.weight", "softmax_offset")
+    if ".linear_qkv." in name or ".linear_fc1." in name or name.endswith(by_head):
         return full.chunk(size, 0)[rank]
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return full.chunk(size, 1)[rank]

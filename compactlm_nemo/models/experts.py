@@ -57,6 +57,13 @@ class Experts(SequentialMLP):
         return self.config.activation_func(gate_NF) * up_NF
 
 
+def add_bias(router: Any) -> None:
+    """Give a router a bias, which Megatron has together with that of every other linear layer alone."""
+    weight = router.weight
+    router.bias = torch.nn.Parameter(weight.new_zeros(weight.shape[0]))
+    router.bias.sequence_parallel = weight.sequence_parallel
+
+
 def can_group(chunks: ModelChunks, device: torch.device) -> bool:
     """Return whether the device has a grouped product for the experts of this model."""
     dims, config = chunks.dims, chunks.plain()[0].config

@@ -10,8 +10,10 @@ from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.config_keys import known_keys, refuse_unknown_keys
 from compactlm_nemo.models.config_values import (
     LAYER_TYPES,
+    count_key,
     experts_of,
     local_layers_of,
+    merged_experts_of,
     multipliers_of,
     no_rope_layers_of,
     query_scale_of,
@@ -19,6 +21,7 @@ from compactlm_nemo.models.config_values import (
     refuse_other_value,
 )
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.limits import export_problem, needs_mistral
 from compactlm_nemo.models.rope import rope_of, rope_of_kinds
 
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -58,8 +61,13 @@ class Family:
     Elsewhere `sliding_window` means nothing without `use_sliding_window`."""
     skips_rope: bool = False
     """Whether some layers have no rotary embedding: `no_rope_layers`, or every `no_rope_layer_interval`-th."""
-    local_layers: bool = False
-    """Whether `layer_types` says which layers are local: these alone have the window, and a theta of their own."""
+    local_layers: int | None = None
+    """Which layers are local is what `layer_types` says, and these alone have the window; without it all but every
+    `local_layers`-th are. None: layers are alike."""
+    local_theta: bool = True
+    """Whether local layers turn by a theta of their own, without scaling."""
+    sinks: bool = False
+    """Whether each query head has a logit of its own in the denominator of its softmax."""
     embedding_by_width: bool = False
     query_scalar: bool = False
     """Whether products of queries and keys are divided by the root of `query_pre_attn_scalar`."""
@@ -73,8 +81,11 @@ class Family:
     """Whether every layer has experts instead of one MLP."""
     norm_topk: bool | None = None
     """Fixed by the architecture, or None when `norm_topk_prob` decides."""
+    merged_experts: bool = False
+    """Whether router and experts have biases, a clamped activation, and one tensor for all experts of a layer."""
     mlp: str = "mlp"
     """Tensor names: the module of MLP or experts in a layer."""
+    router: str = "gate"
     norms: Mapping[str, str] = field(default_factory=NORMS_BEFORE.copy)
     """Tensor names: our norm of a layer -> theirs. Which norms there are decides what they are."""
     fc1: tuple[str, ...] = ("gate_proj", "up_proj")
@@ -109,7 +120,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         activation="gelu_pytorch_tanh", activation_key="hidden_activation", rms_norm_1p=True, qk_norm=True,
-        local_layers=True, embedding_by_width=True, query_scalar=True,
+        local_layers=6, embedding_by_width=True, query_scalar=True,
         norms={
             "input_layernorm": "input_layernorm", AFTER_ATTENTION: "post_attention_layernorm",
             "pre_mlp_layernorm": "pre_feedforward_layernorm", AFTER_MLP: "post_feedforward_layernorm",
@@ -137,6 +148,10 @@ FAMILIES: dict[str, Family] = {
         activation="silu", qk_norm=True, experts=True, ffn="moe_intermediate_size",
         also={"use_sliding_window": False, **_NO_DENSE_LAYERS},
     ),
+    "gpt_oss": Family(
+        activation="silu", local_layers=2, local_theta=False, sinks=True, experts=True, norm_topk=True,
+        merged_experts=True, router="router", fc1=("gate_up_proj",), also={"swiglu_alpha": 1.702},
+    ),
 }  # fmt: skip
 
 
@@ -148,24 +163,25 @@ def dims_of(config: Any) -> Dims:
     family = FAMILIES[kind]
     given = config.to_diff_dict()
     known = known_keys(
-        experts=family.experts, local_layers=family.local_layers, skips_rope=family.skips_rope,
-        multipliers=family.multipliers,
+        experts=family.experts, local_layers=family.local_layers is not None, skips_rope=family.skips_rope,
+        multipliers=family.multipliers, merged_experts=family.merged_experts,
     )  # fmt: skip
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     known |= {"auto_map"} if own_code is not None and own_code.split("--")[-1] == family.own_code else set()
     unknown = {key: value for key, value in given.items() if key not in known and value not in (None, False)}
     refuse_unknown_keys(unknown, kind)
-    counts = ("num_experts", "num_experts_per_tok") if family.experts else ()
+    has_kinds = family.local_layers is not None
+    counts = (count_key(config), "num_experts_per_tok") if family.experts else ()
     refuse_other_than_whole_sizes(config, (family.ffn, *counts))
     refuse_other_value(kind, family.activation_key, getattr(config, family.activation_key), family.activation)
     for key, value in family.also.items():
         refuse_other_value(kind, key, getattr(config, key, value), value)
-    window = getattr(config, "sliding_window", None) if family.window or family.local_layers else None
-    for layer_type in [] if family.local_layers else getattr(config, "layer_types", None) or []:
+    window = getattr(config, "sliding_window", None) if family.window or has_kinds else None
+    for layer_type in [] if has_kinds else getattr(config, "layer_types", None) or []:
         refuse_other_value(kind, "layer_types", layer_type, "full_attention" if window is None else "sliding_attention")
     attention_bias = bool(getattr(config, "attention_bias", False))
     mlp_bias = family.mlp_bias and bool(getattr(config, "mlp_bias", False))
-    rope = rope_of_kinds(config) if family.local_layers else rope_of(config)
+    rope = rope_of_kinds(config) if has_kinds and family.local_theta else rope_of(config)
     if not family.partial_rotary:
         refuse_other_value(kind, "partial_rotary_factor", rope["rotary_percent"], 1.0)
     return Dims(
@@ -182,7 +198,7 @@ def dims_of(config: Any) -> Dims:
         tied_embeddings=bool(config.tie_word_embeddings),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         proj_bias=attention_bias and family.qkv_bias is None and family.proj_bias,
-        mlp_bias=mlp_bias,
+        mlp_bias=mlp_bias or family.merged_experts,
         norm_before="input_layernorm" in family.norms,
         norm_after=AFTER_ATTENTION in family.norms,
         qk_norm=family.qk_norm,
@@ -193,13 +209,15 @@ def dims_of(config: Any) -> Dims:
         rms_norm_1p=family.rms_norm_1p,
         window=window,
         no_rope_layers=no_rope_layers_of(config) if family.skips_rope else None,
-        local_layers=local_layers_of(config) if family.local_layers else None,
+        local_layers=local_layers_of(config, family.local_layers) if family.local_layers else None,
+        attention_sinks=family.sinks,
         rotary_interleaved=family.rotary_interleaved,
         embedding_by_width=family.embedding_by_width,
         **rope,
         **(query_scale_of(config) if family.query_scalar else {}),
         **(multipliers_of(config) if family.multipliers else {}),
         **(experts_of(config, kind, family.norm_topk) if family.experts else {}),
+        **(merged_experts_of(config) if family.merged_experts else {}),
     )
 
 
@@ -212,7 +230,8 @@ def resized(config: Any, dims: Dims) -> Any:
     if problem := export_problem(dims):
         raise CheckpointError(problem)
     values = config.to_dict()
-    values.pop("auto_map", None)  # of code that does not travel
+    for key in ("auto_map", "quantization_config"):  # of code that does not travel, and of weights as they were
+        values.pop(key, None)
     values.update(
         num_hidden_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
@@ -223,7 +242,8 @@ def resized(config: Any, dims: Dims) -> Any:
     values[FAMILIES[dims.family].ffn] = dims.ffn_hidden_size
     if dims.num_experts:
         values["num_local_experts" if "num_local_experts" in values else "num_experts"] = dims.num_experts
-        values["num_experts_per_tok"] = dims.experts_per_token
+        for key in {"num_experts_per_tok", "experts_per_token"} & values.keys():
+            values[key] = dims.experts_per_token
     if dims.shared_expert_ffn:
         values["shared_expert_intermediate_size"] = dims.shared_expert_ffn
     if FAMILIES[dims.family].skips_rope:
@@ -234,53 +254,13 @@ def resized(config: Any, dims: Dims) -> Any:
         values["layer_types"] = values["layer_types"][: dims.num_layers]
     if "max_window_layers" in values:
         values["max_window_layers"] = dims.num_layers
-    if not _needs_mistral(dims):
+    if not needs_mistral(dims):
         return type(config).from_dict(values)
     from transformers import MistralConfig
 
     names = {"mlp_bias", "attention_bias", "pretraining_tp", "model_type", "architectures"}
     fields = {name: value for name, value in values.items() if name not in names}
     return MistralConfig(**fields, sliding_window=None, architectures=["MistralForCausalLM"])
-
-
-def _needs_mistral(dims: Dims) -> bool:
-    """Whether transformers' Llama refuses these sizes: heads must divide the hidden size, though they have a width.
-
-    Its Mistral is the same computation without that rule, and without biases.
-    """
-    return dims.family == "llama" and dims.hidden_size % dims.num_heads > 0
-
-
-def export_problem(dims: Dims) -> str | None:
-    """Return why no Hugging Face folder can hold a model of these sizes; None when one can."""
-    needs_multiple = {"llama": dims.qkv_bias or dims.mlp_bias, "gemma3_text": True}.get(dims.family, False)
-    if needs_multiple and dims.hidden_size % dims.num_heads:
-        biases = " with biases" if dims.family == "llama" else ""
-        return (
-            f"search.hidden={dims.hidden_size} must be a multiple of search.heads={dims.num_heads} for a {dims.family}"
-            f"{biases}, or transformers refuses to load it; change either."
-        )
-    if dims.family == "phi3" and (dims.rope_scaling or {}).get("rope_type") == "longrope":
-        # Its config counts the factors by heads as wide as hidden size / heads, whatever their size is.
-        width, pairs = dims.hidden_size // dims.num_heads, int(dims.head_dim * dims.rotary_percent) // 2
-        if int(width * dims.rotary_percent) // 2 != pairs:
-            return (
-                f"search.hidden={dims.hidden_size} / search.heads={dims.num_heads} must be {dims.head_dim}, the width "
-                "of a head, for a phi3 with longrope, or transformers refuses to load it; change either."
-            )
-    return None
-
-
-def cut_problem(teacher: Dims, student: Dims) -> str | None:
-    """Return why the teacher's architecture forbids this student; None where it does not."""
-    sizes = ("num_heads", "num_query_groups")
-    if teacher.qk_norm_over_heads and any(getattr(student, size) != getattr(teacher, size) for size in sizes):
-        return (
-            f"search.heads={student.num_heads} and search.groups={student.num_query_groups} must be the teacher's "
-            f"{teacher.num_heads} and {teacher.num_query_groups} for {teacher.family}: its norms of queries and keys "
-            "run over all heads, and those that stay would change; leave both out."
-        )
-    return None
 
 
 def hf_names(name: str, dims: Dims) -> list[str]:
@@ -297,8 +277,13 @@ def hf_names(name: str, dims: Dims) -> list[str]:
     family = FAMILIES[dims.family]
     matrices = {"linear_fc1": family.fc1, "linear_fc2": [family.fc2]}
     _, _, layer, *middle, kind = name.split(".")
+    if kind == "softmax_offset":
+        return [f"model.layers.{layer}.self_attn.sinks"]
     if kind == "gate_weight":
         return [f"model.layers.{layer}.{family.mlp}.shared_expert_gate.weight"]
+    if is_merged(name, dims):
+        (matrix,), suffix = matrices[middle[-1]], "" if kind == "weight" else f"_{kind}"
+        return [f"model.layers.{layer}.{family.mlp}.experts.{matrix}{suffix}"]
     if middle[-1] in matrices:  # of an MLP, of one expert, or of the expert that sees every token
         where = ".".join(middle[:-1]).replace("mlp", family.mlp, 1)
         where = where.replace("experts.local_experts.", "experts.").replace("shared_experts", "shared_expert")
@@ -310,15 +295,22 @@ def hf_names(name: str, dims: Dims) -> list[str]:
         "self_attention.k_layernorm": ["self_attn.k_norm"],
         "self_attention.query_norm": ["self_attn.q_norm"],
         "self_attention.key_norm": ["self_attn.k_norm"],
-        "mlp.router": [f"{family.mlp}.gate"],
+        "mlp.router": [f"{family.mlp}.{family.router}"],
         **{norm: [theirs] for norm, theirs in family.norms.items()},
     }[".".join(middle)]
     return [f"model.layers.{layer}.{part}.{kind}" for part in parts]
 
 
+def is_merged(name: str, dims: Dims) -> bool:
+    """Return whether a parameter is that of one expert, and its Hugging Face tensor that of all (`merged_experts`)."""
+    return FAMILIES[dims.family].merged_experts and ".local_experts." in name
+
+
 def hf_shapes(name: str, wanted: tuple[int, ...], dims: Dims) -> list[tuple[int, ...]]:
     """Return the shapes of the tensors of `hf_names`; `wanted` is the shape of the whole Megatron parameter."""
     parts = len(hf_names(name, dims))
+    if is_merged(name, dims):
+        return [(dims.num_experts, *reversed(wanted))]
     if "linear_qkv" in name and parts > 1:
         rows = [heads * dims.head_dim for heads in (dims.num_heads, dims.num_query_groups, dims.num_query_groups)]
     else:
@@ -337,6 +329,8 @@ def parameter_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
     layer["self_attention.linear_qkv.weight"] = (qkv, h)
     if dims.qkv_bias:
         layer["self_attention.linear_qkv.bias"] = (qkv,)
+    if dims.attention_sinks:
+        layer["self_attention.core_attention.softmax_offset"] = (dims.num_heads,)
     layer["self_attention.linear_proj.weight"] = (h, dims.num_heads * d)
     if dims.proj_bias:
         layer["self_attention.linear_proj.bias"] = (h,)
@@ -364,14 +358,16 @@ def _mlp_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
     h, halves = dims.hidden_size, 2 if dims.gated_mlp else 1
 
     def matrices(prefix: str, ffn: int) -> dict[str, tuple[int, ...]]:
-        return {f"{prefix}linear_fc1.weight": (halves * ffn, h), f"{prefix}linear_fc2.weight": (h, ffn)}
+        shapes: dict[str, tuple[int, ...]] = {f"{prefix}linear_fc1.weight": (halves * ffn, h)}
+        shapes[f"{prefix}linear_fc2.weight"] = (h, ffn)
+        biases = {f"{prefix}linear_fc1.bias": (halves * ffn,), f"{prefix}linear_fc2.bias": (h,)}
+        return shapes | (biases if dims.mlp_bias else {})
 
     if not dims.num_experts:
-        shapes = matrices("mlp.", dims.ffn_hidden_size)
-        if dims.mlp_bias:
-            shapes |= {"mlp.linear_fc1.bias": (halves * dims.ffn_hidden_size,), "mlp.linear_fc2.bias": (h,)}
-        return shapes
-    shapes = {"mlp.router.weight": (dims.num_experts, h)}
+        return matrices("mlp.", dims.ffn_hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {"mlp.router.weight": (dims.num_experts, h)}
+    if dims.router_bias:
+        shapes["mlp.router.bias"] = (dims.num_experts,)
     for expert in range(dims.num_experts):
         shapes |= matrices(f"mlp.experts.local_experts.{expert}.", dims.ffn_hidden_size)
     if dims.shared_expert_ffn:

@@ -21,7 +21,7 @@ from compactlm_nemo.importance.names import (
 from compactlm_nemo.importance.selection import check_scores, keep_heads, keep_layers, top_units
 from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import cut_problem
+from compactlm_nemo.models.limits import cut_problem
 
 PLAN = "plan.json"
 """Name of the plan's file in a student's folder."""

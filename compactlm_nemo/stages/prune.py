@@ -10,7 +10,7 @@ from compactlm_nemo.config.prune import Reconstruct, Stream
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import cut_problem
+from compactlm_nemo.models.limits import cut_problem
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:

@@ -183,7 +183,7 @@ def test_active_params_of_the_published_models(kind, config, total, active):
 
 
 def random_shape(teacher, draw):
-    """Any sizes the family can have; some are tied to each other (`families.export_problem`)."""
+    """Any sizes the family can have; some are tied to each other (`limits.export_problem`)."""
     groups = draw.choice([1, 2])
     heads = groups * draw.randint(1, 3)
     tied = teacher.family == "gemma3_text" or (teacher.family == "llama" and (teacher.qkv_bias or teacher.mlp_bias))

@@ -12,6 +12,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -95,6 +96,25 @@ _GEMMA: dict[str, Any] = {
 }
 
 
+# Of the 8 wavelengths of a 16-wide head three are stretched, and two in part, by a ramp that starts between two of them.
+_GPT_OSS: dict[str, Any] = {
+    "intermediate_size": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 7,
+    "pad_token_id": None,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150.0,
+        "factor": 8.0,
+        "beta_fast": 4.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
 CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {"rms_norm_eps": 1e-3}),
     "llama_tied_llama3_rope": (LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
@@ -151,10 +171,21 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2_moe": (Qwen2MoeConfig, _EXPERTS | {"shared_expert_intermediate_size": 40}),
     "qwen3_moe": (Qwen3MoeConfig, _EXPERTS | {"norm_topk_prob": True, "attention_bias": True}),
     "qwen3_moe_tied_top1": (Qwen3MoeConfig, _EXPERTS | {"num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    "gpt_oss": (GptOssConfig, _GPT_OSS),
+    "gpt_oss_tied_global_first": (
+        GptOssConfig,
+        _GPT_OSS
+        | {
+            "tie_word_embeddings": True,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+        },
+    ),
 }
 
 
-EXPERT_CASES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_tied_top1")
+EXPERT_CASES = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_tied_top1", "gpt_oss", "gpt_oss_tied_global_first",
+)  # fmt: skip
 
 
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
@@ -177,6 +208,8 @@ def tiny_model(case: str, **changes: Any) -> Any:
         for name, parameter in model.named_parameters():
             is_norm = "norm" in name and name.endswith("weight")
             noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("gate_up_proj_bias"):
+                noise *= 20  # beyond the limits of the activation
             parameter.copy_(centre + 0.3 * noise if is_norm else 0.2 * noise)
     return model
 
