@@ -28,7 +28,7 @@ class CutSource:
     """The teacher with layers and units removed and its residual stream as wide as before.
 
     Kept layers and experts are renumbered; kept heads, groups and neurons stay in the teacher's order. Of the router
-    the rows of kept experts stay: where gates are scaled to sum to 1 over the picked experts the softmax does the rest,
+    the rows (and biases) of kept experts stay: where gates are scaled to sum to 1 over the picked experts the softmax does the rest,
     elsewhere the softmax over fewer experts gives each expert a larger gate.
     """
 
@@ -49,7 +49,9 @@ class CutSource:
             return self._cut_qkv(layer, full)
         if rest == "self_attention.linear_proj.weight":
             return full.index_select(1, columns_of(self.plan.heads[layer], self.teacher.head_dim))
-        if rest == "mlp.router.weight":
+        if rest.endswith("softmax_offset"):
+            return self._cut_sinks(layer, full)
+        if rest.startswith("mlp.router."):
             return full[self.plan.experts[layer]]
         if rest.startswith("mlp.shared_experts.linear"):
             return _cut_mlp(rest, full, self.plan.shared_expert[layer], self.teacher.shared_expert_ffn)
@@ -78,6 +80,14 @@ class CutSource:
             first_kv = (group + 1) * (heads_per_group + 2) - 2
             rows += [blocks[first_kv], blocks[first_kv + 1]]
         return torch.cat(rows)
+
+
+    def _cut_sinks(self, layer: int, full: Tensor) -> Tensor:
+        """Take the sinks of kept heads; a merged head is linear in its sink too, to first order (`_cut_qkv`)."""
+        sinks = full.clone()
+        for head, removed in self.plan.merge.get(layer, []):
+            sinks[head] = 2 * full[head] - full[removed]
+        return sinks[self.plan.heads[layer]]
 
 
 def _cut_mlp(rest: str, full: Tensor, neurons: Tensor, width: int) -> Tensor:
@@ -126,7 +136,7 @@ class NarrowedSource:
             return hidden.read(before_mlp, full)
         if "linear_proj" in rest or "linear_fc2" in rest:
             return hidden.write(full)
-        return full  # of the heads alone: query and key norms, biases of fc1 and qkv
+        return full  # not of the stream: query and key norms, sinks, biases of fc1, qkv and router
 
 
 def split_name(name: str) -> tuple[int, str]:

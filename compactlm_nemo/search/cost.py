@@ -31,6 +31,12 @@ def _mlp_weights(dims: Dims, ffn: int) -> int:
     return (_halves(dims) + 1) * ffn * dims.hidden_size
 
 
+def _expert_biases(dims: Dims) -> tuple[int, int]:
+    """Return biases of one expert: those of fc1, which tensor parallelism splits, and those of fc2."""
+    biased = dims.mlp_bias and dims.num_experts > 0
+    return _halves(dims) * dims.ffn_hidden_size * biased, dims.hidden_size * biased
+
+
 def _router_weights(dims: Dims) -> int:
     """Return weights that decide on a layer's experts: the router, and the gate of the expert that sees every token."""
     return (dims.num_experts + (dims.shared_expert_ffn > 0)) * dims.hidden_size
@@ -42,12 +48,15 @@ def _sharded_layer_params(dims: Dims) -> int:
     weights = _attention_weights(dims) + _mlp_weights(dims, always)
     qkv_rows = (dims.num_heads + 2 * dims.num_query_groups) * dims.head_dim
     norms = (dims.num_heads + dims.num_query_groups) * dims.head_dim * dims.qk_norm_over_heads
-    return weights + norms + qkv_rows * dims.qkv_bias + _halves(dims) * dims.ffn_hidden_size * dims.mlp_bias
+    sinks = dims.num_heads * dims.attention_sinks
+    fc1_biases = 0 if dims.num_experts else _halves(dims) * dims.ffn_hidden_size * dims.mlp_bias
+    return weights + norms + sinks + qkv_rows * dims.qkv_bias + fc1_biases
 
 
 def _replicated_layer_params(dims: Dims) -> int:
     """Return parameters of one layer that every tensor- and expert-parallel rank holds whole."""
-    biases = dims.hidden_size * (dims.proj_bias + dims.mlp_bias)
+    has_fc2_bias = dims.mlp_bias and not dims.num_experts
+    biases = dims.hidden_size * (dims.proj_bias + has_fc2_bias) + dims.num_experts * dims.router_bias
     norms = 2 * (dims.norm_before + dims.norm_after) * _norm_params(dims)
     return norms + 2 * dims.head_dim * dims.qk_norm + biases + _router_weights(dims)
 
@@ -79,7 +88,7 @@ def active_params(dims: Dims) -> int:
 def _params_with(dims: Dims, experts: int) -> int:
     """Return parameters of the model with `experts` of the experts of each layer."""
     layer = _sharded_layer_params(dims) + _replicated_layer_params(dims)
-    layer += experts * _mlp_weights(dims, dims.ffn_hidden_size)
+    layer += experts * (_mlp_weights(dims, dims.ffn_hidden_size) + sum(_expert_biases(dims)))
     return embedding_params(dims) + dims.num_layers * layer + _norm_params(dims)
 
 
@@ -100,8 +109,9 @@ def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[in
     if problems:
         raise ConfigError("; ".join(problems) + "; choose another layout.")
     table = dims.padded_vocab(tp, vocab_multiple) // tp * dims.hidden_size
-    experts = dims.num_experts // layout.ep * _mlp_weights(dims, dims.ffn_hidden_size)
-    layer = (_sharded_layer_params(dims) + experts) // tp + _replicated_layer_params(dims)
+    experts, (fc1_biases, fc2_biases) = dims.num_experts // layout.ep, _expert_biases(dims)
+    split = _sharded_layer_params(dims) + experts * (_mlp_weights(dims, dims.ffn_hidden_size) + fc1_biases)
+    layer = split // tp + _replicated_layer_params(dims) + experts * fc2_biases
     params = []
     for stage in range(pp):
         first, last = stage == 0, stage == pp - 1

@@ -83,18 +83,25 @@ def experts_hook(moe: Any, i: int, config: Any, neurons: str, at: Any) -> Any:
 
     def hook(module: Any, args: Any) -> None:
         x = args[0]
-        gate = (x @ moe.gate.weight.T).softmax(-1)
+        router = moe.gate if hasattr(moe, "gate") else moe.router
+        bias = getattr(router, "bias", None)
+        gate = (x @ router.weight.T + (0 if bias is None else bias)).softmax(-1)
         top, chosen = gate.topk(config.num_experts_per_tok, dim=-1)
-        if config.model_type == "mixtral" or config.norm_topk_prob:
+        if config.model_type in ("mixtral", "gpt_oss") or config.norm_topk_prob:
             top = top / top.sum(-1, keepdim=True)
         weight = torch.zeros_like(gate).scatter(-1, chosen, top)
         norms = []
         for e in range(gate.shape[-1]):
-            first, up = (x @ moe.experts.gate_up_proj[e].T).chunk(2, dim=-1)
-            inner = first / (1 + (-first).exp()) * up * weight[..., e : e + 1]
-            is_routed = (weight[..., e : e + 1] > 0).to(x.dtype)
-            at(f"layers.{i}.experts.{e}.mlp", inner if neurons == "after" else first * is_routed)
-            norms.append((inner @ moe.experts.down_proj[e].T).pow(2).sum(-1).sqrt())
+            weight_of_e = weight[..., e : e + 1]
+            if config.model_type == "gpt_oss":
+                first, inner, written = gpt_oss_expert(moe.experts, e, x)
+            else:
+                first, up = (x @ moe.experts.gate_up_proj[e].T).chunk(2, dim=-1)
+                inner = first / (1 + (-first).exp()) * up
+                written = inner @ moe.experts.down_proj[e].T
+            is_routed = (weight_of_e > 0).to(x.dtype)
+            at(f"layers.{i}.experts.{e}.mlp", inner * weight_of_e if neurons == "after" else first * is_routed)
+            norms.append((written * weight_of_e).pow(2).sum(-1).sqrt())
         at(f"layers.{i}.experts", torch.stack(norms, dim=-1))
         if hasattr(moe, "shared_expert"):
             shared = moe.shared_expert
@@ -103,6 +110,15 @@ def experts_hook(moe: Any, i: int, config: Any, neurons: str, at: Any) -> Any:
             at(f"layers.{i}.shared_expert.mlp", inner if neurons == "after" else first)
 
     return hook
+
+
+def gpt_oss_expert(experts: Any, e: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes through the activation, what comes out of it, and what the expert writes."""
+    wide = x @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e]
+    first, up = wide[..., 0::2], wide[..., 1::2]
+    limited, up = first.minimum(torch.tensor(7.0)), up.minimum(torch.tensor(7.0)).maximum(torch.tensor(-7.0))
+    inner = (up + 1) * limited / (1 + (-1.702 * limited).exp())
+    return first, inner, inner @ experts.down_proj[e] + experts.down_proj_bias[e]
 
 
 def scores_of(seen: dict[str, list[Tensor]], batch: str, sequence: str) -> dict[str, Tensor]:
@@ -160,9 +176,15 @@ def taylor_reference(model: Any, ids_NS: Tensor, counts_NS: Tensor | None = None
     for i in range(model.config.num_hidden_layers):
         prefix = f"model.layers.{i}."
         own = {name.removeprefix(prefix): x for name, x in taylor.items() if name.startswith(prefix)}
+        if "mlp.router.weight" in own:  # matrices of the experts the other way round, gate and up in turns
+            gate_up = own["mlp.experts.gate_up_proj"].transpose(1, 2)
+            own["mlp.experts.gate_up_proj"] = torch.cat([gate_up[:, 0::2], gate_up[:, 1::2]], dim=1)
+            bias = own["mlp.experts.gate_up_proj_bias"]
+            own["mlp.experts.gate_up_proj_bias"] = torch.cat([bias[:, 0::2], bias[:, 1::2]], dim=1)
+            own["mlp.experts.down_proj"] = own["mlp.experts.down_proj"].transpose(1, 2)
         for name, x in own.items():
             is_reader = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "up_proj.weight"))
-            if is_reader or name.endswith(("gate_proj.weight", "gate.weight")):
+            if is_reader or name.endswith(("gate_proj.weight", "gate.weight", "router.weight")):
                 hidden = hidden + x.sum(0)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 hidden = hidden + x.sum(1)
@@ -172,6 +194,8 @@ def taylor_reference(model: Any, ids_NS: Tensor, counts_NS: Tensor | None = None
                 hidden = hidden + x.sum((0, 1))
             elif name.endswith("experts.down_proj"):
                 hidden = hidden + x.sum((0, 2))
+            elif name.endswith("experts.down_proj_bias"):
+                hidden = hidden + x.sum(0)
         scores |= {f"layers.{i}.{name}": x for name, x in _taylor_of_layer(own, heads, groups).items()}
     return scores | {"hidden": hidden}
 
@@ -183,6 +207,7 @@ def _taylor_of_layer(own: dict[str, Tensor], heads: int, groups: int) -> dict[st
         return total.reshape(count, -1).sum(1)
 
     scores = {"heads": rows("q_proj", heads) + own["self_attn.o_proj.weight"].sum(0).reshape(heads, -1).sum(1)}
+    scores["heads"] = scores["heads"] + own.get("self_attn.sinks", 0)
     keys_and_values = rows("k_proj", groups) + rows("v_proj", groups)
     scores["groups"] = scores["heads"].reshape(groups, -1).sum(1) + keys_and_values
     for path, name in (("mlp.", "mlp"), ("mlp.shared_expert.", "shared_expert.mlp")):
@@ -192,7 +217,10 @@ def _taylor_of_layer(own: dict[str, Tensor], heads: int, groups: int) -> dict[st
             scores[name] = sum(values) + own[f"{path}down_proj.weight"].sum(0)
     if "mlp.experts.down_proj" in own:
         gate_up_EF, down_EF = own["mlp.experts.gate_up_proj"].sum(2), own["mlp.experts.down_proj"].sum(1)
+        gate_up_EF = gate_up_EF + own.get("mlp.experts.gate_up_proj_bias", 0)
         scores["experts"] = gate_up_EF.sum(1) + down_EF.sum(1)
+        if "mlp.experts.down_proj_bias" in own:
+            scores["experts"] = scores["experts"] + own["mlp.experts.down_proj_bias"].sum(1)
         for e, (gate_up_F, down_F) in enumerate(zip(gate_up_EF, down_EF, strict=True)):
             scores[f"experts.{e}.mlp"] = gate_up_F.reshape(2, -1).sum(0) + down_F
     return scores

@@ -19,7 +19,7 @@ from tests.support.tiny_models import CASES, EXPERT_CASES, VOCAB, save_tiny
 DENSE = ("llama", "nemotron")
 
 
-MIXED = ("mixtral", "qwen3_moe", "qwen2_moe")
+MIXED = ("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss")
 
 
 FOUR_GROUPS = tuple(f"{case}_4_groups" for case in DENSE)

@@ -22,7 +22,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_models import VOCAB, save_tiny
 
 DENSE = ("llama", "nemotron")
-EXPERTS = ("qwen2_moe", "mixtral")
+EXPERTS = ("qwen2_moe", "mixtral", "gpt_oss")
 SAMPLES, LENGTH = 5, 12
 
 

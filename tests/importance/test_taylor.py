@@ -23,7 +23,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_models import VOCAB, save_tiny
 
 DENSE = ("llama", "llama_tied_llama3_rope", "nemotron", "nemotron_tied_biases", "llama_biases")
-MIXED = ("mixtral", "qwen2_moe", "qwen3_moe")
+MIXED = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")
 
 
 def windows() -> Tensor:

@@ -95,6 +95,10 @@ def test_cases_would_show_the_difference() -> None:
         ("qwen2_moe", {"norm_topk_prob": True}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe_tied_top1", {"num_experts_per_tok": 2}),
+        ("gpt_oss", {"sliding_window": 8}),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+        ("gpt_oss", {"num_experts_per_tok": 1}),
+        ("gpt_oss", {"rope_parameters": tiny_config("gpt_oss").rope_parameters | {"truncate": True}}),
     ):
         with torch.no_grad():
             gap = tiny_model(case)(tokens()).logits - tiny_model(case, **changes)(tokens()).logits
@@ -127,7 +131,7 @@ def test_resized_config_makes_the_smaller_model(case: str) -> None:
         assert attention.q_proj.weight.shape == attention.k_proj.weight.shape == (width, 24)
     mlp = model.model.layers[0].mlp
     if small.num_experts:
-        assert mlp.experts.down_proj.shape == (4, 24, 56)
+        assert mlp.experts.down_proj.shape == ((4, 56, 24) if small.router_bias else (4, 24, 56))
     else:
         assert mlp.down_proj.weight.shape == (24, 56)
     if getattr(new, "layer_types", None):

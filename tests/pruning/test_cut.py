@@ -212,6 +212,26 @@ def expert_plan(shared: bool) -> Plan:
     )
 
 
+def unmerged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the other families store them: every expert's matrices by themselves, rows outputs, the router a gate."""
+    split: dict[str, Tensor] = {}
+    for name, full in tensors.items():
+        if ".mlp.router." in name:
+            split[name.replace(".router.", ".gate.")] = full
+            continue
+        prefix, _, matrix = name.partition(".experts.")
+        if not matrix.startswith(("gate_up_proj", "down_proj")) or "." in matrix:
+            split[name] = full
+            continue
+        kind = "bias" if matrix.endswith("_bias") else "weight"
+        for expert, own in enumerate(full):
+            rows = own if kind == "bias" else own.T
+            is_down = matrix.startswith("down_proj")
+            parts = {"down_proj": rows} if is_down else {"gate_proj": rows[0::2], "up_proj": rows[1::2]}
+            split |= {f"{prefix}.experts.{expert}.{part}.{kind}": value for part, value in parts.items()}
+    return split
+
+
 def sliced_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As `sliced`, for `expert_plan`."""
     wanted = {}
@@ -234,13 +254,16 @@ def sliced_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 continue
             new = new.replace(f".experts.{expert}.", f".experts.{kept.index(expert)}.")
             is_down = part in ("w2", "down_proj")
-            cut = full[HIDDEN][:, NEURONS[expert]] if is_down else full[NEURONS[expert]][:, HIDDEN]
+            cut = full[HIDDEN if is_down else NEURONS[expert]]
+            cut = cut[:, NEURONS[expert] if is_down else HIDDEN] if kind == "weight" else cut
         elif ".shared_expert." in name:
             cut = full[HIDDEN][:, SHARED] if part == "down_proj" else full[SHARED][:, HIDDEN]
         elif part == "shared_expert_gate":
             cut = full[:, HIDDEN]
         elif part == "gate":
-            cut = full[kept][:, HIDDEN]
+            cut = full[kept][:, HIDDEN] if kind == "weight" else full[kept]
+        elif kind == "sinks":
+            cut = full[group * 2 : group * 2 + 2]
         elif part in ("q_proj", "k_proj", "v_proj"):
             cut = full[queries if part == "q_proj" else keys]
             cut = cut[:, HIDDEN] if kind == "weight" else cut
@@ -264,8 +287,8 @@ def test_experts_and_groups_are_the_slice_of_every_tensor(case, tmp_path):
     )  # fmt: skip
     cut = student_source(dims, expert_plan(has_shared), source)
     export_hf(tmp_path / "teacher", tmp_path / "student", student, cut, torch.float32)
-    want = sliced_experts(load_file(tmp_path / "teacher" / "model.safetensors"))
-    got = load_file(tmp_path / "student" / "model.safetensors")
+    teacher, got = (unmerged(load_file(tmp_path / name / "model.safetensors")) for name in ("teacher", "student"))
+    want = sliced_experts(teacher)
     assert got.keys() == want.keys()
     for name in want:
         assert torch.equal(got[name], want[name]), name
@@ -289,6 +312,18 @@ def test_merged_heads_have_the_merged_queries(case, tmp_path):
             assert torch.equal(got[name.replace(f"layers.{layer}.", f"layers.{LAYERS.index(layer)}.")], want), name
         elif layer in LAYERS and (".k_proj." in name or ".v_proj." in name):
             assert torch.equal(got[name.replace(f"layers.{layer}.", f"layers.{LAYERS.index(layer)}.")], full), name
+
+
+def test_merged_heads_have_the_merged_sinks(tmp_path):
+    save_tiny("gpt_oss", tmp_path)
+    dims, source = open_hf(tmp_path)
+    cut = CutSource(dims, replace(plan_of(EVERY), merge={0: [(1, 0), (2, 3)]}), source)
+    name = "decoder.layers.{}.self_attention.core_attention.softmax_offset"
+    first, last = (source(name.format(layer)).tolist() for layer in LAYERS)
+    assert HEADS[0] == [1, 2] and len(set(first + last)) == 8
+    want = torch.tensor([2 * first[1] - first[0], 2 * first[2] - first[3]])
+    torch.testing.assert_close(cut(name.format(0)), want, rtol=1e-6, atol=1e-6)
+    assert cut(name.format(1)).tolist() == [last[head] for head in HEADS[LAYERS[1]]]
 
 
 def test_a_llama_whose_heads_do_not_divide_its_width_loads_as_mistral(tmp_path):

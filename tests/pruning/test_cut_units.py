@@ -41,7 +41,7 @@ CASES = (*DENSE, *EXPERT_CASES)
 
 def save_teacher(case: str, folder: Path) -> Any:
     """A case with 8 heads in 4 groups and, where it has experts, 6 of them."""
-    count = "num_local_experts" if case == "mixtral" else "num_experts"
+    count = "num_local_experts" if case == "mixtral" or case.startswith("gpt_oss") else "num_experts"
     experts = {count: 6} if case in EXPERT_CASES else {}
     return save_tiny(case, folder, num_attention_heads=8, num_key_value_heads=4, **experts)
 
@@ -109,8 +109,10 @@ def silenced(model: Any, plan: Plan, dims: Dims) -> Any:
             keep_columns(layer.mlp.down_proj.weight, plan.mlp[i].tolist())
             continue
         for expert in plan.experts[i].tolist():
-            keep_columns(layer.mlp.experts.down_proj[expert], plan.expert_mlp[i][expert].tolist())
-        layer.mlp.gate.register_forward_hook(picks_only(plan.experts[i].tolist(), dims))
+            down = layer.mlp.experts.down_proj[expert]
+            keep_columns(down.T if dims.router_bias else down, plan.expert_mlp[i][expert].tolist())
+        router = layer.mlp.gate if hasattr(layer.mlp, "gate") else layer.mlp.router
+        router.register_forward_hook(picks_only(plan.experts[i].tolist(), dims))
         if dims.shared_expert_ffn:
             keep_columns(layer.mlp.shared_expert.down_proj.weight, plan.shared_expert[i].tolist())
     model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in plan.layers)
@@ -130,6 +132,8 @@ def picks_only(kept: list[int], dims: Dims) -> Any:
 
     def route(router: Any, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         all_NE = args[0].reshape(-1, args[0].shape[-1]) @ router.weight.T
+        if dims.router_bias:
+            all_NE = all_NE + router.bias
         logits_NE = torch.full_like(all_NE, -torch.inf)
         logits_NE[:, kept] = all_NE[:, kept]
         weight_NE = logits_NE.exp()

@@ -174,6 +174,9 @@ QWEN3_30B_A3B = dict(
         ("mixtral", {}, 46.7, 12.9),  # Mixtral 8x7B, arXiv 2401.04088
         ("qwen3_moe", QWEN3_30B_A3B, 30.5, 3.3),  # its model card; 3.35 exactly
         ("qwen2_moe", {}, 14.3, 2.7),  # Qwen1.5-MoE-A2.7B, its model card
+        # arXiv 2508.10925, table 1; of the two tables it counts the output layer alone as active.
+        ("gpt_oss", {}, 116.83, 5.13 + 0.58),
+        ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}, 20.91, 3.61 + 0.58),
     ],
 )
 def test_active_params_of_the_published_models(kind, config, total, active):
@@ -246,7 +249,7 @@ def counted_flops(model, seq):
 
 def _megatron_holds(rank, world):
     mesh = mesh_of()
-    for case in ("llama_tied_llama3_rope", "qwen3_attention_bias", "nemotron_tied_biases", "qwen2_moe", "mixtral"):
+    for case in ("llama_tied_llama3_rope", "qwen3_attention_bias", "nemotron_tied_biases", "qwen2_moe", "mixtral", "gpt_oss"):
         draw = random.Random(case)
         for _ in range(2):
             dims = random_shape(dims_of(tiny_config(case)), draw)
