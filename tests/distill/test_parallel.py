@@ -43,7 +43,7 @@ LENGTH = 12
 
 DOCUMENT_END = 7
 """Of the cases in DOCUMENT_CASES."""
-DOCUMENT_CASES = ("mistral_window", "qwen2_tied")
+DOCUMENT_CASES = ("mistral_window", "qwen2_tied", "gpt_oss_tied_global_first")
 
 
 def samples() -> Tensor:
@@ -202,9 +202,13 @@ def test_step_is_the_definition_in_every_layout(layout, root, tmp_path):
     run_ranks(_matches, ranks, tmp_path, fields, CASES, root)
 
 
-@pytest.mark.parametrize("layout", ["1", "tp2_sp", "pp2", "vpp2", "cp2", *EXPERT_LAYOUTS])
+TP_PP: dict[str, tuple[int, dict[str, Any]]] = {"tp2_sp_pp2": (4, {"tp": 2, "sequence_parallel": True, "pp": 2})}
+"""With experts no training has tensor parallelism alone."""
+
+
+@pytest.mark.parametrize("layout", ["1", "tp2_sp", "pp2", "vpp2", "cp2", *TP_PP, *EXPERT_LAYOUTS])
 def test_step_with_experts_is_the_definition(layout, root, tmp_path):
-    ranks, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]
+    ranks, fields = (LAYOUTS | TP_PP | EXPERT_LAYOUTS)[layout]
     run_ranks(_matches, ranks, tmp_path, fields, EXPERT_CASES, root)
 
 

@@ -42,7 +42,8 @@ def kernels_of(
     with FakeTensorMode(), AttentionKernels() as kernels:
         tokens_BS = torch.zeros(SAMPLES, LENGTH, dtype=torch.long, device="cuda")
         mask = AttentionMask(config, group)(tokens_BS, document_end)
-        core = SdpaCoreAttention(config, pg_collection=SimpleNamespace(cp=group)).cuda()
+        with torch.device("cuda"):
+            core = SdpaCoreAttention(config, pg_collection=SimpleNamespace(cp=group))
         query, key, value = (
             torch.zeros(LENGTH, SAMPLES, heads, width, dtype=dtype, device="cuda", requires_grad=True)
             for heads in (HEADS, groups, groups)
