@@ -109,7 +109,8 @@ class ExpertRowLinear(BiasedRowLinear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         out, bias = super().forward(x)
-        return out, bias / self.tp_group.size()
+        # A copy: Megatron adds the bias in place, to what autograd calls a view where no rank has to be asked.
+        return out.clone(), bias / self.tp_group.size()
 
 
 class ResidualAdd(torch.nn.Module):

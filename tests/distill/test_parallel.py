@@ -43,7 +43,7 @@ LENGTH = 12
 
 DOCUMENT_END = 7
 """Of the cases in DOCUMENT_CASES."""
-DOCUMENT_CASES = ("mistral_window", "qwen2_tied", "gpt_oss_tied_global_first")
+DOCUMENT_CASES = ("mistral_window", "qwen2_tied", "gpt_oss_tied_layers")
 
 
 def samples() -> Tensor:

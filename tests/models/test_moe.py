@@ -161,7 +161,7 @@ def _other_count(folder: Path) -> None:
         ("gpt_oss", _other_count, "model.layers.0.mlp.router.weight has shape [4, 48] in the files and [5, 48]"),
         ("gpt_oss", _config(sliding_window=None), "sliding_window=None must be a whole number > 0 for the layers"),
         ("gpt_oss", _config(swiglu_alpha=1.5), "swiglu_alpha=1.5 is not supported for gpt_oss; it must be 1.702"),
-        ("gpt_oss", _config(swiglu_limit=0), "swiglu_limit=0 must be a number > 0"),
+        ("gpt_oss", _config(swiglu_limit=-1.0), "swiglu_limit=-1.0 must be a number > 0"),
         (
             "gpt_oss",
             _config(quantization_config={"quant_method": "fp8"}),

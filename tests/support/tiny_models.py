@@ -172,7 +172,7 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen3_moe": (Qwen3MoeConfig, _EXPERTS | {"norm_topk_prob": True, "attention_bias": True}),
     "qwen3_moe_tied_top1": (Qwen3MoeConfig, _EXPERTS | {"num_experts_per_tok": 1, "tie_word_embeddings": True}),
     "gpt_oss": (GptOssConfig, _GPT_OSS),
-    "gpt_oss_tied_global_first": (
+    "gpt_oss_tied_layers": (
         GptOssConfig,
         _GPT_OSS
         | {
@@ -184,7 +184,7 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 
 
 EXPERT_CASES = (
-    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_tied_top1", "gpt_oss", "gpt_oss_tied_global_first",
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_tied_top1", "gpt_oss", "gpt_oss_tied_layers",
 )  # fmt: skip
 
 
