@@ -5,8 +5,8 @@
 Columns of gate and up take turns: gate 0, up 0, gate 1, ... A matrix may also be packed as MXFP4 (Open Compute Project,
 Microscaling Formats 1.0), then as `NAME_blocks` and `NAME_scales`, whose rows are its columns.
 
-Shape suffixes: E experts, H hidden, F width of an expert, O and I outputs and inputs of a matrix, G groups of 32 inputs,
-B the 16 bytes of a group.
+Shape suffixes: E experts, H hidden, F width of an expert, O and I outputs and inputs of a matrix, G groups of 32
+inputs, B the 16 bytes of a group.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class CutSource:
     """The teacher with layers and units removed and its residual stream as wide as before.
 
     Kept layers and experts are renumbered; kept heads, groups and neurons stay in the teacher's order. Of the router
-    the rows (and biases) of kept experts stay: where gates are scaled to sum to 1 over the picked experts the softmax does the rest,
-    elsewhere the softmax over fewer experts gives each expert a larger gate.
+    the rows (and biases) of kept experts stay: where gates are scaled to sum to 1 over the picked experts the softmax
+    does the rest, elsewhere the softmax over fewer experts gives each expert a larger gate.
     """
 
     def __init__(self, teacher: Dims, plan: Plan, source: ParameterSource) -> None:
@@ -80,7 +80,6 @@ class CutSource:
             first_kv = (group + 1) * (heads_per_group + 2) - 2
             rows += [blocks[first_kv], blocks[first_kv + 1]]
         return torch.cat(rows)
-
 
     def _cut_sinks(self, layer: int, full: Tensor) -> Tensor:
         """Take the sinks of kept heads; a merged head is linear in its sink too, to first order (`_cut_qkv`)."""

@@ -8,8 +8,8 @@ from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.errors import CompactLMError
 from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.limits import export_problem
 from compactlm_nemo.models.layout import split_layers
+from compactlm_nemo.models.limits import export_problem
 
 
 def launch_problems(config: Config, world_size: int) -> str:

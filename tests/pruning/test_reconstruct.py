@@ -223,10 +223,8 @@ def test_each_expert_is_fitted_on_the_tokens_it_was_sent(case, tmp_path):
         if ".experts." in name and name.split(".")[-2] in ("w2", "down_proj") and name.endswith("weight"):
             place = int(name.split(".experts.")[1].split(".")[0])
             expert = sorted(EXPERTS[layer])[place]
-            x, w = (
-                seen[f"layers.{layer}.experts.{expert}.mlp"],
-                full[old.replace(f"experts.{place}.", f"experts.{expert}.")],
-            )
+            x = seen[f"layers.{layer}.experts.{expert}.mlp"]
+            w = full[old.replace(f"experts.{place}.", f"experts.{expert}.")]
             want = fitted(x, w.double().numpy(), NEURONS[expert], RIDGE)[HIDDEN]
         elif ".shared_expert.down_proj" in name:
             x = seen[f"layers.{layer}.shared_expert.mlp"]

@@ -96,7 +96,8 @@ _GEMMA: dict[str, Any] = {
 }
 
 
-# Of the 8 wavelengths of a 16-wide head three are stretched, and two in part, by a ramp that starts between two of them.
+# Of the 8 wavelengths of a 16-wide head two are kept, two blended and four stretched: the ramp begins and ends between
+# two of them.
 _GPT_OSS: dict[str, Any] = {
     "intermediate_size": 24,
     "num_local_experts": 4,
