@@ -34,9 +34,9 @@ these takes the input, 8 GiB a layer at 8,192 tokens."""
 
 SINK_CHANNELS = 8
 """Channels that a sink adds to a head, one and those that nobody uses: bf16 kernels take multiples of 8."""
-SINK_KEYS = [0.0] + [-torch.inf] * 15
-"""What is added to the scores of the keys behind the others: the sink, and those that nobody sees. Torch copies, in
-every layer, a mask whose rows are no multiple of 16."""
+SINK_KEYS = 16
+"""Keys that sinks add behind the others of a mask, one and those that nobody sees: torch copies, in every layer, a mask
+whose rows are no multiple of 16."""
 
 
 class SdpaCoreAttention(MegatronModule):
@@ -48,7 +48,7 @@ class SdpaCoreAttention(MegatronModule):
     sequence]`, is 0 where a token attends and -inf elsewhere. On CUDA only `FUSED_KERNELS` run, or torch raises.
 
     With sinks a head's softmax is ``exp(s_t) / (exp(sink) + sum over t of exp(s_t))``; then the mask has the columns of
-    `SINK_KEYS` behind the others. `softmax_offset` `[heads]` is Megatron's name of the sinks of this rank.
+    `SINK_KEYS` keys behind the others. `softmax_offset` `[heads]` is Megatron's name of the sinks of this rank.
     """
 
     def __init__(self, config: TransformerConfig, *_: object, pg_collection: Any = None, **__: object) -> None:
@@ -111,17 +111,16 @@ def with_sinks(
 
     Args:
         sinks_N: Divided by the attention's scale.
-        is_masked: Whether there is a mask, with columns of `SINK_KEYS` behind the others. Without one the sink is the
+        is_masked: Whether there is a mask, with columns of `SINK_KEYS` keys behind the others. Without one the sink is the
             first key, and a query before the first keeps the diagonal in its place.
     """
     sinks_NC = F.pad(sinks_N[:, None].to(q_BNSD.dtype), (0, SINK_CHANNELS - 1))
     sinks_BNSC = sinks_NC[:, None].expand(*q_BNSD.shape[:-1], SINK_CHANNELS)
     q_BNSD = torch.cat([q_BNSD, sinks_BNSC], dim=-1)
+    count = SINK_KEYS if is_masked else 1
+    sink_TD = F.pad(k_BGTD.new_ones(1, 1), (k_BGTD.shape[-1], SINK_CHANNELS - 1, 0, count - 1))
+    sink_BGTD = sink_TD.expand(*k_BGTD.shape[:2], -1, -1)
     k_BGTD, v_BGTD = (F.pad(x_BGTD, (0, SINK_CHANNELS)) for x_BGTD in (k_BGTD, v_BGTD))
-    count = len(SINK_KEYS) if is_masked else 1
-    sink_BGTD = k_BGTD.new_zeros(count, k_BGTD.shape[-1])
-    sink_BGTD[0, -SINK_CHANNELS] = 1
-    sink_BGTD = sink_BGTD.expand(*k_BGTD.shape[:2], -1, -1)
     if is_masked:
         return q_BNSD, torch.cat([k_BGTD, sink_BGTD], dim=2), F.pad(v_BGTD, (0, 0, 0, count))
     return F.pad(q_BNSD, (0, 0, 1, 0)), torch.cat([sink_BGTD, k_BGTD], dim=2), F.pad(v_BGTD, (0, 0, 1, 0))
@@ -212,7 +211,7 @@ class AttentionMask:
         self.window: int | None = config.window_size[0] + 1 if config.window_size else None
         self.windows = [self.window] if config.local_layers is None else [None, self.window]
         """One, or that of global layers and that of local ones."""
-        self.added_keys = SINK_KEYS if config.softmax_type == "learnable" else []
+        self.has_sinks = config.softmax_type == "learnable"
         self._made: tuple[object, Tensor] | None = None
 
     def __call__(self, tokens_BS: Tensor, document_end: int | None) -> Tensor | None:
@@ -236,10 +235,10 @@ class AttentionMask:
     def _additive(self, attends: Tensor) -> Tensor:
         """Turn true and false into what is added to the scores; torch would do it again in every layer."""
         mask = torch.zeros_like(attends, dtype=self.dtype).masked_fill_(~attends, -torch.inf)
-        if not self.added_keys:
+        if not self.has_sinks:
             return mask
-        added = torch.tensor(self.added_keys, dtype=self.dtype, device=mask.device)
-        return torch.cat([mask, added.expand(*mask.shape[:-1], -1)], dim=-1)
+        rows = mask.shape[:-1]
+        return torch.cat([mask, mask.new_zeros(*rows, 1), mask.new_full((*rows, SINK_KEYS - 1), -torch.inf)], dim=-1)
 
     def _places(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return places in the sequence, `[S]` of this rank's queries and `[T]` of the gathered keys."""

@@ -44,7 +44,8 @@ class Experts(SequentialMLP):
         wide_NF = grouped_mm(hidden_NH, self._all("linear_fc1", "weight").transpose(1, 2), offs=ends_E)
         has_biases = self.local_experts[0].linear_fc2.bias is not None
         if has_biases:
-            experts_N = torch.searchsorted(ends_E, torch.arange(len(probs_N), device=ends_E.device), right=True)
+            rows_N = torch.arange(len(probs_N), dtype=ends_E.dtype, device=ends_E.device)
+            experts_N = torch.searchsorted(ends_E, rows_N, right=True)
             wide_NF = wide_NF + self._all("linear_fc1", "bias")[experts_N]
         inner_NF = self._activation(wide_NF)
         inner_NF = (inner_NF * probs_N[:, None]).to(inner_NF.dtype)

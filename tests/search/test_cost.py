@@ -51,6 +51,7 @@ HF = {
     "mixtral": (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4)),
     "qwen2_moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=40)),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**SIZES, **EXPERTS, tie_word_embeddings=True)),
+    "gpt_oss": (GptOssForCausalLM, GptOssConfig(**SIZES, num_local_experts=8, num_experts_per_tok=3)),
 }
 
 
