@@ -111,8 +111,8 @@ def with_sinks(
 
     Args:
         sinks_N: Divided by the attention's scale.
-        is_masked: Whether there is a mask, with columns of `SINK_KEYS` keys behind the others. Without one the sink is the
-            first key, and a query before the first keeps the diagonal in its place.
+        is_masked: Whether there is a mask, with columns of `SINK_KEYS` keys behind the others. Without one the sink is
+            the first key, and a query before the first keeps the diagonal in its place.
     """
     sinks_NC = F.pad(sinks_N[:, None].to(q_BNSD.dtype), (0, SINK_CHANNELS - 1))
     sinks_BNSC = sinks_NC[:, None].expand(*q_BNSD.shape[:-1], SINK_CHANNELS)

@@ -9,6 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
