@@ -27,7 +27,7 @@ def _run(*options: str, out: Path) -> tuple[dict[str, Any], str]:
 
 def test_a_dry_run_measures_every_part(tmp_path: Path) -> None:
     parts = [part for part in bench.PARTS if part != "checks"]
-    result, table = _run("--minutes", "5", "--parts", ",".join(parts), out=tmp_path / "gpu.json")
+    result, table = _run("--minutes", "40", "--parts", ",".join(parts), out=tmp_path / "gpu.json")
     assert list(result["parts"]) == parts
     for part, found in result["parts"].items():
         assert found["state"] == "done" and found["figures"] and found["error"] is None, part
@@ -39,7 +39,7 @@ def test_a_dry_run_measures_every_part(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_dry_run_passes_the_tests_for_a_gpu(tmp_path: Path) -> None:
-    result, table = _run("--minutes", "10", "--parts", "checks", out=tmp_path / "gpu.json")
+    result, table = _run("--minutes", "40", "--parts", "checks", out=tmp_path / "gpu.json")
     found = result["parts"]["checks"]
     assert found["state"] == "done" and set(found["details"]["tests"].values()) == {"PASSED"}
     assert f"{len(found['details']['tests'])} of {len(found['details']['tests'])}" in table

@@ -16,6 +16,7 @@ from compactlm_nemo.config.load import (
     COMPARE,
     CONF,
     DASHBOARD,
+    PLAN,
     STATUS,
     SUBMIT,
     VERIFY,
@@ -32,7 +33,7 @@ from compactlm_nemo.workflow.submit import split_words
 from tests.support import commands
 
 ROOT = CONF.parent
-OWN_ROOTS = {root.file: root for root in (COMPARE, DASHBOARD, STATUS, VERIFY)}
+OWN_ROOTS = {root.file: root for root in (COMPARE, DASHBOARD, PLAN, STATUS, VERIFY)}
 """Roots of the recipes with settings of their own, by recipe."""
 EXPERIMENTS, MODELS = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("experiment", "model"))
 # Published sizes: arXiv 2407.14679 tables 1 and 5 (15.6B, 8.27B, 4.19B), arXiv 2408.11796 (8.0B, 4.5B; 12.2B, 8.4B).

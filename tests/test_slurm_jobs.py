@@ -121,7 +121,7 @@ def test_a_job_that_loses_either_of_its_nodes_goes_on_to_equal_weights(
 def test_a_chain_of_jobs_whose_time_runs_out_goes_on_to_equal_weights(
     tmp_path: Path, slurm_env: dict[str, str]
 ) -> None:
-    """Job 1 is warned by Slurm and requeued, then has too little time for more than a step; job 2 ends the run."""
+    """Job 1 is warned by Slurm and requeued, then has too little time for all steps; job 2 ends the run."""
     env = _cluster_env(tmp_path, slurm_env) | {"COMPACTLM_CHECK_NODES": "0", "COMPACTLM_RESTARTS": "1"}
     whole, run, words = _prepared(tmp_path)
     options = ["--nodes=1", "--time=10", "--job-name=chain", "--dependency=singleton", "--signal=B:USR1@90"]
@@ -144,7 +144,9 @@ def test_a_chain_of_jobs_whose_time_runs_out_goes_on_to_equal_weights(
     subprocess.run(["scontrol", "update", f"JobId={jobs[0]}", "TimeLimit=1"], env=env, check=True)
     start_soon(jobs[0], tmp_path, env)
     wait_for(lambda: _has_ended(jobs[0], env, "FAILED"), tmp_path, "end of job 1", PIPELINE_SECONDS)
-    assert job_facts(jobs[0], env)["ExitCode"] == "75:0" and "the job's time is nearly up" in log(jobs[0])
+    # A start that is slow enough listens before Slurm's warning comes; both save what is done and end.
+    ends = {"75:0": "the job's time is nearly up", "138:0": "stopped: distill: SIGUSR1: "}
+    assert ends[job_facts(jobs[0], env)["ExitCode"]] in log(jobs[0])
     for job in jobs[1:]:
         wait_for(lambda: _has_ended(job, env), tmp_path, f"end of job {job}", PIPELINE_SECONDS)  # noqa: B023
     assert "distill: done before, skipped" in log(jobs[2])

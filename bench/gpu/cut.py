@@ -26,7 +26,7 @@ from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.elimination import eliminate_layer
 from compactlm_nemo.pruning.plan import Plan, make_plan
 from compactlm_nemo.pruning.reconstruct import RefittedWriters
-from compactlm_nemo.pruning.residual_stream import HiddenCut, RefittedSelection, Selection, normed_stream
+from compactlm_nemo.pruning.residual_stream import HiddenCut, NormedStream, RefittedSelection, Selection
 from compactlm_nemo.stages.context import Run
 
 LAYERS = 2
@@ -75,7 +75,7 @@ class _Cut:
         """Refit every map that loses inputs."""
         whole = self.moments.whole
         writers = RefittedWriters(self.teacher, self.plan, self.source, whole, self.ridge, {})
-        stream = normed_stream(self.source, whole, self.moments.tokens)
+        stream = NormedStream(whole, self.moments.tokens, self.source, one_plus=self.teacher.norm_1p)
         self._fill(writers, RefittedSelection(self.plan.hidden, stream, self.ridge, is_rms=True))
 
     def eliminated(self) -> None:
@@ -83,7 +83,7 @@ class _Cut:
         eliminate_layer(0, self.teacher, self.source, self.moments.whole, self.ridge)
 
     def _fill(self, source: ParameterSource, hidden: HiddenCut) -> None:
-        narrowed = NarrowedSource(CutSource(self.teacher, self.plan, source), self.plan.layers, hidden)
+        narrowed = NarrowedSource(CutSource(self.teacher, self.plan, source), self.teacher, self.plan.layers, hidden)
         chunks = self.run.build(self.student)
         fill(chunks, narrowed, self.run.config.model.vocab_multiple)
         if not all(bool(parameter.isfinite().all()) for parameter in chunks.parameters()):

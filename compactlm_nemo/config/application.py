@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from compactlm_nemo.config.completion import BASH
 from compactlm_nemo.config.load import (
     CONF,
+    PLAN,
     RUN,
     SUBMIT,
     Root,
@@ -37,7 +38,7 @@ from compactlm_nemo.errors import ConfigError
 
 T = TypeVar("T")
 
-_GROUPS = {RUN.file: ("experiment", "model"), SUBMIT.file: ("site",)}
+_GROUPS = {RUN.file: ("experiment", "model"), PLAN.file: ("cluster", "experiment", "model"), SUBMIT.file: ("site",)}
 """Groups of conf/ of which a command line names a file."""
 
 

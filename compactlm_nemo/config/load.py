@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.overrides import hydra_overrides
+from compactlm_nemo.config.plan import PlannedRun
 from compactlm_nemo.config.run import DashboardConfig, VerifyConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.submit import StatusConfig, SubmitConfig
@@ -59,6 +60,12 @@ COMPARE = Root(
     "recipes.compare_scores a=RUN/score b=OTHER/score [key=value ...] [dry_run=true]",
 )
 
+PLAN = Root(
+    PlannedRun,
+    "plan_schema",
+    "plan",
+    "recipes.plan cluster=NAME nodes=N [experiment=NAME] [model=NAME] [plan.search=true] [key=value of a run ...]",
+)
 VERIFY = Root(VerifyConfig, "verify_schema", "verify", "recipes.verify run.dir=RUN [dry_run=true]")
 STATUS = Root(StatusConfig, "status_schema", "status", "recipes.status run.dir=RUN")
 SUBMIT = Root(

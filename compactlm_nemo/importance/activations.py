@@ -83,10 +83,15 @@ class ActivationHooks:
         if self.cfg.neurons is Neurons.after:
             self._on_input(mlp.linear_fc2, put)
         else:
-            self._on_output(mlp.linear_fc1, lambda x_SBF: put(self.before_activation(x_SBF)))
+            hook = lambda _, args, out: put(self.before_activation(*out))  # noqa: E731
+            self.handles.append(mlp.linear_fc1.register_forward_hook(hook))
 
-    def before_activation(self, x: Tensor) -> Tensor:
-        """Return the part of fc1's output that goes through the activation: all of the output, or its gate's half."""
+    def before_activation(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the part of fc1's output that goes through the activation: all of the output, or its gate's half.
+
+        Megatron hands on the bias by itself.
+        """
+        x = x if bias is None else x + bias
         return x.chunk(2, dim=-1)[0] if self.dims.gated_mlp else x
 
     def _heads(self, idx: int) -> Callable[[Tensor], None]:

@@ -99,7 +99,7 @@ def _hook_expert(hooks: ActivationHooks, places: TokenPlaces, expert: Any, local
         hooks.experts.put(f"{element}.{name}", parts)
 
     def neurons_before(module: Any, args: Any, out: Any) -> None:
-        put("expert_mlp", hooks.before_activation(out[0]))
+        put("expert_mlp", hooks.before_activation(*out))
 
     def norm(module: Any, args: Any, out: Any) -> None:
         whole_NH = out[0].detach().float()

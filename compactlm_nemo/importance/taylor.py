@@ -5,11 +5,12 @@ whose prediction counts: the gradient is that of all samples before the absolute
 first-order, element-wise importance summed over a group of coupled weights (Ma et al. 2023, arXiv:2305.11627, section
 3.2). Units:
 
-- query head: its rows of qkv and of its bias, its columns of the output projection; where queries, keys and values are
-  made from latents, its rows of what makes each of them, which are those of its group too;
+- query head: its rows of qkv and of its bias, its sink, its columns of the output projection; where queries, keys and
+  values are made from latents, its rows of what makes each of them, which are those of its group too;
 - query group: its heads, and the key and value rows they share;
 - neuron: its rows of fc1 (gate and up) and of its bias, its column of fc2;
-- expert: all of its fc1 and fc2. Its row of the router is no part: an expert without it would not be absent;
+- expert: all of its fc1 and fc2. Its row of the router is no part, nor its bias there: an expert without them would
+  not be absent;
 - hidden channel: column, row or entry of every weight that reads or writes the residual stream: embedding and output
   layer (a tied table once, with the sum of both gradients), norms, qkv, output projection and fc2 with their biases,
   fc1, router, and the gate of the shared expert.
@@ -218,6 +219,10 @@ class _Units:
         elif module.endswith(".linear_proj") and kind == "weight":
             self._hidden(_over(product, 1))
             self._heads(layer, _over(product, 0).view(-1, self.heads_of_group, self.dims.head_dim))
+        elif module.endswith(".core_attention"):  # its sinks
+            self._heads(layer, product.double().view(-1, self.heads_of_group, 1))
+        elif module.endswith(".router") and kind == "bias":
+            pass
         elif module.endswith(".linear_fc1"):
             self._fc1(layer, module, product)
         elif module.endswith(".linear_fc2") and kind == "weight":
@@ -227,6 +232,8 @@ class _Units:
             pass
         elif self.mesh.tp_rank == 0:  # equal on every tensor-parallel rank: norms, biases of writers, gates
             self._hidden(product.double() if product.ndim == 1 else _over(product, 0))
+            if ".local_experts." in module:
+                self._expert(layer, module, product.double())
 
     def _qkv(self, layer: int, product: Tensor) -> None:
         if product.ndim == 2:
@@ -249,15 +256,19 @@ class _Units:
 
     def _neurons(self, layer: int, module: str, values_F: Tensor) -> None:
         if expert := re.search(r"\.local_experts\.(\d+)\.", module):
-            number = int(expert[1])
-            self._to(names.expert_mlp_key(layer, number), values_F)
-            experts = values_F.new_zeros(self.dims.num_experts)
-            experts[number] = values_F.sum()
-            self._to(names.experts_key(layer), experts)
+            self._to(names.expert_mlp_key(layer, int(expert[1])), values_F)
+            self._expert(layer, module, values_F)
         elif ".shared_experts." in module:
             self._to(names.shared_expert_key(layer), values_F)
         else:
             self._to(names.mlp_key(layer), values_F)
+
+    def _expert(self, layer: int, module: str, values: Tensor) -> None:
+        expert = re.search(r"\.local_experts\.(\d+)\.", module)
+        assert expert is not None
+        experts = values.new_zeros(self.dims.num_experts)
+        experts[int(expert[1])] = values.sum()
+        self._to(names.experts_key(layer), experts)
 
     def _hidden(self, values_H: Tensor) -> None:
         self._to(names.HIDDEN, values_H)

@@ -32,6 +32,13 @@ FUSED_KERNELS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBack
 these takes the input, 8 GiB a layer at 8,192 tokens."""
 
 
+SINK_CHANNELS = 8
+"""Channels that a sink adds to a head, one and those that nobody uses: bf16 kernels take multiples of 8."""
+SINK_KEYS = 16
+"""Keys that sinks add behind the others of a mask, one and those that nobody sees: torch copies, in every layer, a mask
+whose rows are no multiple of 16."""
+
+
 class SdpaCoreAttention(MegatronModule):
     """Attention by `scaled_dot_product_attention`, causal unless the model brings a mask; its scale is the config's.
 
@@ -39,11 +46,19 @@ class SdpaCoreAttention(MegatronModule):
     context parallelism s is this rank's part of the sequence (`context_positions`); keys and values are gathered in the
     order of the ranks, and their gradients summed back to the ranks they came from. The mask, `[b or 1, 1, s, whole
     sequence]`, is 0 where a token attends and -inf elsewhere. On CUDA only `FUSED_KERNELS` run, or torch raises.
+
+    With sinks a head's softmax is ``exp(s_t) / (exp(sink) + sum over t of exp(s_t))``; then the mask has the columns of
+    `SINK_KEYS` keys behind the others. `softmax_offset` `[heads]` is Megatron's name of the sinks of this rank.
     """
 
     def __init__(self, config: TransformerConfig, *_: object, pg_collection: Any = None, **__: object) -> None:
         super().__init__(config=config)
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+            self.softmax_offset.tensor_model_parallel = True  # type: ignore[attr-defined]  # or norms of gradients drop it
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *_: object, **__: object
@@ -51,6 +66,13 @@ class SdpaCoreAttention(MegatronModule):
         if self.cp_group is not None:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
         q_BNSD, k_BGTD, v_BGTD = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        scale, num_channels = self.config.softmax_scale, q_BNSD.shape[-1]
+        if self.softmax_offset is not None:
+            scale = num_channels**-0.5 if scale is None else scale
+            is_masked = attention_mask is not None
+            q_BNSD, k_BGTD, v_BGTD = with_sinks(
+                q_BNSD, k_BGTD, v_BGTD, self.softmax_offset / scale, is_masked=is_masked
+            )
         if q_BNSD.is_cuda and (attention_mask is not None or q_BNSD.dtype is torch.float32):
             # Kernels that take masks or float32 take no groups.
             k_BGTD, v_BGTD = (for_each_head(x_BGTD, q_BNSD.shape[1]) for x_BGTD in (k_BGTD, v_BGTD))
@@ -62,10 +84,46 @@ class SdpaCoreAttention(MegatronModule):
                 v_BGTD,
                 attn_mask=attention_mask,
                 is_causal=attention_mask is None,
-                scale=self.config.softmax_scale,
+                scale=scale,
                 enable_gqa=q_BNSD.shape[1] != k_BGTD.shape[1],
             )
+        if self.softmax_offset is not None:
+            out_BNSD = out_BNSD[:, :, -query.shape[0] :, :num_channels]
         return out_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """Tell Megatron's checkpoints that ranks have the sinks of different heads."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {"softmax_offset": 0}, sharded_offsets
+        )
+
+
+def with_sinks(
+    q_BNSD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, sinks_N: Tensor, *, is_masked: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values of which one key stands for the sinks: its product with a query is ``sink``.
+
+    Queries get a channel with their head's sink, and keys one that is 1 for the sink's key, which has no value, and 0
+    for all others. So any kernel of `scaled_dot_product_attention` takes it, for heads that share keys, and gives its
+    gradient. A sink in the mask would need a mask for each head, which has the size of the scores; what the kernels
+    know of their denominators (out times ``sigmoid(logsumexp - sink)``) is given by private operators of torch alone,
+    others for each kernel.
+
+    Args:
+        sinks_N: Divided by the attention's scale.
+        is_masked: Whether there is a mask, with columns of `SINK_KEYS` keys behind the others. Without one the sink is
+            the first key, and a query before the first keeps the diagonal in its place.
+    """
+    sinks_NC = F.pad(sinks_N[:, None].to(q_BNSD.dtype), (0, SINK_CHANNELS - 1))
+    sinks_BNSC = sinks_NC[:, None].expand(*q_BNSD.shape[:-1], SINK_CHANNELS)
+    q_BNSD = torch.cat([q_BNSD, sinks_BNSC], dim=-1)
+    count = SINK_KEYS if is_masked else 1
+    sink_TD = F.pad(k_BGTD.new_ones(1, 1), (k_BGTD.shape[-1], SINK_CHANNELS - 1, 0, count - 1))
+    sink_BGTD = sink_TD.expand(*k_BGTD.shape[:2], -1, -1)
+    k_BGTD, v_BGTD = (F.pad(x_BGTD, (0, SINK_CHANNELS)) for x_BGTD in (k_BGTD, v_BGTD))
+    if is_masked:
+        return q_BNSD, torch.cat([k_BGTD, sink_BGTD], dim=2), F.pad(v_BGTD, (0, 0, 0, count))
+    return F.pad(q_BNSD, (0, 0, 1, 0)), torch.cat([sink_BGTD, k_BGTD], dim=2), F.pad(v_BGTD, (0, 0, 1, 0))
 
 
 def for_each_head(x_BGTD: Tensor, num_heads: int) -> Tensor:
@@ -121,7 +179,7 @@ class LocalOrGlobalAttention(SelfAttention):
     """Attention of a layer that is local or not (`Dims.local_layers`): of masks and rotations it takes its own.
 
     Both come in one tensor, first what global layers take and then what local ones do, so that layers may be recomputed
-    and sent through a pipeline as all others.
+    and sent through a pipeline as all others. Rotations do where local layers have a theta of their own.
     """
 
     def forward(
@@ -133,8 +191,11 @@ class LocalOrGlobalAttention(SelfAttention):
         **kwargs: Any,
     ) -> Any:
         kind = int(self.config.local_layers[self.layer_number - 1])
-        own = [None if both is None else both[kind] for both in (attention_mask, rotary_pos_emb)]
-        return super().forward(hidden_states, own[0], *args, rotary_pos_emb=own[1], **kwargs)
+        if attention_mask is not None:
+            attention_mask = attention_mask[kind]
+        if rotary_pos_emb is not None and self.config.has_local_theta:
+            rotary_pos_emb = rotary_pos_emb[kind]
+        return super().forward(hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **kwargs)
 
 
 class AttentionMask:
@@ -148,9 +209,9 @@ class AttentionMask:
     def __init__(self, config: TransformerConfig, cp_group: ProcessGroup) -> None:
         self.cp_size, self.cp_group, self.dtype = config.context_parallel_size, cp_group, config.params_dtype
         self.window: int | None = config.window_size[0] + 1 if config.window_size else None
-        has_global = config.local_layers is not None and self.window is not None
-        self.windows = [None, self.window] if has_global else [self.window]
+        self.windows = [self.window] if config.local_layers is None else [None, self.window]
         """One, or that of global layers and that of local ones."""
+        self.has_sinks = config.softmax_type == "learnable"
         self._made: tuple[object, Tensor] | None = None
 
     def __call__(self, tokens_BS: Tensor, document_end: int | None) -> Tensor | None:
@@ -173,7 +234,11 @@ class AttentionMask:
 
     def _additive(self, attends: Tensor) -> Tensor:
         """Turn true and false into what is added to the scores; torch would do it again in every layer."""
-        return torch.zeros_like(attends, dtype=self.dtype).masked_fill_(~attends, -torch.inf)
+        mask = torch.zeros_like(attends, dtype=self.dtype).masked_fill_(~attends, -torch.inf)
+        if not self.has_sinks:
+            return mask
+        rows = mask.shape[:-1]
+        return torch.cat([mask, mask.new_zeros(*rows, 1), mask.new_full((*rows, SINK_KEYS - 1), -torch.inf)], dim=-1)
 
     def _places(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return places in the sequence, `[S]` of this rank's queries and `[T]` of the gathered keys."""

@@ -66,8 +66,8 @@ def export_bridge(
     """
     import torch
 
-    from compactlm_nemo.models.families import parameter_shapes
     from compactlm_nemo.models.hf import finite_as, shard_numbers, write_assets, write_index
+    from compactlm_nemo.models.parameters import parameter_shapes
     from compactlm_nemo.models.torch_dist import write_torch_dist
 
     shards = folder / "iter_0000000"
@@ -120,7 +120,7 @@ def parts(dims: Dims, prefix: str = "") -> list[Part]:
         prefix: How every key begins.
     """
     from compactlm_nemo.models.checkpoint import stacked_place
-    from compactlm_nemo.models.families import parameter_shapes
+    from compactlm_nemo.models.parameters import parameter_shapes
     from compactlm_nemo.models.torch_dist import Part
 
     counts = {"layers": dims.num_layers, "experts": dims.num_experts}
@@ -136,8 +136,8 @@ def parts(dims: Dims, prefix: str = "") -> list[Part]:
 def engine_tensors(dims: Dims, source: ParameterSource, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter under the name that it has in Megatron-Core's model with Transformer Engine's layers."""
     from compactlm_nemo.models.checkpoint import stacked_place
-    from compactlm_nemo.models.families import parameter_shapes
     from compactlm_nemo.models.hf import finite_as
+    from compactlm_nemo.models.parameters import parameter_shapes
 
     for name in parameter_shapes(dims):
         key, at = stacked_place(name, fused_norms=_fused_norms(dims))

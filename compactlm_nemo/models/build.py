@@ -27,6 +27,7 @@ from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.losses.vocabulary import chunk_tokens as tokens_that_fit
 from compactlm_nemo.models.attention import AttentionMask
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.models.experts import add_bias
 from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER
 from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.models.megatron_config import transformer_config
@@ -204,6 +205,9 @@ def _build_chunk(
         rotary_base=int(dims.rope_theta),
         vp_stage=vp_stage,
     )
+    if dims.router_bias:
+        for layer in model.decoder.layers:
+            add_bias(layer.mlp.router)
     for module in model.modules():
         # Megatron marks shards while it initialises them, which we skip; unmarked, the gradient norm drops those of
         # every TP rank but the first.
@@ -262,7 +266,7 @@ def global_names(chunks: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Tenso
 
 _BY_ROWS = (
     "query_norm.weight", "key_norm.weight", "linear_q_proj.weight", "linear_q_up_proj.weight",
-    "linear_kv_up_proj.weight",
+    "linear_kv_up_proj.weight", "softmax_offset",
 )  # fmt: skip
 """Further parameters whose rows, or channels, are those of heads one after another."""
 

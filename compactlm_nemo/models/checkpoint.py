@@ -33,8 +33,9 @@ from compactlm_nemo.errors import CheckpointError, NumericsError
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER, parameter_shapes
+from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER
 from compactlm_nemo.models.outside import BLOCK_ROWS, refuse_other_head
+from compactlm_nemo.models.parameters import parameter_shapes
 from compactlm_nemo.models.source import WEIGHTS, find_weights
 from compactlm_nemo.parallel.collectives import all_gather_objects
 from compactlm_nemo.parallel.mesh import Mesh

@@ -45,6 +45,11 @@ _READ_WITH_LATENTS = {
     # Layers that predict further tokens, which are not read; of training, or of a layout:
     "num_nextn_predict_layers", "num_mtp_layers", "aux_loss_alpha", "seq_aux", "ep_size",
 }  # fmt: skip
+_READ_WITH_MERGED_EXPERTS = {
+    "swiglu_alpha", "swiglu_limit", "quantization_config",
+    # Of OpenAI's own code, beside what transformers reads:
+    "experts_per_token", "initial_context_length",
+}  # fmt: skip
 _HARMLESS = {
     "architectures", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "_name_or_path",
     "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "attention_dropout", "hidden_dropout",
@@ -54,12 +59,15 @@ _HARMLESS = {
 """Keys without influence on the forward pass in evaluation, or that only describe the file."""
 
 
-def known_keys(*, experts: bool, local_layers: bool, skips_rope: bool, multipliers: bool, latents: bool) -> set[str]:
+def known_keys(
+    *, experts: bool, local_layers: bool, skips_rope: bool, multipliers: bool, latents: bool, merged_experts: bool
+) -> set[str]:
     """Return the keys of a config whose meaning is known, for a family with or without each of these parts."""
     known = _READ | _HARMLESS
     known |= _READ_WITH_EXPERTS if experts else set()
     known |= _READ_WITH_LATENTS if latents else set()
     known |= _READ_OF_LOCAL_LAYERS if local_layers else set()
+    known |= _READ_WITH_MERGED_EXPERTS if merged_experts else set()
     known |= {"no_rope_layers", "no_rope_layer_interval"} if skips_rope else set()
     return known | (set(MULTIPLIERS) if multipliers else set())
 

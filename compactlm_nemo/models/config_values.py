@@ -44,18 +44,28 @@ def no_rope_layers_of(config: Any) -> list[bool]:
     return [not rotated for rotated in rotates[:num_layers]]
 
 
-def local_layers_of(config: Any) -> list[bool]:
-    """Return for each layer whether it is local; without a list every `sliding_window_pattern`-th is global."""
+def local_layers_of(config: Any, every: int) -> list[bool]:
+    """Return for each layer whether it is local; without a list every `sliding_window_pattern`-th is global.
+
+    Args:
+        every: Takes the place of a missing `sliding_window_pattern`.
+    """
     num_layers, kinds = config.num_hidden_layers, getattr(config, "layer_types", None)
     if kinds is None:
         patterns = [getattr(config, name, None) for name in ("_sliding_window_pattern", "sliding_window_pattern")]
-        every = patterns[0] or patterns[1] or 6
+        every = patterns[0] or patterns[1] or every
         kinds = [LAYER_TYPES[(layer + 1) % every != 0] for layer in range(num_layers)]
     if len(kinds) < num_layers:
         raise CheckpointError(f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers.")
     if unknown := [kind for kind in kinds if kind not in LAYER_TYPES]:
         raise CheckpointError(f"config.json: layer_types has {unknown[0]!r}; only {LAYER_TYPES} are supported.")
-    return [kind == LAYER_TYPES[True] for kind in kinds[:num_layers]]
+    local_layers = [kind == LAYER_TYPES[True] for kind in kinds[:num_layers]]
+    if any(local_layers) and (type(config.sliding_window) is not int or config.sliding_window < 1):
+        raise CheckpointError(
+            f"config.json: sliding_window={config.sliding_window!r} must be a whole number > 0 for the layers that "
+            "layer_types calls sliding_attention."
+        )
+    return local_layers
 
 
 def query_scale_of(config: Any) -> dict[str, Any]:
@@ -66,9 +76,15 @@ def query_scale_of(config: Any) -> dict[str, Any]:
     return {"attention_multiplier": scalar**-0.5}
 
 
-def experts_of(config: Any, kind: str, count_key: str, norm_topk: bool | None) -> dict[str, Any]:
+def count_key(config: Any) -> str:
+    """Return the key of the number of experts, which not every version of transformers has under both names."""
+    names = ("n_routed_experts", "num_experts")
+    return next((name for name in names if getattr(config, name, None) is not None), "num_local_experts")
+
+
+def experts_of(config: Any, kind: str, norm_topk: bool | None) -> dict[str, Any]:
     """Return number, choice and gates of the experts."""
-    count, picked = getattr(config, count_key), config.num_experts_per_tok
+    count, picked = getattr(config, count_key(config)), config.num_experts_per_tok
     if not 1 <= picked <= count:
         raise CheckpointError(f"config.json: num_experts_per_tok={picked} must be in [1, {count}], the experts.")
     if norm_topk is None:
@@ -84,6 +100,21 @@ def experts_of(config: Any, kind: str, count_key: str, norm_topk: bool | None) -
         "norm_topk": norm_topk,
         "shared_expert_ffn": getattr(config, "shared_expert_intermediate_size", None) or 0,
     }
+
+
+def merged_experts_of(config: Any) -> dict[str, Any]:
+    """Return what router and activation of merged experts are; their weights may be packed as MXFP4 alone."""
+    packing = getattr(config, "quantization_config", None) or {}
+    method = packing.get("quant_method") if isinstance(packing, dict) else packing.quant_method
+    if packing and method != "mxfp4":
+        raise CheckpointError(
+            f"config.json: quantization_config.quant_method={method!r} is not read, only 'mxfp4'; let transformers "
+            "dequantise the model, and save it."
+        )
+    limit = getattr(config, "swiglu_limit", 7.0)
+    if type(limit) not in (int, float) or not 0 < limit < math.inf:
+        raise CheckpointError(f"config.json: swiglu_limit={limit!r} must be a number > 0.")
+    return {"router_bias": True, "swiglu_limit": float(limit)}
 
 
 def refuse_other_value(kind: str, key: str, value: Any, supported: Any) -> None:

@@ -45,6 +45,7 @@ class Dims:
     qkv_bias: bool = False
     proj_bias: bool = False
     mlp_bias: bool = False
+    """Whether the two maps of the MLP, or of each expert, have a bias."""
     norm_before: bool = True
     """Whether attention and MLP read the stream behind a norm, and not the stream itself."""
     norm_after: bool = False
@@ -57,16 +58,21 @@ class Dims:
     """True: activation(gate) * up. False: squared ReLU."""
     gelu: bool = False
     """Activation of a gated MLP: GELU by its tanh formula; else silu."""
+    swiglu_limit: float | None = None
+    """Of a gated MLP whose activation is ``(u + 1) g sigmoid(1.702 g)``: g = min(gate, limit), u = up within the limit
+    on both sides. None: it is none of these."""
     layer_norm_1p: bool = False
     """True: LayerNorm with weight 1 + w and bias. False: RMSNorm."""
     rms_norm_1p: bool = False
     """Whether the weight of an RMSNorm is 1 + w, added in float32."""
     window: int | None = None
     """Sliding attention window in tokens, None for full attention."""
+    attention_sinks: bool = False
+    """Whether each query head has a logit of its own in the denominator of its softmax, with no key or value."""
     local_layers: list[bool] | None = None
-    """For each layer whether it is local: it alone has the window, and turns by `local_rope_theta` without scaling.
-    None where the layers are alike."""
+    """For each layer whether it is local: it alone has the window. None where the layers are alike."""
     local_rope_theta: float | None = None
+    """What local layers turn by, without scaling; None where they turn as the others do."""
     no_rope_layers: list[bool] | None = None
     """For each layer whether it has no rotary embedding; None for families whose layers all have it."""
     embedding_multiplier: float = 1.0
@@ -85,6 +91,7 @@ class Dims:
     norm_topk: bool = False
     """Whether the gate weights of the picked experts are scaled to sum to 1; else they are what the softmax over all
     experts gives them."""
+    router_bias: bool = False
     shared_expert_ffn: int = 0
     """Width of the expert that sees every token; 0 is none."""
     shared_expert_gate: bool = True

@@ -41,20 +41,40 @@ class Experts(SequentialMLP):
             return super().forward(hidden_NH, tokens_per_expert, probs_N)
         ends = list(accumulate(tokens_per_expert.tolist()))
         ends_E = torch.tensor(ends, dtype=torch.int32).to(hidden_NH.device, non_blocking=True)
-        wide_NF = grouped_mm(hidden_NH, self._weights("linear_fc1").transpose(1, 2), offs=ends_E)
+        wide_NF = grouped_mm(hidden_NH, self._all("linear_fc1", "weight").transpose(1, 2), offs=ends_E)
+        has_biases = self.local_experts[0].linear_fc2.bias is not None
+        if has_biases:
+            rows_N = torch.arange(len(probs_N), dtype=ends_E.dtype, device=ends_E.device)
+            experts_N = torch.searchsorted(ends_E, rows_N, right=True)
+            wide_NF = wide_NF + self._all("linear_fc1", "bias")[experts_N]
         inner_NF = self._activation(wide_NF)
         inner_NF = (inner_NF * probs_N[:, None]).to(inner_NF.dtype)
-        return grouped_mm(inner_NF, self._weights("linear_fc2").transpose(1, 2), offs=ends_E), None
+        out_NH = grouped_mm(inner_NF, self._all("linear_fc2", "weight").transpose(1, 2), offs=ends_E)
+        if has_biases:  # as `ExpertRowLinear`: of the sum over tensor-parallel ranks
+            biases_NH = (self._all("linear_fc2", "bias") / self.tp_group.size())[experts_N]
+            out_NH = (out_NH + biases_NH * probs_N[:, None]).to(out_NH.dtype)
+        return out_NH, None
 
-    def _weights(self, name: str) -> Tensor:
-        """Return the weights of all experts, `[E, out, in]`."""
-        return torch.stack([getattr(expert, name).weight for expert in self.local_experts])
+    def _all(self, linear: str, kind: str) -> Tensor:
+        """Return the weights of all experts, `[E, out, in]`, or their biases, `[E, out]`."""
+        return torch.stack([getattr(getattr(expert, linear), kind) for expert in self.local_experts])
 
     def _activation(self, wide_NF: Tensor) -> Tensor:
-        if not self.config.gated_linear_unit:
-            return self.config.activation_func(wide_NF)
+        """Return what `MLP` of Megatron does, whose function is within its forward."""
+        config = self.config
+        if not config.gated_linear_unit:
+            return config.activation_func(wide_NF)
         gate_NF, up_NF = wide_NF.chunk(2, dim=-1)
-        return self.config.activation_func(gate_NF) * up_NF
+        if (limit := config.activation_func_clamp_value) is not None:
+            gate_NF, up_NF = gate_NF.clamp(max=limit), up_NF.clamp(-limit, limit)
+        return config.activation_func(gate_NF) * (up_NF + config.glu_linear_offset)
+
+
+def add_bias(router: Any) -> None:
+    """Give a router a bias, which Megatron has together with that of every other linear layer alone."""
+    weight = router.weight
+    router.bias = torch.nn.Parameter(weight.new_zeros(weight.shape[0]))
+    router.bias.sequence_parallel = weight.sequence_parallel
 
 
 def can_group(chunks: ModelChunks, device: torch.device) -> bool:
@@ -65,7 +85,6 @@ def can_group(chunks: ModelChunks, device: torch.device) -> bool:
     is_bf16 = config.params_dtype is torch.bfloat16
     return (
         dims.num_experts > 0
-        and not dims.mlp_bias
         and is_aligned
         and is_bf16
         and device.type == "cuda"

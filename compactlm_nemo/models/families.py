@@ -10,15 +10,17 @@ from compactlm_nemo.errors import CheckpointError
 from compactlm_nemo.models.config_keys import known_keys, refuse_unknown_keys
 from compactlm_nemo.models.config_values import (
     LAYER_TYPES,
+    count_key,
     experts_of,
     local_layers_of,
+    merged_experts_of,
     multipliers_of,
     no_rope_layers_of,
     query_scale_of,
     refuse_other_than_whole_sizes,
     refuse_other_value,
 )
-from compactlm_nemo.models.deepseek import LATENT_NAMES, deepseek_values, dims_of_deepseek, latent_shapes
+from compactlm_nemo.models.deepseek import LATENT_NAMES, deepseek_values, dims_of_deepseek
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.limits import export_problem, needs_mistral
 from compactlm_nemo.models.rope import rope_of, rope_of_kinds
@@ -60,8 +62,13 @@ class Family:
     Elsewhere `sliding_window` means nothing without `use_sliding_window`."""
     skips_rope: bool = False
     """Whether some layers have no rotary embedding: `no_rope_layers`, or every `no_rope_layer_interval`-th."""
-    local_layers: bool = False
-    """Whether `layer_types` says which layers are local: these alone have the window, and a theta of their own."""
+    local_layers: int | None = None
+    """Which layers are local is what `layer_types` says, and these alone have the window; without it all but every
+    `local_layers`-th are. None: layers are alike."""
+    local_theta: bool = True
+    """Whether local layers turn by a theta of their own, without scaling."""
+    sinks: bool = False
+    """Whether each query head has a logit of its own in the denominator of its softmax."""
     embedding_by_width: bool = False
     query_scalar: bool = False
     """Whether products of queries and keys are divided by the root of `query_pre_attn_scalar`."""
@@ -75,16 +82,17 @@ class Family:
     """Whether every layer has experts instead of one MLP."""
     norm_topk: bool | None = None
     """Fixed by the architecture, or None when `norm_topk_prob` decides."""
-    expert_count: str = "num_experts"
-    """Config key of the number of experts."""
     latents: bool = False
     """Whether attention is multi-head latent attention, the experts' shared one has no gate, gates are scaled and
     experts are in groups, and the first `first_k_dense_replace` layers have one MLP: what DeepSeek's families share."""
     sigmoid_gates: bool = False
+    merged_experts: bool = False
+    """Whether router and experts have biases, a clamped activation, and one tensor for all experts of a layer."""
     shared_expert: str = "shared_expert"
     """Tensor names: the expert that sees every token."""
     mlp: str = "mlp"
     """Tensor names: the module of MLP or experts in a layer."""
+    router: str = "gate"
     norms: Mapping[str, str] = field(default_factory=NORMS_BEFORE.copy)
     """Tensor names: our norm of a layer -> theirs. Which norms there are decides what they are."""
     fc1: tuple[str, ...] = ("gate_proj", "up_proj")
@@ -98,7 +106,7 @@ class Family:
 
 _NO_DENSE_LAYERS: dict[str, Any] = {"mlp_only_layers": [], "decoder_sparse_step": 1}
 _DEEPSEEK: dict[str, Any] = {
-    "experts": True, "ffn": "moe_intermediate_size", "expert_count": "n_routed_experts",
+    "experts": True, "ffn": "moe_intermediate_size",
     "shared_expert": "shared_experts",
 }  # fmt: skip
 _PLAIN_DEEPSEEK: dict[str, Any] = {"attention_bias": False, "moe_layer_freq": 1}
@@ -124,7 +132,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         activation="gelu_pytorch_tanh", activation_key="hidden_activation", rms_norm_1p=True, qk_norm=True,
-        local_layers=True, embedding_by_width=True, query_scalar=True,
+        local_layers=6, embedding_by_width=True, query_scalar=True,
         norms={
             "input_layernorm": "input_layernorm", AFTER_ATTENTION: "post_attention_layernorm",
             "pre_mlp_layernorm": "pre_feedforward_layernorm", AFTER_MLP: "post_feedforward_layernorm",
@@ -152,6 +160,10 @@ FAMILIES: dict[str, Family] = {
         activation="silu", qk_norm=True, experts=True, ffn="moe_intermediate_size",
         also={"use_sliding_window": False, **_NO_DENSE_LAYERS},
     ),
+    "gpt_oss": Family(
+        activation="silu", local_layers=2, local_theta=False, sinks=True, experts=True, norm_topk=True,
+        merged_experts=True, router="router", fc1=("gate_up_proj",), also={"swiglu_alpha": 1.702},
+    ),
     "deepseek_v2": Family(
         activation="silu", qkv_bias=False, latents=True, **_DEEPSEEK,
         also=_PLAIN_DEEPSEEK | {"mlp_bias": False, "norm_topk_prob": False, "scoring_func": "softmax"},
@@ -173,24 +185,25 @@ def dims_of(config: Any) -> Dims:
     family = FAMILIES[kind]
     given = config.to_diff_dict()
     known = known_keys(
-        experts=family.experts, local_layers=family.local_layers, skips_rope=family.skips_rope,
-        multipliers=family.multipliers, latents=family.latents,
+        experts=family.experts, local_layers=family.local_layers is not None, skips_rope=family.skips_rope,
+        multipliers=family.multipliers, latents=family.latents, merged_experts=family.merged_experts,
     )  # fmt: skip
     own_code = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
     known |= {"auto_map"} if own_code is not None and own_code.split("--")[-1] == family.own_code else set()
     unknown = {key: value for key, value in given.items() if key not in known and value not in (None, False)}
     refuse_unknown_keys(unknown, kind)
-    counts = (family.expert_count, "num_experts_per_tok") if family.experts else ()
+    has_kinds = family.local_layers is not None
+    counts = (count_key(config), "num_experts_per_tok") if family.experts else ()
     refuse_other_than_whole_sizes(config, (family.ffn, *counts))
     refuse_other_value(kind, family.activation_key, getattr(config, family.activation_key), family.activation)
     for key, value in family.also.items():
         refuse_other_value(kind, key, getattr(config, key, value), value)
-    window = getattr(config, "sliding_window", None) if family.window or family.local_layers else None
-    for layer_type in [] if family.local_layers else getattr(config, "layer_types", None) or []:
+    window = getattr(config, "sliding_window", None) if family.window or has_kinds else None
+    for layer_type in [] if has_kinds else getattr(config, "layer_types", None) or []:
         refuse_other_value(kind, "layer_types", layer_type, "full_attention" if window is None else "sliding_attention")
     attention_bias = bool(getattr(config, "attention_bias", False))
     mlp_bias = family.mlp_bias and bool(getattr(config, "mlp_bias", False))
-    rope = rope_of_kinds(config) if family.local_layers else rope_of(config)
+    rope = rope_of_kinds(config) if has_kinds and family.local_theta else rope_of(config)
     if not family.partial_rotary:
         refuse_other_value(kind, "partial_rotary_factor", rope["rotary_percent"], 1.0)
     fields: dict[str, Any] = dict(
@@ -207,7 +220,7 @@ def dims_of(config: Any) -> Dims:
         tied_embeddings=bool(config.tie_word_embeddings),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         proj_bias=attention_bias and family.qkv_bias is None and family.proj_bias,
-        mlp_bias=mlp_bias,
+        mlp_bias=mlp_bias or family.merged_experts,
         norm_before="input_layernorm" in family.norms,
         norm_after=AFTER_ATTENTION in family.norms,
         qk_norm=family.qk_norm,
@@ -218,13 +231,15 @@ def dims_of(config: Any) -> Dims:
         rms_norm_1p=family.rms_norm_1p,
         window=window,
         no_rope_layers=no_rope_layers_of(config) if family.skips_rope else None,
-        local_layers=local_layers_of(config) if family.local_layers else None,
+        local_layers=local_layers_of(config, family.local_layers) if family.local_layers else None,
+        attention_sinks=family.sinks,
         rotary_interleaved=family.rotary_interleaved,
         embedding_by_width=family.embedding_by_width,
         **rope,
         **(query_scale_of(config) if family.query_scalar else {}),
         **(multipliers_of(config) if family.multipliers else {}),
-        **(experts_of(config, kind, family.expert_count, family.norm_topk) if family.experts else {}),
+        **(experts_of(config, kind, family.norm_topk) if family.experts else {}),
+        **(merged_experts_of(config) if family.merged_experts else {}),
     )
     if family.latents:
         fields |= dims_of_deepseek(config, sigmoid=family.sigmoid_gates)
@@ -240,8 +255,8 @@ def resized(config: Any, dims: Dims) -> Any:
     if problem := export_problem(dims):
         raise CheckpointError(problem)
     values = config.to_dict()
-    values.pop("auto_map", None)  # of code that does not travel
-    values.pop("quantization_config", None)  # what is written is not quantised
+    for key in ("auto_map", "quantization_config"):  # of code that does not travel, and of weights as they were
+        values.pop(key, None)
     values.update(
         num_hidden_layers=dims.num_layers,
         hidden_size=dims.hidden_size,
@@ -251,9 +266,10 @@ def resized(config: Any, dims: Dims) -> Any:
     )
     values[FAMILIES[dims.family].ffn] = dims.ffn_hidden_size
     if dims.num_experts:
-        count = FAMILIES[dims.family].expert_count
-        values["num_local_experts" if "num_local_experts" in values else count] = dims.num_experts
-        values["num_experts_per_tok"] = dims.experts_per_token
+        key = next((name for name in ("n_routed_experts", "num_local_experts") if name in values), "num_experts")
+        values[key] = dims.num_experts
+        for key in {"num_experts_per_tok", "experts_per_token"} & values.keys():
+            values[key] = dims.experts_per_token
     if FAMILIES[dims.family].latents:
         values |= deepseek_values(dims)
     elif dims.shared_expert_ffn:
@@ -291,8 +307,13 @@ def hf_names(name: str, dims: Dims) -> list[str]:
     _, _, layer, *middle, kind = name.split(".")
     if kind == "expert_bias":
         return [f"model.layers.{layer}.{family.mlp}.gate.e_score_correction_bias"]
+    if kind == "softmax_offset":
+        return [f"model.layers.{layer}.self_attn.sinks"]
     if kind == "gate_weight":
         return [f"model.layers.{layer}.{family.mlp}.shared_expert_gate.weight"]
+    if is_merged(name, dims):
+        (matrix,), suffix = matrices[middle[-1]], "" if kind == "weight" else f"_{kind}"
+        return [f"model.layers.{layer}.{family.mlp}.experts.{matrix}{suffix}"]
     if middle[-1] in matrices:  # of an MLP, of one expert, or of the expert that sees every token
         where = ".".join(middle[:-1]).replace("mlp", family.mlp, 1)
         where = where.replace("experts.local_experts.", "experts.").replace("shared_experts", family.shared_expert)
@@ -304,84 +325,25 @@ def hf_names(name: str, dims: Dims) -> list[str]:
         "self_attention.k_layernorm": ["self_attn.k_norm"],
         "self_attention.query_norm": ["self_attn.q_norm"],
         "self_attention.key_norm": ["self_attn.k_norm"],
-        "mlp.router": [f"{family.mlp}.gate"],
+        "mlp.router": [f"{family.mlp}.{family.router}"],
         **(LATENT_NAMES if family.latents else {}),
         **{norm: [theirs] for norm, theirs in family.norms.items()},
     }[".".join(middle)]
     return [f"model.layers.{layer}.{part}.{kind}" for part in parts]
 
 
+def is_merged(name: str, dims: Dims) -> bool:
+    """Return whether a parameter is that of one expert, and its Hugging Face tensor that of all (`merged_experts`)."""
+    return FAMILIES[dims.family].merged_experts and ".local_experts." in name
+
+
 def hf_shapes(name: str, wanted: tuple[int, ...], dims: Dims) -> list[tuple[int, ...]]:
     """Return the shapes of the tensors of `hf_names`; `wanted` is the shape of the whole Megatron parameter."""
     parts = len(hf_names(name, dims))
+    if is_merged(name, dims):
+        return [(dims.num_experts, *reversed(wanted))]
     if "linear_qkv" in name and parts > 1:
         rows = [heads * dims.head_dim for heads in (dims.num_heads, dims.num_query_groups, dims.num_query_groups)]
     else:
         rows = [wanted[0] // parts] * parts
     return [(count, *wanted[1:]) for count in rows]
-
-
-def parameter_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of whole unpadded parameters by Megatron name (global layer and expert numbers), in order."""
-    h = dims.hidden_size
-    norm: dict[str, tuple[int, ...]] = {"weight": (h,), "bias": (h,)} if dims.layer_norm_1p else {"weight": (h,)}
-    layer: dict[str, tuple[int, ...]] = {}
-    if dims.norm_before:
-        layer |= {f"input_layernorm.{k}": s for k, s in norm.items()}
-    layer |= {f"self_attention.{k}": s for k, s in _attention_shapes(dims).items()}
-    if dims.norm_before:
-        layer |= {f"pre_mlp_layernorm.{k}": s for k, s in norm.items()}
-    if dims.norm_after:
-        layer |= {f"{name}.{k}": s for name in (AFTER_ATTENTION, AFTER_MLP) for k, s in norm.items()}
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (dims.vocab_size, h)}
-    for i in range(dims.num_layers):
-        shapes |= {f"decoder.layers.{i}.{k}": s for k, s in (layer | _mlp_shapes(dims.of_layer(i))).items()}
-    shapes |= {f"decoder.final_layernorm.{k}": s for k, s in norm.items()}
-    if not dims.tied_embeddings:
-        shapes[OUTPUT_LAYER] = (dims.vocab_size, h)
-    return shapes
-
-
-def _attention_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
-    """Return the attention of a layer; names as in `parameter_shapes` after the module's."""
-    h, d = dims.hidden_size, dims.head_dim
-    proj: dict[str, tuple[int, ...]] = {"linear_proj.weight": (h, dims.num_heads * d)}
-    if dims.kv_lora_rank:
-        return latent_shapes(dims) | proj
-    qkv = (dims.num_heads + 2 * dims.num_query_groups) * d
-    shapes: dict[str, tuple[int, ...]] = {"linear_qkv.weight": (qkv, h)}
-    if dims.qkv_bias:
-        shapes["linear_qkv.bias"] = (qkv,)
-    shapes |= proj
-    if dims.proj_bias:
-        shapes["linear_proj.bias"] = (h,)
-    if dims.qk_norm:
-        shapes |= {"q_layernorm.weight": (d,), "k_layernorm.weight": (d,)}
-    if dims.qk_norm_over_heads:
-        counts = {"query": dims.num_heads, "key": dims.num_query_groups}
-        shapes |= {f"{of}_norm.weight": (count * d,) for of, count in counts.items()}
-    return shapes
-
-
-def _mlp_shapes(dims: Dims) -> dict[str, tuple[int, ...]]:
-    """Return the MLP of a layer, or its router and experts; names as in `parameter_shapes` after the layer's."""
-    h, halves = dims.hidden_size, 2 if dims.gated_mlp else 1
-
-    def matrices(prefix: str, ffn: int) -> dict[str, tuple[int, ...]]:
-        return {f"{prefix}linear_fc1.weight": (halves * ffn, h), f"{prefix}linear_fc2.weight": (h, ffn)}
-
-    if not dims.num_experts:
-        shapes = matrices("mlp.", dims.ffn_hidden_size)
-        if dims.mlp_bias:
-            shapes |= {"mlp.linear_fc1.bias": (halves * dims.ffn_hidden_size,), "mlp.linear_fc2.bias": (h,)}
-        return shapes
-    shapes = {"mlp.router.weight": (dims.num_experts, h)}
-    if dims.sigmoid_gates:
-        shapes["mlp.router.expert_bias"] = (dims.num_experts,)
-    for expert in range(dims.num_experts):
-        shapes |= matrices(f"mlp.experts.local_experts.{expert}.", dims.ffn_hidden_size)
-    if dims.shared_expert_ffn:
-        if dims.shared_expert_gate:
-            shapes["mlp.shared_experts.gate_weight"] = (1, h)
-        shapes |= matrices("mlp.shared_experts.", dims.shared_expert_ffn)
-    return shapes

@@ -121,9 +121,12 @@ class DataParallelSamples:
 
     def counted(self, idx: int, dp_rank: int) -> Tensor:
         """Return `[B]`, whether each sample of a rank's batch `idx` is one of the N and no repetition; on the CPU."""
-        first = idx * self.micro_batch
-        places = torch.arange(first, first + len(self.batches[idx]))
-        return places * self.dp_size + dp_rank < self.num
+        return torch.arange(len(self.batches[idx])) < self._num_of(idx, dp_rank)
+
+    def _num_of(self, idx: int, dp_rank: int) -> int:
+        """Return samples of a rank's batch `idx` that are among the N: place p of rank r is sample ``p dp + r``."""
+        of_rank = -(-(self.num - dp_rank) // self.dp_size)
+        return max(0, min(len(self.batches[idx]), of_rank - idx * self.micro_batch))
 
     def places(self, idx: int) -> Tensor | None:
         """Return `[S / cp, B]`, which places of this context-parallel rank count; None where all of all samples do."""
@@ -131,8 +134,8 @@ class DataParallelSamples:
 
     def num_local(self, idx: int) -> int:
         """Return samples of this rank's batch `idx` that count: they are the leading ones."""
-        return int(self.counted(idx, self.rank).sum())
+        return self._num_of(idx, self.rank)
 
     def num_counted(self, idx: int) -> int:
         """Return samples of batch `idx` over all data-parallel ranks."""
-        return sum(int(self.counted(idx, rank).sum()) for rank in range(self.dp_size))
+        return sum(self._num_of(idx, rank) for rank in range(self.dp_size))

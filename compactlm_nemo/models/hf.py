@@ -23,17 +23,18 @@ from compactlm_nemo.models.deepseek import (
     tell_of_further_layers,
 )
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import (
-    EMBEDDING,
-    FAMILIES,
-    dims_of,
-    hf_names,
-    hf_shapes,
-    parameter_shapes,
-    resized,
-)
+from compactlm_nemo.models.families import EMBEDDING, FAMILIES, dims_of, hf_names, hf_shapes, is_merged, resized
 from compactlm_nemo.models.hf_assets import INDEX, copy_hf_assets, write_for_every_reader
 from compactlm_nemo.models.hf_config import with_own_head_size
+from compactlm_nemo.models.merged_experts import (
+    BLOCKS,
+    SCALES,
+    expert_number,
+    from_merged,
+    packed_shapes,
+    to_merged,
+    unpacked,
+)
 from compactlm_nemo.models.outside import (
     BLOCK_ROWS,
     own_file,
@@ -41,6 +42,7 @@ from compactlm_nemo.models.outside import (
     refuse_large_config,
     refuse_other_head,
 )
+from compactlm_nemo.models.parameters import parameter_shapes
 
 SHARD_BYTES = 4 * 2**30
 """A safetensors file is closed when it reaches this size, unless another one is asked for."""
@@ -119,6 +121,8 @@ class HFSource:
         expected: dict[str, tuple[int, ...]] = {}
         for name, shape in parameter_shapes(self.dims).items():
             expected |= zip(hf_names(name, self.dims), hf_shapes(name, shape, self.dims), strict=True)
+            if is_merged(name, self.dims) and (packed := hf_names(name, self.dims)[0]) + BLOCKS in self.files:
+                expected |= packed_shapes(packed, expected.pop(packed))
         if missing := [name for name in expected if name not in self.files]:
             raise CheckpointError(
                 f"model.source={self.folder} lacks {len(missing)} tensors, first {missing[0]}; is a shard missing?"
@@ -150,6 +154,8 @@ class HFSource:
     def __call__(self, name: str) -> Tensor:
         if name == EMBEDDING and self.dims.tied_embeddings and "lm_head.weight" in self.files:
             refuse_other_head(self._rows(*hf_names(name, self.dims)), self._rows("lm_head.weight"), self.folder)
+        if is_merged(name, self.dims):
+            return self._of_expert(name)
         parts = [self._tensor(n) for n in hf_names(name, self.dims)]
         if "linear_qkv" in name:
             if len(parts) == 1:
@@ -163,6 +169,14 @@ class HFSource:
         """Read a tensor; weights in float8 are multiplied with their scales, float32."""
         tensor: Tensor = self._file(name).get_tensor(name)
         return dequantised(tensor, self._file(name + SCALE).get_tensor(name + SCALE)) if name in self.scaled else tensor
+
+    def _of_expert(self, name: str) -> Tensor:
+        """Return a parameter of one expert, of which alone the bytes are read."""
+        (key,), expert = hf_names(name, self.dims), expert_number(name)
+        if key in self.files:
+            return from_merged(name, self._file(key).get_slice(key)[expert])
+        blocks, scales = (self._file(key + end).get_slice(key + end)[expert] for end in (BLOCKS, SCALES))
+        return from_merged(name, unpacked(blocks, scales))
 
     def _rows(self, key: str) -> Iterator[Tensor]:
         """Yield a matrix in blocks of rows, so that two large ones can be compared."""
@@ -258,8 +272,15 @@ def hf_tensors(dims: Dims, source: ParameterSource, dtype: torch.dtype) -> Itera
     Raises:
         NumericsError: a weight is NaN or infinite in this number format.
     """
+    merged: dict[str, list[Tensor]] = {}
     for name in parameter_shapes(dims):
         full = finite_as(source, name, dtype)
+        if is_merged(name, dims):
+            (key,) = hf_names(name, dims)
+            merged.setdefault(key, []).append(to_merged(name, full))
+            if len(merged[key]) == dims.num_experts:
+                yield key, torch.stack(merged.pop(key))
+            continue
         if "linear_qkv" in name:
             full = torch.cat(split_qkv(full, dims.num_heads, dims.num_query_groups, dims.head_dim))
         rows = [shape[0] for shape in hf_shapes(name, tuple(full.shape), dims)]
@@ -295,6 +316,8 @@ def shard_numbers(dims: Dims, dtype: torch.dtype, shard_bytes: int) -> dict[str,
     number, size_bytes = 1, 0
     for name, shape in parameter_shapes(dims).items():
         for hf_name, part in zip(hf_names(name, dims), hf_shapes(name, shape, dims), strict=True):
+            if hf_name in numbers:  # of an expert before
+                continue
             num_bytes = prod(part) * dtype.itemsize
             if size_bytes and size_bytes + num_bytes > shard_bytes:
                 number, size_bytes = number + 1, 0

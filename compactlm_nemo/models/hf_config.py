@@ -108,6 +108,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "n_routed_experts": 256, "n_shared_experts": 1, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
         "num_experts_per_tok": 8, "rope_interleave": True,
     },
+    "gpt_oss": _COMMON
+    | {
+        "num_hidden_layers": 36, "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "num_local_experts": 128, "num_experts_per_tok": 4,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 150000.0, "sliding_window": 128,
+        "attention_bias": True,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    },
 }  # fmt: skip
 """Family -> the values that transformers gives what a config leaves out (a test compares them)."""
 
@@ -139,7 +150,10 @@ class _Config:
         said = {"rope_theta", "partial_rotary_factor", "full_attention"}
         if rope is not None and not said & rope.keys():
             raise ValueError("transformers completes these")
-        self.__dict__.update(DEFAULTS[values["model_type"]] | self._given)
+        defaults = DEFAULTS[values["model_type"]]
+        # To transformers no scaling is a scaling that is left out.
+        told = {key: value for key, value in self._given.items() if key != "rope_scaling" or value is not None}
+        self.__dict__.update(defaults | told)
         if "num_local_experts" in self.__dict__:
             self.num_experts = self.num_local_experts
 

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,13 +116,16 @@ def pinned(cfg: ModelConfig, run_dir: Path, *, dry_run: bool = False) -> ModelCo
 def _commit_of_hub(cfg: ModelConfig) -> str:
     """Return the commit that the Hub names, or that the cache remembers where the Hub is not reached, which is said."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     revision = cfg.revision or constants.DEFAULT_REVISION
     try:
         with _answers(cfg):
             return str(HfApi().model_info(cfg.source, revision=revision, timeout=SECONDS).sha)
     except (ConfigError, OSError) as error:
-        path = try_to_load_from_cache(cfg.source, CONFIG, revision=revision)
+        path = None
+        with suppress(HFValidationError):  # a name that no repository has
+            path = try_to_load_from_cache(cfg.source, CONFIG, revision=revision)
         if not isinstance(path, str):
             raise
         commit = Path(path).parent.name

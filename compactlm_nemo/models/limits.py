@@ -1,4 +1,4 @@
-"""What architectures forbid: students that no file can hold, and cuts that would change what stays."""
+"""Sizes that an architecture forbids, and the one that makes another family of a model."""
 
 from __future__ import annotations
 

@@ -41,11 +41,14 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         layernorm_epsilon=dims.norm_eps,
         gated_linear_unit=dims.gated_mlp,
         activation_func=_activation(dims),
+        activation_func_clamp_value=dims.swiglu_limit,
+        glu_linear_offset=0.0 if dims.swiglu_limit is None else 1.0,
         add_bias_linear=False,  # attention and MLP have their own switches: spec.py
         add_qkv_bias=dims.qkv_bias,
         qk_layernorm=dims.qk_norm,
         rotary_interleaved=dims.rotary_interleaved,
         softmax_scale=dims.attention_multiplier,
+        softmax_type="learnable" if dims.attention_sinks else "vanilla",
         window_size=None if dims.window is None else (dims.window - 1, 0),
         no_rope_freq=None if dims.no_rope_layers is None else [int(without) for without in dims.no_rope_layers],
         hidden_dropout=0.0,
@@ -74,7 +77,8 @@ def transformer_config(dims: Dims, mesh: Mesh, dtype: torch.dtype) -> Transforme
         persist_layer_norm=False,
         **(_expert_settings(dims) if dims.num_experts else {}),
     )
-    config.local_layers = dims.local_layers  # ours, for LocalOrGlobalAttention
+    # Ours, for LocalOrGlobalAttention:
+    config.local_layers, config.has_local_theta = dims.local_layers, dims.local_rope_theta is not None
     if (factor := attention_factor(dims)) != 1.0:
         _multiply_rotations(config, factor)
     return config
@@ -84,7 +88,14 @@ def _activation(dims: Dims) -> Callable[[Tensor], Tensor]:
     if not dims.gated_mlp:
         squared_relu: Callable[[Tensor], Tensor] = activations.squared_relu
         return squared_relu
+    if dims.swiglu_limit is not None:
+        return sigmoid_gelu
     return gelu_tanh if dims.gelu else F.silu
+
+
+def sigmoid_gelu(x: Tensor) -> Tensor:
+    """Return ``x sigmoid(1.702 x)``."""
+    return x * torch.sigmoid(1.702 * x)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

@@ -92,8 +92,8 @@ def export_nemo(
     Raises:
         NumericsError: a weight is NaN or infinite in this number format.
     """
-    from compactlm_nemo.models.families import parameter_shapes
     from compactlm_nemo.models.hf import finite_as, write_assets
+    from compactlm_nemo.models.parameters import parameter_shapes
     from compactlm_nemo.models.torch_dist import write_torch_dist
 
     tokenizer, context = folder / CONTEXT / NEMO_TOKENIZER, folder / CONTEXT

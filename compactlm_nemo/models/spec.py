@@ -102,6 +102,18 @@ ROW_LINEARS: dict[tuple[bool, bool], type[RowLinear]] = {
 """(has a bias, has a norm behind it) -> the output projection of attention, or fc2."""
 
 
+class ExpertRowLinear(BiasedRowLinear):
+    """With a bias that the experts' sum over tensor-parallel ranks has once: each rank adds its part of the bias.
+
+    Gradients of the ranks are parts as well, which Megatron sums, as it does for a bias behind sequence parallelism.
+    """
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        out, bias = super().forward(x)
+        # A copy: Megatron adds the bias in place, to what autograd calls a view where no rank has to be asked.
+        return out.clone(), bias / self.tp_group.size()
+
+
 class ResidualAdd(torch.nn.Module):
     """What attention or MLP writes goes to the residual stream times a multiplier: ``r + multiplier * (x + bias)``.
 
@@ -181,9 +193,10 @@ def _attention(dims: Dims) -> type[SelfAttention]:
 
 def mlp_spec(dims: Dims) -> ModuleSpec:
     """Return the MLP of a layer, or its router and experts, each expert an MLP by itself."""
+    of_expert = dims.num_experts > 0 and dims.mlp_bias
     matrices = MLPSubmodules(
         linear_fc1=BiasedColumnParallelLinear if dims.mlp_bias else ColumnParallelLinear,
-        linear_fc2=ROW_LINEARS[dims.mlp_bias, dims.norm_after],
+        linear_fc2=ExpertRowLinear if of_expert else ROW_LINEARS[dims.mlp_bias, dims.norm_after],
     )
     if not dims.num_experts:
         return ModuleSpec(module=MLP, submodules=matrices)

@@ -35,10 +35,10 @@ class CutSource:
     """The teacher with layers and units removed and its residual stream as wide as before.
 
     Kept layers and experts are renumbered; kept heads, groups and neurons stay in the teacher's order. Of the router
-    the rows of kept experts stay: where gates are scaled to sum to 1 over the picked experts the softmax does the rest,
-    elsewhere the softmax over fewer experts gives each expert a larger gate; sigmoids know nothing of each other. Where
-    queries, keys and values are made from latents a head's rows and columns go together; latents stay whole, and so do
-    the MLPs of dense layers among layers with experts.
+    the rows (and biases) of kept experts stay: where gates are scaled to sum to 1 over the picked experts the softmax
+    does the rest, elsewhere the softmax over fewer experts gives each expert a larger gate; sigmoids know nothing of
+    each other. Where queries, keys and values are made from latents a head's rows and columns go together; latents stay
+    whole, and so do the MLPs of dense layers among layers with experts.
     """
 
     def __init__(self, teacher: Dims, plan: Plan, source: ParameterSource) -> None:
@@ -60,6 +60,8 @@ class CutSource:
             return full.index_select(1, columns_of(self.plan.heads[layer], self.teacher.head_dim))
         if (rows := self._rows_of_head(rest)) is not None:
             return full[columns_of(self.plan.heads[layer], rows)]
+        if rest.endswith("softmax_offset"):
+            return self._cut_sinks(layer, full)
         if rest.startswith("mlp.router."):
             return full[self.plan.experts[layer]]
         if rest.startswith("mlp.shared_experts.linear"):
@@ -96,6 +98,13 @@ class CutSource:
             first_kv = (group + 1) * (heads_per_group + 2) - 2
             rows += [blocks[first_kv], blocks[first_kv + 1]]
         return torch.cat(rows)
+
+    def _cut_sinks(self, layer: int, full: Tensor) -> Tensor:
+        """Take the sinks of kept heads; a merged head is linear in its sink too, to first order (`_cut_qkv`)."""
+        sinks = full.clone()
+        for head, removed in self.plan.merge.get(layer, []):
+            sinks[head] = 2 * full[head] - full[removed]
+        return sinks[self.plan.heads[layer]]
 
 
 def _cut_mlp(rest: str, full: Tensor, neurons: Tensor, width: int) -> Tensor:
@@ -144,7 +153,7 @@ class NarrowedSource:
             return hidden.read(before_mlp, full)
         if "linear_proj" in rest or "linear_fc2" in rest:
             return hidden.write(full)
-        return full  # of heads, latents or experts alone: their norms, what is made from latents, biases
+        return full  # not of the stream: query and key norms, sinks, latents, biases of fc1, qkv and router
 
 
 def split_name(name: str) -> tuple[int, str]:

@@ -39,6 +39,12 @@ def _mlp_weights(dims: Dims, ffn: int) -> int:
     return (_halves(dims) + 1) * ffn * dims.hidden_size
 
 
+def _expert_biases(dims: Dims) -> tuple[int, int]:
+    """Return biases of one expert: those of fc1, which tensor parallelism splits, and those of fc2."""
+    biased = dims.mlp_bias and dims.num_experts > 0
+    return _halves(dims) * dims.ffn_hidden_size * biased, dims.hidden_size * biased
+
+
 def _router_weights(dims: Dims) -> int:
     """Return weights that decide on a layer's experts: the router, and the gate of the expert that sees every token."""
     return (dims.num_experts + (dims.shared_expert_ffn > 0 and dims.shared_expert_gate)) * dims.hidden_size
@@ -50,12 +56,15 @@ def _sharded_layer_params(dims: Dims) -> int:
     weights = _heads_weights(dims) + _mlp_weights(dims, always)
     qkv_rows = (dims.num_heads + 2 * dims.num_query_groups) * dims.head_dim
     norms = (dims.num_heads + dims.num_query_groups) * dims.head_dim * dims.qk_norm_over_heads
-    return weights + norms + qkv_rows * dims.qkv_bias + _halves(dims) * dims.ffn_hidden_size * dims.mlp_bias
+    sinks = dims.num_heads * dims.attention_sinks
+    fc1_biases = 0 if dims.num_experts else _halves(dims) * dims.ffn_hidden_size * dims.mlp_bias
+    return weights + norms + sinks + qkv_rows * dims.qkv_bias + fc1_biases
 
 
 def _replicated_layer_params(dims: Dims) -> int:
     """Return parameters of one layer that every tensor- and expert-parallel rank holds whole."""
-    biases = dims.hidden_size * (dims.proj_bias + dims.mlp_bias)
+    has_fc2_bias = dims.mlp_bias and not dims.num_experts
+    biases = dims.hidden_size * (dims.proj_bias + has_fc2_bias) + dims.num_experts * dims.router_bias
     norms = 2 * (dims.norm_before + dims.norm_after) * _norm_params(dims)
     router = _router_weights(dims) + dims.num_experts * dims.sigmoid_gates
     latents = _latent_weights(dims) + dims.q_lora_rank + dims.kv_lora_rank  # and their norms
@@ -90,7 +99,8 @@ def _params_with(dims: Dims, experts: int) -> int:
     """Return parameters of the model with `experts` of the experts of each layer."""
     layers = 0
     for kind, count in dims.kinds():
-        of_experts = min(experts, kind.num_experts) * _mlp_weights(kind, kind.ffn_hidden_size)
+        of_expert = _mlp_weights(kind, kind.ffn_hidden_size) + sum(_expert_biases(kind))
+        of_experts = min(experts, kind.num_experts) * of_expert
         layers += count * (_sharded_layer_params(kind) + _replicated_layer_params(kind) + of_experts)
     return embedding_params(dims) + layers + _norm_params(dims)
 
@@ -115,8 +125,9 @@ def params_per_rank(dims: Dims, *, layout: ParallelConfig, chunk_layers: list[in
 
     def of_layer(layer: int) -> int:
         kind = dims.of_layer(layer)
-        experts = kind.num_experts // layout.ep * _mlp_weights(kind, kind.ffn_hidden_size)
-        return (_sharded_layer_params(kind) + experts) // tp + _replicated_layer_params(kind)
+        experts, (fc1_biases, fc2_biases) = kind.num_experts // layout.ep, _expert_biases(kind)
+        split = _sharded_layer_params(kind) + experts * (_mlp_weights(kind, kind.ffn_hidden_size) + fc1_biases)
+        return split // tp + _replicated_layer_params(kind) + experts * fc2_biases
 
     params = []
     starts = [sum(chunk_layers[:chunk]) for chunk in range(len(chunk_layers))]

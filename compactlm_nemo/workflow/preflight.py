@@ -10,7 +10,7 @@ import os
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from compactlm_nemo.artifacts import MANIFEST
 from compactlm_nemo.config.model import is_repository
@@ -25,8 +25,10 @@ from compactlm_nemo.search.space import enumerate_space
 from compactlm_nemo.workflow.layout_checks import layout_problems
 from compactlm_nemo.workflow.stage_table import STAGES
 
+C = TypeVar("C", bound=Config)
 
-def ready(config: Config, names: Collection[str] = tuple(STAGES)) -> tuple[Config, Dims | None]:
+
+def ready(config: C, names: Collection[str] = tuple(STAGES)) -> tuple[C, Dims | None]:
     """Return the settings with the commit of a teacher that is a repository of the Hub, and what `check` returns.
 
     The commit is written down for the run's other ranks and its next start, by a run, not by a plan of one.

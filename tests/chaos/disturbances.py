@@ -112,37 +112,41 @@ def can_mount(folder: Path) -> bool:
 
 
 def full_disks(world: World, count: int, random_: random.Random) -> Tally:
-    """Run on a disk that is too small, or that becomes read-only; with room again the run goes on to equality."""
+    """Run on a disk that is too small, or that stops taking anything; with room again the run goes on to equality."""
     tally, disk = Tally(), world.root / "disk"
     needed = sum(path.stat().st_size for path in files_of(world.finished))
     for i in range(count):
-        becomes_read_only = i % 3 == 2
-        with small_disk(disk, 4 * needed if becomes_read_only else random_.randrange(2**16, needed)):
+        closes = i % 3 == 2
+        with small_disk(disk, 4 * needed if closes else random_.randrange(2**16, needed)):
             run = disk / "run"
-            if becomes_read_only:
+            if closes:
                 with world.started(run) as running:
                     running.wait(random_.uniform(1, 5))
-                    _remount(disk, "ro")
+                    _close(disk)
                     if not running.wait():
-                        tally.harm("lost", "read-only: no end")
+                        tally.harm("lost", "closed disk: no end")
                     ended = running.ended()
             else:
                 ended = world.run(run)
             tally.tried += 1
-            if not (becomes_read_only and ended.code == 0):  # that late, the work was done
-                judge_refusal(ended, tally, "read-only disk" if becomes_read_only else "full disk", codes=(2, 75))
-            _remount(disk, f"rw,size={16 * needed}")
+            if not (closes and ended.code == 0):  # that late, the work was done
+                judge_refusal(ended, tally, "closed disk" if closes else "full disk", codes=(2, 75))
+            assert _remount(disk, f"rw,size={16 * needed}")
             world.judge(run, tally, "after a full disk")
     return tally
 
 
-def _remount(disk: Path, how: str) -> None:
-    """Change a file system; it is busy for a moment while a file that was written to is closed."""
-    for _ in range(50):
-        if subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], capture_output=True).returncode == 0:
-            return
-        time.sleep(0.1)
-    raise OSError(f"{disk} cannot be mounted {how}")
+def _close(disk: Path) -> None:
+    """Let a file system take nothing more: read-only, or without room while a file there is open for writing."""
+    if not _remount(disk, "ro"):
+        used = shutil.disk_usage(disk).used
+        assert _remount(disk, f"size={used}") or _remount(disk, f"size={2 * used}")  # more was written meanwhile
+
+
+def _remount(disk: Path, how: str) -> bool:
+    """Change a file system; whether that was possible."""
+    done = subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], capture_output=True)
+    return done.returncode == 0
 
 
 ORDER = ("teacher", "tokens", "score", "search", "student", "distill", "evaluate", "export")

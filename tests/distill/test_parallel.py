@@ -45,7 +45,7 @@ LENGTH = 12
 
 DOCUMENT_END = 7
 """Of the cases in DOCUMENT_CASES."""
-DOCUMENT_CASES = ("mistral_window", "qwen2_tied")
+DOCUMENT_CASES = ("mistral_window", "qwen2_tied", "gpt_oss_tied_layers")
 
 
 def samples() -> Tensor:
@@ -205,9 +205,13 @@ def test_step_is_the_definition_in_every_layout(layout, root, tmp_path):
     run_ranks(_matches, ranks, tmp_path, fields, CASES, root)
 
 
-@pytest.mark.parametrize("layout", ["1", "tp2_sp", "pp2", "vpp2", "cp2", *EXPERT_LAYOUTS])
+TP_PP: dict[str, tuple[int, dict[str, Any]]] = {"tp2_sp_pp2": (4, {"tp": 2, "sequence_parallel": True, "pp": 2})}
+"""With experts no training has tensor parallelism alone."""
+
+
+@pytest.mark.parametrize("layout", ["1", "tp2_sp", "pp2", "vpp2", "cp2", *TP_PP, *EXPERT_LAYOUTS])
 def test_step_with_experts_is_the_definition(layout, root, tmp_path):
-    ranks, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]
+    ranks, fields = (LAYOUTS | TP_PP | EXPERT_LAYOUTS)[layout]
     run_ranks(_matches, ranks, tmp_path, fields, EXPERT_CASES, root)
 
 
@@ -366,7 +370,7 @@ def test_compiled_layers_change_nothing(layout, recompute, overlap, backend, roo
 
 def test_compiled_attention_of_layers_with_experts_changes_nothing(root, tmp_path):
     ranks, fields = EXPERT_LAYOUTS["ep2"]
-    run_ranks(_compiled, ranks, tmp_path, fields, EXPERT_CASES[1:2], root, False, False, "aot_eager")
+    run_ranks(_compiled, ranks, tmp_path, fields, ("qwen2_moe", "gpt_oss"), root, False, False, "aot_eager")
 
 
 def _grouped(rank: int, world: int, layout: dict[str, Any], root: Path, recompute: bool) -> None:

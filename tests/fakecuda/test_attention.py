@@ -28,7 +28,7 @@ MASKS = {"causal": {}, "documents": {"document_end": 2}, "window": {"window": 30
 
 def kernels_of(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, groups: int, *, window: Any = None, document_end: Any = None,
-    cp: int = 1,
+    cp: int = 1, width: int = WIDTH, has_sinks: bool = False,
 ) -> set[str]:  # fmt: skip
     """Return the kernels of a forward and a backward pass through the package's attention."""
     group: Any = SimpleNamespace(rank=lambda: 0)
@@ -36,18 +36,20 @@ def kernels_of(
     monkeypatch.setattr(attention, "gather_from_sequence_parallel_region", lambda x, group: torch.cat([x] * cp))
     config: Any = SimpleNamespace(
         context_parallel_size=cp, params_dtype=dtype, window_size=None if window is None else (window - 1, 0),
-        softmax_scale=None, local_layers=None,
+        softmax_scale=None, local_layers=None, softmax_type="learnable" if has_sinks else "vanilla",
+        num_attention_heads=HEADS, tensor_model_parallel_size=1,
     )  # fmt: skip
     with FakeTensorMode(), AttentionKernels() as kernels:
         tokens_BS = torch.zeros(SAMPLES, LENGTH, dtype=torch.long, device="cuda")
         mask = AttentionMask(config, group)(tokens_BS, document_end)
-        core = SdpaCoreAttention(config, pg_collection=SimpleNamespace(cp=group))
+        with torch.device("cuda"):
+            core = SdpaCoreAttention(config, pg_collection=SimpleNamespace(cp=group))
         query, key, value = (
-            torch.zeros(LENGTH, SAMPLES, heads, WIDTH, dtype=dtype, device="cuda", requires_grad=True)
+            torch.zeros(LENGTH, SAMPLES, heads, width, dtype=dtype, device="cuda", requires_grad=True)
             for heads in (HEADS, groups, groups)
         )
         out = core(query, key, value, mask)
-        assert out.shape == (LENGTH, SAMPLES, HEADS * WIDTH) and out.is_cuda
+        assert out.shape == (LENGTH, SAMPLES, HEADS * width) and out.is_cuda
         out.sum().backward()
         assert key.grad is not None and key.grad.shape == key.shape
     return kernels.seen
@@ -57,11 +59,12 @@ def kernels_of(
 @pytest.mark.parametrize("groups", [HEADS, 2, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_cudnn", [True, False], ids=["cudnn", "no_cudnn"])
-def test_attention_runs_a_fused_kernel(monkeypatch, has_cudnn, dtype, groups, mask):
+@pytest.mark.parametrize("sinks", [{}, {"has_sinks": True, "width": 64}], ids=["", "sinks"])
+def test_attention_runs_a_fused_kernel(monkeypatch, sinks, has_cudnn, dtype, groups, mask):
     if not has_cudnn:  # as on devices before Hopper and in torch 2.9
         others = [kernel for kernel in attention.FUSED_KERNELS if kernel is not SDPBackend.CUDNN_ATTENTION]
         monkeypatch.setattr(attention, "FUSED_KERNELS", others)
-    kernels = kernels_of(monkeypatch, dtype, groups, **MASKS[mask])
+    kernels = kernels_of(monkeypatch, dtype, groups, **MASKS[mask], **sinks)
     assert len(kernels) == 2, kernels  # forward and backward
     assert not [name for name in kernels if "softmax" in name or name.endswith("_math")]
 

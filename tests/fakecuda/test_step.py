@@ -29,6 +29,10 @@ DOCUMENT_END = 2
 SHORT = 1024
 """Tokens of a sample where their number changes nothing that is measured."""
 EXPERTS = {"family": "mixtral", "num_experts": 8, "experts_per_token": 2, "ffn_hidden_size": 1792}
+GPT_OSS: dict[str, Any] = {
+    **EXPERTS, "family": "gpt_oss", "attention_sinks": True, "router_bias": True, "mlp_bias": True, "qkv_bias": True,
+    "proj_bias": True, "swiglu_limit": 7.0, "norm_topk": True, "window": 128, "local_layers": [True],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -77,6 +81,15 @@ def test_experts_wait_for_the_device_where_it_is_listed(layout: dict[str, Any]) 
     sent = {(key.kind, key.size) for key in there.counts.collectives if key.group == "expert_model_parallel"}
     assert sent == {("alltoall_base", layout["ep"])}
     assert "math" not in there.counts.attention
+
+
+@pytest.mark.parametrize("layout", [{"ep": 4}, {"ep": 2, "tp": 2, "sequence_parallel": True}])
+@pytest.mark.parametrize("document_end", [None, DOCUMENT_END])
+def test_sinks_and_biased_experts_are_on_the_device(layout: dict[str, Any], document_end: int | None) -> None:
+    with cluster(world=8, **layout) as there:
+        distillation_step(there, dims={"layers": 1, **GPT_OSS}, length=SHORT, document_end=document_end)
+    assert not unlisted(there.counts, [*STEP, *EXPERT_LAYER])
+    assert there.counts.attention and "math" not in there.counts.attention
 
 
 def test_documents_are_on_the_device_under_context_parallelism() -> None:

@@ -33,12 +33,15 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     window: int | None = None
     has_documents: bool = False
+    has_sinks: bool = False
 
 
 CASES = {
     "causal": Case(),
     "window": Case(window=64),
     "documents": Case(has_documents=True),
+    "sinks": Case(has_sinks=True),
+    "sinks and window": Case(window=64, has_sinks=True),
     "float32": Case(torch.float32),
     "float32 with documents": Case(torch.float32, has_documents=True),
 }
@@ -46,7 +49,8 @@ CASES = {
 
 def operators(case: Case, mesh: Mesh) -> list[str]:
     """Names of what one layer runs."""
-    (chunk,) = build_model(replace(DIMS, window=case.window), mesh, dtype=case.dtype, vocab_multiple=128)
+    dims = replace(DIMS, window=case.window, attention_sinks=case.has_sinks)
+    (chunk,) = build_model(dims, mesh, dtype=case.dtype, vocab_multiple=128)
     with torch.no_grad():
         for parameter in chunk.parameters():
             parameter.normal_(std=0.02)

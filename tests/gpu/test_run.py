@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import parameter_shapes
+from compactlm_nemo.models.parameters import parameter_shapes
 from compactlm_nemo.pruning.plan import PLAN
 from tests.gpu.processes import CPU, start, written
 from tests.support.tiny_run import command, metrics

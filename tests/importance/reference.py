@@ -83,14 +83,20 @@ def experts_hook(moe: Any, i: int, config: Any, neurons: str, at: Any) -> Any:
 
     def hook(module: Any, args: Any) -> None:
         x = args[0]
-        weight = gates(moe.gate, x, config)
+        router = moe.gate if hasattr(moe, "gate") else moe.router
+        weight = gates(router, x, config)
         norms = []
         for e in range(weight.shape[-1]):
-            first, up = (x @ moe.experts.gate_up_proj[e].T).chunk(2, dim=-1)
-            inner = first / (1 + (-first).exp()) * up * weight[..., e : e + 1]
-            is_routed = (weight[..., e : e + 1] > 0).to(x.dtype)
-            at(f"layers.{i}.experts.{e}.mlp", inner if neurons == "after" else first * is_routed)
-            norms.append((inner @ moe.experts.down_proj[e].T).pow(2).sum(-1).sqrt())
+            weight_of_e = weight[..., e : e + 1]
+            if config.model_type == "gpt_oss":
+                first, inner, written = gpt_oss_expert(moe.experts, e, x)
+            else:
+                first, up = (x @ moe.experts.gate_up_proj[e].T).chunk(2, dim=-1)
+                inner = first / (1 + (-first).exp()) * up
+                written = inner @ moe.experts.down_proj[e].T
+            is_routed = (weight_of_e > 0).to(x.dtype)
+            at(f"layers.{i}.experts.{e}.mlp", inner * weight_of_e if neurons == "after" else first * is_routed)
+            norms.append((written * weight_of_e).pow(2).sum(-1).sqrt())
         at(f"layers.{i}.experts", torch.stack(norms, dim=-1))
         if shared := getattr(moe, "shared_expert", None) or getattr(moe, "shared_experts", None):
             first = x @ shared.gate_proj.weight.T
@@ -102,7 +108,8 @@ def experts_hook(moe: Any, i: int, config: Any, neurons: str, at: Any) -> Any:
 
 def gates(router: Any, x: Tensor, config: Any) -> Tensor:
     """The weight that every expert has for every token, 0 for those it is not sent to."""
-    logits, is_deepseek = x @ router.weight.T, config.model_type.startswith("deepseek")
+    bias, is_deepseek = getattr(router, "bias", None), config.model_type.startswith("deepseek")
+    logits = x @ router.weight.T + (0 if bias is None else bias)
     gate = logits.sigmoid() if config.model_type == "deepseek_v3" else logits.softmax(-1)
     choice = gate + getattr(router, "e_score_correction_bias", 0)
     if is_deepseek and getattr(config, "topk_method", None) != "greedy" and config.n_group > 1:
@@ -113,9 +120,18 @@ def gates(router: Any, x: Tensor, config: Any) -> Tensor:
         choice = torch.where((worth >= least)[..., None], groups, -torch.inf).reshape(choice.shape)
     chosen = choice.topk(config.num_experts_per_tok, dim=-1).indices
     top = gate.gather(-1, chosen)
-    if config.model_type == "mixtral" or config.norm_topk_prob:
+    if config.model_type in ("mixtral", "gpt_oss") or config.norm_topk_prob:
         top = top / top.sum(-1, keepdim=True)
     return torch.zeros_like(gate).scatter(-1, chosen, top * getattr(config, "routed_scaling_factor", 1.0))
+
+
+def gpt_oss_expert(experts: Any, e: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What goes through the activation, what comes out of it, and what the expert writes."""
+    wide = x @ experts.gate_up_proj[e] + experts.gate_up_proj_bias[e]
+    first, up = wide[..., 0::2], wide[..., 1::2]
+    limited, up = first.minimum(torch.tensor(7.0)), up.minimum(torch.tensor(7.0)).maximum(torch.tensor(-7.0))
+    inner = (up + 1) * limited / (1 + (-1.702 * limited).exp())
+    return first, inner, inner @ experts.down_proj[e] + experts.down_proj_bias[e]
 
 
 def scores_of(seen: dict[str, list[Tensor]], batch: str, sequence: str) -> dict[str, Tensor]:
@@ -173,9 +189,15 @@ def taylor_reference(model: Any, ids_NS: Tensor, counts_NS: Tensor | None = None
     for i in range(model.config.num_hidden_layers):
         prefix = f"model.layers.{i}."
         own = {name.removeprefix(prefix): x for name, x in taylor.items() if name.startswith(prefix)}
+        if "mlp.router.weight" in own:  # matrices of the experts the other way round, gate and up in turns
+            gate_up = own["mlp.experts.gate_up_proj"].transpose(1, 2)
+            own["mlp.experts.gate_up_proj"] = torch.cat([gate_up[:, 0::2], gate_up[:, 1::2]], dim=1)
+            bias = own["mlp.experts.gate_up_proj_bias"]
+            own["mlp.experts.gate_up_proj_bias"] = torch.cat([bias[:, 0::2], bias[:, 1::2]], dim=1)
+            own["mlp.experts.down_proj"] = own["mlp.experts.down_proj"].transpose(1, 2)
         for name, x in own.items():
             is_reader = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "up_proj.weight"))
-            is_reader = is_reader or name.endswith(("q_a_proj.weight", "kv_a_proj_with_mqa.weight"))
+            is_reader = is_reader or name.endswith(("q_a_proj.weight", "kv_a_proj_with_mqa.weight", "router.weight"))
             if is_reader or name.endswith(("gate_proj.weight", "gate.weight")):
                 hidden = hidden + x.sum(0)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -188,6 +210,8 @@ def taylor_reference(model: Any, ids_NS: Tensor, counts_NS: Tensor | None = None
                 hidden = hidden + x.sum((0, 1))
             elif name.endswith("experts.down_proj"):
                 hidden = hidden + x.sum((0, 2))
+            elif name.endswith("experts.down_proj_bias"):
+                hidden = hidden + x.sum(0)
         scores |= {f"layers.{i}.{name}": x for name, x in _taylor_of_layer(own, heads, groups).items()}
     return scores | {"hidden": hidden}
 
@@ -200,7 +224,7 @@ def _taylor_of_layer(own: dict[str, Tensor], heads: int, groups: int) -> dict[st
 
     makers = [name for name in ("q_proj", "q_b_proj", "kv_b_proj") if f"self_attn.{name}.weight" in own]
     scores = {"heads": own["self_attn.o_proj.weight"].sum(0).reshape(heads, -1).sum(1)}
-    scores["heads"] = scores["heads"] + sum(rows(name, heads) for name in makers)
+    scores["heads"] = scores["heads"] + sum(rows(name, heads) for name in makers) + own.get("self_attn.sinks", 0)
     keys_and_values: Any = 0  # with latents a head's own
     if "self_attn.k_proj.weight" in own:
         keys_and_values = rows("k_proj", groups) + rows("v_proj", groups)
@@ -213,7 +237,10 @@ def _taylor_of_layer(own: dict[str, Tensor], heads: int, groups: int) -> dict[st
             scores[name] = sum(values) + own[f"{path}down_proj.weight"].sum(0)
     if "mlp.experts.down_proj" in own:
         gate_up_EF, down_EF = own["mlp.experts.gate_up_proj"].sum(2), own["mlp.experts.down_proj"].sum(1)
+        gate_up_EF = gate_up_EF + own.get("mlp.experts.gate_up_proj_bias", 0)
         scores["experts"] = gate_up_EF.sum(1) + down_EF.sum(1)
+        if "mlp.experts.down_proj_bias" in own:
+            scores["experts"] = scores["experts"] + own["mlp.experts.down_proj_bias"].sum(1)
         for e, (gate_up_F, down_F) in enumerate(zip(gate_up_EF, down_EF, strict=True)):
             scores[f"experts.{e}.mlp"] = gate_up_F.reshape(2, -1).sum(0) + down_F
     return scores

@@ -19,7 +19,7 @@ from tests.support.tiny_models import CASES, EXPERT_CASES, LATENT_CASES, VOCAB, 
 DENSE = ("llama", "nemotron")
 
 
-MIXED = ("mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3")
+MIXED = ("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3")
 
 
 FOUR_GROUPS = tuple(f"{case}_4_groups" for case in DENSE)

@@ -22,7 +22,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_models import VOCAB, save_tiny
 
 DENSE = ("llama", "nemotron")
-EXPERTS = ("qwen2_moe", "mixtral", "deepseek_v3")
+EXPERTS = ("qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3")
 SAMPLES, LENGTH = 5, 12
 
 

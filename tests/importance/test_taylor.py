@@ -23,7 +23,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_models import VOCAB, save_tiny
 
 DENSE = ("llama", "llama_tied_llama3_rope", "nemotron", "nemotron_tied_biases", "llama_biases")
-MIXED = ("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "deepseek_v2_tied_greedy")
+MIXED = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v3", "deepseek_v2_tied_greedy")
 
 
 def windows() -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compactlm_nemo.models.attention import AttentionMask, for_each_head
+from compactlm_nemo.models.attention import AttentionMask, SdpaCoreAttention, for_each_head
 from compactlm_nemo.models.layout import context_positions
 
 LENGTH = 12
@@ -25,10 +25,11 @@ def mask_of(
     rank: int = 0,
     dtype: torch.dtype = torch.float32,
     local_layers: list[bool] | None = None,
+    softmax_type: str = "vanilla",
 ) -> AttentionMask:
     config: Any = SimpleNamespace(
         context_parallel_size=size, params_dtype=dtype, window_size=None if window is None else (window - 1, 0),
-        local_layers=local_layers,
+        local_layers=local_layers, softmax_type=softmax_type,
     )  # fmt: skip
     group: Any = SimpleNamespace(rank=lambda: rank)
     return AttentionMask(config, group)
@@ -123,3 +124,71 @@ def test_attention_of_every_head_by_itself_is_grouped_attention_with_its_gradien
     grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (got, want)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def attention_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None, end: int | None) -> Tensor:
+    """Attention by sums over numbers, `[S, B, heads * D]`: a head's sink is a term of the denominator and no more."""
+    length, samples, heads, width = q.shape
+    rows = []
+    for s in range(length):
+        for b in range(samples):
+            for n in range(heads):
+                sample = None if end is None else TOKENS[b].tolist()
+                seen = [t for t in range(length) if attends(s, t, window, sample)]
+                g = n // (heads // k.shape[2])
+                weights = [((q[s, b, n] * k[t, b, g]).sum() / width**0.5).exp() for t in seen]
+                total = sinks[n].exp() + sum(weights)
+                rows.append(sum(weight * v[t, b, g] for t, weight in zip(seen, weights, strict=True)) / total)
+    return torch.stack(rows).view(length, samples, heads * width)
+
+
+@pytest.mark.parametrize(("window", "end"), [(None, None), (4, None), (None, END), (4, END)])
+def test_sinks_are_terms_of_the_denominators(window: int | None, end: int | None) -> None:
+    """Values, and gradients of queries, keys, values and sinks, in float64; heads share keys and values."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(LENGTH, 2, 6, 4), (LENGTH, 2, 2, 4), (LENGTH, 2, 2, 4)]
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes)
+    config: Any = SimpleNamespace(
+        context_parallel_size=1, softmax_type="learnable", num_attention_heads=6, tensor_model_parallel_size=1,
+        params_dtype=torch.float64, softmax_scale=None,
+    )  # fmt: skip
+    core = SdpaCoreAttention(config)
+    assert core.softmax_offset is not None
+    with torch.no_grad():
+        core.softmax_offset.copy_(torch.tensor([0.0, -3.0, 2.0, 5.0, 1.0, -0.5]))
+    mask = mask_of(window, dtype=torch.float64, softmax_type="learnable")(TOKENS, end)
+    assert (mask is None) == (window is None and end is None)
+    got, inputs = core(q, k, v, mask), [q, k, v, core.softmax_offset]
+    want = attention_with_sinks(q, k, v, core.softmax_offset, window, end)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(got.shape, generator=generator, dtype=torch.float64)
+    grads = [torch.autograd.grad((out * weight).sum(), inputs) for out in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_sinks_in_bfloat16_are_as_near_as_bfloat16_is(window: int | None) -> None:
+    generator = torch.Generator().manual_seed(8)
+    q, k, v = (torch.randn(LENGTH, 2, heads, 64, generator=generator).bfloat16() for heads in (6, 2, 2))
+    config: Any = SimpleNamespace(
+        context_parallel_size=1, softmax_type="learnable", num_attention_heads=6, tensor_model_parallel_size=1,
+        params_dtype=torch.bfloat16, softmax_scale=None,
+    )  # fmt: skip
+    core = SdpaCoreAttention(config)
+    assert core.softmax_offset is not None
+    with torch.no_grad():
+        core.softmax_offset.copy_(torch.tensor([0.0, -3.0, 2.0, 5.0, 1.0, -0.5]))
+        got = core(q, k, v, mask_of(window, dtype=torch.bfloat16, softmax_type="learnable")(TOKENS, None))
+        inputs = [x.double() for x in (q, k, v, core.softmax_offset)]
+        want = attention_with_sinks(*inputs, window, None)
+    assert got.dtype is torch.bfloat16
+    assert (got.double() - want).norm() / want.norm() < 0.01
+
+
+def test_a_mask_for_sinks_has_their_columns_behind_the_others() -> None:
+    plain = mask_of(4)(TOKENS, None)
+    got = mask_of(4, softmax_type="learnable")(TOKENS, None)
+    assert plain is not None and got is not None and got.shape == (1, 1, LENGTH, LENGTH + 16)
+    assert torch.equal(got[..., :LENGTH], plain)
+    assert bool((got[..., LENGTH] == 0).all()) and bool((got[..., LENGTH + 1 :] == -math.inf).all())

@@ -13,7 +13,7 @@ from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.build import tp_share
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import parameter_shapes
+from compactlm_nemo.models.parameters import parameter_shapes
 from compactlm_nemo.search.candidates import Candidate
 from compactlm_nemo.search.latency import PARTS
 from tests.support.shapes import NEMOTRON_15B

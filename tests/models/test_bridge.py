@@ -16,8 +16,9 @@ from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 from compactlm_nemo.models.bridge import bridge_problem, count_bridge, export_bridge
 from compactlm_nemo.models.bridge_config import FAMILIES_OF_SETTINGS, dims_of_settings, read_model_settings
-from compactlm_nemo.models.families import dims_of, parameter_shapes
+from compactlm_nemo.models.families import dims_of
 from compactlm_nemo.models.hf_config import config_values, quick_dims
+from compactlm_nemo.models.parameters import parameter_shapes
 from compactlm_nemo.models.source import find_weights, generated_config, open_teacher, quick_source_dims, teacher_dims
 from tests.support.bridge import CASES, GOLDEN, make_source, tensors_of, written
 from tests.support.tiny_models import CASES as EVERY_CASE

@@ -20,11 +20,15 @@ COUNTS = [3, 0, 2, 4]
 """Tokens of each expert; one has none."""
 
 
-def experts(gated: bool) -> Any:
+def experts(gated: bool, has_biases: bool = False) -> Any:
     """Experts of Megatron's shape without its parallel linears."""
     module = Experts.__new__(Experts)
     torch.nn.Module.__init__(module)
-    module.config = SimpleNamespace(gated_linear_unit=gated, activation_func=F.silu if gated else squared_relu)
+    module.config = SimpleNamespace(
+        gated_linear_unit=gated, activation_func=F.silu if gated else squared_relu, activation_func_clamp_value=None,
+        glu_linear_offset=0.0,
+    )  # fmt: skip
+    module.tp_group = SimpleNamespace(size=lambda: 2)
     module.local_experts = torch.nn.ModuleList()
     generator = torch.Generator().manual_seed(2)
     for _ in COUNTS:
@@ -32,6 +36,7 @@ def experts(gated: bool) -> Any:
         for name, shape in (("linear_fc1", (WIDTH * (2 if gated else 1), HIDDEN)), ("linear_fc2", (HIDDEN, WIDTH))):
             linear = torch.nn.Module()
             linear.weight = torch.nn.Parameter(torch.randn(shape, generator=generator))
+            linear.bias = torch.nn.Parameter(torch.randn(shape[0], generator=generator)) if has_biases else None
             setattr(expert, name, linear)
         module.local_experts.append(expert)
     module.is_grouped = True
@@ -92,6 +97,31 @@ def test_gradients_are_those_of_the_experts_one_after_another(gated: bool) -> No
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@needs_products
+def test_biases_and_a_clamped_activation_are_every_expert_by_itself() -> None:
+    """Of two tensor-parallel ranks each adds half of fc2's bias."""
+    module, generator = experts(True, has_biases=True), torch.Generator().manual_seed(5)
+    module.config.activation_func_clamp_value, module.config.glu_linear_offset = 1.5, 1.0
+    hidden_NH, probs_N = routed(generator)
+    weight_NH = torch.randn(sum(COUNTS), HIDDEN, generator=generator)
+    outs = []
+    for x, prob, expert in zip(hidden_NH.split(COUNTS), probs_N.split(COUNTS), module.local_experts, strict=True):
+        fc1, fc2 = expert.linear_fc1, expert.linear_fc2
+        for row, p in zip(x, prob, strict=True):
+            wide = fc1.weight @ row + fc1.bias
+            gate = torch.stack([value if value < 1.5 else value.new_tensor(1.5) for value in wide[:WIDTH]])
+            up = torch.stack([max(min(value, 1.5), -1.5) + value * 0 for value in wide[WIDTH:]])
+            outs.append((fc2.weight @ (gate / (1 + (-gate).exp()) * (up + 1)) + fc2.bias / 2) * p)
+    want = torch.stack(outs)
+    got, bias = module(hidden_NH, torch.tensor(COUNTS), probs_N)
+    assert bias is None
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    inputs = [hidden_NH, probs_N, *module.parameters()]
+    grads = [torch.autograd.grad((out * weight_NH).sum(), inputs, allow_unused=True) for out in (got, want)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("dtype", "device", "capability", "changes", "tp", "wanted"),
     [
@@ -101,7 +131,7 @@ def test_gradients_are_those_of_the_experts_one_after_another(gated: bool) -> No
         (torch.float32, "cuda", (9, 0), {}, 1, False),
         (torch.bfloat16, "cpu", (9, 0), {}, 1, False),
         (torch.bfloat16, "cuda", (9, 0), {"num_experts": 0}, 1, False),
-        (torch.bfloat16, "cuda", (9, 0), {"mlp_bias": True}, 1, False),
+        (torch.bfloat16, "cuda", (9, 0), {"mlp_bias": True}, 1, True),
         (torch.bfloat16, "cuda", (9, 0), {"hidden_size": 60}, 1, False),
         (torch.bfloat16, "cuda", (9, 0), {"ffn_hidden_size": 48}, 4, False),
     ],

@@ -96,6 +96,10 @@ def test_cases_would_show_the_difference() -> None:
         ("qwen2_moe", {"norm_topk_prob": True}),
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("qwen3_moe_tied_top1", {"num_experts_per_tok": 2}),
+        ("gpt_oss", {"sliding_window": 8}),
+        ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"] * 2}),
+        ("gpt_oss", {"num_experts_per_tok": 1}),
+        ("gpt_oss", {"rope_parameters": tiny_config("gpt_oss").rope_parameters | {"truncate": True}}),
         ("deepseek_v3", {"rms_norm_eps": 1e-6}),
         ("deepseek_v3", {"rope_parameters": yarn | {"mscale": 1.5}}),
         ("deepseek_v3", {"rope_parameters": yarn | {"mscale_all_dim": 0.7}}),
@@ -146,7 +150,9 @@ def test_resized_config_makes_the_smaller_model(case: str) -> None:
         assert attention.q_proj.weight.shape == attention.k_proj.weight.shape == (width, 24)
     mlp = model.model.layers[-1].mlp
     if small.num_experts:
-        assert mlp.experts.down_proj.shape == (small.num_experts, 24, 56)
+        assert mlp.experts.down_proj.shape == (
+            (small.num_experts, 56, 24) if small.router_bias else (small.num_experts, 24, 56)
+        )
     else:
         assert mlp.down_proj.weight.shape == (24, 56)
     if getattr(new, "layer_types", None):

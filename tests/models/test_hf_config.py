@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compactlm_nemo.config.load import CONF, compose
 from compactlm_nemo.errors import CheckpointError
-from compactlm_nemo.models.families import FAMILIES, dims_of, export_problem, resized
+from compactlm_nemo.models.families import FAMILIES, dims_of, resized
 from compactlm_nemo.models.hf import export_hf, open_hf, read_config
 from compactlm_nemo.models.hf_config import DEFAULTS, quick_dims, quick_folder_dims
+from compactlm_nemo.models.limits import export_problem
 from compactlm_nemo.models.source import declared_dims, quick_source_dims
 from tests.support.tiny_models import CASES, EAGER, save_tiny, tiny_config, tokens
 

@@ -36,4 +36,4 @@ def test_an_import_holds_its_ranks_weights_and_a_third_more_than_one_file(
         monkeypatch.setenv(name, value)
     tiny_model("llama", **SIZES).save_pretrained(tmp_path / "model", max_shard_size="26MB")
     tiny_model("llama").save_pretrained(tmp_path / "tiny")
-    run_ranks(_import, world, tmp_path, tmp_path)
+    run_ranks(_import, world, tmp_path, tmp_path, start_method="spawn")

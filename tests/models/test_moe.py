@@ -102,10 +102,12 @@ def test_the_router_of_the_cases_decides_clearly_and_differently(case: str) -> N
     def remember(router: Any, args: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
         # From the weight: transformers 5.2 returns probabilities where later versions return logits.
         logits_NE = args[0].detach().flatten(0, -2) @ router.weight.detach().T
+        if getattr(router, "bias", None) is not None:
+            logits_NE = logits_NE + router.bias.detach()
         routed.append((logits_NE.sort(dim=-1, descending=True).values, output[2]))
 
     for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(remember)
+        getattr(layer.mlp, "gate" if hasattr(layer.mlp, "gate") else "router").register_forward_hook(remember)
     model(tokens())
     picked = model.config.num_experts_per_tok
     for logits_NE, chosen_NK in routed:
@@ -122,6 +124,10 @@ def test_resized_config_has_other_experts() -> None:
         new = resized(config, small)
         assert dims_of(new) == small
         mlp = AutoModelForCausalLM.from_config(new).model.layers[2].mlp
+        if config.model_type == "gpt_oss":
+            assert (mlp.router.weight.shape, mlp.router.bias.shape) == ((3, 32), (3,))
+            assert mlp.experts.gate_up_proj.shape == (3, 32, 2 * 8)
+            continue
         assert mlp.gate.weight.shape == (3, 32)
         assert mlp.experts.gate_up_proj.shape == (3, 2 * 8, 32)
         if case == "qwen2_moe":
@@ -154,6 +160,15 @@ def _other_count(folder: Path) -> None:
         ("qwen3_moe", _other_count, "lacks 12 tensors, first model.layers.0.mlp.experts.4.gate_proj.weight"),
         ("qwen2_moe", _config(moe_intermediate_size=32), "mlp.experts.0.gate_proj.weight has shape [24, 48]"),
         ("qwen2_moe", _config(shared_expert_intermediate_size=24), "shared_expert.gate_proj.weight has shape"),
+        ("gpt_oss", _other_count, "model.layers.0.mlp.router.weight has shape [4, 48] in the files and [5, 48]"),
+        ("gpt_oss", _config(sliding_window=None), "sliding_window=None must be a whole number > 0 for the layers"),
+        ("gpt_oss", _config(swiglu_alpha=1.5), "swiglu_alpha=1.5 is not supported for gpt_oss; it must be 1.702"),
+        ("gpt_oss", _config(swiglu_limit=-1.0), "swiglu_limit=-1.0 must be a number > 0"),
+        (
+            "gpt_oss",
+            _config(quantization_config={"quant_method": "fp8"}),
+            "quantization_config.quant_method='fp8' is not read, only 'mxfp4'; let transformers dequantise",
+        ),
         ("llama", _config(num_experts=4), "num_experts=4 is not supported for model_type=llama"),
     ],
 )

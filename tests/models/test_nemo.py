@@ -16,9 +16,10 @@ from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
 from compactlm_nemo.models.bridge import count_bridge
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER, dims_of, parameter_shapes
+from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER, dims_of
 from compactlm_nemo.models.nemo import export_nemo, nemo_problem, nemo_settings, untied_for_nemo
 from compactlm_nemo.models.nemo_config import CONFIGS, NemoSettings, dims_of_nemo
+from compactlm_nemo.models.parameters import parameter_shapes
 from compactlm_nemo.models.source import generated_config, open_teacher, quick_source_dims, teacher_dims
 from compactlm_nemo.search.cost import num_params
 from tests.support.bridge import pruned

@@ -35,7 +35,7 @@ def _ours(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[tuple[st
     return hf_tensors(dims, source, dtype)
 
 
-@pytest.mark.parametrize("case", ["qwen3_tied", "mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("case", ["qwen3_tied", "mixtral", "qwen2_moe", "gpt_oss"])
 def test_transformers_reads_what_was_exported(case: str, tmp_path: Path) -> None:
     folder = _exported(case, tmp_path, torch.bfloat16)
     tool = read_back(sys.executable, "hf", folder, _ours(tmp_path / "source", torch.bfloat16), TIED)

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from compactlm_nemo.config.model import ModelConfig
-from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER, parameter_shapes
+from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER
 from compactlm_nemo.models.hf import export_hf, open_hf
 from compactlm_nemo.models.nemo import export_nemo, nemo_settings, nemo_tensors, untied_for_nemo
+from compactlm_nemo.models.parameters import parameter_shapes
 from compactlm_nemo.models.read_back import read_back
 from compactlm_nemo.models.source import open_teacher
 from tests.support.bridge import pruned

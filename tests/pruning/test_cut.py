@@ -18,8 +18,8 @@ from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.build import ParameterSource, build_model, fill
 from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.hf import count_params, export_hf, open_hf
+from compactlm_nemo.models.parameters import parameter_shapes
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.residual_stream import Selection
@@ -212,6 +212,26 @@ def expert_plan(shared: bool) -> Plan:
     )
 
 
+def unmerged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the other families store them: every expert's matrices by themselves, rows outputs, the router a gate."""
+    split: dict[str, Tensor] = {}
+    for name, full in tensors.items():
+        if ".mlp.router." in name:
+            split[name.replace(".router.", ".gate.")] = full
+            continue
+        prefix, _, matrix = name.partition(".experts.")
+        if not matrix.startswith(("gate_up_proj", "down_proj")) or "." in matrix:
+            split[name] = full
+            continue
+        kind = "bias" if matrix.endswith("_bias") else "weight"
+        for expert, own in enumerate(full):
+            rows = own if kind == "bias" else own.T
+            is_down = matrix.startswith("down_proj")
+            parts = {"down_proj": rows} if is_down else {"gate_proj": rows[0::2], "up_proj": rows[1::2]}
+            split |= {f"{prefix}.experts.{expert}.{part}.{kind}": value for part, value in parts.items()}
+    return split
+
+
 def sliced_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As `sliced`, for `expert_plan`."""
     wanted = {}
@@ -234,13 +254,16 @@ def sliced_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
                 continue
             new = new.replace(f".experts.{expert}.", f".experts.{kept.index(expert)}.")
             is_down = part in ("w2", "down_proj")
-            cut = full[HIDDEN][:, NEURONS[expert]] if is_down else full[NEURONS[expert]][:, HIDDEN]
+            cut = full[HIDDEN if is_down else NEURONS[expert]]
+            cut = cut[:, NEURONS[expert] if is_down else HIDDEN] if kind == "weight" else cut
         elif ".shared_expert." in name:
             cut = full[HIDDEN][:, SHARED] if part == "down_proj" else full[SHARED][:, HIDDEN]
         elif part == "shared_expert_gate":
             cut = full[:, HIDDEN]
         elif part == "gate":
-            cut = full[kept][:, HIDDEN]
+            cut = full[kept][:, HIDDEN] if kind == "weight" else full[kept]
+        elif kind == "sinks":
+            cut = full[group * 2 : group * 2 + 2]
         elif part in ("q_proj", "k_proj", "v_proj"):
             cut = full[queries if part == "q_proj" else keys]
             cut = cut[:, HIDDEN] if kind == "weight" else cut
@@ -264,81 +287,8 @@ def test_experts_and_groups_are_the_slice_of_every_tensor(case, tmp_path):
     )  # fmt: skip
     cut = student_source(dims, expert_plan(has_shared), source)
     export_hf(tmp_path / "teacher", tmp_path / "student", student, cut, torch.float32)
-    want = sliced_experts(load_file(tmp_path / "teacher" / "model.safetensors"))
-    got = load_file(tmp_path / "student" / "model.safetensors")
-    assert got.keys() == want.keys()
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
-    assert count_params(tmp_path / "student") == num_params(student)
-
-
-GROUPED = [1, 2, 3, 4, 5, 7]
-"""Kept experts of eight, three of each group."""
-
-
-def sliced_latents(tensors: dict[str, Tensor], shared: list[int]) -> dict[str, Tensor]:
-    """As `sliced`, of DeepSeek's models: heads of 12 + 8 channels for queries, 12 for keys and 16 for values."""
-    wanted = {}
-    for name, full in tensors.items():
-        if not name.startswith("model.layers."):
-            wanted[name] = full[..., HIDDEN]
-            continue
-        layer = int(name.split(".")[2])
-        if layer not in LAYERS:
-            continue
-        new = name.replace(f"layers.{layer}.", f"layers.{LAYERS.index(layer)}.")
-        part = name.split(".")[-2]
-        of_heads = {
-            width: [head * width + i for head in HEADS[layer] for i in range(width)] for width in (12 + 8, 12 + 16, 16)
-        }
-        if part in ("q_a_layernorm", "kv_a_layernorm"):
-            cut = full
-        elif part in ("q_a_proj", "kv_a_proj_with_mqa"):
-            cut = full[:, HIDDEN]
-        elif part in ("q_proj", "q_b_proj", "kv_b_proj"):
-            cut = full[of_heads[28 if part == "kv_b_proj" else 20]]
-            cut = cut[:, HIDDEN] if part == "q_proj" else cut
-        elif part == "o_proj":
-            cut = full[HIDDEN][:, of_heads[16]]
-        elif ".experts." in name:
-            expert = int(name.split(".experts.")[1].split(".")[0])
-            if expert not in GROUPED:
-                continue
-            new = new.replace(f".experts.{expert}.", f".experts.{GROUPED.index(expert)}.")
-            neurons = NEURONS[expert % 4]
-            cut = full[HIDDEN][:, neurons] if part == "down_proj" else full[neurons][:, HIDDEN]
-        elif ".shared_experts." in name:
-            cut = full[HIDDEN][:, shared] if part == "down_proj" else full[shared][:, HIDDEN]
-        elif part == "gate":
-            cut = full[GROUPED] if full.ndim == 1 else full[GROUPED][:, HIDDEN]
-        elif part == "down_proj" or full.ndim == 1:
-            cut = full[HIDDEN]  # of the dense layer, whose width stays, or a norm
-        else:
-            cut = full[:, HIDDEN]
-        wanted[new] = cut
-    return wanted
-
-
-@pytest.mark.proves("axes", list(AXES), "{case}", "cut")
-@pytest.mark.parametrize("case", LATENT_CASES)
-def test_heads_made_from_latents_are_the_slice_of_every_tensor(case, tmp_path):
-    save_tiny(case, tmp_path / "teacher")
-    dims, source = open_hf(tmp_path / "teacher")
-    shared = [1, 2, 3, 20, *([30, 31, 40, 47] if dims.shared_expert_ffn == 48 else [])]
-    student = dims.keep_layers(LAYERS).with_shape(
-        hidden=len(HIDDEN), ffn=4, heads=2, groups=2, experts=len(GROUPED), shared_expert_ffn=len(shared)
-    )
-    plan = Plan(
-        layers=LAYERS,
-        hidden=torch.tensor(HIDDEN),
-        heads={i: torch.tensor(HEADS[i]) for i in LAYERS},
-        experts={3: torch.tensor(GROUPED)},
-        expert_mlp={3: {e: torch.tensor(NEURONS[e % 4]) for e in GROUPED}},
-        shared_expert={3: torch.tensor(shared)},
-    )
-    export_hf(tmp_path / "teacher", tmp_path / "student", student, student_source(dims, plan, source), torch.float32)
-    want = sliced_latents(load_file(tmp_path / "teacher" / "model.safetensors"), shared)
-    got = load_file(tmp_path / "student" / "model.safetensors")
+    teacher, got = (unmerged(load_file(tmp_path / name / "model.safetensors")) for name in ("teacher", "student"))
+    want = sliced_experts(teacher)
     assert got.keys() == want.keys()
     for name in want:
         assert torch.equal(got[name], want[name]), name
@@ -362,6 +312,18 @@ def test_merged_heads_have_the_merged_queries(case, tmp_path):
             assert torch.equal(got[name.replace(f"layers.{layer}.", f"layers.{LAYERS.index(layer)}.")], want), name
         elif layer in LAYERS and (".k_proj." in name or ".v_proj." in name):
             assert torch.equal(got[name.replace(f"layers.{layer}.", f"layers.{LAYERS.index(layer)}.")], full), name
+
+
+def test_merged_heads_have_the_merged_sinks(tmp_path):
+    save_tiny("gpt_oss", tmp_path)
+    dims, source = open_hf(tmp_path)
+    cut = CutSource(dims, replace(plan_of(EVERY), merge={0: [(1, 0), (2, 3)]}), source)
+    name = "decoder.layers.{}.self_attention.core_attention.softmax_offset"
+    first, last = (source(name.format(layer)).tolist() for layer in LAYERS)
+    assert HEADS[0] == [1, 2] and len(set(first + last)) == 8
+    want = torch.tensor([2 * first[1] - first[0], 2 * first[2] - first[3]])
+    torch.testing.assert_close(cut(name.format(0)), want, rtol=1e-6, atol=1e-6)
+    assert cut(name.format(1)).tolist() == [last[head] for head in HEADS[LAYERS[1]]]
 
 
 def test_a_llama_whose_heads_do_not_divide_its_width_loads_as_mistral(tmp_path):

@@ -46,7 +46,7 @@ def save_teacher(case: str, folder: Path) -> Any:
     """A case with 8 heads in 4 groups and, where it has experts, 6 of them; with latents 8 of either."""
     if case in LATENT:
         return save_tiny(case, folder, num_attention_heads=8, num_key_value_heads=8)
-    count = "num_local_experts" if case == "mixtral" else "num_experts"
+    count = "num_local_experts" if case == "mixtral" or case.startswith("gpt_oss") else "num_experts"
     experts = {count: 6} if case in EXPERT_CASES else {}
     return save_tiny(case, folder, num_attention_heads=8, num_key_value_heads=4, **experts)
 
@@ -126,9 +126,11 @@ def silenced(model: Any, plan: Plan, dims: Dims) -> Any:
         if i not in plan.experts:
             continue  # a dense layer among others
         for expert in plan.experts[i].tolist():
-            keep_columns(layer.mlp.experts.down_proj[expert], plan.expert_mlp[i][expert].tolist())
+            down = layer.mlp.experts.down_proj[expert]
+            keep_columns(down.T if dims.router_bias else down, plan.expert_mlp[i][expert].tolist())
         picks = picks_only_in_groups if dims.kv_lora_rank else picks_only
-        layer.mlp.gate.register_forward_hook(picks(plan.experts[i].tolist(), dims))
+        router = layer.mlp.gate if hasattr(layer.mlp, "gate") else layer.mlp.router
+        router.register_forward_hook(picks(plan.experts[i].tolist(), dims))
         if dims.shared_expert_ffn:
             shared = getattr(layer.mlp, "shared_experts", None) or layer.mlp.shared_expert
             keep_columns(shared.down_proj.weight, plan.shared_expert[i].tolist())
@@ -149,6 +151,8 @@ def picks_only(kept: list[int], dims: Dims) -> Any:
 
     def route(router: Any, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         all_NE = args[0].reshape(-1, args[0].shape[-1]) @ router.weight.T
+        if dims.router_bias:
+            all_NE = all_NE + router.bias
         logits_NE = torch.full_like(all_NE, -torch.inf)
         logits_NE[:, kept] = all_NE[:, kept]
         weight_NE = logits_NE.exp()

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from compactlm_nemo.models.build import ParameterSource, build_model, fill
 from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.hf import export_hf, open_hf
+from compactlm_nemo.models.parameters import parameter_shapes
 from compactlm_nemo.pruning.block_replacement import (
     BlockReplacement,
     measure_replacements,
@@ -48,6 +48,7 @@ from tests.pruning.test_cut import (
     plan_of,
     sliced_experts,
     student_of,
+    unmerged,
 )
 from tests.pruning.test_least_squares import fitted
 from tests.support.meshes import COMBINED, LAYOUTS, filled, mesh_of
@@ -192,7 +193,7 @@ def test_norms_behind_writers_divide_by_what_the_kept_channels_are_written(case,
 
 
 @pytest.mark.proves("axes", "ffn", "{case}", "refitted")
-@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe", "gpt_oss"])
 def test_each_expert_is_fitted_on_the_tokens_it_was_sent(case, tmp_path):
     """fc2 of every kept expert and of the shared one, each on tokens of its own; all else is the cut of test_cut."""
     save_tiny(case, tmp_path / "teacher")
@@ -214,18 +215,16 @@ def test_each_expert_is_fitted_on_the_tokens_it_was_sent(case, tmp_path):
     )  # fmt: skip
     narrow = NarrowedSource(wide, dims, plan.layers, Selection(plan.hidden))
     export_hf(tmp_path / "teacher", tmp_path / "student", student, narrow, torch.float32)
-    full, got = (load_file(tmp_path / name / "model.safetensors") for name in ("teacher", "student"))
+    full, got = (unmerged(load_file(tmp_path / name / "model.safetensors")) for name in ("teacher", "student"))
     fitted_ones = 0
     for name, cut in sliced_experts(full).items():
         layer = LAYERS[int(name.split(".")[2])] if name.startswith("model.layers.") else -1
         old = name.replace(f"layers.{LAYERS.index(layer)}.", f"layers.{layer}.") if layer >= 0 else name
-        if ".experts." in name and name.split(".")[-2] in ("w2", "down_proj"):
+        if ".experts." in name and name.split(".")[-2] in ("w2", "down_proj") and name.endswith("weight"):
             place = int(name.split(".experts.")[1].split(".")[0])
             expert = sorted(EXPERTS[layer])[place]
-            x, w = (
-                seen[f"layers.{layer}.experts.{expert}.mlp"],
-                full[old.replace(f"experts.{place}.", f"experts.{expert}.")],
-            )
+            x = seen[f"layers.{layer}.experts.{expert}.mlp"]
+            w = full[old.replace(f"experts.{place}.", f"experts.{expert}.")]
             want = fitted(x, w.double().numpy(), NEURONS[expert], RIDGE)[HIDDEN]
         elif ".shared_expert.down_proj" in name:
             x = seen[f"layers.{layer}.shared_expert.mlp"]

@@ -10,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -29,8 +31,9 @@ from transformers import (
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.build import build_model, tp_share
-from compactlm_nemo.models.families import dims_of, parameter_shapes, resized
+from compactlm_nemo.models.families import dims_of, resized
 from compactlm_nemo.models.layout import split_layers
+from compactlm_nemo.models.parameters import parameter_shapes
 from compactlm_nemo.search import cost
 from tests.support.meshes import mesh_of
 from tests.support.ranks import run_ranks
@@ -51,6 +54,7 @@ HF = {
     "mixtral": (MixtralForCausalLM, MixtralConfig(**SIZES, num_local_experts=4)),
     "qwen2_moe": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=40)),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig(**SIZES, **EXPERTS, tie_word_embeddings=True)),
+    "gpt_oss": (GptOssForCausalLM, GptOssConfig(**SIZES, num_local_experts=8, num_experts_per_tok=3)),
 }
 
 
@@ -174,6 +178,9 @@ QWEN3_30B_A3B = dict(
         ("mixtral", {}, 46.7, 12.9),  # Mixtral 8x7B, arXiv 2401.04088
         ("qwen3_moe", QWEN3_30B_A3B, 30.5, 3.3),  # its model card; 3.35 exactly
         ("qwen2_moe", {}, 14.3, 2.7),  # Qwen1.5-MoE-A2.7B, its model card
+        # arXiv 2508.10925, table 1; of the two tables it counts the output layer alone as active.
+        ("gpt_oss", {}, 116.83, 5.13 + 0.58),
+        ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}, 20.91, 3.61 + 0.58),
     ],
 )
 def test_active_params_of_the_published_models(kind, config, total, active):
@@ -258,14 +265,8 @@ def counted_flops(model, seq):
 
 def _megatron_holds(rank, world):
     mesh = mesh_of()
-    for case in (
-        "llama_tied_llama3_rope",
-        "qwen3_attention_bias",
-        "nemotron_tied_biases",
-        "qwen2_moe",
-        "mixtral",
-        "deepseek_v3",
-    ):
+    dense = ("llama_tied_llama3_rope", "qwen3_attention_bias", "nemotron_tied_biases")
+    for case in (*dense, "qwen2_moe", "mixtral", "gpt_oss", "deepseek_v3"):
         draw = random.Random(case)
         for _ in range(2):
             dims = random_shape(dims_of(tiny_config(case)), draw)

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 from compactlm_nemo.models.build import ParameterSource
 from compactlm_nemo.models.checkpoint_metadata import read_metadata
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.families import parameter_shapes
 from compactlm_nemo.models.hf import export_hf, open_hf
+from compactlm_nemo.models.parameters import parameter_shapes
 from tests.support.tiny_models import VOCAB, save_tiny
 
 ROOT = Path(__file__).parents[2]

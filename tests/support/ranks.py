@@ -20,13 +20,19 @@ from tests.support.commands import PRELOAD
 multiprocessing.set_forkserver_preload(PRELOAD)
 
 
-def run_ranks(fn: Callable[..., None], world: int, tmp_path: Path, *args: Any) -> None:
+def run_ranks(
+    fn: Callable[..., None], world: int, tmp_path: Path, *args: Any, start_method: str = "forkserver"
+) -> None:  # fmt: skip
     """Call `fn(rank, world, *args)` in `world` processes that form a gloo group; the first failure is raised here.
 
     `fn` must be a module-level function. The ranks meet in a new file of `tmp_path`, so no port is taken.
+
+    Args:
+        start_method: "spawn" where the environment must hold from the start of the processes: a fork server may be
+            there already, from another test.
     """
     store = tmp_path / f"store-{uuid.uuid4().hex}"
-    mp.start_processes(_rank, args=(fn, world, store, args), nprocs=world, start_method="forkserver")
+    mp.start_processes(_rank, args=(fn, world, store, args), nprocs=world, start_method=start_method)
 
 
 def _rank(rank: int, fn: Callable[..., None], world: int, store: Path, args: tuple[Any, ...]) -> None:

@@ -14,6 +14,7 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     GlmConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -94,6 +95,26 @@ _GEMMA: dict[str, Any] = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
     "query_pre_attn_scalar": 20,
     "pad_token_id": None,
+}
+
+
+# Of the 8 wavelengths of a 16-wide head two are kept, two blended and four stretched: the ramp begins and ends between
+# two of them.
+_GPT_OSS: dict[str, Any] = {
+    "intermediate_size": 24,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 7,
+    "pad_token_id": None,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 150.0,
+        "factor": 8.0,
+        "beta_fast": 4.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 64,
+    },
 }
 
 
@@ -180,6 +201,15 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "qwen2_moe": (Qwen2MoeConfig, _EXPERTS | {"shared_expert_intermediate_size": 40}),
     "qwen3_moe": (Qwen3MoeConfig, _EXPERTS | {"norm_topk_prob": True, "attention_bias": True}),
     "qwen3_moe_tied_top1": (Qwen3MoeConfig, _EXPERTS | {"num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    "gpt_oss": (GptOssConfig, _GPT_OSS),
+    "gpt_oss_tied_layers": (
+        GptOssConfig,
+        _GPT_OSS
+        | {
+            "tie_word_embeddings": True,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"],
+        },
+    ),
     "deepseek_v3": (DeepseekV3Config, _DEEPSEEK | {"rope_parameters": _DEEPSEEK_YARN}),
     "deepseek_v3_tied_plain": (
         DeepseekV3Config,
@@ -207,7 +237,9 @@ CASES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 
 
-EXPERT_CASES = ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_tied_top1")
+EXPERT_CASES = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_moe_tied_top1", "gpt_oss", "gpt_oss_tied_layers",
+)  # fmt: skip
 LATENT_CASES = ("deepseek_v3", "deepseek_v3_tied_plain", "deepseek_v2", "deepseek_v2_tied_greedy")
 """Those whose attention is made from latents, with experts in all layers but the first."""
 
@@ -234,6 +266,8 @@ def tiny_model(case: str, **changes: Any) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("e_score_correction_bias"):  # with less than no score older versions pick other experts
                 noise = noise.abs()
+            if name.endswith("gate_up_proj_bias"):
+                noise *= 20  # beyond the limits of the activation
             parameter.copy_(centre + 0.3 * noise if is_norm else 0.2 * noise)
     return model
 

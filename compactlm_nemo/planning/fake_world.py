@@ -1,0 +1,153 @@
+"""One rank of a cluster that is not there: tensors have shapes and no memory, collectives send nothing.
+
+    with fake_world(ParallelConfig(tp=8), world=128, rank=0, seed=1) as there:
+        model = build_model(dims, there.mesh, ...)
+        there.meter.peak
+
+What code would read from the device is 1 everywhere. A mask selects everything, so sizes that depend on values are
+their largest; of experts, each gets as many tokens as when all get equally many. Objects are gathered as if every rank
+had what this one has. Nothing here needs a GPU, and one that is there is not used: `hide_devices` comes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
+
+from compactlm_nemo.config.parallel import ParallelConfig
+from compactlm_nemo.losses.vocabulary import Head
+from compactlm_nemo.parallel.host import use_cpu
+from compactlm_nemo.parallel.launch import start_mesh
+from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.planning.meter import Meter, group_of
+
+
+@dataclass(frozen=True)
+class FakeWorld:
+    """The part of the cluster that one process sees."""
+
+    mesh: Mesh
+    meter: Meter
+    is_gpu: bool = False
+    """Whether a GPU's kernels compare logits, in a GPU's chunks."""
+
+
+class _FakeMeter(Meter):
+    """Answers what fake tensors cannot."""
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        name = func._schema.name
+        if name.startswith("c10d::"):
+            with _disable_current_modes():  # the handle of an operation that has ended
+                handle = torch.ops.c10d.send([torch.zeros(1)], group_of(args), 0, 0)
+            return (args[0], handle) if len(func._schema.returns) == 2 else handle
+        if name == "aten::_local_scalar_dense":
+            dtype = args[0].dtype
+            return 1.0 if dtype.is_floating_point else dtype == torch.bool or 1
+        if name == "aten::equal":
+            return args[0].shape == args[1].shape
+        if name == "aten::nonzero":
+            return args[0].new_zeros((args[0].numel(), args[0].dim()), dtype=torch.long)
+        if name == "aten::masked_select":
+            return args[0].new_zeros(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
+        if name == "aten::bincount":
+            size = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+            return args[0].new_zeros(max(size, 1), dtype=torch.long)
+        if name == "aten::split_with_sizes":
+            args = (args[0], _adding_up(list(args[1]), args[0].shape[(args[2:] or (0,))[0]]), *args[2:])
+        return func(*args, **kwargs)
+
+
+def _adding_up(sizes: list[int], total: int) -> list[int]:
+    """Return sizes that were read from a fake tensor as equal ones that add up; others as they are."""
+    if sum(sizes) == total:
+        return sizes
+    share, rest = divmod(total, len(sizes))
+    return [share + (part < rest) for part in range(len(sizes))]
+
+
+class _PythonCalls(TorchFunctionMode):
+    """Lets `torch.tensor([...])` take fake tensors, whose values it would read past every dispatch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.tensor:
+            args = tree_map(lambda x: x.item() if isinstance(x, Tensor) else x, args)
+        return func(*args, **(kwargs or {}))
+
+
+def hide_devices() -> None:
+    """Let this process see no GPU; before torch first looks for one."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def _object_collectives() -> dict[str, Any]:
+    """Return stand-ins, with the names of arguments that torch's functions have."""
+
+    def gather_object(obj: Any, object_gather_list: list[Any] | None = None, **_: Any) -> None:
+        if object_gather_list is not None:
+            object_gather_list[:] = [obj] * len(object_gather_list)
+
+    def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
+        object_list[:] = [obj] * len(object_list)
+
+    def broadcast_object_list(object_list: list[Any], *_: Any, **__: Any) -> None: ...
+
+    return {f.__name__: f for f in (gather_object, all_gather_object, broadcast_object_list)}
+
+
+@contextlib.contextmanager
+def fake_world(
+    layout: ParallelConfig, *, world: int, rank: int, seed: int, is_gpu: bool = False
+) -> Iterator[FakeWorld]:  # fmt: skip
+    """Be one rank of a cluster for the body."""
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    use_cpu()
+    torch_new_group = dist.new_group
+
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        return torch_new_group(*args, **{**kwargs, "backend": "fake"})
+
+    with contextlib.ExitStack() as stack:
+        place = {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": "0"}
+        stack.enter_context(mock.patch.dict(os.environ, place))
+        dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+        stack.callback(dist.destroy_process_group)
+        for name, stand_in in {"new_group": new_group, **_object_collectives()}.items():
+            for module in (dist, dist.distributed_c10d):
+                stack.enter_context(mock.patch.object(module, name, stand_in))
+        # All is on the one device; moves of fake parameters fail.
+        stack.enter_context(mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self))
+        stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist))
+        stack.enter_context(mock.patch.object(FakeTensor, "numpy", lambda self, **_: torch.ones(self.shape).numpy()))
+        if is_gpu:
+            stack.enter_context(mock.patch.object(Head, "is_fused", _is_fused))
+        stack.callback(parallel_state.destroy_model_parallel)
+        mesh, meter = start_mesh(layout, seed), _FakeMeter()
+        for mode in (FakeTensorMode(allow_non_fake_inputs=True), meter, _PythonCalls()):
+            stack.enter_context(mode)
+        yield FakeWorld(mesh, meter, is_gpu)
+
+
+def _tolist(x: Tensor) -> Any:
+    value: Any = 1.0 if x.dtype.is_floating_point else 1
+    for size in reversed(x.shape):
+        value = [value] * size
+    return value
+
+
+def _is_fused(head: Head, hidden_NH: Tensor) -> bool:
+    return hidden_NH.dtype != torch.float64

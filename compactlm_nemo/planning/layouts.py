@@ -1,0 +1,137 @@
+"""Layouts of a run on a cluster: which of them fit, and how long a training step takes in each.
+
+Every tensor-parallel size, micro-batch and choice of recomputation is simulated once, without a pipeline; stages are
+made of that by arithmetic: a stage has its share of the layers, and as many micro-batches under way as stages follow.
+The best are then simulated as they are, and what is shown of them is that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from compactlm_nemo.config.parallel import ParallelConfig
+from compactlm_nemo.config.plan import PlannedRun
+from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.planning import simulate
+from compactlm_nemo.planning.duration import duration
+from compactlm_nemo.planning.estimate import estimate, planned_stages
+from compactlm_nemo.planning.meter import TEMPORARY, Peak
+from compactlm_nemo.planning.simulate import ACTIVATIONS, OPTIMIZER
+from compactlm_nemo.search.cost import params_per_rank
+
+SHOWN = 3
+"""Layouts that are simulated as they are."""
+MICRO_BATCHES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout that fits."""
+
+    run: PlannedRun
+    """The settings with this layout."""
+    bytes: int
+    """Peak of the fullest rank."""
+    seconds_a_step: float
+
+
+def found_layouts(
+    run: PlannedRun, teacher: Dims, student: Dims, world: int, limit: float,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Layout]:  # fmt: skip
+    """Return the layouts whose distillation fits into `limit` bytes a rank, the fastest first.
+
+    Nodes are given, so the fastest is the cheapest.
+    """
+    rough = []
+    simulated: dict[tuple[int, bool], _Simulated] = {}
+    for candidate in candidates(run, teacher, student, world):
+        key = candidate.parallel.tp, candidate.distill.recompute
+        if key not in simulated:
+            simulated[key] = _Simulated(candidate, teacher, student, world)
+            advance()
+        rough.append(simulated[key].layout(candidate))
+    fitting = sorted((each for each in rough if each.bytes <= limit), key=_rank)
+    exact = [_exact(each.run, teacher, student, world) for each in fitting[:SHOWN]]
+    return sorted((each for each in exact if each.bytes <= limit), key=_rank) + fitting[SHOWN:]
+
+
+def _rank(layout: Layout) -> tuple[float, int]:
+    """Return what layouts are sorted by: time, and among equals the larger micro-batch, whose products are larger."""
+    return layout.seconds_a_step, -layout.run.distill.micro_batch
+
+
+def candidates(run: PlannedRun, teacher: Dims, student: Dims, world: int) -> Iterator[PlannedRun]:
+    """Yield the run in every layout that the rules allow on these ranks."""
+    per_node, batch = run.cluster.devices_per_node, run.distill.global_batch
+    powers = [2**n for n in range(11)]
+    for tp in (n for n in powers if n <= per_node):
+        for pp in (n for n in powers if n <= min(16, student.num_layers)):
+            if world % (tp * pp * run.parallel.cp):
+                continue
+            dp = world // (tp * pp * run.parallel.cp)
+            layout = replace(
+                run.parallel, tp=tp, pp=pp, sequence_parallel=tp > 1, virtual_stages=1, pp_split=[],
+            )  # fmt: skip
+            if dp % layout.ep or not _can_be_split(run, teacher, student, layout):
+                continue
+            for size in (n for n in MICRO_BATCHES if batch % (dp * n) == 0):
+                for recompute in (False, True):
+                    training = replace(
+                        run.distill, micro_batch=size, recompute=recompute, overlap=True, teacher_tp=None,
+                        teacher_pp=None,
+                    )  # fmt: skip
+                    yield replace(run, parallel=layout, distill=training)
+
+
+def _can_be_split(run: PlannedRun, teacher: Dims, student: Dims, layout: ParallelConfig) -> bool:
+    try:
+        for dims in (teacher, student):
+            params_per_rank(
+                dims, layout=layout, chunk_layers=[1] * layout.num_chunks, vocab_multiple=run.model.vocab_multiple
+            )
+    except ConfigError:
+        return False
+    length = run.data.sequence_length
+    return not layout.sequence_parallel or length // layout.cp % layout.tp == 0
+
+
+class _Simulated:
+    """What a step costs without a pipeline, from small simulations of one sample a micro-batch."""
+
+    def __init__(self, run: PlannedRun, teacher: Dims, student: Dims, world: int) -> None:
+        self.teacher, self.student, self.world = teacher, student, world
+        self.alone = replace(run.parallel, pp=1)
+        plain = replace(run, parallel=self.alone, distill=replace(run.distill, micro_batch=1))
+        # The world is that of one copy, so that optimizer states are whole; they are divided below.
+        self.costs = simulate.small_costs(
+            simulate.distilling, plain, teacher, student, world=self.alone.model_ranks * self.alone.ep, rank=0,
+            is_one_depth=teacher.num_layers == student.num_layers, is_gpu=run.cluster.is_gpu, few=1,
+        )  # fmt: skip
+
+    def layout(self, run: PlannedRun) -> Layout:
+        """Return bytes and seconds of a layout: as many samples, in micro-batches of more."""
+        layout, cfg = run.parallel, run.distill
+        dp = self.world // layout.model_ranks
+        samples = cfg.global_batch // dp
+        teaching, taught = (-(-dims.num_layers // layout.pp) for dims in (self.teacher, self.student))
+        counts = simulate.micro_batch_counts(self.alone)
+        cost = simulate.continued(self.costs, simulate.weights_of(teaching, taught, samples, counts, 1))
+        times = duration(
+            cost.work, run.cluster, layout, micro_batches=samples // cfg.micro_batch, overlap=cfg.overlap, trains=True
+        )
+        peak = max(self._bytes(each, cfg.micro_batch, dp // layout.ep, layout.pp) for each in cost.peaks.values())
+        return Layout(run, peak, times.seconds)
+
+    def _bytes(self, peak: Peak, size: int, dp: int, pp: int) -> int:
+        """Return the bytes of the first stage, which has most micro-batches under way, at its fullest in a phase."""
+        factor = {OPTIMIZER: 1 / dp, ACTIVATIONS: size * pp, TEMPORARY: size}
+        return round(sum(count * factor.get(kind, 1) for kind, count in peak.by_kind.items()))
+
+
+def _exact(run: PlannedRun, teacher: Dims, student: Dims, world: int) -> Layout:
+    planned = planned_stages(run, world)["distill"]
+    row = estimate("distill", planned, run, teacher, student, world=world)
+    return Layout(run, row.cost.peak.bytes, row.duration.seconds)

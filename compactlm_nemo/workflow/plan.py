@@ -1,0 +1,177 @@
+"""The plan of a run on a cluster: what every stage needs, takes and costs, and which layouts there are.
+
+Nothing is read but settings and the teacher's architecture, nothing is sent, and no GPU is used: the stages' own code
+runs on tensors without memory (`compactlm_nemo/planning/`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from compactlm_nemo.artifacts import write_json
+from compactlm_nemo.config.cluster import ClusterConfig
+from compactlm_nemo.config.load import group_names
+from compactlm_nemo.config.plan import PlannedRun
+from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.search.cost import num_params
+from compactlm_nemo.search.space import enumerate_space
+from compactlm_nemo.workflow.layout_checks import launch_problems
+from compactlm_nemo.workflow.preflight import planned_search, ready
+from compactlm_nemo.workflow.stage_table import stages_of
+
+if TYPE_CHECKING:
+    from compactlm_nemo.planning.estimate import Estimate
+
+GIB = 2**30
+FILE = "plan.json"
+
+
+def plan(config: PlannedRun) -> None:
+    """Print the plan of a run and write `plan.json` into run.dir.
+
+    Raises:
+        ConfigError: the settings cannot run, or not on these nodes.
+    """
+    from compactlm_nemo.planning.fake_world import hide_devices
+
+    hide_devices()
+    if config.cluster.device is None:
+        raise ConfigError(f"cluster=NAME must be given; conf/cluster/ has {', '.join(group_names('cluster'))}.")
+    run, teacher = ready(replace(config, dry_run=True), stages_of(config))
+    if teacher is None:
+        raise ConfigError(
+            "the teacher's sizes are unknown; give model.source, or model.architecture to plan without it."
+        )
+    student = max(enumerate_space(teacher, planned_search(run), run.parallel.tp), key=num_params)
+    world = config.nodes * config.cluster.devices_per_node
+    console = Console(soft_wrap=True)
+    precision = run.model.precision.name
+    title = (
+        f"{num_params(teacher):,} -> {num_params(student):,} parameters, {precision}, {world} x {run.cluster.device}"
+    )
+    console.print(title, highlight=False)
+    if config.plan.search:
+        run = _searched(run, teacher, student, world, console)
+    if problem := launch_problems(run, world):
+        raise ConfigError(f"{problem} plan.search=true looks for layouts.")
+    for part in unplanned(run):
+        console.print(f"not in this plan: {part}", highlight=False)
+    rows = estimates(run, teacher, student, world)
+    console.print(stages_table(rows, run.cluster, world, run.parallel.model_ranks, config.plan.margin))
+    values = {
+        "cluster": run.cluster.device, "ranks": world, "overrides": layout_words(run),
+        "teacher_params": num_params(teacher), "student_params": num_params(student),
+        "stages": [row.as_values() | _price(row, run.cluster, world) for row in rows],
+    }  # fmt: skip
+    folder = Path(run.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FILE, values)
+    console.print(f"written: {folder / FILE}", highlight=False)
+
+
+def estimates(run: PlannedRun, teacher: Dims, student: Dims, world: int) -> list[Estimate]:
+    """Return a row for every stage of the run that needs a device."""
+    from compactlm_nemo.planning.estimate import estimate, planned_stages
+    from compactlm_nemo.progress import progress_bar
+
+    wanted = {name: stage for name, stage in planned_stages(run, world).items() if name in stages_of(run)}
+    with progress_bar("plan", len(wanted), 1) as advance:
+        rows = []
+        for name, stage in wanted.items():
+            rows.append(estimate(name, stage, run, teacher, student, world=world))
+            advance(1)
+    return rows
+
+
+def unplanned(run: PlannedRun) -> list[str]:
+    """Return what these settings ask for that the plan leaves out."""
+    parts = {
+        "the losses of distill.hidden": run.distill.hidden.is_on,
+        "training the teacher while it teaches": run.correct.while_distilling,
+        "distill.teacher_tp and distill.teacher_pp; the teacher is planned in the student's layout": (
+            run.teacher_parallel != run.parallel
+        ),
+    }
+    return [part for part, is_asked in parts.items() if is_asked]
+
+
+def layout_words(run: PlannedRun) -> str:
+    """Return the layout as overrides of a command line."""
+    layout, cfg = run.parallel, run.distill
+    words = [f"parallel.tp={layout.tp}"]
+    words += ["parallel.sequence_parallel=true"] * layout.sequence_parallel
+    for name in ("pp", "virtual_stages", "cp", "ep"):
+        words += [f"parallel.{name}={getattr(layout, name)}"] * (getattr(layout, name) > 1)
+    words += [f"distill.micro_batch={cfg.micro_batch}", f"distill.recompute={str(cfg.recompute).lower()}"]
+    return " ".join([*words, f"distill.overlap={str(cfg.overlap).lower()}"])
+
+
+def _price(row: Estimate, cluster: ClusterConfig, world: int) -> dict[str, Any]:
+    hours = row.seconds * world / 3600
+    return {"device_hours": hours, "price": hours * cluster.price_hour or None}
+
+
+def stages_table(rows: list[Estimate], cluster: ClusterConfig, world: int, model_ranks: int, margin: float) -> Table:
+    """Return the plan as a table, a stage a row."""
+    limit = cluster.memory_gib * (1 - margin)
+    table = Table(show_edge=False, box=None, pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    for name in (f"GiB of {limit:.1f}", "time", "tokens/s", "MFU", "device h", "$"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("most of the memory; shares of the time")
+    for row in rows:
+        peak, time = row.cost.peak, row.duration
+        size = peak.bytes / GIB
+        kinds = sorted(peak.by_kind.items(), key=lambda item: -item[1])[:4]
+        spent = {"arithmetic": time.arithmetic, "memory": time.memory, "links": time.links, "bubble": time.bubble}
+        shares = [f"{name} {part / time.seconds:.0%}" for name, part in spent.items() if part / time.seconds >= 0.005]
+        price = _price(row, cluster, world)
+        table.add_row(
+            row.stage,
+            f"{size:.1f}" if size <= limit else f"{size:.1f} too much",
+            _time(row.seconds),
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.utilisation(cluster, world, world // model_ranks):.1%}",
+            f"{price['device_hours']:,.1f}",
+            f"{price['price']:,.0f}" if price["price"] else "",
+            f"{', '.join(f'{kind} {amount / GIB:.1f}' for kind, amount in kinds)}; {', '.join(shares)}",
+        )
+    return table
+
+
+def _time(seconds: float) -> str:
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.1f} s"
+
+
+def _searched(run: PlannedRun, teacher: Dims, student: Dims, world: int, console: Console) -> PlannedRun:
+    """Print the layouts that fit, the cheapest first, and return the settings with the best one."""
+    from compactlm_nemo.planning.layouts import found_layouts
+
+    limit = run.cluster.memory_gib * GIB * (1 - run.plan.margin)
+    found = found_layouts(run, teacher, student, world, limit)
+    if not found:
+        raise ConfigError(
+            f"nodes={run.nodes} of {run.cluster.device} hold this run in no layout; raise nodes, take a cluster with "
+            "more memory, or store the teacher (distill.teacher=stored)."
+        )
+    console.print(layout_words(found[0].run), highlight=False)
+    table = Table(show_edge=False, box=None, pad_edge=False)
+    for name in ("GiB", "time", "$"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("layout")
+    for each in found[:10]:
+        seconds = each.seconds_a_step * run.distill.steps
+        price = seconds * world / 3600 * run.cluster.price_hour
+        amounts = f"{each.bytes / GIB:.1f}", _time(seconds), f"{price:,.0f}" if price else ""
+        table.add_row(*amounts, layout_words(each.run))
+    console.print(table)
+    return found[0].run

@@ -1,0 +1,149 @@
+"""What stages need on fake tensors against what the same code needs on real ones, and against counts by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compactlm_nemo.config.load import compose
+from compactlm_nemo.config.parallel import ParallelConfig
+from compactlm_nemo.config.schema import Config
+from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.planning import simulate
+from compactlm_nemo.planning.fake_world import FakeWorld, fake_world
+from compactlm_nemo.planning.meter import Meter
+from compactlm_nemo.planning.simulate import Cost, Place
+from compactlm_nemo.search.cost import flops_per_token_forward
+from tests.support.meshes import mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.shapes import TINY
+
+TEACHER = replace(
+    TINY, num_layers=4, hidden_size=64, ffn_hidden_size=160, num_heads=8, num_query_groups=4, head_dim=8, vocab_size=517
+)
+STUDENT = replace(TEACHER, hidden_size=48, ffn_hidden_size=96)
+EXPERTS: dict[str, Any] = {"family": "mixtral", "num_experts": 4, "experts_per_token": 2, "norm_topk": True}
+LENGTH, COUNT = 32, 3
+
+CASES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
+    "one": (1, {}, []),
+    "bf16": (1, {}, ["model.precision=bf16"]),
+    "recompute": (1, {}, ["distill.recompute=true"]),
+    "dp2": (2, {}, []),
+    "dp2_overlap": (2, {}, ["distill.overlap=true"]),
+    "tp2_sp": (2, {"tp": 2, "sequence_parallel": True}, []),
+    "pp2": (2, {"pp": 2}, []),
+    "vpp2": (2, {"pp": 2, "virtual_stages": 2}, []),
+    "cp2": (2, {"cp": 2}, []),
+    "top_k": (1, {}, ["distill.teacher=stored", "cache.k=16"]),
+    "stored_hidden": (1, {}, ["distill.teacher=stored", "cache.kind=hidden"]),
+}
+"""Ranks, layout and settings."""
+STAGES = {"distill": simulate.distilling, "score": simulate.scoring, "evaluate": simulate.evaluating}
+
+
+def config_of(layout: dict[str, Any], words: list[str]) -> Config:
+    """Return the settings of a small run; the layout's names are those of `parallel`."""
+    own = [f"parallel.{name}={value}" for name, value in layout.items()]
+    sizes = [
+        f"data.sequence_length={LENGTH}",
+        "distill.micro_batch=2",
+        "distill.loss_memory_mib=1",
+        "score.micro_batch=2",
+    ]
+    return compose(["model.source=none", "run.dir=none", "score.second_moments=true", *sizes, *own, *words])
+
+
+def as_numbers(cost: Cost) -> dict[str, Any]:
+    return {
+        "peaks": {phase: [peak.bytes, peak.by_kind] for phase, peak in cost.peaks.items()},
+        "flops": cost.work.total_flops,
+        "sent": sorted([*key, size] for key, size in cost.work.sent.items()),
+    }
+
+
+def real_rank(rank: int, world: int, stage: str, layout: dict[str, Any], words: list[str], out: Path) -> None:
+    """Do on real tensors what is simulated, and write down what the meter saw."""
+    there = FakeWorld(mesh_of(**layout), Meter())
+    with there.meter:
+        cost = STAGES[stage](there, config_of(layout, words), *models(words), count_of(layout))
+    (out / f"{rank}.json").write_text(json.dumps(as_numbers(cost)))
+
+
+def models(words: list[str]) -> tuple[Dims, Dims]:
+    return TEACHER, STUDENT
+
+
+def count_of(layout: dict[str, Any]) -> int:
+    return 4 if layout.get("virtual_stages") else COUNT
+
+
+@pytest.mark.parametrize(
+    "stage, case", [("distill", case) for case in CASES] + [("score", "tp2_sp"), ("evaluate", "pp2")]
+)
+def test_memory_and_work_are_those_of_real_ranks(stage: str, case: str, tmp_path: Path) -> None:
+    world, layout, words = CASES[case]
+    run_ranks(real_rank, world, tmp_path, stage, layout, words, tmp_path)
+    config = config_of(layout, words)
+    for rank in range(world):
+        real = json.loads((tmp_path / f"{rank}.json").read_text())
+        with fake_world(ParallelConfig(**layout), world=world, rank=rank, seed=1) as there:
+            cost = STAGES[stage](there, config, *models(words), count_of(layout))
+        planned = json.loads(json.dumps(as_numbers(cost)))
+        assert planned["flops"] == real["flops"]
+        for phase, (size, kinds) in real["peaks"].items():
+            # What ranks gather as objects is small, and here each has gathered its own alone.
+            assert planned["peaks"][phase][0] == pytest.approx(size, rel=0.03), (phase, kinds, planned["peaks"][phase])
+
+
+@pytest.mark.parametrize("case", ["one", "recompute", "tp2_sp", "pp2", "vpp2"])
+def test_small_simulations_continue_to_large_ones(case: str) -> None:
+    world, layout, words = CASES[case]
+    config, layers, count = config_of(layout, words), 12, 8
+    per_chunk = layers // config.parallel.num_chunks
+    teacher, student = (dims.keep_layers(list(range(4)) * 3) for dims in (TEACHER, STUDENT))
+    for rank in {0, world - 1}:
+        place = Place(world=world, rank=rank, teacher_layers=per_chunk, student_layers=per_chunk, micro_batches=count)
+        continued = simulate.simulate(simulate.distilling, config, teacher, student, place)
+        with fake_world(config.parallel, world=world, rank=rank, seed=1) as there:
+            whole = simulate.distilling(there, config, teacher, student, count)
+        assert continued.work.total_flops == whole.work.total_flops
+        assert continued.work.sent == whole.work.sent
+        assert continued.kept_bytes == whole.kept_bytes
+        for phase, peak in whole.peaks.items():
+            assert continued.peaks[phase].bytes == pytest.approx(peak.bytes, rel=0.02), phase
+
+
+def test_models_of_different_depth_are_continued_apart() -> None:
+    config = config_of({}, [])
+    teacher, student = TEACHER.keep_layers([0, 1, 2, 3] * 3), STUDENT.keep_layers([0, 1, 2, 3, 0])
+    place = Place(world=1, rank=0, teacher_layers=12, student_layers=5, micro_batches=6)
+    continued = simulate.simulate(simulate.distilling, config, teacher, student, place)
+    with fake_world(config.parallel, world=1, rank=0, seed=1) as there:
+        whole = simulate.distilling(there, config, teacher, student, 6)
+    assert continued.work.total_flops == whole.work.total_flops
+    assert continued.peak.bytes == pytest.approx(whole.peak.bytes, rel=0.02)
+
+
+def test_a_step_has_the_flops_of_both_models() -> None:
+    """Three forward passes of the student, one of the teacher, as counted from the architecture."""
+    config = config_of({}, [])
+    with fake_world(config.parallel, world=1, rank=0, seed=1) as there:
+        cost = simulate.distilling(there, config, TEACHER, STUDENT, COUNT)
+    tokens = COUNT * config.distill.micro_batch * LENGTH
+    # Attention's backward pass is five products for two, the other layers' two for one.
+    attention = 4 * STUDENT.num_layers * STUDENT.num_heads * STUDENT.head_dim * (LENGTH + 1) // 2
+    expected = 3 * flops_per_token_forward(STUDENT, LENGTH) + attention // 2 + flops_per_token_forward(TEACHER, LENGTH)
+    assert cost.work.total_flops == tokens * expected
+
+
+def test_optimizer_states_are_divided_by_the_data_parallel_ranks() -> None:
+    config, held = config_of({}, []), {}
+    for world in (1, 64):
+        with fake_world(config.parallel, world=world, rank=0, seed=1) as there:
+            held[world] = simulate.distilling(there, config, TEACHER, STUDENT, COUNT).peak.by_kind["optimizer"]
+    assert held[64] < held[1] / 50

@@ -1,0 +1,63 @@
+"""`recipes.plan` on a small run, read back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import run
+from tests.support.tiny_run import command
+
+
+def words(inputs: Path, folder: Path, *overrides: str) -> list[str]:
+    return command(inputs, folder, "cluster=cpu", *overrides, recipe="plan")
+
+
+def test_every_stage_that_computes_has_a_row(inputs: Path, tmp_path: Path) -> None:
+    done = run(words(inputs, tmp_path / "run", "nodes=1"))
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["ranks"] == 2 and plan["cluster"] == "CPU, 2 cores"
+    assert [row["stage"] for row in plan["stages"]] == ["score", "distill", "evaluate"]
+    training = plan["stages"][1]
+    assert training["steps"] == 6 and training["seconds"] == pytest.approx(6 * sum(
+        training["seconds_a_step"][part] for part in ("arithmetic", "memory", "links", "bubble")
+    ))  # fmt: skip
+    assert training["peak_bytes"] == sum(training["peak_bytes_by_kind"].values())
+    for row in plan["stages"]:
+        assert row["flops"] > 0 and row["peak_bytes"] > 4 * plan["teacher_params"] and row["stage"] in done.stdout
+    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "plan.json"]
+
+
+def test_the_best_layout_can_be_pasted(inputs: Path, tmp_path: Path) -> None:
+    done = run(words(inputs, tmp_path / "run", "nodes=2", "plan.search=true", "distill.micro_batch=1"))
+    assert done.returncode == 0, done.stderr
+    overrides = json.loads((tmp_path / "run" / "plan.json").read_text())["overrides"]
+    assert overrides == done.stdout.splitlines()[1]
+    again = run(words(inputs, tmp_path / "again", "nodes=2", *overrides.split()))
+    assert again.returncode == 0, again.stderr
+
+
+def test_what_is_left_out_is_said(inputs: Path, tmp_path: Path) -> None:
+    done = run(words(inputs, tmp_path / "run", "distill.hidden.embedding=true"))
+    assert done.returncode == 0, done.stderr
+    assert "not in this plan: the losses of distill.hidden" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "overrides, line",
+    [
+        (["cluster.device=null"], "cluster=NAME must be given; conf/cluster/ has a100_40gb,"),
+        (["nodes=0"], "nodes=0 must be > 0"),
+        (["cluster.memory_share=2"], "cluster.memory_share=2.0 must be in (0, 1]"),
+        (["nodes=16"], "distill.global_batch=4 must be a multiple"),
+        (["cluster.memory_gib=1e-4", "plan.search=true"], "hold this run in no layout"),
+    ],
+)
+def test_what_cannot_be_is_one_line(inputs: Path, tmp_path: Path, overrides: list[str], line: str) -> None:
+    done = run(words(inputs, tmp_path / "run", *overrides))
+    errors = [each for each in done.stderr.splitlines() if each.startswith("error:")]
+    assert done.returncode == 2 and len(errors) == 1 and line in errors[0], done.stderr
+    assert not (tmp_path / "run").exists()
