@@ -2,10 +2,10 @@
 
 from compactlm_nemo.config.command import recipe_root
 from compactlm_nemo.config.load import PLAN
-from compactlm_nemo.config.plan import PlannedRun
+from compactlm_nemo.config.schema import Config
 
 
-def _plan(config: PlannedRun) -> None:
+def _plan(config: Config) -> None:
     from compactlm_nemo.workflow.plan import plan
 
     plan(config)

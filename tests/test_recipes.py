@@ -35,7 +35,9 @@ from tests.support import commands
 ROOT = CONF.parent
 OWN_ROOTS = {root.file: root for root in (COMPARE, DASHBOARD, PLAN, STATUS, VERIFY)}
 """Roots of the recipes with settings of their own, by recipe."""
-EXPERIMENTS, MODELS = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("experiment", "model"))
+EXPERIMENTS, MODELS, CLUSTERS = (
+    sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("experiment", "model", "cluster")
+)
 # Published sizes: arXiv 2407.14679 tables 1 and 5 (15.6B, 8.27B, 4.19B), arXiv 2408.11796 (8.0B, 4.5B; 12.2B, 8.4B).
 PUBLISHED_BILLIONS = {
     "nemotron4_15b_to_8b": (15.6, 8.27),
@@ -121,6 +123,38 @@ def test_a_search_that_depends_on_the_layout_is_not_taken_for_another(rule: str)
     assert identity("parallel.tp=4") == identity("parallel.tp=8")
 
 
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["cluster=h100_sxm", "nodes=4"], "meant for: nodes=4 x 8 H100 SXM = 32 ranks; recipes.plan tells"),
+        (["nodes=4"], "meant for: nodes=4 of a cluster without a name; cluster=NAME names it"),
+        (["cluster.device=null"], ""),
+    ],
+)
+def test_a_dry_run_of_any_recipe_says_where_the_run_is_meant_to_be(
+    words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_stages(compose([*_dry("llama31_8b_to_4b_depth"), "nodes=1", *words]), only="score")
+    lines = [each for each in capsys.readouterr().out.splitlines() if each.startswith("meant for")]
+    assert len(lines) == bool(line) and all(each.startswith(line) for each in lines)
+
+
+def test_an_experiment_names_its_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    experiment = (
+        "# @package _global_\ndefaults:\n  - override /cluster: h200\n  - _self_\nnodes: 3\ncluster:\n  price_hour: 7\n"
+    )
+    (tmp_path / "conf" / "experiment" / "there.yaml").write_text(experiment)
+    monkeypatch.setattr(load, "CONF", tmp_path / "conf")
+    words = ["experiment=there", "model.source=absent", "run.dir=x"]
+    config = compose(words)
+    assert (config.nodes, config.meant_ranks, config.cluster.device, config.cluster.price_hour) == (3, 24, "H200 SXM", 7)
+    assert compose([*words, "cluster=a100_40gb", "nodes=1"]).meant_ranks == 8
+    with pytest.raises(CompactLMError, match="nodes=0 must be > 0"):
+        compose([*words, "nodes=0"])
+    assert compose_root(PLAN, words) == config
+
+
 def test_every_experiment_composes() -> None:
     assert {*PUBLISHED_BILLIONS, "smollm2_135m_cpu", "gemma3_270m_cpu"} == set(EXPERIMENTS)
     for experiment in EXPERIMENTS:
@@ -198,7 +232,8 @@ def test_help_names_every_setting() -> None:
     words = [sys.executable, "-m", "recipes.distill", "--help"]  # as from a shell
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0
-    assert f"experiments: {', '.join(EXPERIMENTS)}\nmodels: {', '.join(MODELS)}\n" in result.stdout
+    groups = {"experiment": EXPERIMENTS, "model": MODELS, "cluster": CLUSTERS}
+    assert "".join(f"{group}s: {', '.join(names)}\n" for group, names in groups.items()) in result.stdout
     for key, _, meaning, _ in schema_reference():
         assert key in result.stdout
         assert meaning, f"{key} has no docstring"
@@ -238,7 +273,8 @@ def test_documented_commands_plan() -> None:
             own, (recipe, *rest) = split_words(words[words.index(module) + 1 :])
             job = compose_root(SUBMIT, own)
             assert (ROOT / "recipes" / f"{recipe}.py").is_file(), command
-            assert launch_problems(compose(rest), job.nodes * job.site.gpus_per_node) == "", command
+            run = compose(rest)
+            assert launch_problems(run, run.nodes * job.site.gpus_per_node) == "", command
         if (root := OWN_ROOTS.get(module.removeprefix("recipes."))) is not None:
             compose_root(root, rest)
             continue

@@ -85,5 +85,5 @@ def test_a_dry_run_shows_a_batch_script_of_the_site() -> None:
     assert f"{ROOT}:{ROOT},/data:/data,/models:/models" in srun
     assert "--nnodes 2 --nproc-per-node 8" in srun
     assert srun.endswith(
-        """-m recipes.compress experiment=llama31_8b_to_4b_width run.dir=/runs/x 'wandb.name='"'"'a b'"'"''"""
+        """-m recipes.compress nodes=2 experiment=llama31_8b_to_4b_width run.dir=/runs/x 'wandb.name='"'"'a b'"'"''"""
     )

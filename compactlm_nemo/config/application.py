@@ -38,7 +38,8 @@ from compactlm_nemo.errors import ConfigError
 
 T = TypeVar("T")
 
-_GROUPS = {RUN.file: ("experiment", "model"), PLAN.file: ("cluster", "experiment", "model"), SUBMIT.file: ("site",)}
+_OF_A_RUN = ("experiment", "model", "cluster")
+_GROUPS = {RUN.file: _OF_A_RUN, PLAN.file: _OF_A_RUN, SUBMIT.file: ("site",)}
 """Groups of conf/ of which a command line names a file."""
 
 
@@ -157,7 +158,7 @@ def _command_line(words: list[str]) -> Iterator[None]:
 
 
 def help_text(description: str, root: Root[Any] = RUN) -> str:
-    """Return what `--help` prints: the recipe, experiments and models of a run, Hydra's flags, and every setting."""
+    """Return what `--help` prints: the recipe, files of conf/ that a run can name, Hydra's flags, every setting."""
     lines = [description, "", f"usage: python -m {root.usage}", ""]
     if groups := _GROUPS.get(root.file):
         lines += [f"{group}s: {', '.join(group_names(group))}" for group in groups] + [""]

@@ -1,4 +1,4 @@
-"""Settings of the cluster that a run is planned for: what its devices hold and do, what joins them, what they cost."""
+"""Settings of the cluster that a run is meant for: what its devices hold and do, what joins them, what they cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARES = ("matmul_share", "attention_share", "memory_share", "link_share")
 @dataclass(kw_only=True)
 class ClusterConfig:
     device: str | None = setting(None, changes_result=False)
-    """Name of the device; null plans for none in particular, without memory limit, time or price."""
+    """Name of the device; null is none in particular, for which nothing can be planned."""
     devices_per_node: int = setting(8, changes_result=False)
     """Devices of a node, and ranks on it."""
     memory_gib: float = setting(80.0, changes_result=False)
@@ -55,14 +55,3 @@ class ClusterConfig:
         for name in SHARES:
             require(0 < getattr(self, name) <= 1, f"cluster.{name}={getattr(self, name)} must be in (0, 1]; try 0.7.")
         require(self.price_hour >= 0, f"cluster.price_hour={self.price_hour} must be >= 0; 0 is not known.")
-
-
-@dataclass(kw_only=True)
-class PlanConfig:
-    search: bool = setting(False, changes_result=False)
-    """Try the layouts that these nodes allow, and list those that fit by price."""
-    margin: float = setting(0.1, changes_result=False)
-    """Share of a device's memory that a plan leaves free, for the allocator's gaps, the driver, what is not planned."""
-
-    def __post_init__(self) -> None:
-        require(0 <= self.margin < 1, f"plan.margin={self.margin} must be in [0, 1); try 0.1.")

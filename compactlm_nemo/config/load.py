@@ -21,7 +21,6 @@ from omegaconf.errors import OmegaConfBaseException
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.overrides import hydra_overrides
-from compactlm_nemo.config.plan import PlannedRun
 from compactlm_nemo.config.run import DashboardConfig, VerifyConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.submit import StatusConfig, SubmitConfig
@@ -52,7 +51,12 @@ class Root(Generic[T]):
     """What follows `python -m ` on its help page."""
 
 
-RUN = Root(Config, "schema", "config", "recipes.RECIPE [experiment=NAME] [model=NAME] [key=value ...] [dry_run=true]")
+RUN = Root(
+    Config,
+    "schema",
+    "config",
+    "recipes.RECIPE [experiment=NAME] [model=NAME] [cluster=NAME nodes=N] [key=value ...] [dry_run=true]",
+)
 COMPARE = Root(
     CompareConfig,
     "compare_schema",
@@ -61,8 +65,8 @@ COMPARE = Root(
 )
 
 PLAN = Root(
-    PlannedRun,
-    "plan_schema",
+    Config,
+    "schema",
     "plan",
     "recipes.plan cluster=NAME nodes=N [experiment=NAME] [model=NAME] [plan.search=true] [key=value of a run ...]",
 )
@@ -156,7 +160,7 @@ def one_line(error: BaseException) -> str:
 
 
 def group_names(group: str) -> list[str]:
-    """Return names of the files that conf/ has in a group, `experiment` or `model`."""
+    """Return names of the files that conf/ has in a group, `experiment` for example."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 

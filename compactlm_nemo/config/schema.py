@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from compactlm_nemo.config.cluster import ClusterConfig
 from compactlm_nemo.config.data import DataConfig
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.evaluate import EvaluateConfig
 from compactlm_nemo.config.export import ExportConfig
+from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.config.loss import CROSS_ENTROPY, HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.parallel import ParallelConfig
+from compactlm_nemo.config.plan import PlanConfig
 from compactlm_nemo.config.prune import PruneConfig
 from compactlm_nemo.config.run import RunConfig, WandbConfig
 from compactlm_nemo.config.score import ScoreConfig
@@ -42,8 +45,21 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The cluster that the run is meant for; cluster=NAME takes conf/cluster/NAME.yaml."""
+    nodes: int = setting(1, changes_result=False)
+    """Nodes that the run is meant for: `recipes.plan` plans for them, `recipes.submit` asks Slurm for them."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
     dry_run: bool = False
     """Check everything, print the resolved configuration and the plan, and exit 0."""
+
+    def __post_init__(self) -> None:
+        require(self.nodes > 0, f"nodes={self.nodes} must be > 0; give the nodes that the run gets.")
+
+    @property
+    def meant_ranks(self) -> int:
+        """Ranks of the nodes and the cluster that the run is meant for."""
+        return self.nodes * self.cluster.devices_per_node
 
     @property
     def teacher_parallel(self) -> ParallelConfig:

@@ -1,4 +1,4 @@
-"""Settings of jobs: what a cluster is like, which nodes a recipe gets and for how long; and of a run's status."""
+"""Settings of jobs: what a cluster is like, how long a recipe gets it; and of a run's status."""
 
 from __future__ import annotations
 
@@ -53,10 +53,8 @@ class SiteConfig:
 
 @dataclass(kw_only=True)
 class SubmitConfig:
-    """Settings of `recipes.submit`; all other overrides are the recipe's."""
+    """Settings of `recipes.submit`; all other overrides are the recipe's, `nodes` among them."""
 
-    nodes: int = 1
-    """Nodes of the job."""
     time: str = "04:00:00"
     """Time limit, as Slurm writes it: hours:minutes:seconds, days-hours, or minutes."""
     chain: int = 1
@@ -67,7 +65,6 @@ class SubmitConfig:
     """Check the recipe's settings, print the script that would submit, and exit 0."""
 
     def __post_init__(self) -> None:
-        require(self.nodes > 0, f"nodes={self.nodes} must be > 0.")
         require(
             TIME.fullmatch(self.time) is not None,
             f"time={self.time} is no time limit of Slurm; write hours:minutes:seconds, as 04:00:00.",

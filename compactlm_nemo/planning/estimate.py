@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from compactlm_nemo.config.cluster import ClusterConfig
-from compactlm_nemo.config.plan import PlannedRun
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.models.dims import Dims
@@ -107,7 +106,7 @@ def planned_stages(config: Config, world: int) -> dict[str, Planned]:
 
 
 def estimate(
-    stage: str, planned: Planned, config: PlannedRun, teacher: Dims, student: Dims, *, world: int,
+    stage: str, planned: Planned, config: Config, teacher: Dims, student: Dims, *, world: int,
     advance: Callable[[], None] = lambda: None,
 ) -> Estimate:  # fmt: skip
     """Simulate a stage on one rank of each kind of pipeline stage, and return its row."""

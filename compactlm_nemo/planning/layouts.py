@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from compactlm_nemo.config.parallel import ParallelConfig
-from compactlm_nemo.config.plan import PlannedRun
+from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.planning import simulate
@@ -30,7 +30,7 @@ MICRO_BATCHES = (1, 2, 4, 8)
 class Layout:
     """A layout that fits."""
 
-    run: PlannedRun
+    run: Config
     """The settings with this layout."""
     bytes: int
     """Peak of the fullest rank."""
@@ -38,7 +38,7 @@ class Layout:
 
 
 def found_layouts(
-    run: PlannedRun, teacher: Dims, student: Dims, world: int, limit: float,
+    run: Config, teacher: Dims, student: Dims, world: int, limit: float,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Layout]:  # fmt: skip
     """Return the layouts whose distillation fits into `limit` bytes a rank, the fastest first.
@@ -63,7 +63,7 @@ def _rank(layout: Layout) -> tuple[float, int]:
     return layout.seconds_a_step, -layout.run.distill.micro_batch
 
 
-def candidates(run: PlannedRun, teacher: Dims, student: Dims, world: int) -> Iterator[PlannedRun]:
+def candidates(run: Config, teacher: Dims, student: Dims, world: int) -> Iterator[Config]:
     """Yield the run in every layout that the rules allow on these ranks."""
     per_node, batch = run.cluster.devices_per_node, run.distill.global_batch
     powers = [2**n for n in range(11)]
@@ -86,7 +86,7 @@ def candidates(run: PlannedRun, teacher: Dims, student: Dims, world: int) -> Ite
                     yield replace(run, parallel=layout, distill=training)
 
 
-def _can_be_split(run: PlannedRun, teacher: Dims, student: Dims, layout: ParallelConfig) -> bool:
+def _can_be_split(run: Config, teacher: Dims, student: Dims, layout: ParallelConfig) -> bool:
     try:
         for dims in (teacher, student):
             params_per_rank(
@@ -101,7 +101,7 @@ def _can_be_split(run: PlannedRun, teacher: Dims, student: Dims, layout: Paralle
 class _Simulated:
     """What a step costs without a pipeline, from small simulations of one sample a micro-batch."""
 
-    def __init__(self, run: PlannedRun, teacher: Dims, student: Dims, world: int) -> None:
+    def __init__(self, run: Config, teacher: Dims, student: Dims, world: int) -> None:
         self.teacher, self.student, self.world = teacher, student, world
         self.alone = replace(run.parallel, pp=1)
         plain = replace(run, parallel=self.alone, distill=replace(run.distill, micro_batch=1))
@@ -111,7 +111,7 @@ class _Simulated:
             is_one_depth=teacher.num_layers == student.num_layers, is_gpu=run.cluster.is_gpu, few=1,
         )  # fmt: skip
 
-    def layout(self, run: PlannedRun) -> Layout:
+    def layout(self, run: Config) -> Layout:
         """Return bytes and seconds of a layout: as many samples, in micro-batches of more."""
         layout, cfg = run.parallel, run.distill
         dp = self.world // layout.model_ranks
@@ -131,7 +131,7 @@ class _Simulated:
         return round(sum(count * factor.get(kind, 1) for kind, count in peak.by_kind.items()))
 
 
-def _exact(run: PlannedRun, teacher: Dims, student: Dims, world: int) -> Layout:
+def _exact(run: Config, teacher: Dims, student: Dims, world: int) -> Layout:
     planned = planned_stages(run, world)["distill"]
     row = estimate("distill", planned, run, teacher, student, world=world)
     return Layout(run, row.cost.peak.bytes, row.duration.seconds)

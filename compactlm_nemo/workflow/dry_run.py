@@ -27,7 +27,7 @@ def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> lis
     context = f" x cp {parallel.cp}" if parallel.cp > 1 else ""
     ranks = f"tp {parallel.tp} x pp {parallel.pp}{context} = {parallel.model_ranks}"
     lines = [f"ranks needed: a multiple of {ranks}" + f", times ep {parallel.ep}" * (parallel.ep > 1)]
-    lines.append(_precision(config))
+    lines += [*_place(config), _precision(config)]
     if teacher is None:
         lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
         return lines + [line for stage in stages for line in _stage_lines(config, stage, "")]
@@ -52,6 +52,19 @@ def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> lis
 
 def _stage_lines(config: Config, stage: Stage, memory: str) -> list[str]:
     return [f"{stage.name}: {memory}{_folders(config, stage)}", *stage.plan(config)]
+
+
+def _place(config: Config) -> list[str]:
+    """Return where the run is meant to be, where the settings say so."""
+    if (device := config.cluster.device) is not None:
+        each = config.cluster.devices_per_node
+        return [
+            f"meant for: nodes={config.nodes} x {each} {device} = {config.meant_ranks} ranks; recipes.plan tells "
+            "memory, time and price there"
+        ]
+    if config.nodes > 1:
+        return [f"meant for: nodes={config.nodes} of a cluster without a name; cluster=NAME names it for recipes.plan"]
+    return []
 
 
 def _precision(config: Config) -> str:

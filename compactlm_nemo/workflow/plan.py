@@ -16,7 +16,7 @@ from rich.table import Table
 from compactlm_nemo.artifacts import write_json
 from compactlm_nemo.config.cluster import ClusterConfig
 from compactlm_nemo.config.load import group_names
-from compactlm_nemo.config.plan import PlannedRun
+from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import num_params
@@ -32,7 +32,7 @@ GIB = 2**30
 FILE = "plan.json"
 
 
-def plan(config: PlannedRun) -> None:
+def plan(config: Config) -> None:
     """Print the plan of a run and write `plan.json` into run.dir.
 
     Raises:
@@ -49,7 +49,7 @@ def plan(config: PlannedRun) -> None:
             "the teacher's sizes are unknown; give model.source, or model.architecture to plan without it."
         )
     student = max(enumerate_space(teacher, planned_search(run), run.parallel.tp), key=num_params)
-    world = config.nodes * config.cluster.devices_per_node
+    world = config.meant_ranks
     console = Console(soft_wrap=True)
     precision = run.model.precision.name
     title = (
@@ -75,7 +75,7 @@ def plan(config: PlannedRun) -> None:
     console.print(f"written: {folder / FILE}", highlight=False)
 
 
-def estimates(run: PlannedRun, teacher: Dims, student: Dims, world: int) -> list[Estimate]:
+def estimates(run: Config, teacher: Dims, student: Dims, world: int) -> list[Estimate]:
     """Return a row for every stage of the run that needs a device."""
     from compactlm_nemo.planning.estimate import estimate, planned_stages
     from compactlm_nemo.progress import progress_bar
@@ -89,7 +89,7 @@ def estimates(run: PlannedRun, teacher: Dims, student: Dims, world: int) -> list
     return rows
 
 
-def unplanned(run: PlannedRun) -> list[str]:
+def unplanned(run: Config) -> list[str]:
     """Return what these settings ask for that the plan leaves out."""
     parts = {
         "the losses of distill.hidden": run.distill.hidden.is_on,
@@ -101,7 +101,7 @@ def unplanned(run: PlannedRun) -> list[str]:
     return [part for part, is_asked in parts.items() if is_asked]
 
 
-def layout_words(run: PlannedRun) -> str:
+def layout_words(run: Config) -> str:
     """Return the layout as overrides of a command line."""
     layout, cfg = run.parallel, run.distill
     words = [f"parallel.tp={layout.tp}"]
@@ -152,7 +152,7 @@ def _time(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def _searched(run: PlannedRun, teacher: Dims, student: Dims, world: int, console: Console) -> PlannedRun:
+def _searched(run: Config, teacher: Dims, student: Dims, world: int, console: Console) -> Config:
     """Print the layouts that fit, the cheapest first, and return the settings with the best one."""
     from compactlm_nemo.planning.layouts import found_layouts
 

@@ -39,7 +39,7 @@ TRAINING = ("compress", "rank", "rounds", "distill", "correct_teacher")
 """Recipes with a run at W&B."""
 
 MULTIRUN = "--multirun"
-_OWN = re.compile(r"(\+\+|\+|~)?(nodes|time|chain|dry_run|hydra(\.[^=]*)?|site(\.[^=]*)?)(=.*)?", re.DOTALL)
+_OWN = re.compile(r"(\+\+|\+|~)?(time|chain|dry_run|hydra(\.[^=]*)?|site(\.[^=]*)?)(=.*)?", re.DOTALL)
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
@@ -91,13 +91,14 @@ def submit(config: SubmitConfig, words: list[str]) -> None:
     runs: list[Config] = []
     if not has_own_settings(recipe):
         runs = [compose([*fixed, *(f"{key}={value}" for key, value in each.items())]) for each in sweep or [{}]]
+    nodes = job_nodes(runs)
     for run in runs:
         ready(replace(run, dry_run=config.dry_run))  # a plan needs no model, as that of the recipe itself
-        if problem := launch_problems(run, config.nodes * config.site.gpus_per_node):
+        if problem := _site_problem(run, config.site) or launch_problems(run, nodes * config.site.gpus_per_node):
             raise ConfigError(problem)
     _plan(recipe, [*overrides, *[MULTIRUN] * bool(sweep)])
     folder = (Path(runs[0].run.dir) if runs else Path.cwd()).absolute() / JOBS
-    text = job_script(config, recipe, fixed, folder, sweep)
+    text = job_script(config, recipe, fixed, folder, sweep, nodes=nodes)
     if config.dry_run:
         print(text, end="")
         return
@@ -122,6 +123,29 @@ def submit(config: SubmitConfig, words: list[str]) -> None:
 def has_own_settings(recipe: str) -> bool:
     """Whether a recipe reads files and holds no model: its settings are those of conf/RECIPE.yaml."""
     return (CONF / f"{recipe}.yaml").is_file()
+
+
+def job_nodes(runs: Sequence[Config]) -> int:
+    """Return the nodes of each job of some runs; one where a recipe makes no run, as it is one process.
+
+    Raises:
+        ConfigError: the runs of a sweep are meant for different nodes.
+    """
+    counts = sorted({run.nodes for run in runs})
+    if len(counts) > 1:
+        raise ConfigError(f"nodes={counts} differs between runs of this sweep; give all one number, nodes={counts[0]}.")
+    return counts[0] if counts else 1
+
+
+def _site_problem(run: Config, site: SiteConfig) -> str:
+    """Return why a run is not meant for this site, where it names a cluster."""
+    count = run.cluster.devices_per_node
+    if run.cluster.device is None or count == site.gpus_per_node:
+        return ""
+    return (
+        f"site.gpus_per_node={site.gpus_per_node} must be cluster.devices_per_node={count} of {run.cluster.device}; "
+        f"name the cluster of this site (cluster=NAME), or give cluster.devices_per_node={site.gpus_per_node}."
+    )
 
 
 def _recipe(words: list[str]) -> str:
@@ -157,8 +181,9 @@ def job_name(recipe: str, folder: Path) -> str:
 
 
 def job_script(
-    config: SubmitConfig, recipe: str, overrides: list[str], folder: Path, sweep: Sequence[Mapping[str, str]] = ()
-) -> str:
+    config: SubmitConfig, recipe: str, overrides: list[str], folder: Path, sweep: Sequence[Mapping[str, str]] = (), *,
+    nodes: int,
+) -> str:  # fmt: skip
     """Return the script that submits all jobs of a chain, each after the end of the one before, and prints numbers.
 
     Args:
@@ -175,7 +200,7 @@ def job_script(
     lines += [
         f"export GPUS_PER_NODE={config.site.gpus_per_node}",
         "submit() {",
-        f'  sbatch --parsable --export=ALL "$@" {shlex.join(_options(config, recipe, folder))} \\',
+        f'  sbatch --parsable --export=ALL "$@" {shlex.join(_options(config, recipe, folder, nodes))} \\',
         f"    {shlex.join([SCRIPT, recipe, *overrides])}" + ' "${values[@]}"' * bool(sweep),
         "}",
     ]
@@ -206,12 +231,12 @@ def _variables(site: SiteConfig) -> list[tuple[str, str]]:
     return [*variables.items(), *site.environment.items()]
 
 
-def _options(config: SubmitConfig, recipe: str, folder: Path) -> list[str]:
+def _options(config: SubmitConfig, recipe: str, folder: Path, nodes: int) -> list[str]:
     """Return the options of sbatch; those of `slurm/run.sbatch` hold where there is none here."""
     site = config.site
     options = {
         "job-name": job_name(recipe, folder),
-        "nodes": str(config.nodes),
+        "nodes": str(nodes),
         "time": config.time,
         "gpus-per-node": str(site.gpus_per_node),
         "output": f"{str(folder).replace('%', '%%')}/{log_name(recipe, folder)}",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from compactlm_nemo.artifacts import settings_of
+from compactlm_nemo.config.cluster import SHARES
 from compactlm_nemo.config.data import CorpusConfig, DataConfig
 from compactlm_nemo.config.distill import DistillConfig, Result
 from compactlm_nemo.config.evaluate import EvaluateConfig
@@ -69,7 +70,7 @@ READ_BY = {
     },
     "evaluate": {"evaluate"}, "evaluate.micro_batch": set(),
     "export": {"export"}, "export.push": {"push"},
-    "wandb": set(),
+    "wandb": set(), "cluster": set(), "nodes": set(), "plan": set(),
 }  # fmt: skip
 """Setting, or section of those that are not listed themselves -> the stages whose result another value changes."""
 OTHERS: dict[str, Any] = {
@@ -89,6 +90,7 @@ OTHERS: dict[str, Any] = {
     "distill.beta1": 0.5, "distill.beta2": 0.5, "distill.warmup_steps": 3, "distill.loss.skew": 0.3,
     "distill.loss.jsd_beta": 0.3, "wandb.project": "x",
     "correct.min_lr": 1e-8, "correct.while_distilling": None,
+    **{f"cluster.{name}": 0.1 for name in SHARES}, "plan.margin": 0.2,
 }  # fmt: skip
 """Another value of a setting that has rules of its own; None where it needs a test of its own below."""
 
@@ -106,9 +108,9 @@ def _settings(section: Any, prefix: str) -> Iterator[tuple[str, dataclasses.Fiel
 SETTINGS = {
     key: (field, value)
     for section in dataclasses.fields(CONFIG)
-    if section.name != "dry_run"
+    if section.name not in ("dry_run", "nodes")
     for key, field, value in _settings(getattr(CONFIG, section.name), section.name)
-}
+} | {"nodes": (Config.__dataclass_fields__["nodes"], CONFIG.nodes)}
 
 
 def _other(key: str, value: Any) -> Any:

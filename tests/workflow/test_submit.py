@@ -67,8 +67,8 @@ def _records(checkout: Path) -> list[dict[str, object]]:
 
 def test_a_chain_of_jobs_gets_the_site_and_the_recipe_its_overrides(inputs: Path, checkout: Path) -> None:
     run = checkout.parent / "a run 50%"
-    words = command(inputs, run, "wandb.mode=offline", "wandb.project=mine")[2:]
-    done = _submit(checkout, "compress", "nodes=2", "time=1-00", "chain=3", *SITE, *words)
+    words = command(inputs, run, "wandb.mode=offline", "wandb.project=mine", "nodes=2")[2:]
+    done = _submit(checkout, "compress", "time=1-00", "chain=3", *SITE, *words)
     assert done.returncode == 0, done.stderr
     records = _records(checkout)
     options = [
@@ -125,6 +125,7 @@ def test_a_dry_run_prints_the_script_that_would_submit_and_its_words_survive_a_s
         (["time=soon"], "time=soon is no time limit of Slurm"),
         (["site=nowhere"], "site/nowhere"),
         (["nodez=1"], "nodez"),
+        (["cluster=h100_sxm"], "site.gpus_per_node=1 must be cluster.devices_per_node=8 of H100 SXM"),
         (["data.train.a=gone.jsonl"], "data.train.a.path=gone.jsonl"),
         (["site.partition=closed"], "sbatch: sbatch: error: invalid partition specified: closed;"),
     ],
@@ -160,6 +161,8 @@ def test_what_only_the_recipe_knows_is_checked_too(inputs: Path, checkout: Path,
 def test_a_recipe_without_a_model_is_submitted_as_well(checkout: Path) -> None:
     done = _submit(checkout, "verify", "run.dir=absent")
     assert done.returncode == 2 and "run.dir=absent holds no run" in done.stderr
+    done = _submit(checkout, "verify", "run.dir=absent", "nodes=2")
+    assert done.returncode == 2 and "nodes" in done.stderr, "it is one process"
     (checkout / "run" / "score").mkdir(parents=True)
     done = _submit(checkout, "verify", "run.dir=run")
     assert done.returncode == 0, done.stderr
@@ -176,11 +179,11 @@ def test_another_folder_than_the_checkout_is_refused(inputs: Path, tmp_path: Pat
 
 
 def test_words_about_the_job_are_told_from_the_recipes() -> None:
-    own = ["nodes=2", "time=04:00:00", "chain=2", "dry_run=true", "site=x", "site.options=[]", "+site.foo=1", "--help"]
-    recipe = ["compress", "wandb.notes=nodes=2", "distill.lr=1", "experiment=site", "site_=3"]
+    own = ["time=04:00:00", "chain=2", "dry_run=true", "site=x", "site.options=[]", "+site.foo=1", "--help"]
+    recipe = ["compress", "nodes=2", "wandb.notes=time=2", "distill.lr=1", "experiment=site", "site_=3"]
     assert split_words([*own, *recipe]) == (["--help", *own[:-1]], recipe)
-    assert split_words(["compress", "--cfg", "job", "nodes=2", "-p", "site"]) == (
-        ["--cfg", "job", "-p", "site", "nodes=2"],
+    assert split_words(["compress", "--cfg", "job", "time=2", "-p", "site"]) == (
+        ["--cfg", "job", "-p", "site", "time=2"],
         ["compress"],
     )
     assert split_words(["compress", "-m", "distill.lr=1,2"]) == ([], ["compress", "distill.lr=1,2", "--multirun"])
@@ -215,6 +218,7 @@ def test_a_sweep_gives_every_combination_jobs_of_its_own(inputs: Path, checkout:
     [
         (["compress", "-m"], "--multirun has nothing to sweep"),
         (["compress", "-m", "distill.lr=1e-3,-1"], "distill.lr=-1.0 must be > 0"),
+        (["compress", "-m", "nodes=1,2"], "nodes=[1, 2] differs between runs of this sweep"),
         (["verify", "-m"], "submit verify once for each value"),
         (["compress", "--cfg"], "argument --cfg/-c: expected one argument"),
     ],
@@ -231,7 +235,7 @@ def test_every_site_composes_and_gives_a_script_that_bash_reads() -> None:
     assert group_names("site") == ["example"]
     for site in group_names("site"):
         config = compose_root(SUBMIT, [f"site={site}", "chain=2"])
-        text = job_script(config, "compress", ["a=b c"], Path("/runs/x/jobs"))
+        text = job_script(config, "compress", ["a=b c"], Path("/runs/x/jobs"), nodes=2)
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
         for name, value in config.site.environment.items():
             assert f"export {name}={shlex.quote(value)}" in text
