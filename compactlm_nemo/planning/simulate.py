@@ -141,15 +141,17 @@ def micro_batch_counts(config: Config) -> tuple[int, int]:
 
 
 def simulate(
-    simulation: Simulation, config: Config, teacher: Dims, student: Dims, place: Place, degree: int = 1
+    simulation: Simulation, config: Config, teacher: Dims, student: Dims, place: Place, degree: int = 1,
+    few: int = FEWEST_LAYERS,
 ) -> Cost:  # fmt: skip
     """Return what a stage takes on a rank, continued from small simulations."""
     costs = small_costs(
         simulation, config, teacher, student, world=place.world, rank=place.rank,
         is_one_depth=place.teacher_layers == place.student_layers, is_gpu=place.is_gpu, degree=degree,
+        few=few,
     )  # fmt: skip
     weights = weights_of(
-        place.teacher_layers, place.student_layers, place.micro_batches, micro_batch_counts(config), degree=degree
+        place.teacher_layers, place.student_layers, place.micro_batches, micro_batch_counts(config), few, degree
     )
     return continued(costs, weights)
 

@@ -271,5 +271,3 @@ def distilling(there: FakeWorld, config: Config, teacher: Dims, student: Dims, c
 def correcting(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
     """Take a step of the correct_teacher stage, which trains the teacher itself."""
     return train(there, config, config.correction, teacher, teacher, count)
-
-
