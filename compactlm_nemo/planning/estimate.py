@@ -12,7 +12,7 @@ from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.layout import split_layers
-from compactlm_nemo.planning import simulate
+from compactlm_nemo.planning import passes, simulate, trainings
 from compactlm_nemo.planning.duration import Duration, duration
 from compactlm_nemo.planning.simulate import Cost, Place, Simulation
 
@@ -85,9 +85,11 @@ def planned_stages(config: Config, world: int) -> dict[str, Planned]:
     dp = world // layout.model_ranks
     step_tokens = cfg.global_batch * length
 
-    def passes(simulation: Simulation, samples: int, micro_batch: int) -> Planned:
-        count = -(-samples // (dp * micro_batch))
-        return Planned(simulation=simulation, micro_batches=count, steps=1, tokens=samples * length, trains=False)
+    def one_pass(simulation: Simulation, samples: int, micro_batch: int, *, models: int = 1) -> Planned:
+        return Planned(
+            simulation=simulation, micro_batches=-(-samples // (dp * micro_batch)), steps=1,
+            tokens=samples * length * models, trains=False, has_student=models > 1,
+        )  # fmt: skip
 
     def training(simulation: Simulation, steps: int, *, has_student: bool) -> Planned:
         return Planned(
@@ -95,14 +97,16 @@ def planned_stages(config: Config, world: int) -> dict[str, Planned]:
             tokens=step_tokens, trains=True, has_student=has_student,
         )  # fmt: skip
 
-    stages = {"score": passes(simulate.scoring, config.score.samples, config.score.micro_batch)}
+    stages = {"score": one_pass(passes.scoring, config.score.samples, config.score.micro_batch)}
     if config.corrects_before:
-        stages["correct_teacher"] = training(simulate.correcting, config.correct.steps, has_student=False)
+        stages["correct_teacher"] = training(trainings.correcting, config.correct.steps, has_student=False)
     if cfg.teacher is TeacherSource.stored:
-        stages["cache_teacher"] = passes(simulate.caching, config.cached_samples, cfg.micro_batch)
-    stages["distill"] = training(simulate.distilling, cfg.steps, has_student=True)
+        shards, size = -(-config.cached_samples // config.cache.shard_samples), config.cache.shard_samples
+        filled = -(-shards // dp) * dp * size  # every data-parallel rank runs equally many whole shards
+        stages["cache_teacher"] = one_pass(passes.caching, filled, config.cache.micro_batch)
+    stages["distill"] = training(trainings.distilling, cfg.steps, has_student=True)
     windows = config.evaluate.tokens // length * max(1, len(config.data.heldout))
-    stages["evaluate"] = passes(simulate.evaluating, windows, config.evaluate.micro_batch)
+    stages["evaluate"] = one_pass(passes.evaluating, windows, config.evaluate.micro_batch, models=3)
     return stages
 
 

@@ -19,6 +19,7 @@ from compactlm_nemo.planning.duration import duration
 from compactlm_nemo.planning.estimate import estimate, planned_stages
 from compactlm_nemo.planning.meter import TEMPORARY, Peak
 from compactlm_nemo.planning.simulate import ACTIVATIONS, OPTIMIZER
+from compactlm_nemo.planning.trainings import distilling
 from compactlm_nemo.search.cost import params_per_rank
 
 SHOWN = 3
@@ -107,7 +108,7 @@ class _Simulated:
         plain = replace(run, parallel=self.alone, distill=replace(run.distill, micro_batch=1))
         # The world is that of one copy, so that optimizer states are whole; they are divided below.
         self.costs = simulate.small_costs(
-            simulate.distilling, plain, teacher, student, world=self.alone.model_ranks * self.alone.ep, rank=0,
+            distilling, plain, teacher, student, world=self.alone.model_ranks * self.alone.ep, rank=0,
             is_one_depth=teacher.num_layers == student.num_layers, is_gpu=run.cluster.is_gpu, few=1,
         )  # fmt: skip
 
