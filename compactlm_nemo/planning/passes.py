@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.teacher import StoredKind
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.importance.activations import collect
 from compactlm_nemo.importance.block_importance import state_cosines
@@ -16,7 +18,8 @@ from compactlm_nemo.importance.depth import layer_sums
 from compactlm_nemo.importance.moments import MomentCollector
 from compactlm_nemo.importance.taylor import Gradients
 from compactlm_nemo.losses.linear_ce import linear_ce, linear_ce_sum
-from compactlm_nemo.models.build import fill
+from compactlm_nemo.losses.targets import top_k_targets
+from compactlm_nemo.models.build import ModelChunks, fill
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each
 from compactlm_nemo.models.parameters import parameter_shapes
@@ -36,12 +39,24 @@ from compactlm_nemo.training.optimizer import wrap_data_parallel
 
 
 @contextlib.contextmanager
-def _one_pass(there: FakeWorld, cost: Cost) -> Iterator[None]:
-    """Count the body as one phase."""
+def _one_pass(there: FakeWorld, cost: Cost, phase: str = "pass", times: int = 1) -> Iterator[None]:
+    """Count the body as one phase, and its work as that of several passes like it."""
     there.meter.start_work()
     there.meter.start_peak()
     yield
-    cost.peaks["pass"], cost.work = there.meter.peak, there.meter.work
+    cost.peaks[phase], cost.work = there.meter.peak, cost.work.plus(there.meter.work, times)
+
+
+def _loaded(there: FakeWorld, config: Config, dims: Dims, kind: str, cost: Cost) -> ModelChunks:
+    """Return a model for its forward pass, and count what was beside it while it was read.
+
+    A tensor is read as it was stored and copied into its place: the largest is the output layer, or the embedding.
+    """
+    chunks = build(there, config, dims, kind).eval()
+    there.meter.start_peak()
+    there.meter.name([torch.empty_like(max(chunks.parameters(), key=lambda parameter: parameter.numel()))], FILE)
+    cost.peaks[f"loading the {kind}"] = there.meter.peak
+    return chunks
 
 
 def _no_progress(samples: int) -> None: ...
@@ -50,7 +65,7 @@ def _no_progress(samples: int) -> None: ...
 def scoring(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
     """Score `count` micro-batches of a rank by activations, second moments included."""
     cfg, cost = config.score, Cost()
-    chunks = build(there, config, teacher, TEACHER).eval()
+    chunks = _loaded(there, config, teacher, TEACHER, cost)
     windows = _windows(there, config, cfg.micro_batch, count)
     moments = MomentCollector(chunks, experts=cfg.expert_moments) if cfg.second_moments else None
     there.meter.keep(SCORES)
@@ -65,7 +80,7 @@ def scoring(there: FakeWorld, config: Config, teacher: Dims, student: Dims, coun
 def differentiating(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
     """Take the gradient of the loss on `count` micro-batches of a rank, for Taylor importance."""
     cost = Cost()
-    chunks = build(there, config, teacher, TEACHER).eval()
+    chunks = _loaded(there, config, teacher, TEACHER, cost)
 
     def loss_sum(hidden_NH: Tensor, labels_N: Tensor, mask_N: Tensor) -> Tensor:
         return linear_ce_sum(hidden_NH, chunks.head(), labels_N, mask_N)
@@ -80,7 +95,7 @@ def differentiating(there: FakeWorld, config: Config, teacher: Dims, student: Di
 def comparing_blocks(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
     """Compare the states between all layers on `count` micro-batches of a rank."""
     cost, size = Cost(), config.score.micro_batch
-    chunks = build(there, config, teacher, TEACHER).eval()
+    chunks = _loaded(there, config, teacher, TEACHER, cost)
     with _one_pass(there, cost):
         state_cosines(chunks, _windows(there, config, size, count), micro_batch=size, progress=_no_progress)
     return cost
@@ -91,7 +106,7 @@ def leaving_out(block: int = 1, *, losses: bool, logits: bool) -> Simulation:
 
     def walk(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
         cost, size = Cost(), config.score.micro_batch
-        chunks = build(there, config, teacher, TEACHER).eval()
+        chunks = _loaded(there, config, teacher, TEACHER, cost)
 
         def token_losses(hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
             everywhere_N = torch.ones_like(labels_N, dtype=torch.float32)
@@ -109,30 +124,42 @@ def leaving_out(block: int = 1, *, losses: bool, logits: bool) -> Simulation:
 
 def caching(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
     """Run the teacher over `count` micro-batches of a rank, as the cache_teacher stage does."""
-    cost = Cost()
-    chunks = build(there, config, teacher, TEACHER).eval()
-    size, length = config.distill.micro_batch, config.data.sequence_length
-    batches = [torch.zeros(size, length, dtype=torch.long) for _ in range(count)]
+    cfg, cost, size = config.cache, Cost(), config.cache.micro_batch
+    chunks = _loaded(there, config, teacher, TEACHER, cost)
+    batches = [torch.zeros(size, config.data.sequence_length, dtype=torch.long) for _ in range(count)]
+
+    def keep(idx: int, hidden_SBG: Tensor) -> None:
+        if cfg.kind is StoredKind.top_k:
+            top_k_targets(hidden_SBG.transpose(0, 1).flatten(0, 1), chunks.head(), batches[idx].flatten(), k=cfg.k)
+
     with _one_pass(there, cost):
-        forward_each(chunks, batches, lambda idx, hidden_SBG: None)
+        forward_each(chunks, batches, keep)
     return cost
 
 
 def evaluating(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
+    """Measure the loss of the teacher, and of the pruned and the distilled student, on `count` micro-batches each."""
+    cost = teachers_loss(there, config, teacher, student, count)
+    gc.collect()
+    students = students_loss(there, config, teacher, student, count)
+    return Cost(cost.peaks | students.peaks, cost.work.plus(students.work, 2))
+
+
+def teachers_loss(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
     """Measure the teacher's loss on `count` micro-batches of a rank."""
-    return _losses(there, config, teacher, TEACHER, count)
+    return _loss(there, config, teacher, TEACHER, count)
 
 
-def evaluating_student(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
+def students_loss(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
     """Measure the student's loss on `count` micro-batches of a rank."""
-    return _losses(there, config, student, STUDENT, count)
+    return _loss(there, config, student, STUDENT, count)
 
 
-def _losses(there: FakeWorld, config: Config, dims: Dims, kind: str, count: int) -> Cost:
+def _loss(there: FakeWorld, config: Config, dims: Dims, kind: str, count: int) -> Cost:
     cost, size = Cost(), config.evaluate.micro_batch
-    chunks = build(there, config, dims, kind).eval()
+    chunks = _loaded(there, config, dims, kind, cost)
     windows = torch.zeros(count * there.mesh.dp_size * size, config.data.sequence_length + 1, dtype=torch.long)
-    with _one_pass(there, cost):
+    with _one_pass(there, cost, kind):
         evaluate_lm_loss(chunks, windows, micro_batch=size, progress=_no_progress)
     return cost
 

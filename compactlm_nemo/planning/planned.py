@@ -128,7 +128,7 @@ class _Plan:
         if refits and student.num_layers < teacher.num_layers and not (teacher.num_experts or teacher.norm_after):
             parts.append(self._pass("replace layers", passes.scoring, samples, size, times=times))
         size = config.evaluate.micro_batch
-        losses = passes.evaluating_student
+        losses = passes.students_loss
         return [
             *parts,
             self._pass("loss", losses, config.prune.samples, size, times=times, has_teacher=False, has_student=True),
@@ -148,7 +148,7 @@ class _Plan:
 
     def prune(self, teacher: Dims, student: Dims, name: str) -> Planned:
         cfg = self.config
-        before = self._pass("teacher's loss", passes.evaluating, cfg.prune.samples, cfg.evaluate.micro_batch)
+        before = self._pass("teacher's loss", passes.teachers_loss, cfg.prune.samples, cfg.evaluate.micro_batch)
         return Planned(name, [before, *self._cut(teacher, student)], self._refit(name))
 
     def rank(self, teacher: Dims, student: Dims) -> Planned:
@@ -171,8 +171,10 @@ class _Plan:
         )  # fmt: skip
 
     def cache_teacher(self) -> Planned:
-        samples = self.config.cached_samples
-        return Planned("cache_teacher", [self._pass("store", passes.caching, samples, self.config.distill.micro_batch)])
+        cfg, dp = self.config.cache, self.world // self.config.parallel.model_ranks
+        shards = -(-self.config.cached_samples // cfg.shard_samples)
+        filled = -(-shards // dp) * dp * cfg.shard_samples  # every data-parallel rank runs equally many whole shards
+        return Planned("cache_teacher", [self._pass("store", passes.caching, filled, cfg.micro_batch)])
 
     def _distilling(self, name: str, config: Config, steps: int) -> Part:
         has_teacher = config.distill.teacher is TeacherSource.live
@@ -190,11 +192,11 @@ class _Plan:
         if cfg.eval_every is not None:
             windows = cfg.eval_tokens // config.data.sequence_length * max(1, len(config.data.heldout))
             size, times = config.evaluate.micro_batch, cfg.steps // cfg.eval_every
-            losses = passes.evaluating_student
+            losses = passes.students_loss
             held_out = self._pass("held out", losses, windows, size, times=times, has_teacher=False, has_student=True)
             parts.append(held_out)
             if cfg.teacher is TeacherSource.live:
-                parts.append(self._pass("teacher held out", passes.evaluating, windows, size, times=times))
+                parts.append(self._pass("teacher held out", passes.teachers_loss, windows, size, times=times))
         left_out = []
         if config.model.compile or config.model.compile is None and config.cluster.is_gpu:
             left_out.append("distill: what compiled layers save in activations and time")
@@ -203,13 +205,9 @@ class _Plan:
     def evaluate(self) -> Planned:
         config = self.config
         windows = config.evaluate.tokens // config.data.sequence_length * max(1, len(config.data.heldout))
-        size, losses = config.evaluate.micro_batch, passes.evaluating_student
-        parts = [
-            self._pass("teacher", passes.evaluating, windows, size),
-            self._pass("students", losses, windows, size, times=2, has_teacher=False, has_student=True),
-        ]
+        part = self._pass("losses", passes.evaluating, windows, config.evaluate.micro_batch, has_student=True)
         left_out = ["evaluate: the tasks, which lm-eval runs on one rank"] * bool(config.evaluate.tasks)
-        return Planned("evaluate", parts, left_out)
+        return Planned("evaluate", [replace(part, tokens=3 * part.tokens)], left_out)
 
 
 def _in_one_layout(config: Config) -> Config:

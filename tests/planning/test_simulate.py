@@ -99,7 +99,9 @@ def count_of(layout: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(
     "stage, case",
-    [("distill", case) for case in CASES] + [(stage, case) for stage in PASSES for case in ("tp2_sp", "pp2")],
+    [("distill", case) for case in CASES]
+    + [(stage, case) for stage in PASSES for case in ("tp2_sp", "pp2")]
+    + [("cache", "top_k"), ("cache", "stored_hidden")],
 )
 def test_memory_and_work_are_those_of_real_ranks(stage: str, case: str, tmp_path: Path) -> None:
     world, layout, words = CASES[case]
