@@ -70,32 +70,11 @@ def test_an_experiment_plans_the_published_sizes(experiment: str, capsys: pytest
 
 
 @pytest.mark.parametrize("experiment", sorted(PUBLISHED_BILLIONS))
-def test_an_experiment_fits_80_gb_on_any_number_of_nodes(experiment: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the optimizer's state unsharded and at least 24 GB left for activations, on 1 to 16 nodes of 8 GPUs."""
+def test_an_experiment_runs_on_any_number_of_nodes(experiment: str) -> None:
     config = compose(_dry(experiment))
-    run_stages(config)
-    held = [int(n.replace(",", "")) for n in re.findall(r"^\w+: ([\d,]+) bytes a rank", capsys.readouterr().out, re.M)]
-    assert len(held) >= 4 and max(held) < 56e9
-    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
-    (named,) = re.findall(r"(?:state \(|it is )(\d+) GB", text)
-    assert int(named) == round(max(held) / 1e9)
     assert [launch_problems(config, 8 * nodes) for nodes in (1, 2, 4, 8, 16)] == [""] * 5
     assert config.parallel.sequence_parallel and config.distill.overlap
     assert launch_problems(config, 8 * 7), "7 nodes do not divide the batch"
-
-
-def test_bytes_of_a_stage_are_those_of_what_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
-    run_stages(compose([*_dry("llama31_8b_to_4b_depth"), "parallel.tp=8"]))
-    out = capsys.readouterr().out
-    held = {stage: int(n.replace(",", "")) for stage, n in re.findall(r"^(\w+): ([\d,]+) bytes a rank", out, re.M)}
-    # Llama 3.1 8B, counted by hand: 2 x 129024 x 4096 outside the layers (128256 padded to 8 ranks x 128 rows); a layer
-    # has (32 + 2 x 8) x 128 x 4096 for q, k, v, 4096^2 for the output, 3 x 4096 x 14336 for the MLP, all split over
-    # 8 ranks, and two norms that are not.
-    outside, norm = 2 * 129024 * 4096, 4096
-    layer = (32 + 16) * 128 * 4096 + 4096**2 + 3 * 4096 * 14336
-    teacher, student = ((outside + n * layer) // 8 + (2 * n + 1) * norm for n in (32, 16))
-    assert held["score"] == 2 * teacher  # bf16
-    assert held["distill"] == 2 * teacher + (2 + 4 + 4 + 4 + 4) * student
 
 
 def test_the_largest_candidate_is_counted(capsys: pytest.CaptureFixture[str]) -> None:

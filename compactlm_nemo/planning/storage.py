@@ -84,7 +84,7 @@ def _artifact_bytes(stage: str, config: Config, teacher: Dims, student: Dims) ->
         kept = config.distill.keep_checkpoints * _checkpoint_bytes(student, config)
         return config.rank.candidates * (2 * of_student + kept)
     if stage == "score" and config.score.second_moments:
-        return 4 * _moments(teacher, config)
+        return 4 * moment_numbers(teacher, config)
     if stage == "cache_teacher":
         tokens = config.cached_samples * config.data.sequence_length
         if config.cache.kind is StoredKind.hidden:
@@ -93,7 +93,7 @@ def _artifact_bytes(stage: str, config: Config, teacher: Dims, student: Dims) ->
     return 0
 
 
-def _moments(dims: Dims, config: Config) -> int:
+def moment_numbers(dims: Dims, config: Config) -> int:
     """Return how many numbers the second moments are."""
     channels, heads = dims.hidden_size**2, (dims.num_heads * dims.head_dim) ** 2
     total = channels

@@ -44,6 +44,5 @@ STAGE = Stage(
     ),
     is_wanted=lambda config: config.distill.teacher is TeacherSource.stored,
     problems=cache_problems,
-    memory=lambda config: ("teacher",),
     run=cache_teacher,
 )

@@ -33,6 +33,5 @@ STAGE = Stage(
     writes="corrected",
     settings=lambda config: {"correct": result_settings(config.correction)} | training_text(config),
     is_wanted=lambda config: config.corrects_before,
-    memory=lambda config: ("teacher_training",) if config.corrects_before else (),
     run=correct_teacher,
 )

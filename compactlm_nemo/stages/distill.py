@@ -28,13 +28,6 @@ def distill_settings(config: Config) -> dict[str, Any]:
     return training | correction_settings(config) | chosen_by
 
 
-def models_in_memory(config: Config) -> tuple[str, ...]:
-    """Return the teacher, if one runs beside the student, and the student, which is trained."""
-    if config.correct.while_distilling:
-        return ("teacher_training", "student_training")
-    return ("teacher", "student_training") if config.distill.teacher is TeacherSource.live else ("student_training",)
-
-
 def distill_problems(config: Config, models: list[Dims]) -> list[str]:
     """Return the broken rules between the training, its losses and its teacher."""
     cfg, problems = config.distill, []
@@ -177,6 +170,5 @@ STAGE = Stage(
     settings=distill_settings,
     files=start_files,
     problems=distill_problems,
-    memory=models_in_memory,
     run=distill,
 )

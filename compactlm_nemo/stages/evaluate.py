@@ -99,6 +99,5 @@ STAGE = Stage(
     writes="evaluate",
     settings=lambda config: {"evaluate": result_settings(config.evaluate)} | heldout_loss(config),
     problems=evaluate_problems,
-    memory=lambda config: ("teacher",),
     run=evaluate,
 )

@@ -162,6 +162,5 @@ STAGE = Stage(
     files=source_files,
     problems=import_problems,
     plan=import_plan,
-    memory=lambda config: ("teacher",),
     run=import_model,
 )

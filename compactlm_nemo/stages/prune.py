@@ -106,6 +106,5 @@ STAGE = Stage(
     settings=lambda config: {"prune": result_settings(config.prune)},
     files=ranking_file,
     problems=prune_problems,
-    memory=lambda config: ("student",),
     run=prune,
 )

@@ -94,6 +94,5 @@ STAGE = Stage(
     writes="score",
     settings=score_settings,
     problems=score_problems,
-    memory=lambda config: ("teacher",),
     run=score,
 )

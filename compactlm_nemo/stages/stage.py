@@ -47,8 +47,6 @@ class Stage:
     known."""
     plan: Callable[[Config], list[str]] = lambda config: []
     """Further lines of a dry run, about what it would do outside of `run.dir`."""
-    memory: Callable[[Config], tuple[str, ...]] = lambda config: ()
-    """What a rank holds at its fullest, of `workflow.dry_run.HELD`: weights without activations."""
 
     def artifacts(self, config: Config) -> tuple[str, ...]:
         """Return every artifact that it reads with these settings."""

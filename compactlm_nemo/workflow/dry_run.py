@@ -13,13 +13,6 @@ from compactlm_nemo.search.space import enumerate_space, shape_of
 from compactlm_nemo.stages.stage import Stage
 from compactlm_nemo.workflow.preflight import planned_search
 
-TRAINING_BYTES = {Precision.fp32: 4 + 4 + 8, Precision.bf16: 2 + 4 + 4 + 8}
-"""Bytes a parameter while training: weight, float32 gradient, main weight, two moments; one data-parallel rank."""
-
-
-HELD = ("teacher", "student", "teacher_training", "student_training")
-"""What a stage can have in a rank's memory: weights of a model, or all that its training holds."""
-
 
 def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> list[str]:
     """Return ranks, parameters and bytes of a rank, and what each stage reads and writes, a line each."""
@@ -30,28 +23,17 @@ def plan_lines(config: Config, teacher: Dims | None, stages: list[Stage]) -> lis
     lines += [*_place(config), _precision(config)]
     if teacher is None:
         lines.append("sizes: unknown; give model.source, or model.architecture to plan without it")
-        return lines + [line for stage in stages for line in _stage_lines(config, stage, "")]
+        return lines + [line for stage in stages for line in _stage_lines(config, stage)]
     candidates = enumerate_space(teacher, planned_search(config), config.parallel.tp)
     student = max(candidates, key=num_params)
     lines += _sizes(config, "teacher", teacher)
     lines.append(f"candidates: {len(candidates)}")
     lines += _sizes(config, "student (largest candidate)", student) + _costs(config, student)
-    weight = 2 if config.model.precision is Precision.bf16 else 4
-    sizes = {
-        "teacher": max(_rank_params(config, teacher)) * weight,
-        "student": max(_rank_params(config, student)) * weight,
-        "teacher_training": max(_rank_params(config, teacher)) * TRAINING_BYTES[config.model.precision],
-        "student_training": max(_rank_params(config, student)) * TRAINING_BYTES[config.model.precision],
-    }
-    for stage in stages:
-        size = sum(sizes[model] for model in stage.memory(config))
-        memory = f"{size:,} bytes a rank for weights and optimizer; " if size else ""
-        lines += _stage_lines(config, stage, memory)
-    return lines
+    return lines + [line for stage in stages for line in _stage_lines(config, stage)]
 
 
-def _stage_lines(config: Config, stage: Stage, memory: str) -> list[str]:
-    return [f"{stage.name}: {memory}{_folders(config, stage)}", *stage.plan(config)]
+def _stage_lines(config: Config, stage: Stage) -> list[str]:
+    return [f"{stage.name}: {_folders(config, stage)}", *stage.plan(config)]
 
 
 def _place(config: Config) -> list[str]:
@@ -59,8 +41,8 @@ def _place(config: Config) -> list[str]:
     if (device := config.cluster.device) is not None:
         each = config.cluster.devices_per_node
         return [
-            f"meant for: nodes={config.nodes} x {each} {device} = {config.meant_ranks} ranks; recipes.plan tells "
-            "memory, time and price there"
+            f"meant for: nodes={config.nodes} x {each} {device} = {config.meant_ranks} ranks; memory is told below, "
+            "time and price by recipes.plan"
         ]
     if config.nodes > 1:
         return [f"meant for: nodes={config.nodes} of a cluster without a name; cluster=NAME names it for recipes.plan"]

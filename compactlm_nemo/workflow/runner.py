@@ -28,6 +28,7 @@ from compactlm_nemo.errors import CompactLMError, ConfigError
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.stages.stage import Stage
 from compactlm_nemo.workflow.layout_checks import launch_problems
+from compactlm_nemo.workflow.memory_guard import planned_lines, refuse_what_does_not_fit
 from compactlm_nemo.workflow.owner import owned
 from compactlm_nemo.workflow.preflight import ready
 from compactlm_nemo.workflow.stage_table import MAKERS, STAGES, stages_of
@@ -55,6 +56,8 @@ def run_stages(config: Config, only: str | None = None, until: str | None = None
         if is_main_rank():
             print(to_yaml(config))
             print("\n".join(plan_lines(config, teacher, [STAGES[name] for name in names])))
+            if teacher is not None and config.cluster.device is not None:
+                print("\n".join(planned_lines(config, teacher, names)))
         return
     if problems := launch_problems(config, launch_world_size()):
         raise ConfigError(problems)
@@ -67,6 +70,8 @@ def run_stages(config: Config, only: str | None = None, until: str | None = None
             console.print(f"{name}: {told}", soft_wrap=True, markup=False, highlight=False)
             pending = pending[1:]
     if pending:
+        if teacher is not None and is_main_rank():
+            refuse_what_does_not_fit(config, teacher, pending)
         from compactlm_nemo.parallel.interruption import job_deadline, stop_if_asked
         from compactlm_nemo.parallel.launch import launched
 
