@@ -15,6 +15,7 @@ from compactlm_nemo.planning import simulate
 from compactlm_nemo.planning.duration import Duration, duration
 from compactlm_nemo.planning.meter import Peak
 from compactlm_nemo.planning.planned import Part, Planned
+from compactlm_nemo.planning.pool import side_by_side
 from compactlm_nemo.planning.simulate import FILE, Cost, Place
 from compactlm_nemo.planning.storage import Storage, storage
 
@@ -105,22 +106,36 @@ class Estimate:
         }
 
 
-def estimate(
-    planned: Planned, config: Config, teacher: Dims, student: Dims, *, world: int,
+def estimates(
+    stages: list[Planned], config: Config, teacher: Dims, student: Dims, *, world: int,
     advance: Callable[[], None] = lambda: None,
-) -> Estimate:  # fmt: skip
-    """Simulate the parts of a stage on one rank of each kind of pipeline stage, and return its row."""
-    parts = []
-    for part in planned.parts:
-        parts.append(_part(part, teacher, student, world=world))
-        advance()
+) -> list[Estimate]:  # fmt: skip
+    """Simulate the parts of all stages side by side, and return a row for each."""
+    parts = [part for stage in stages for part in stage.parts]
+    found = iter(side_by_side(estimate_part, [(part, teacher, student, world) for part in parts], advance))
+    return [
+        joined(stage, [next(found) for _ in stage.parts], config, teacher, student, world) for stage in stages
+    ]  # fmt: skip
+
+
+def joined(
+    planned: Planned, parts: list[PartEstimate], config: Config, teacher: Dims, student: Dims, world: int
+) -> Estimate:
+    """Return the row of a stage of its parts."""
     kept = max((each.cost.kept_bytes for each in parts), default=0)
     return Estimate(
         stage=planned.name, parts=parts, storage=storage(planned.name, config, teacher, student, kept, world=world)
     )
 
 
-def _part(part: Part, teacher: Dims, student: Dims, *, world: int) -> PartEstimate:
+def estimate(planned: Planned, config: Config, teacher: Dims, student: Dims, *, world: int) -> Estimate:
+    """Simulate a stage in this process, and return its row."""
+    parts = [estimate_part(part, teacher, student, world) for part in planned.parts]
+    return joined(planned, parts, config, teacher, student, world)
+
+
+def estimate_part(part: Part, teacher: Dims, student: Dims, world: int) -> PartEstimate:
+    """Simulate a part on one rank of each kind of pipeline stage."""
     config, layout = part.config, part.config.parallel
     costs: dict[int, Cost] = {}
     for rank in _ranks(config, world):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.schema import Config
@@ -16,9 +17,10 @@ from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.planning import simulate, trainings
 from compactlm_nemo.planning.duration import duration
-from compactlm_nemo.planning.estimate import estimate
+from compactlm_nemo.planning.estimate import estimate_part
 from compactlm_nemo.planning.meter import TEMPORARY, Peak
 from compactlm_nemo.planning.planned import planned_stages
+from compactlm_nemo.planning.pool import side_by_side
 from compactlm_nemo.planning.simulate import ACTIVATIONS, OPTIMIZER
 from compactlm_nemo.search.cost import params_per_rank
 
@@ -46,16 +48,16 @@ def found_layouts(
 
     Nodes are given, so the fastest is the cheapest.
     """
-    rough = []
-    simulated: dict[tuple[int, bool], _Simulated] = {}
+    allowed: dict[Any, list[Config]] = {}
     for candidate in candidates(run, teacher, student, world):
-        key = candidate.parallel.tp, candidate.distill.recompute
-        if key not in simulated:
-            simulated[key] = _Simulated(candidate, teacher, student, world)
-            advance()
-        rough.append(simulated[key].layout(candidate))
+        allowed.setdefault((candidate.parallel.tp, candidate.distill.recompute), []).append(candidate)
+    simulated = side_by_side(
+        _Simulated, [(first, teacher, student, world) for first, *_ in allowed.values()], advance
+    )  # fmt: skip
+    pairs = zip(simulated, allowed.values(), strict=True)
+    rough = [alone.layout(candidate) for alone, alike in pairs for candidate in alike]
     fitting = sorted((each for each in rough if each.bytes <= limit), key=_rank)
-    exact = [_exact(each.run, teacher, student, world) for each in fitting[:SHOWN]]
+    exact = side_by_side(_exact, [(each.run, teacher, student, world) for each in fitting[:SHOWN]], advance)
     return sorted((each for each in exact if each.bytes <= limit), key=_rank) + fitting[SHOWN:]
 
 
@@ -133,6 +135,6 @@ class _Simulated:
 
 
 def _exact(run: Config, teacher: Dims, student: Dims, world: int) -> Layout:
-    planned = planned_stages(run, teacher, student, world)["distill"]
-    row = estimate(replace(planned, parts=planned.parts[:1]), run, teacher, student, world=world).parts[0]
-    return Layout(run, row.cost.peak.bytes, row.duration.seconds)
+    training = planned_stages(run, teacher, student, world)["distill"].parts[0]
+    found = estimate_part(training, teacher, student, world)
+    return Layout(run, found.cost.peak.bytes, found.duration.seconds)

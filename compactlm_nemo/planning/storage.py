@@ -49,7 +49,8 @@ def storage(stage: str, config: Config, teacher: Dims, student: Dims, kept_bytes
     checkpoint = _checkpoint_bytes(student if stage == "distill" else teacher, config)
     if stage == "distill" and config.correct.while_distilling:
         checkpoint += _checkpoint_bytes(teacher, config)
-    if not cfg.checkpoint_async:
+    is_async = cluster.is_gpu if cfg.checkpoint_async is None else cfg.checkpoint_async
+    if not is_async:
         seconds += steps // cfg.checkpoint_every * checkpoint / nodes / cluster.write_gbs / 1e9
     on_host = kept_bytes * min(world, cluster.devices_per_node) if cluster.is_gpu else 0
     return Storage(written + (cfg.keep_checkpoints + 1) * checkpoint, on_host, seconds)

@@ -6,7 +6,6 @@ process of its own, as it hides GPUs from the process that it runs in.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Collection
 from dataclasses import replace
@@ -69,8 +68,9 @@ def planned_lines(config: Config, teacher: Dims, names: Collection[str]) -> list
 
 
 def _told(config: Config, teacher: Dims, names: Collection[str], world: int) -> list[Need]:
-    with multiprocessing.get_context("spawn").Pool(1, initializer=_alone) as pool:
-        found = pool.apply(needs, (config, teacher, tuple(names), world))
+    from compactlm_nemo.planning.pool import side_by_side
+
+    (found,) = side_by_side(needs, [(config, teacher, tuple(names), world)])
     if found and found[-1].way_out:
         cluster, need = config.cluster, found[-1]
         raise ConfigError(
@@ -78,15 +78,6 @@ def _told(config: Config, teacher: Dims, names: Collection[str], world: int) -> 
             f"(plan.margin={config.plan.margin:g} of {cluster.memory_gib:.1f} stays free); {need.way_out}."
         )
     return found
-
-
-def _alone() -> None:
-    """Let this process see no GPU, and no other ranks."""
-    from compactlm_nemo.planning.fake_world import hide_devices
-
-    hide_devices()
-    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
 
 
 def limit_of(config: Config) -> float:

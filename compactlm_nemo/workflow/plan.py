@@ -77,16 +77,14 @@ def plan(config: Config) -> None:
 
 def estimates(run: Config, teacher: Dims, student: Dims, world: int) -> tuple[list[Estimate], list[str]]:
     """Return a row for every stage of the run that needs devices or room, and what is left out of them."""
-    from compactlm_nemo.planning.estimate import estimate
+    from compactlm_nemo.planning import estimate
     from compactlm_nemo.planning.planned import planned_stages
     from compactlm_nemo.progress import progress_bar
 
     names = {*stages_of(run), "rank"}
     wanted = [stage for name, stage in planned_stages(run, teacher, student, world).items() if name in names]
-    rows = []
     with progress_bar("plan", sum(len(stage.parts) for stage in wanted), 1) as advance:
-        for stage in wanted:
-            rows.append(estimate(stage, run, teacher, student, world=world, advance=lambda: advance(1)))
+        rows = estimate.estimates(wanted, run, teacher, student, world=world, advance=lambda: advance(1))
     return rows, [part for stage in wanted for part in stage.left_out]
 
 
