@@ -27,7 +27,7 @@ from compactlm_nemo.losses.targets import Targets, TeacherHead, TopK
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.launch import second_mesh
-from compactlm_nemo.planning.fake_world import FakeWorld
+from compactlm_nemo.planning.fake_world import FakeWorld, fake_world
 from compactlm_nemo.planning.simulate import (
     ACTIVATIONS,
     GRADIENTS,
@@ -38,6 +38,7 @@ from compactlm_nemo.planning.simulate import (
     Cost,
     build,
     dtype_of,
+    micro_batch_counts,
 )  # fmt: skip
 from compactlm_nemo.training.batches import Batch
 from compactlm_nemo.training.callbacks import Callback, ModelPass, Step
@@ -76,6 +77,8 @@ class _Watch(Callback):
         if step == 0:
             self.cost.peaks["start"] = self.meter.peak
         self._is_measured = step == 1
+        if self._is_measured and self.meter.curve is not None:
+            self.meter.curve.clear()
         self.meter.start_work()
         self.meter.start_peak()
 
@@ -271,3 +274,18 @@ def distilling(there: FakeWorld, config: Config, teacher: Dims, student: Dims, c
 def correcting(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
     """Take a step of the correct_teacher stage, which trains the teacher itself."""
     return train(there, config, config.correction, teacher, teacher, count)
+
+
+def memory_over_a_step(config: Config, teacher: Dims, student: Dims, world: int, rank: int) -> list[dict[str, int]]:
+    """Return bytes by kind after each allocation or release of a step of the distill stage, with all layers.
+
+    Micro-batches are as few as show how many are under way at once.
+    """
+    count = micro_batch_counts(config)[0]
+    with fake_world(
+        config.parallel, world=world, rank=rank, seed=config.run.seed, is_gpu=config.cluster.is_gpu
+    ) as there:  # fmt: skip
+        there.meter.curve = []
+        distilling(there, config, teacher, student, count)
+        curve = there.meter.curve
+    return [kinds for _, kinds in curve]

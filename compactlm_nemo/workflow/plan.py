@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from compactlm_nemo.planning.estimate import Estimate
 
 GIB = 2**30
-FILE = "plan.json"
+FILE, PICTURE = "plan.json", "plan.png"
 
 
 def plan(config: Config) -> None:
@@ -73,6 +73,8 @@ def plan(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FILE, values)
     console.print(f"written: {folder / FILE}", highlight=False)
+    _draw(run, teacher, student, world, rows, folder / PICTURE)
+    console.print(f"written: {folder / PICTURE}, memory of the fullest rank over a step", highlight=False)
 
 
 def estimates(run: Config, teacher: Dims, student: Dims, world: int) -> tuple[list[Estimate], list[str]]:
@@ -86,6 +88,18 @@ def estimates(run: Config, teacher: Dims, student: Dims, world: int) -> tuple[li
     with progress_bar("plan", sum(len(stage.parts) for stage in wanted), 1) as advance:
         rows = estimate.estimates(wanted, run, teacher, student, world=world, advance=lambda: advance(1))
     return rows, [part for stage in wanted for part in stage.left_out]
+
+
+def _draw(run: Config, teacher: Dims, student: Dims, world: int, rows: list[Estimate], path: Path) -> None:
+    """Draw the memory of a step of the distill stage on its fullest rank."""
+    from compactlm_nemo.planning.pool import side_by_side
+    from compactlm_nemo.planning.trainings import memory_over_a_step
+    from compactlm_nemo.report.memory_plot import plot_memory
+
+    (training,) = [row.parts[0] for row in rows if row.stage == "distill"]
+    rank = training.fullest * (world // run.parallel.pp)
+    (curve,) = side_by_side(memory_over_a_step, [(run, teacher, student, world, rank)])
+    plot_memory(curve, run.cluster.memory_gib * GIB * (1 - run.plan.margin), path)
 
 
 def layout_words(run: Config) -> str:
