@@ -69,7 +69,8 @@ class PlanConfig:
     """Say whether the student is worth the run: its expected loss, a run from scratch to the same loss, what serving
     it instead of the teacher saves."""
     teacher_tokens: float | None = setting(None, changes_result=False)
-    """With `plan.benefit`: tokens that the teacher was trained on, from which the loss to reach from scratch follows."""
+    """With `plan.benefit`: tokens that the teacher was trained on, from which the loss to reach from scratch
+    follows."""
     served_tokens_day: float | None = setting(None, changes_result=False)
     """With `plan.benefit`: tokens that are generated in a day."""
     served_prompt: int = setting(1000, changes_result=False)

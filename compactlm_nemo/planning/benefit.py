@@ -132,7 +132,9 @@ class ScalingLaw:
 
 CHINCHILLA = ScalingLaw(floor=1.8172, a=482.01, alpha=0.3478, b=2085.43, beta=0.3658)
 """Form and runs of Hoffmann et al. 2022 (arXiv 2203.15556, approach 3), fitted anew by Besiroglu et al. 2024 (arXiv
-2404.10102); standard errors 0.03, 124.58, 0.02, 1293.23, 0.02. Its runs have 44 million to 16 billion parameters."""
+2404.10102); standard errors 0.03, 124.58, 0.02, 1293.23, 0.02."""
+LAW_PARAMS, LAW_TOKENS = (70e6, 16e9), (5e9, 500e9)
+"""Sizes and tokens of those runs, by the abstract."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,11 @@ def from_scratch(
     target = CHINCHILLA.loss(teacher_params, teacher_tokens) + gap
     tokens = CHINCHILLA.tokens_to(target, student_params)
     return FromScratch(tokens, 6 * student_params * tokens, price_a_token * tokens)
+
+
+def outside_law(params: float, tokens: float) -> bool:
+    """Whether a model lies outside of the runs that the scaling law is of."""
+    return not (LAW_PARAMS[0] <= params <= LAW_PARAMS[1] and LAW_TOKENS[0] <= tokens <= LAW_TOKENS[1])
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ class Serving:
 
 
 def serving(model: Served, load: Load, cluster: ClusterConfig, *, tflops: float, margin: float) -> Serving:
-    """Return what a roofline says of serving a model: prompts take arithmetic, steps the longer of bytes and arithmetic.
+    """Return what a roofline says of serving: prompts take arithmetic, steps the longer of bytes and arithmetic.
 
     ``prompt = FLOPs / (peak matmul_share)``, ``step = max(bytes / (bandwidth memory_share), FLOPs / (peak
     matmul_share))``; a token costs ``(prompt + answer / batch step) / answer`` seconds of a device. Devices of a copy

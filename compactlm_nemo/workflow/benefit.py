@@ -17,6 +17,9 @@ from compactlm_nemo.planning.benefit import Range, Verdict
 from compactlm_nemo.planning.recoveries import RECOVERIES, SOURCES
 from compactlm_nemo.search.cost import cached_tokens, flops_per_token_forward, kv_cache_bytes_per_token, num_params
 
+UNREACHABLE = "unreachable"
+"""What is said of tokens and price where the scaling law has no number of tokens reach a loss."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Benefit:
@@ -79,9 +82,14 @@ class Benefit:
                 f"{'memory' if each.is_memory_bound else 'arithmetic'}"
                 for name, each in (("teacher", self.teacher), ("student", self.student))
             ],
-            f"break-even: {_count(self.break_even.tokens)} tokens, {_days(self.break_even.days)}",
+            f"break-even: {self._break_even()}",
             f"{self.verdict.value}: {self._reasons()}",
         ]
+
+    def _break_even(self) -> str:
+        if math.isinf(self.break_even.tokens):
+            return "never, as serving the student costs no less"
+        return f"{_count(self.break_even.tokens)} tokens, {self.break_even.days:,.1f} days"
 
     def _reasons(self) -> str:
         plan = self.run.plan
@@ -116,7 +124,7 @@ def check_benefit(run: PlannedRun, teacher: Dims, student: Dims) -> None:
         "cluster.price_hour=0 is not known, and plan.benefit=true compares prices; give cluster.price_hour=DOLLARS.": (
             run.cluster.price_hour == 0
         ),
-        "plan.benefit=true knows distilled students alone, not those of distill.teacher=none; choose another teacher.": (
+        "plan.benefit=true knows distilled students alone, not those of distill.teacher=none; choose another.": (
             run.distill.teacher is TeacherSource.none
         ),
         f"plan.benefit=true does not know the tokens before distill.start_from={run.distill.start_from}; leave one "
@@ -152,11 +160,10 @@ def benefit(run: PlannedRun, teacher: Dims, student: Dims, world: int, run_price
     }
     teacher_served, student_served = _served_both(run, teacher, student)
     paid = figures.break_even(run_price, teacher_served, student_served, run.plan.served_tokens_day)
-    trained = "the sources train by forward KL on logits alone, this run does not"
     return Benefit(
         run=run,
         recovered=recovered,
-        extrapolated=recovered.outside + (trained,) * (run.distill.loss != LossConfig() or run.distill.hidden.is_on),
+        extrapolated=(*recovered.outside, *_unlike_the_sources(run, sizes, scratch["middle"].tokens)),
         run_price=run_price,
         scratch=scratch,
         scratch_utilisation=utilisation,
@@ -167,6 +174,22 @@ def benefit(run: PlannedRun, teacher: Dims, student: Dims, world: int, run_price
         tokens_a_parameter=tokens / sizes[1],
         removed=1 - sizes[1] / sizes[0],
     )
+
+
+def _unlike_the_sources(run: PlannedRun, sizes: tuple[int, int], scratch_tokens: float) -> list[str]:
+    """Return in what the run differs from those that the expected loss and the scaling law are of."""
+    assert run.plan.teacher_tokens is not None
+    reasons = []
+    if run.distill.loss != LossConfig() or run.distill.hidden.is_on:
+        reasons.append("the sources train by forward KL on logits alone, this run does not")
+    trained = {"the teacher": (sizes[0], run.plan.teacher_tokens), "a run from scratch": (sizes[1], scratch_tokens)}
+    for name, (params, tokens) in trained.items():
+        if figures.outside_law(params, tokens):
+            reasons.append(
+                f"{name} has {_count(params)} parameters and {_count(tokens)} tokens, the scaling law is of 70 million "
+                "to 16 billion and of 5 to 500 billion"
+            )
+    return reasons
 
 
 def _training_alone(run: PlannedRun, student: Dims, world: int) -> tuple[float, float]:
@@ -218,7 +241,7 @@ def served(name: str, dims: Dims, load: figures.Load, bytes_per_value: int) -> f
 
 def _count(number: float) -> str:
     if math.isinf(number):
-        return "no number of"
+        return UNREACHABLE
     for unit, name in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
         if number >= unit:
             return f"{number / unit:,.1f} {name}"
@@ -226,8 +249,4 @@ def _count(number: float) -> str:
 
 
 def _dollars(price: float) -> str:
-    return "no price" if math.isinf(price) else f"${price:,.2f}"
-
-
-def _days(days: float) -> str:
-    return "never" if math.isinf(days) else f"{days:,.1f} days"
+    return UNREACHABLE if math.isinf(price) else f"${price:,.2f}"

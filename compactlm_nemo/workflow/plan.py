@@ -67,13 +67,14 @@ def plan(config: PlannedRun) -> None:
         console.print(f"not in this plan: {part}", highlight=False)
     rows = estimates(run, teacher, student, world)
     console.print(stages_table(rows, run.cluster, world, run.parallel.model_ranks, config.plan.margin))
-    values = {
+    values: dict[str, Any] = {
         "cluster": run.cluster.device, "ranks": world, "overrides": layout_words(run),
         "teacher_params": num_params(teacher), "student_params": num_params(student),
         "stages": [row.as_values() | _price(row, run.cluster, world) for row in rows],
     }  # fmt: skip
     if config.plan.benefit:
-        found = benefit(run, teacher, student, world, sum(part["price"] for part in values["stages"]))
+        price = sum(row.seconds for row in rows) * world / 3600 * run.cluster.price_hour
+        found = benefit(run, teacher, student, world, price)
         console.print(*found.lines(), sep="\n", highlight=False)
         values["benefit"] = found.as_values()
     folder = Path(run.run.dir)
