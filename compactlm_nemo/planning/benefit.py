@@ -80,8 +80,10 @@ def expected_recovery(
         middle = float(point @ coefficients)
         half = spread * math.sqrt(1 + float(point @ inverse @ point))
         ranges[unit] = Range(math.exp(middle), math.exp(middle - half), math.exp(middle + half))
+    lacking = ranges[Unit.score]
+    score = Range(*(min(1.0, part) for part in (lacking.middle, lacking.low, lacking.high)))  # no more than all of it
     outside = tuple(_outside(teacher_params, student_params, tokens, rows))
-    return Recovered(ranges[Unit.nats], ranges[Unit.score], outside)
+    return Recovered(ranges[Unit.nats], score, outside)
 
 
 def _error_of_new_sources(rows: Sequence[Recovery]) -> float:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from compactlm_nemo.config.cluster import ClusterConfig
+from compactlm_nemo.config.cluster import ClusterConfig, PlanConfig
+from compactlm_nemo.config.distill import DistillConfig
+from compactlm_nemo.config.loss import CROSS_ENTROPY
+from compactlm_nemo.config.plan import PlannedRun
+from compactlm_nemo.config.teacher import TeacherSource
+from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.planning.benefit import Load, serving
 from compactlm_nemo.planning.recoveries import SOURCES
 from compactlm_nemo.search.cost import num_params
-from compactlm_nemo.workflow.benefit import served
+from compactlm_nemo.workflow.benefit import check_benefit, served
 from tests.support.commands import run
 from tests.support.tiny_run import command
 
@@ -68,24 +75,66 @@ def test_a_run_from_scratch_has_the_price_of_training_without_a_teacher(inputs: 
     "overrides, line",
     [
         (["plan.benefit=true"], "plan.teacher_tokens=null must be given with plan.benefit=true"),
-        ([*ASKED[:2]], "plan.served_tokens_day=null must be given with plan.benefit=true"),
-        (["plan.served_batch=8"], "plan.served_batch=8 is read by plan.benefit=true alone; set that too, or leave"),
-        (["plan.teacher_tokens=1e12"], "plan.teacher_tokens=1000000000000.0 is read by plan.benefit=true alone"),
-        ([*ASKED, "plan.served_prompt=0"], "plan.served_prompt=0 must be > 0"),
-        ([*ASKED, "cluster.price_hour=0"], "cluster.price_hour=0 is not known, and plan.benefit=true compares prices"),
-        ([*ASKED, "distill.teacher=none", "distill.loss.forward_kl=0", "distill.loss.cross_entropy=1"],
-         "not those of distill.teacher=none"),
-        ([*ASKED, "search.layers=[4]", "search.ffn=[64]", "search.heads=[4]", "search.hidden=[32]"],
-         "plan.benefit=true needs a student with fewer parameters"),
         ([*ASKED, "plan.served_prompt=2000"], "plan.served_prompt=2000 and plan.served_answer=100 must be at most"),
-        ([*ASKED, "plan.served_batch=10000000"], "plan.served_batch=10000000 of the teacher needs"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_told_is_one_line(inputs: Path, tmp_path: Path, overrides: list[str], line: str) -> None:
     done = run(words(inputs, tmp_path / "run", *overrides))
     errors = [each for each in done.stderr.splitlines() if each.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and line in errors[0], done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        ({"benefit": True, "teacher_tokens": 1e12}, "plan.served_tokens_day=null must be given with plan.benefit=true"),
+        ({"served_batch": 8}, "plan.served_batch=8 is read by plan.benefit=true alone; set that too, or leave it out."),
+        ({"teacher_tokens": 1e12}, "plan.teacher_tokens=1000000000000.0 is read by plan.benefit=true alone"),
+        ({"served_days": 1.0}, "plan.served_days=1.0 is read by plan.benefit=true alone"),
+        ({"benefit": True, "teacher_tokens": 1e12, "served_tokens_day": 0.0}, "plan.served_tokens_day=0.0 must be > 0"),
+        ({"benefit": True, "teacher_tokens": 1, "served_tokens_day": 1, "served_prompt": 0}, "plan.served_prompt=0 mu"),
+    ],
+)
+def test_settings_that_go_together(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        PlanConfig(**settings)
+    assert str(error.value).startswith(line)
+
+
+PLANNED = PlannedRun(
+    cluster=ClusterConfig(device="X", price_hour=1.0),
+    plan=PlanConfig(benefit=True, teacher_tokens=1e12, served_tokens_day=1e9, served_prompt=40, served_answer=8),
+)
+
+
+@pytest.mark.parametrize(
+    "changed, lines",
+    [
+        ({"cluster": ClusterConfig(device="X")}, ["cluster.price_hour=0 is not known, and plan.benefit=true compares"]),
+        ({"distill": DistillConfig(teacher=TeacherSource.none, loss=CROSS_ENTROPY)}, ["plan.benefit=true knows dist"]),
+        ({"distill": DistillConfig(start_from="runs/a")}, ["plan.benefit=true does not know the tokens before distill."
+                                                           "start_from=runs/a"]),
+        ({"plan": replace(PLANNED.plan, served_batch=10**9)}, ["plan.served_batch=1000000000 of the teacher needs"]),
+        ({"cluster": ClusterConfig(device="X"), "plan": replace(PLANNED.plan, served_prompt=60)},
+         ["2 problems:", "- cluster.price_hour=0", "- plan.served_prompt=60 and plan.served_answer=8 must be at"]),
+    ],
+)  # fmt: skip
+def test_runs_that_nothing_can_be_told_of(changed: dict[str, Any], lines: list[str]) -> None:
+    student = DIMS.with_shape(layers=1)
+    check_benefit(PLANNED, DIMS, student)
+    with pytest.raises(ConfigError) as error:
+        check_benefit(replace(PLANNED, **changed), DIMS, student)
+    found = str(error.value).splitlines()
+    assert len(found) == len(lines) and all(line.startswith(start) for line, start in zip(found, lines, strict=True))
+
+
+def test_models_that_nothing_can_be_told_of() -> None:
+    with pytest.raises(ConfigError, match="^plan.benefit=true needs a student with fewer parameters"):
+        check_benefit(PLANNED, DIMS, DIMS)
+    experts = replace(DIMS, num_experts=4, experts_per_token=2)
+    with pytest.raises(ConfigError, match="^plan.benefit=true knows no model with experts, as num_experts=4; leave"):
+        check_benefit(PLANNED, experts, experts.with_shape(layers=1))
 
 
 DIMS = Dims(
