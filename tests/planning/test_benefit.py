@@ -124,6 +124,7 @@ def test_the_range_is_that_of_least_squares() -> None:
         ]
     spread = math.sqrt(mean(error**2 for error in errors))
     line, inverse = least_squares(points, gaps)
+    assert [math.exp(line[0]), *line[1:3], math.exp(line[3])] == pytest.approx([0.57, -0.21, 0.88, 0.32], abs=0.005)
     teacher, student, tokens = MINITRON_8B
     x = [1, math.log(tokens / student), math.log(1 - student / teacher), 0]
     middle = sum(a * b for a, b in zip(line, x, strict=True))
@@ -132,6 +133,7 @@ def test_the_range_is_that_of_least_squares() -> None:
     found = expected_recovery(*MINITRON_8B).nats
     want = [math.exp(middle), math.exp(middle - half), math.exp(middle + half)]
     assert [found.middle, found.low, found.high] == pytest.approx(want, rel=1e-4)
+    assert [found.low, found.middle, found.high] == pytest.approx([0.07, 0.18, 0.48], abs=0.005)  # docs/planning.md
 
 
 def covered(group: Callable[[int], Hashable]) -> int:
@@ -170,6 +172,7 @@ def test_the_scaling_law_by_hand() -> None:
     assert CHINCHILLA.loss(70e9, 1.4e12) == pytest.approx(1.8172 + 0.0815 + 0.0752, abs=2e-4)
     assert CHINCHILLA.tokens_to(CHINCHILLA.loss(8.54e9, 3.8e12), 8.54e9) == pytest.approx(3.8e12)
     assert CHINCHILLA.tokens_to(1.8172 + 0.05, 8.54e9) == math.inf
+    assert CHINCHILLA.loss(8.54e9, 1.8e9) == pytest.approx(2.84, abs=0.005)
 
 
 def test_the_scaling_law_trains_a_compute_optimal_model_on_twenty_tokens_a_parameter() -> None:
@@ -234,6 +237,11 @@ def test_what_pays_when_by_hand() -> None:
 def test_the_verdict(run: float, days: float, want: Verdict) -> None:
     cheapest, dearest = FromScratch(1e9, 1e19, 20), FromScratch(1e12, 1e22, 200)
     assert verdict(run, cheapest, dearest, days, served_days=365) is want
+
+
+def test_a_student_lacks_no_more_than_all() -> None:
+    score = expected_recovery(10e9, 1e8, 1e3).score
+    assert score.middle == score.high == 1 and score.low < 1
 
 
 def test_figures_are_plain() -> None:

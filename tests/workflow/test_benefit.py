@@ -173,4 +173,5 @@ def test_the_roofline_says_how_much_more_students_serve() -> None:
         serving(served("it", dims, load, 2), load, h200, tflops=835, margin=0.1).price_million
         for dims in (QWEN3_8B, *students)
     )
+    assert [teacher / each for each in others] == pytest.approx([1.18, 1.61], abs=0.005)
     assert [teacher / each for each in others] == pytest.approx([246.7 / 218.9, 364.0 / 218.9], rel=0.06)
