@@ -124,6 +124,7 @@ class ScalingLaw:
     beta: float
 
     def loss(self, params: float, tokens: float) -> float:
+        """Return the loss of a model of `params` after `tokens`."""
         return self.floor + self.a * params**-self.alpha + self.b * tokens**-self.beta
 
     def tokens_to(self, loss: float, params: float) -> float:
@@ -251,6 +252,7 @@ class BreakEven:
 
 
 def break_even(run_price: float, teacher: Serving, student: Serving, tokens_day: float) -> BreakEven:
+    """Return when serving the student has saved the run's price: ``run / (teacher - student)`` generated tokens."""
     saved = (teacher.price_million - student.price_million) / 1e6
     tokens = run_price / saved if saved > 0 else math.inf
     return BreakEven(tokens, tokens / tokens_day)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from compactlm_nemo.config.plan import PlannedRun
 from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.planning.benefit import Load, serving
+from compactlm_nemo.planning.benefit import BreakEven, FromScratch, Load, Range, Recovered, Serving, serving
+from compactlm_nemo.planning.benefit import verdict as decide
 from compactlm_nemo.planning.recoveries import SOURCES
 from compactlm_nemo.search.cost import num_params
-from compactlm_nemo.workflow.benefit import check_benefit, served
+from compactlm_nemo.workflow.benefit import Benefit, check_benefit, served
 from tests.support.commands import run
 from tests.support.tiny_run import command
 
@@ -135,6 +137,41 @@ def test_models_that_nothing_can_be_told_of() -> None:
     experts = replace(DIMS, num_experts=4, experts_per_token=2)
     with pytest.raises(ConfigError, match="^plan.benefit=true knows no model with experts, as num_experts=4; leave"):
         check_benefit(PLANNED, experts, experts.with_shape(layers=1))
+
+
+@pytest.mark.parametrize(
+    "run_price, days, verdict, words",
+    [
+        (10, 100, "go", "pays for the run within 365 days, and the run costs less than one from scratch at either end"),
+        (50, 100, "open", "costs less than one from scratch if it ends at a low loss of the range and more if at a"),
+        (200, 100, "no-go", "costs no less than one from scratch at either end of the range"),
+        (10, 400, "no-go", "does not pay for the run within 365 days, and the run costs less than one from scratch at"),
+        (10, math.inf, "no-go", "does not pay for the run within 365 days"),
+    ],
+)
+def test_the_verdict_says_what_it_rests_on(run_price: float, days: float, verdict: str, words: str) -> None:
+    prices = {"low": 200.0, "middle": 60.0, "high": 20.0}
+    scratch = {end: FromScratch(price * 1e9, price * 1e19, price) for end, price in prices.items()}
+    served_both = [Serving(1, 0.1, 0.01, True, price) for price in (0.3, 0.1)]
+    found = Benefit(
+        run=PLANNED, recovered=Recovered(Range(0.18, 0.07, 0.48), Range(0.06, 0.02, 0.15), ()),
+        extrapolated=("by far",), run_price=run_price, scratch=scratch, scratch_utilisation=0.5,
+        teacher=served_both[0], student=served_both[1], break_even=BreakEven(days * 1e9, days),
+        verdict=decide(run_price, scratch["high"], scratch["low"], days, 365),
+        tokens_a_parameter=11.4, removed=0.47,
+    )  # fmt: skip
+    lines = found.lines()
+    assert lines[-1].startswith(f"{verdict}: serving 1.0 billion tokens a day ") and words in lines[-1]
+    assert lines[1:5] == [
+        "loss: 0.18 nats a token over the teacher's (0.07 to 0.48), scores 94% of the teacher's (85% to 98%), after "
+        "11.4 tokens a parameter with 47% removed",
+        "extrapolated: by far",
+        f"this run: ${run_price}.00",
+        "from scratch to the same loss: 60.0 billion tokens (20.0 billion to 200.0 billion), $60.00 ($20.00 to $200.00)"
+        " at 50% MFU",
+    ]
+    assert lines[-2].startswith("break-even: never" if math.isinf(days) else f"break-even: {days}.0 billion tokens, ")
+    assert found.as_values()["verdict"] == verdict
 
 
 DIMS = Dims(
