@@ -37,6 +37,10 @@ class PartEstimate:
     def seconds(self) -> float:
         return self.duration.seconds * self.part.times
 
+    def utilisation(self, cluster: ClusterConfig, ranks: int, copies: int) -> float:
+        """Return the share of the devices' bf16 peak that its products are, recomputation included."""
+        return self.flops * copies / (self.duration.seconds * ranks * cluster.bf16_tflops * 1e12)
+
     def as_values(self) -> dict[str, Any]:
         """Return it as plain values."""
         peak = self.cost.peak

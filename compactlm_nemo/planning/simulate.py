@@ -40,6 +40,8 @@ class Cost:
     work: Work = field(default_factory=Work)
     kept_bytes: int = 0
     """What a checkpoint of this rank holds."""
+    curve: list[tuple[int, dict[str, int]]] | None = None
+    """(bytes alive, by kind) after each allocation and release of a training step, where it was asked for."""
 
     @property
     def peak(self) -> Peak:

@@ -105,6 +105,7 @@ class _Watch(Callback):
         self._end_phase("update")
         if self._is_measured:
             self.cost.work = self.meter.work
+            self.cost.curve, self.meter.curve = self.meter.curve, None
 
 
 def _bytes(tensors: list[Tensor]) -> int:
@@ -286,6 +287,6 @@ def memory_over_a_step(config: Config, teacher: Dims, student: Dims, world: int,
         config.parallel, world=world, rank=rank, seed=config.run.seed, is_gpu=config.cluster.is_gpu
     ) as there:  # fmt: skip
         there.meter.curve = []
-        distilling(there, config, teacher, student, count)
-        curve = there.meter.curve
+        curve = distilling(there, config, teacher, student, count).curve
+    assert curve is not None
     return [kinds for _, kinds in curve]

@@ -21,6 +21,7 @@ from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import num_params
 from compactlm_nemo.search.space import enumerate_space
+from compactlm_nemo.workflow.benefit import benefit, check_benefit
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.preflight import planned_search, ready
 from compactlm_nemo.workflow.stage_table import stages_of
@@ -50,6 +51,8 @@ def plan(config: Config) -> None:
         )
     student = max(enumerate_space(teacher, planned_search(run), run.parallel.tp), key=num_params)
     world = config.meant_ranks
+    if config.plan.benefit:
+        check_benefit(run, teacher, student)
     console = Console(soft_wrap=True)
     precision = run.model.precision.name
     title = (
@@ -64,11 +67,16 @@ def plan(config: Config) -> None:
     console.print(stages_table(rows, run.cluster, world, run.parallel.model_ranks, config.plan.margin))
     for part in left_out:
         console.print(f"not in this plan: {part}", highlight=False)
-    values = {
+    values: dict[str, Any] = {
         "cluster": run.cluster.device, "ranks": world, "overrides": layout_words(run),
         "teacher_params": num_params(teacher), "student_params": num_params(student),
         "stages": [row.as_values() | _price(row, run.cluster, world) for row in rows],
     }  # fmt: skip
+    if config.plan.benefit:
+        price = sum(row.seconds for row in rows) * world / 3600 * run.cluster.price_hour
+        found = benefit(run, teacher, student, world, price)
+        console.print(*found.lines(), sep="\n", highlight=False)
+        values["benefit"] = found.as_values()
     folder = Path(run.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FILE, values)

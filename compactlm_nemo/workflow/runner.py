@@ -48,6 +48,8 @@ def stage_recipe(name: str, description: str | None) -> Callable[[], None]:
 
 def run_stages(config: Config, only: str | None = None, until: str | None = None) -> None:
     """Run one stage, or all in order, or those up to one. Every process of the launch calls this function."""
+    if of_plan := [name for name in ("search", "benefit") if getattr(config.plan, name)]:
+        raise ConfigError(f"plan.{of_plan[0]}=true is read by recipes.plan alone; leave it out here.")
     names = [only] if only else stages_of(config, until)
     config, teacher = ready(config, names)
     if config.dry_run:
