@@ -148,7 +148,12 @@ def test_an_experiment_names_its_cluster(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(load, "CONF", tmp_path / "conf")
     words = ["experiment=there", "model.source=absent", "run.dir=x"]
     config = compose(words)
-    assert (config.nodes, config.meant_ranks, config.cluster.device, config.cluster.price_hour) == (3, 24, "H200 SXM", 7)
+    assert (config.nodes, config.meant_ranks, config.cluster.device, config.cluster.price_hour) == (
+        3,
+        24,
+        "H200 SXM",
+        7,
+    )
     assert compose([*words, "cluster=a100_40gb", "nodes=1"]).meant_ranks == 8
     with pytest.raises(CompactLMError, match="nodes=0 must be > 0"):
         compose([*words, "nodes=0"])
@@ -201,6 +206,7 @@ def test_per_rank_sizes_add_up_under_another_layout(capsys: pytest.CaptureFixtur
         (["distill.stepz=3"], ["distill.stepz"]),
         (["experiment=smollm2_135m_cpu", "distill.lr=-1"], ["distill.lr=-1", "> 0"]),
         (["distill.steps=many"], ["many"]),
+        (["distill.recompute=true"], ["distill.recompute=true", "full was true and none was false"]),
         (["experiment=nothing"], ["nothing"]),
         (["experiment=null"], ["leave the override out"]),
         (["model=nothing"], ["model/nothing", *MODELS]),

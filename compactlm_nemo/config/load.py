@@ -33,6 +33,9 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 """What composing a command line raises, besides errors of our own."""
 
+WORDS_NOW = {"distill.recompute": "full was true and none was false"}
+"""Setting -> what values of earlier versions are called now."""
+
 LARGEST = 1e18
 """No setting is larger in size."""
 
@@ -154,6 +157,8 @@ def one_line(error: BaseException) -> str:
     """Return an error's message without the parts that Hydra adds for its developers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [_APPEND.sub("", line) for line in lines if not line.startswith(_FOR_DEVELOPERS)]
+    if hint := WORDS_NOW.get(str(getattr(error, "full_key", None))):
+        lines[-1] += f"; {hint}."
     if error.__cause__ is not None:
         lines.append(one_line(error.__cause__))
     return " ".join(lines)
