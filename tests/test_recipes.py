@@ -148,12 +148,8 @@ def test_an_experiment_names_its_cluster(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(load, "CONF", tmp_path / "conf")
     words = ["experiment=there", "model.source=absent", "run.dir=x"]
     config = compose(words)
-    assert (config.nodes, config.meant_ranks, config.cluster.device, config.cluster.price_hour) == (
-        3,
-        24,
-        "H200 SXM",
-        7,
-    )
+    assert (config.nodes, config.meant_ranks) == (3, 24)
+    assert (config.cluster.device, config.cluster.price_hour) == ("H200 SXM", 7)
     assert compose([*words, "cluster=a100_40gb", "nodes=1"]).meant_ranks == 8
     with pytest.raises(CompactLMError, match="nodes=0 must be > 0"):
         compose([*words, "nodes=0"])

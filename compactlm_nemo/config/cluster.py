@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.errors import require
 
-PEAKS = ("memory_gib", "bf16_tflops", "fp32_tflops", "memory_gbs", "link_gbs", "network_gbs")
+PEAKS = ("memory_gib", "bf16_tflops", "fp32_tflops", "memory_gbs", "link_gbs", "network_gbs", "read_gbs", "write_gbs")
 SHARES = ("matmul_share", "attention_share", "memory_share", "link_share")
 
 
@@ -37,6 +37,10 @@ class ClusterConfig:
     """Share of the bandwidth that kernels reach."""
     link_share: float = setting(0.75, changes_result=False)
     """Share of links and network that collectives reach."""
+    read_gbs: float = setting(4.0, changes_result=False)
+    """What a node reads from the file system, GB/s; NVIDIA's guide for its SuperPODs asks for 4 at least."""
+    write_gbs: float = setting(2.0, changes_result=False)
+    """What a node writes to the file system, GB/s; half of what it reads, as that guide has it."""
     price_hour: float = setting(0.0, changes_result=False)
     """Price of a device for an hour, in dollars; 0 is not known."""
 

@@ -79,8 +79,9 @@ class DistillConfig:
     """Steps between checkpoints, to which a loss spike goes back; the last step is always saved."""
     checkpoint_minutes: float | None = setting(None, changes_result=lambda cfg: cfg.spike_factor is not None)
     """Minutes after which there is a checkpoint, besides those by steps; null counts steps alone."""
-    checkpoint_async: bool = setting(True, changes_result=False)
-    """Train on while the files of a checkpoint are written, from a copy in host memory; false waits for them."""
+    checkpoint_async: bool | None = setting(None, changes_result=False)
+    """Train on while the files of a checkpoint are written, from a copy in host memory; false waits for them. null is
+    true on GPUs, whose states come to the host in any case, and false on a CPU, where the copy is a second training."""
     keep_checkpoints: int = setting(2, changes_result=False)
     """Newest checkpoints kept."""
     log_every: int = setting(1, changes_result=False)

@@ -31,8 +31,10 @@ from compactlm_nemo.distill.layer_pairs import LayerPair, StatePlace
 from compactlm_nemo.distill.projections import Projections
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.forward import context_share, sequence_share
-from compactlm_nemo.parallel.collectives import all_gather_objects, move, world_sum
+from compactlm_nemo.models.layout import split_layers
+from compactlm_nemo.parallel.collectives import move, world_sum
 from compactlm_nemo.parallel.devices import device
+from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.training.callbacks import Callback, Metrics, ModelPass, Step
 from compactlm_nemo.training.tracker import LOSS
 
@@ -54,6 +56,15 @@ def state_modules(chunks: ModelChunks) -> dict[StatePlace, Any]:
         if chunk.post_process:
             modules[StatePlace("layers", chunk.config.num_layers - 1)] = chunk.decoder.final_layernorm
     return modules
+
+
+def _stage_of(place: StatePlace, num_layers: int, mesh: Mesh) -> int:
+    """Return the pipeline stage whose rank has a state: that of the module of `state_modules`."""
+    if place.kind == "embedding":
+        return 0
+    layer = place.layer + (place.kind == "layers")
+    chunk_of = [chunk for chunk, count in enumerate(split_layers(num_layers, mesh.layout)) for _ in range(count)]
+    return mesh.pp_size - 1 if layer == num_layers else chunk_of[layer] % mesh.pp_size
 
 
 def state_of(output: Any) -> Tensor:
@@ -119,19 +130,20 @@ class HiddenStateLoss(Callback):
         """Of each micro-batch, ``[S, B]``: which predictions count; states are compared at their places."""
         self.is_listening = self.is_measuring = False
         self.sums = torch.zeros(len(pairs), dtype=torch.float64, device=device())
-        self.routes = self._register_hooks(state_modules(teacher), state_modules(student))
+        layers = [chunks.dims.num_layers for chunks in (teacher, student)]
+        self.routes = [
+            (_stage_of(pair.teacher, layers[0], self.mesh), _stage_of(pair.student, layers[1], self.mesh))
+            for pair in pairs
+        ]
         """Pipeline stages of the teacher's and the student's state of each pair."""
+        self._register_hooks(state_modules(teacher), state_modules(student))
 
-    def _register_hooks(self, teacher: dict[StatePlace, Any], student: dict[StatePlace, Any]) -> list[tuple[int, int]]:
+    def _register_hooks(self, teacher: dict[StatePlace, Any], student: dict[StatePlace, Any]) -> None:
         for pair_idx, pair in enumerate(self.pairs):
             if pair.teacher in teacher:
                 teacher[pair.teacher].register_forward_hook(partial(self._keep, pair_idx))
             if pair.student in student:
                 student[pair.student].register_forward_hook(partial(self._compare, pair_idx))
-        stages = all_gather_objects((self.mesh.pp_rank, list(teacher), list(student)))
-        teacher_stage = {place: stage for stage, places, _ in stages for place in places}
-        student_stage = {place: stage for stage, _, places in stages for place in places}
-        return [(teacher_stage[pair.teacher], student_stage[pair.student]) for pair in self.pairs]
 
     def before_teacher(self) -> None:
         self.is_listening = True

@@ -6,8 +6,9 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories, is_main_replica
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -72,7 +73,26 @@ def save_model(folder: Path, chunks: ModelChunks, way_out: str = "mend what made
         raise NumericsError(f"{key} holds NaN or infinity, so {folder} is not written; {way_out}.")
     target = folder / WEIGHTS
     target.mkdir(parents=True, exist_ok=True)
+    own_storages(state)
     dist_checkpointing.save(state, str(target))
+
+
+def own_storages(state: dict[str, Any], *, may_change: bool = False) -> None:
+    """Let each tensor on the host that this rank writes be alone in its storage, in place.
+
+    A file holds whole storages, so Megatron-Core copies every tensor that is a part of one, and all before it writes
+    the first. Weights and moments are parts of their buffers, layers of their stack: that would be a second model.
+
+    Args:
+        state: Megatron's sharded state.
+        may_change: Whether the model may change before the files are written. Then storages are copies, which a writer
+            needs in any case, else they share the model's memory.
+    """
+    apply_factories(state)
+    for shard in nested_values(state):
+        if isinstance(shard, ShardedTensor) and shard.data.device.type == "cpu" and is_main_replica(shard.replica_id):
+            data = shard.data.detach()
+            shard.data = data.clone() if may_change else torch.from_dlpack(data.contiguous())
 
 
 def first_nonfinite(state: dict[str, Any]) -> str | None:
@@ -104,9 +124,22 @@ def load_shards(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     for shard in shards_of(state):
         if isinstance(stored.get(shard.key), BytesStorageMetadata):  # torch would unpickle these
             raise CheckpointError(f"{folder} stores {shard.key} as an object and not as a tensor; do not use it.")
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            value.merge_fn = partial(_merged, value.data, value.merge_fn)
     with naming_damage(folder):
         loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
     return loaded
+
+
+def _merged(whole: Tensor, merge: Callable[[Any], Any], parts: Any) -> Any:
+    """Return what was loaded as several tensors, such as gate and up: `whole`, if they are views of it, else a copy.
+
+    Megatron-Core joins copies, and of all layers before the first is put into the model.
+    """
+    memory = whole.untyped_storage().data_ptr()
+    is_there = all(isinstance(x, Tensor) and x.untyped_storage().data_ptr() == memory for x in nested_values(parts))
+    return whole.detach() if is_there else merge(parts)
 
 
 @contextmanager

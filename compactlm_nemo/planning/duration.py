@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from compactlm_nemo.config.cluster import ClusterConfig
 from compactlm_nemo.config.parallel import ParallelConfig
@@ -43,6 +43,10 @@ class Duration:
     @property
     def seconds(self) -> float:
         return self.arithmetic + self.memory + self.links + self.bubble
+
+    def plus(self, other: Duration, times: float) -> Duration:
+        """Return the sum with `times` another's."""
+        return Duration(*(one + times * another for one, another in zip(astuple(self), astuple(other), strict=True)))
 
 
 def duration(

@@ -7,139 +7,174 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from compactlm_nemo.config.cluster import ClusterConfig
+from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.planning import simulate
 from compactlm_nemo.planning.duration import Duration, duration
-from compactlm_nemo.planning.simulate import Cost, Place, Simulation
+from compactlm_nemo.planning.meter import Peak
+from compactlm_nemo.planning.planned import Part, Planned
+from compactlm_nemo.planning.simulate import FILE, Cost, Place
+from compactlm_nemo.planning.storage import Storage, storage
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
-    """What a stage has to do."""
+class PartEstimate:
+    """A part of a stage: of the fullest and of the slowest rank."""
 
-    simulation: Simulation
-    micro_batches: int
-    """Of a rank: in a step where it trains, else altogether."""
-    steps: int
-    tokens: int
-    """Of all ranks, in a step where it trains, else altogether."""
-    trains: bool
-    has_student: bool = False
-    """Whether the student takes part, and not the teacher alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """A row of the plan: of the fullest and of the slowest rank."""
-
-    stage: str
+    part: Part
     cost: Cost
     fullest: int
     """Pipeline stage whose rank needs most memory."""
     duration: Duration
-    """Of a step where it trains, else of all."""
-    planned: Planned
+    """Of one time."""
     flops: int
-    """Of all ranks that hold one copy of the model, in a step where it trains, else altogether."""
+    """Of all ranks that hold one copy of the model, one time."""
 
     @property
     def seconds(self) -> float:
-        return self.duration.seconds * self.planned.steps
+        return self.duration.seconds * self.part.times
+
+    def as_values(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        peak = self.cost.peak
+        return {
+            "part": self.part.name,
+            "peak_bytes": peak.bytes,
+            "peak_bytes_by_kind": peak.by_kind,
+            "peak_at": peak.place,
+            "peak_phase": max(self.cost.peaks, key=lambda phase: self.cost.peaks[phase].bytes),
+            "pipeline_stage": self.fullest,
+            "flops": self.flops,
+            "sent_bytes": {
+                f"{name} over {size} of {group}": sent for (name, group, size), sent in self.cost.work.sent.items()
+            },
+            "times": self.part.times,
+            "tokens": self.part.tokens,
+            "seconds_each_time": asdict(self.duration),
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A row of the plan."""
+
+    stage: str
+    parts: list[PartEstimate]
+    storage: Storage
+
+    @property
+    def peak(self) -> Peak:
+        """The fullest moment of its parts; nothing where it needs no device."""
+        return max((each.cost.peak for each in self.parts), key=lambda peak: peak.bytes, default=Peak())
+
+    @property
+    def duration(self) -> Duration:
+        """Of all of it."""
+        whole = Duration(0.0, 0.0, 0.0, 0.0, 0.0)
+        for each in self.parts:
+            whole = whole.plus(each.duration, each.part.times)
+        return whole
+
+    @property
+    def seconds(self) -> float:
+        return self.duration.seconds + self.storage.seconds
 
     @property
     def tokens_per_second(self) -> float:
-        return self.planned.tokens / self.duration.seconds
+        """Of the part that takes most time; 0 where nothing is computed."""
+        main = max(self.parts, key=lambda each: each.seconds, default=None)
+        return main.part.tokens / main.duration.seconds if main and main.duration.seconds else 0.0
 
     def utilisation(self, cluster: ClusterConfig, ranks: int, copies: int) -> float:
         """Return the share of the devices' bf16 peak that its products are, recomputation included."""
-        return self.flops * copies / (self.duration.seconds * ranks * cluster.bf16_tflops * 1e12)
+        flops = sum(each.flops * each.part.times for each in self.parts)
+        return flops * copies / (self.seconds * ranks * cluster.bf16_tflops * 1e12) if self.seconds else 0.0
 
     def as_values(self) -> dict[str, Any]:
         """Return it as plain values."""
         return {
             "stage": self.stage,
-            "peak_bytes": self.cost.peak.bytes,
-            "peak_bytes_by_kind": self.cost.peak.by_kind,
-            "peak_at": self.cost.peak.place,
-            "peak_phase": max(self.cost.peaks, key=lambda phase: self.cost.peaks[phase].bytes),
-            "pipeline_stage": self.fullest,
-            "checkpoint_bytes_a_rank": self.cost.kept_bytes,
-            "flops": self.flops,
-            "sent_bytes": {
-                f"{name} over {size} of {group}": sent for (name, group, size), sent in self.cost.work.sent.items()
-            },
-            "seconds_a_step": asdict(self.duration),
-            "steps": self.planned.steps,
+            "peak_bytes": self.peak.bytes,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
+            **asdict(self.storage),
+            "parts": [each.as_values() for each in self.parts],
         }
 
 
-def planned_stages(config: Config, world: int) -> dict[str, Planned]:
-    """Return the stages of a run that need a device, in order, with what each has to do."""
-    cfg, layout, length = config.distill, config.parallel, config.data.sequence_length
-    dp = world // layout.model_ranks
-    step_tokens = cfg.global_batch * length
-
-    def passes(simulation: Simulation, samples: int, micro_batch: int) -> Planned:
-        count = -(-samples // (dp * micro_batch))
-        return Planned(simulation=simulation, micro_batches=count, steps=1, tokens=samples * length, trains=False)
-
-    def training(simulation: Simulation, steps: int, *, has_student: bool) -> Planned:
-        return Planned(
-            simulation=simulation, micro_batches=cfg.global_batch // (dp * cfg.micro_batch), steps=steps,
-            tokens=step_tokens, trains=True, has_student=has_student,
-        )  # fmt: skip
-
-    stages = {"score": passes(simulate.scoring, config.score.samples, config.score.micro_batch)}
-    if config.corrects_before:
-        stages["correct_teacher"] = training(simulate.correcting, config.correct.steps, has_student=False)
-    if cfg.teacher is TeacherSource.stored:
-        stages["cache_teacher"] = passes(simulate.caching, config.cached_samples, cfg.micro_batch)
-    stages["distill"] = training(simulate.distilling, cfg.steps, has_student=True)
-    windows = config.evaluate.tokens // length * max(1, len(config.data.heldout))
-    stages["evaluate"] = passes(simulate.evaluating, windows, config.evaluate.micro_batch)
-    return stages
-
-
 def estimate(
-    stage: str, planned: Planned, config: Config, teacher: Dims, student: Dims, *, world: int,
+    planned: Planned, config: Config, teacher: Dims, student: Dims, *, world: int,
     advance: Callable[[], None] = lambda: None,
 ) -> Estimate:  # fmt: skip
-    """Simulate a stage on one rank of each kind of pipeline stage, and return its row."""
-    layout = config.parallel
-    stages = sorted({0, min(1, layout.pp - 1), layout.pp - 1})
-    costs: dict[int, Cost] = {}
-    for pp_rank in stages:
-        taught, teaching = (_layers(config, dims, pp_rank) for dims in (student, teacher))
-        place = Place(
-            world=world, rank=pp_rank * (world // layout.pp), teacher_layers=teaching,
-            student_layers=taught if planned.has_student else teaching, micro_batches=planned.micro_batches,
-            is_gpu=config.cluster.is_gpu,
-        )  # fmt: skip
-        costs[pp_rank] = simulate.simulate(planned.simulation, config, teacher, student, place)
+    """Simulate the parts of a stage on one rank of each kind of pipeline stage, and return its row."""
+    parts = []
+    for part in planned.parts:
+        parts.append(_part(part, teacher, student, world=world))
         advance()
-    times = {
-        pp_rank: duration(
-            cost.work, config.cluster, layout, micro_batches=planned.micro_batches, overlap=config.distill.overlap,
-            trains=planned.trains,
-        )
-        for pp_rank, cost in costs.items()
-    }  # fmt: skip
-    fullest = max(costs, key=lambda pp_rank: costs[pp_rank].peak.bytes)
-    slowest = max(times, key=lambda pp_rank: times[pp_rank].seconds)
-    middle = costs[stages[len(stages) // 2]].work.total_flops * max(0, layout.pp - len(stages))
-    flops = sum(cost.work.total_flops for cost in costs.values()) + middle
+    kept = max((each.cost.kept_bytes for each in parts), default=0)
     return Estimate(
-        stage=stage, cost=costs[fullest], fullest=fullest, duration=times[slowest], planned=planned,
-        flops=flops * layout.tp * layout.cp,
+        stage=planned.name, parts=parts, storage=storage(planned.name, config, teacher, student, kept, world=world)
+    )
+
+
+def _part(part: Part, teacher: Dims, student: Dims, *, world: int) -> PartEstimate:
+    config, layout = part.config, part.config.parallel
+    costs: dict[int, Cost] = {}
+    for rank in _ranks(config, world):
+        teaching = _layers(config.teacher_parallel, teacher, _stage(rank, config.teacher_parallel, world))
+        taught = _layers(layout, student, _stage(rank, layout, world))
+        place = Place(
+            world=world, rank=rank, micro_batches=part.micro_batches, is_gpu=config.cluster.is_gpu,
+            teacher_layers=teaching if part.has_teacher else taught,
+            student_layers=taught if part.has_student else teaching,
+        )  # fmt: skip
+        cost = simulate.simulate(part.simulation, config, teacher, student, place, part.degree, part.few)
+        costs[rank] = without_host(cost) if config.cluster.is_gpu else cost
+    times = {
+        rank: duration(
+            cost.work, config.cluster, layout, micro_batches=part.micro_batches, overlap=config.distill.overlap,
+            trains=part.trains,
+        )
+        for rank, cost in costs.items()
+    }  # fmt: skip
+    fullest = max(costs, key=lambda rank: costs[rank].peak.bytes)
+    slowest = max(times, key=lambda rank: times[rank].seconds)
+    return PartEstimate(
+        part=part, cost=costs[fullest], fullest=_stage(fullest, layout, world), duration=times[slowest],
+        flops=_flops({rank: cost.work.total_flops for rank, cost in costs.items()}, layout, world),
     )  # fmt: skip
 
 
-def _layers(config: Config, dims: Dims, pp_rank: int) -> int:
+def without_host(cost: Cost) -> Cost:
+    """Return what a device holds: a parameter as it was read is on the host."""
+    for phase, peak in cost.peaks.items():
+        held = {kind: size for kind, size in peak.by_kind.items() if kind != FILE}
+        cost.peaks[phase] = Peak(sum(held.values()), held, peak.place)
+    return cost
+
+
+def _ranks(config: Config, world: int) -> list[int]:
+    """Return a rank of each kind: the first of the first, second and last stage of either model."""
+    ranks = set()
+    for layout in (config.parallel, config.teacher_parallel):
+        ranks |= {stage * (world // layout.pp) for stage in (0, min(1, layout.pp - 1), layout.pp - 1)}
+    return sorted(ranks)
+
+
+def _stage(rank: int, layout: ParallelConfig, world: int) -> int:
+    return rank // (world // layout.pp)
+
+
+def _flops(flops: dict[int, int], layout: ParallelConfig, world: int) -> int:
+    """Return the FLOPs of all ranks with one copy of the model: stages that were not simulated are as the second."""
+    of_stage = {_stage(rank, layout, world): count for rank, count in flops.items()}
+    whole = sum(of_stage.get(stage, of_stage[min(1, layout.pp - 1)]) for stage in range(layout.pp))
+    return whole * layout.tp * layout.cp
+
+
+def _layers(layout: ParallelConfig, dims: Dims, stage: int) -> int:
     """Return the layers of a chunk of a pipeline stage, the most where its chunks differ."""
-    counts = split_layers(dims.num_layers, config.parallel)
-    return max(counts[pp_rank :: config.parallel.pp])
+    return max(split_layers(dims.num_layers, layout)[stage :: layout.pp])

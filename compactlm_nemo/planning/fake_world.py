@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from compactlm_nemo.config.parallel import ParallelConfig
+from compactlm_nemo.importance.aggregators import BLOCK_ELEMENTS
 from compactlm_nemo.losses.vocabulary import Head
 from compactlm_nemo.parallel.host import use_cpu
 from compactlm_nemo.parallel.launch import start_mesh
@@ -46,6 +47,11 @@ class FakeWorld:
 
 class _FakeMeter(Meter):
     """Answers what fake tensors cannot."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all calls, and no work
+            return args[0].fake_device
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name
@@ -135,6 +141,7 @@ def fake_world(
         stack.enter_context(mock.patch.object(FakeTensor, "numpy", lambda self, **_: torch.ones(self.shape).numpy()))
         if is_gpu:
             stack.enter_context(mock.patch.object(Head, "is_fused", _is_fused))
+            stack.enter_context(mock.patch.dict(BLOCK_ELEMENTS, cpu=BLOCK_ELEMENTS["cuda"]))
         stack.callback(parallel_state.destroy_model_parallel)
         mesh, meter = start_mesh(layout, seed), _FakeMeter()
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), meter, _PythonCalls()):

@@ -15,10 +15,11 @@ from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.planning import simulate
+from compactlm_nemo.planning import simulate, trainings
 from compactlm_nemo.planning.duration import duration
-from compactlm_nemo.planning.estimate import estimate, planned_stages
+from compactlm_nemo.planning.estimate import estimate
 from compactlm_nemo.planning.meter import TEMPORARY, Peak
+from compactlm_nemo.planning.planned import planned_stages
 from compactlm_nemo.planning.simulate import ACTIVATIONS, OPTIMIZER
 from compactlm_nemo.search.cost import params_per_rank
 
@@ -108,7 +109,7 @@ class _Simulated:
         plain = replace(run, parallel=self.alone, distill=replace(run.distill, micro_batch=1))
         # The world is that of one copy, so that optimizer states are whole; they are divided below.
         self.costs = simulate.small_costs(
-            simulate.distilling, plain, teacher, student, world=self.alone.model_ranks * self.alone.ep, rank=0,
+            trainings.distilling, plain, teacher, student, world=self.alone.model_ranks * self.alone.ep, rank=0,
             is_one_depth=teacher.num_layers == student.num_layers, is_gpu=run.cluster.is_gpu, few=1,
         )  # fmt: skip
 
@@ -118,7 +119,7 @@ class _Simulated:
         dp = self.world // layout.model_ranks
         samples = cfg.global_batch // dp
         teaching, taught = (-(-dims.num_layers // layout.pp) for dims in (self.teacher, self.student))
-        counts = simulate.micro_batch_counts(self.alone)
+        counts = simulate.micro_batch_counts(replace(run, parallel=self.alone))
         cost = simulate.continued(self.costs, simulate.weights_of(teaching, taught, samples, counts, 1))
         times = duration(
             cost.work, run.cluster, layout, micro_batches=samples // cfg.micro_batch, overlap=cfg.overlap, trains=True
@@ -133,6 +134,6 @@ class _Simulated:
 
 
 def _exact(run: Config, teacher: Dims, student: Dims, world: int) -> Layout:
-    planned = planned_stages(run, world)["distill"]
-    row = estimate("distill", planned, run, teacher, student, world=world)
+    planned = planned_stages(run, teacher, student, world)["distill"]
+    row = estimate(replace(planned, parts=planned.parts[:1]), run, teacher, student, world=world).parts[0]
     return Layout(run, row.cost.peak.bytes, row.duration.seconds)

@@ -118,6 +118,14 @@ class Meter(TorchDispatchMode):
             self._note(storage)
             self._rename(storage._cdata, kind)
 
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Let the storages of tensors count as nothing: they lie in the memory of others, which count."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage._cdata not in self._storages:
+                self._storages[storage._cdata] = 0, self.kind
+                weakref.finalize(storage, self._forget, storage._cdata).atexit = False
+
     def keep(self, kind: str) -> None:
         """Let temporary storages that were made since the last call, and are alive, be of a kind."""
         for key in self._recent:

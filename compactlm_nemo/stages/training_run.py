@@ -201,7 +201,8 @@ def _teacher_checkpoints(run: Run, state: Path) -> list[Checkpoints]:
 
 
 def _checkpoints(folder: Path, cfg: DistillConfig, *, keep: int) -> Checkpoints:
-    return Checkpoints(folder, keep=keep, is_main=is_main_rank(), in_background=cfg.checkpoint_async)
+    in_background = device().type == "cuda" if cfg.checkpoint_async is None else cfg.checkpoint_async
+    return Checkpoints(folder, keep=keep, is_main=is_main_rank(), in_background=in_background)
 
 
 def _hidden_state_loss(run: Run, cfg: DistillConfig, student: ModelChunks, teacher: Teacher) -> list[Callback]:

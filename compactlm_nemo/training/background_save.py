@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from torch import Tensor
 
 from compactlm_nemo.artifacts import describe_files
-from compactlm_nemo.models.checkpoint import shards_of
+from compactlm_nemo.models.checkpoint import own_storages
 from compactlm_nemo.parallel.background import Workers
 from compactlm_nemo.parallel.collectives import all_gather_objects
 from compactlm_nemo.parallel.world import is_main_rank
@@ -43,13 +42,12 @@ class BackgroundSave:
     def __init__(self, state: dict[str, Any], folder: Path, *, may_change: bool) -> None:
         self.begun = time.monotonic()
         """When the save began, by the monotonic clock."""
-        tensors = [shard.data for shard in shards_of(state) if shard.data is not None] if may_change else []
-        live = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.device.type == "cpu"}
+        own_storages(state, may_change=may_change)
         request = dist_checkpointing.save(state, str(folder), async_sharded_save=True, **_OWN_WRITER)
         assert request is not None
         self._folder, self._finalize = folder, request.finalize_fns
         self._threads = Workers(1)
-        self._written = self._threads.submit(_write, request.async_fn, _arguments(request, live), folder)
+        self._written = self._threads.submit(_write, request.async_fn, _arguments(request), folder)
 
     def is_written(self) -> bool:
         """Return whether this rank has written its files, or failed to."""
@@ -80,20 +78,12 @@ class BackgroundSave:
         return [path for path in files if str(path.relative_to(self._folder)) not in described]
 
 
-def _arguments(request: Any, live: set[int]) -> list[Any]:
-    """Return the arguments of a save's writing function, with tensors on the host in none of the `live` storages."""
+def _arguments(request: Any) -> list[Any]:
+    """Return the arguments of a save's writing function, all tensors on the host."""
     if request.async_fn is None:  # this rank has no files
         return []
     rank, _, results = request.async_fn_args
-
-    def own(tensor: Tensor) -> Tensor:
-        return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
-
-    buckets = [
-        (path, name, (objects, [(item, own(tensor)) for item, tensor in tensors]))
-        for path, name, (objects, tensors) in request.preload_fn()
-    ]
-    return [rank, buckets, results]
+    return [rank, request.preload_fn(), results]
 
 
 def _write(write: Callable[..., None] | None, arguments: list[Any], folder: Path) -> Described:

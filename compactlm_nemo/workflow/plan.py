@@ -60,10 +60,10 @@ def plan(config: Config) -> None:
         run = _searched(run, teacher, student, world, console)
     if problem := launch_problems(run, world):
         raise ConfigError(f"{problem} plan.search=true looks for layouts.")
-    for part in unplanned(run):
-        console.print(f"not in this plan: {part}", highlight=False)
-    rows = estimates(run, teacher, student, world)
+    rows, left_out = estimates(run, teacher, student, world)
     console.print(stages_table(rows, run.cluster, world, run.parallel.model_ranks, config.plan.margin))
+    for part in left_out:
+        console.print(f"not in this plan: {part}", highlight=False)
     values = {
         "cluster": run.cluster.device, "ranks": world, "overrides": layout_words(run),
         "teacher_params": num_params(teacher), "student_params": num_params(student),
@@ -75,30 +75,19 @@ def plan(config: Config) -> None:
     console.print(f"written: {folder / FILE}", highlight=False)
 
 
-def estimates(run: Config, teacher: Dims, student: Dims, world: int) -> list[Estimate]:
-    """Return a row for every stage of the run that needs a device."""
-    from compactlm_nemo.planning.estimate import estimate, planned_stages
+def estimates(run: Config, teacher: Dims, student: Dims, world: int) -> tuple[list[Estimate], list[str]]:
+    """Return a row for every stage of the run that needs devices or room, and what is left out of them."""
+    from compactlm_nemo.planning.estimate import estimate
+    from compactlm_nemo.planning.planned import planned_stages
     from compactlm_nemo.progress import progress_bar
 
-    wanted = {name: stage for name, stage in planned_stages(run, world).items() if name in stages_of(run)}
-    with progress_bar("plan", len(wanted), 1) as advance:
-        rows = []
-        for name, stage in wanted.items():
-            rows.append(estimate(name, stage, run, teacher, student, world=world))
-            advance(1)
-    return rows
-
-
-def unplanned(run: Config) -> list[str]:
-    """Return what these settings ask for that the plan leaves out."""
-    parts = {
-        "the losses of distill.hidden": run.distill.hidden.is_on,
-        "training the teacher while it teaches": run.correct.while_distilling,
-        "distill.teacher_tp and distill.teacher_pp; the teacher is planned in the student's layout": (
-            run.teacher_parallel != run.parallel
-        ),
-    }
-    return [part for part, is_asked in parts.items() if is_asked]
+    names = {*stages_of(run), "rank"}
+    wanted = [stage for name, stage in planned_stages(run, teacher, student, world).items() if name in names]
+    rows = []
+    with progress_bar("plan", sum(len(stage.parts) for stage in wanted), 1) as advance:
+        for stage in wanted:
+            rows.append(estimate(stage, run, teacher, student, world=world, advance=lambda: advance(1)))
+    return rows, [part for stage in wanted for part in stage.left_out]
 
 
 def layout_words(run: Config) -> str:
@@ -122,24 +111,29 @@ def stages_table(rows: list[Estimate], cluster: ClusterConfig, world: int, model
     limit = cluster.memory_gib * (1 - margin)
     table = Table(show_edge=False, box=None, pad_edge=False)
     table.add_column("stage", no_wrap=True)
-    for name in (f"GiB of {limit:.1f}", "time", "tokens/s", "MFU", "device h", "$"):
+    for name in (f"GiB of {limit:.1f}", "time", "tokens/s", "MFU", "device h", "$", "disk GB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("most of the memory; shares of the time")
     for row in rows:
-        peak, time = row.cost.peak, row.duration
+        peak, time = row.peak, row.duration
         size = peak.bytes / GIB
         kinds = sorted(peak.by_kind.items(), key=lambda item: -item[1])[:4]
-        spent = {"arithmetic": time.arithmetic, "memory": time.memory, "links": time.links, "bubble": time.bubble}
-        shares = [f"{name} {part / time.seconds:.0%}" for name, part in spent.items() if part / time.seconds >= 0.005]
+        spent = {
+            "arithmetic": time.arithmetic, "memory": time.memory, "links": time.links, "bubble": time.bubble,
+            "storage": row.storage.seconds,
+        }  # fmt: skip
+        whole = row.seconds or 1.0
+        shares = [f"{name} {part / whole:.0%}" for name, part in spent.items() if part / whole >= 0.005]
         price = _price(row, cluster, world)
         table.add_row(
             row.stage,
-            f"{size:.1f}" if size <= limit else f"{size:.1f} too much",
+            "" if not size else f"{size:.1f}" if size <= limit else f"{size:.1f} too much",
             _time(row.seconds),
-            f"{row.tokens_per_second:,.0f}",
-            f"{row.utilisation(cluster, world, world // model_ranks):.1%}",
+            f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "",
+            f"{used:.1%}" if (used := row.utilisation(cluster, world, world // model_ranks)) else "",
             f"{price['device_hours']:,.1f}",
             f"{price['price']:,.0f}" if price["price"] else "",
+            f"{row.storage.disk_bytes / 1e9:,.1f}",
             f"{', '.join(f'{kind} {amount / GIB:.1f}' for kind, amount in kinds)}; {', '.join(shares)}",
         )
     return table

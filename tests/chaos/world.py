@@ -18,7 +18,9 @@ from compactlm_nemo.artifacts import file_sha256
 from tests.support import commands
 from tests.support.tiny_run import command, make_inputs, metrics
 
-SHORT = ("distill.checkpoint_every=1", "score.save_every=2", "cache.shard_samples=4")
+SHORT = (
+    "distill.checkpoint_every=1", "distill.checkpoint_async=true", "score.save_every=2", "cache.shard_samples=4",
+)  # fmt: skip
 """Settings that give a tiny run many places to go on from."""
 
 PATIENCE_SECONDS = 240

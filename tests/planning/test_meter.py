@@ -42,6 +42,19 @@ def test_bytes_have_kinds() -> None:
     del x
 
 
+def test_memory_that_others_lie_in_counts_once() -> None:
+    with Meter() as meter:
+        x = torch.zeros(10)
+        alias = torch.from_dlpack(x)
+        meter.ignore([alias])
+        part = alias.view(5, 2)
+        assert meter.live == {TEMPORARY: 40}
+        del x, alias
+        assert meter.live == {TEMPORARY: 40}
+        del part
+        assert meter.live == {}
+
+
 def test_what_backward_keeps_is_alive_until_then() -> None:
     with Meter() as meter:
         weight = torch.ones(4, 4, requires_grad=True)

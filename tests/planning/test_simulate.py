@@ -13,7 +13,7 @@ from compactlm_nemo.config.load import compose
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.planning import simulate
+from compactlm_nemo.planning import passes, simulate, trainings
 from compactlm_nemo.planning.fake_world import FakeWorld, fake_world
 from compactlm_nemo.planning.meter import Meter
 from compactlm_nemo.planning.simulate import Cost, Place
@@ -42,9 +42,24 @@ CASES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "cp2": (2, {"cp": 2}, []),
     "top_k": (1, {}, ["distill.teacher=stored", "cache.k=16"]),
     "stored_hidden": (1, {}, ["distill.teacher=stored", "cache.kind=hidden"]),
+    "hidden": (1, {}, ["distill.hidden.layers=[[-2,-2],[1,1]]", "distill.hidden.embedding=true"]),
+    "hidden_pp2": (2, {"pp": 2}, ["distill.hidden.mlp_input=[[0,0],[-1,-1]]", "distill.hidden.projection=per_pair"]),
+    "correct": (2, {"tp": 2}, ["correct.while_distilling=true", "correct.steps=9", "distill.steps=9"]),
+    "teacher_tp2": (2, {}, ["distill.teacher_tp=2"]),
+    "teacher_pp2": (2, {"tp": 2, "sequence_parallel": True}, ["distill.teacher_tp=1", "distill.teacher_pp=2"]),
+    "teacher_tp1": (2, {"tp": 2}, ["distill.teacher_tp=1"]),
 }
 """Ranks, layout and settings."""
-STAGES = {"distill": simulate.distilling, "score": simulate.scoring, "evaluate": simulate.evaluating}
+PASSES = {
+    "score": passes.scoring,
+    "taylor": passes.differentiating,
+    "bi_blocks": passes.comparing_blocks,
+    "left_out": passes.leaving_out(losses=True, logits=True),
+    "blocks_left_out": passes.leaving_out(2, losses=True, logits=False),
+    "cache": passes.caching,
+    "evaluate": passes.evaluating,
+}
+STAGES = PASSES | {"distill": trainings.distilling}
 
 
 def config_of(layout: dict[str, Any], words: list[str]) -> Config:
@@ -84,7 +99,10 @@ def count_of(layout: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize(
-    "stage, case", [("distill", case) for case in CASES] + [("score", "tp2_sp"), ("evaluate", "pp2")]
+    "stage, case",
+    [("distill", case) for case in CASES]
+    + [(stage, case) for stage in PASSES for case in ("tp2_sp", "pp2")]
+    + [("cache", "top_k"), ("cache", "stored_hidden")],
 )
 def test_memory_and_work_are_those_of_real_ranks(stage: str, case: str, tmp_path: Path) -> None:
     world, layout, words = CASES[case]
@@ -109,9 +127,9 @@ def test_small_simulations_continue_to_large_ones(case: str) -> None:
     teacher, student = (dims.keep_layers(list(range(4)) * 3) for dims in (TEACHER, STUDENT))
     for rank in {0, world - 1}:
         place = Place(world=world, rank=rank, teacher_layers=per_chunk, student_layers=per_chunk, micro_batches=count)
-        continued = simulate.simulate(simulate.distilling, config, teacher, student, place)
+        continued = simulate.simulate(trainings.distilling, config, teacher, student, place)
         with fake_world(config.parallel, world=world, rank=rank, seed=1) as there:
-            whole = simulate.distilling(there, config, teacher, student, count)
+            whole = trainings.distilling(there, config, teacher, student, count)
         assert continued.work.total_flops == whole.work.total_flops
         assert continued.work.sent == whole.work.sent
         assert continued.kept_bytes == whole.kept_bytes
@@ -123,9 +141,9 @@ def test_models_of_different_depth_are_continued_apart() -> None:
     config = config_of({}, [])
     teacher, student = TEACHER.keep_layers([0, 1, 2, 3] * 3), STUDENT.keep_layers([0, 1, 2, 3, 0])
     place = Place(world=1, rank=0, teacher_layers=12, student_layers=5, micro_batches=6)
-    continued = simulate.simulate(simulate.distilling, config, teacher, student, place)
+    continued = simulate.simulate(trainings.distilling, config, teacher, student, place)
     with fake_world(config.parallel, world=1, rank=0, seed=1) as there:
-        whole = simulate.distilling(there, config, teacher, student, 6)
+        whole = trainings.distilling(there, config, teacher, student, 6)
     assert continued.work.total_flops == whole.work.total_flops
     assert continued.peak.bytes == pytest.approx(whole.peak.bytes, rel=0.02)
 
@@ -134,7 +152,7 @@ def test_a_step_has_the_flops_of_both_models() -> None:
     """Three forward passes of the student, one of the teacher, as counted from the architecture."""
     config = config_of({}, [])
     with fake_world(config.parallel, world=1, rank=0, seed=1) as there:
-        cost = simulate.distilling(there, config, TEACHER, STUDENT, COUNT)
+        cost = trainings.distilling(there, config, TEACHER, STUDENT, COUNT)
     tokens = COUNT * config.distill.micro_batch * LENGTH
     # Attention's backward pass is five products for two, the other layers' two for one.
     attention = 4 * STUDENT.num_layers * STUDENT.num_heads * STUDENT.head_dim * (LENGTH + 1) // 2
@@ -173,5 +191,5 @@ def test_optimizer_states_are_divided_by_the_data_parallel_ranks() -> None:
     config, held = config_of({}, []), {}
     for world in (1, 64):
         with fake_world(config.parallel, world=world, rank=0, seed=1) as there:
-            held[world] = simulate.distilling(there, config, TEACHER, STUDENT, COUNT).peak.by_kind["optimizer"]
+            held[world] = trainings.distilling(there, config, TEACHER, STUDENT, COUNT).peak.by_kind["optimizer"]
     assert held[64] < held[1] / 50

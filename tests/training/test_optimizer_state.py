@@ -22,8 +22,8 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_models import save_tiny
 
 MIB = 2**20
-WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
-"""A model of 6.8 M parameters: what is gathered stands out from what a process holds anyway."""
+WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8}
+"""A model of 13.5 M parameters: what is gathered stands out from what a process holds anyway."""
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 6), (4, 5), (1, 3, 4), (2, 3, 4), (2, 2, 2, 3)], ids=str)
@@ -72,13 +72,13 @@ def _memory(rank: int, world: int, root: Path) -> None:
     assert {box.data.untyped_storage().data_ptr() for box in boxes} <= owners
     checkpoints = Checkpoints(root / "checkpoints", keep=1, is_main=rank == 0)
     checkpoints.save(model, TrainState())  # starts the writers
-    own, weights = 12 * count // world, 4 * count * (rank == 0)  # one rank writes the weights
+    assert 12 * count // world > 30 * MIB, "a copy of this rank's share would be noticed"
     growth = {
         "save": _peak_growth(lambda: checkpoints.save(model, TrainState(step=1))),
         "load": _peak_growth(lambda: checkpoints.load(model, step=1)),
         "gathered": _peak_growth(lambda: _gather(model)),
     }
-    assert growth["save"] < own + weights + 16 * MIB, growth
+    assert growth["save"] < 24 * MIB, growth
     assert growth["load"] < 24 * MIB, growth
     assert growth["gathered"] > 12 * count, growth  # the measure would have seen it
 
@@ -90,7 +90,7 @@ def _gather(model: TrainableModel) -> None:
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' peak of the resident set")
-def test_saving_and_loading_hold_one_ranks_share_in_host_memory(tmp_path: Path) -> None:
+def test_saving_and_loading_copy_not_even_one_ranks_share(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "model", **WIDE)
     run_ranks(_memory, 4, tmp_path, tmp_path)
 
