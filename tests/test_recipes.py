@@ -181,6 +181,7 @@ def test_per_rank_sizes_add_up_under_another_layout(capsys: pytest.CaptureFixtur
         (["distill.stepz=3"], ["distill.stepz"]),
         (["experiment=smollm2_135m_cpu", "distill.lr=-1"], ["distill.lr=-1", "> 0"]),
         (["distill.steps=many"], ["many"]),
+        (["distill.recompute=true"], ["distill.recompute=true", "full was true and none was false"]),
         (["experiment=nothing"], ["nothing"]),
         (["experiment=null"], ["leave the override out"]),
         (["model=nothing"], ["model/nothing", *MODELS]),

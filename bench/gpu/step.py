@@ -34,7 +34,8 @@ from compactlm_nemo.training.tracker import LOSS
 VARIANTS: dict[str, tuple[str, ...]] = {
     "default": (),
     "not compiled": ("model.compile=false",),
-    "recompute": ("distill.recompute=true",),
+    "recompute": ("distill.recompute=full",),
+    "recompute selective": ("distill.recompute=selective",),
 }
 """Name -> settings that differ from the experiment's."""
 MICRO_BATCHES = 4

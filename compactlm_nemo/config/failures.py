@@ -82,8 +82,8 @@ def explain(error: BaseException, run_dir: str | None = None) -> Failure:
             return failure
     if _is_out_of_memory(chain):
         return Failure(
-            f"error: {stage}out of memory ({_first_line(error)}); lower micro_batch, set distill.recompute=true, or "
-            "spread the models over more ranks (parallel.tp, parallel.pp).",
+            f"error: {stage}out of memory ({_first_line(error)}); lower micro_batch, set distill.recompute=selective "
+            "or full, or spread the models over more ranks (parallel.tp, parallel.pp).",
             USER,
         )
     text = " ".join(str(cause) for cause in chain)

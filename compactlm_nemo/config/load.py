@@ -28,10 +28,14 @@ from compactlm_nemo.errors import ConfigError, listed
 
 _FOR_DEVELOPERS = ("full_key:", "object_type=", "reference_type=", "See ", "Config search path:", "provider=")
 _APPEND = re.compile(r"To append to your config use \S+")  # which `override_problems` would refuse
+_KEY = re.compile(r"^\s*full_key: (\S+)", re.MULTILINE)
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
 """What composing a command line raises, besides errors of our own."""
+
+WORDS_NOW = {"distill.recompute": "of distill.recompute full was true and none was false"}
+"""Setting -> what values of earlier versions are called now."""
 
 LARGEST = 1e18
 """No setting is larger in size."""
@@ -154,6 +158,9 @@ def one_line(error: BaseException) -> str:
     """Return an error's message without the parts that Hydra adds for its developers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [_APPEND.sub("", line) for line in lines if not line.startswith(_FOR_DEVELOPERS)]
+    key = _KEY.search(str(error))
+    if key is not None and (hint := WORDS_NOW.get(key[1])):
+        lines[-1] += f"; {hint}."
     if error.__cause__ is not None:
         lines.append(one_line(error.__cause__))
     return " ".join(lines)

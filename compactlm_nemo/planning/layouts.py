@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
+from compactlm_nemo.config.distill import Recompute
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError
@@ -48,7 +48,7 @@ def found_layouts(
 
     Nodes are given, so the fastest is the cheapest.
     """
-    allowed: dict[Any, list[Config]] = {}
+    allowed: dict[tuple[int, Recompute], list[Config]] = {}
     for candidate in candidates(run, teacher, student, world):
         allowed.setdefault((candidate.parallel.tp, candidate.distill.recompute), []).append(candidate)
     simulated = side_by_side(
@@ -81,7 +81,7 @@ def candidates(run: Config, teacher: Dims, student: Dims, world: int) -> Iterato
             if dp % layout.ep or not _can_be_split(run, teacher, student, layout):
                 continue
             for size in (n for n in MICRO_BATCHES if batch % (dp * n) == 0):
-                for recompute in (False, True):
+                for recompute in Recompute:
                     training = replace(
                         run.distill, micro_batch=size, recompute=recompute, overlap=True, teacher_tp=None,
                         teacher_pp=None,

@@ -117,8 +117,7 @@ class TrainableModel:
     """
 
     def __init__(self, chunks: ModelChunks, cfg: DistillConfig, *, overlap: bool = False) -> None:
-        if cfg.recompute:
-            recompute_activations(chunks)
+        recompute_activations(chunks, cfg.recompute)
         self.clip_grad = cfg.clip_grad
         fusions = available_fusions(is_cuda=device().type == "cuda")
         self.ddps = wrap_data_parallel(chunks, overlap=overlap)

@@ -117,7 +117,7 @@ def layout_words(run: Config) -> str:
     words += ["parallel.sequence_parallel=true"] * layout.sequence_parallel
     for name in ("pp", "virtual_stages", "cp", "ep"):
         words += [f"parallel.{name}={getattr(layout, name)}"] * (getattr(layout, name) > 1)
-    words += [f"distill.micro_batch={cfg.micro_batch}", f"distill.recompute={str(cfg.recompute).lower()}"]
+    words += [f"distill.micro_batch={cfg.micro_batch}", f"distill.recompute={cfg.recompute.name}"]
     return " ".join([*words, f"distill.overlap={str(cfg.overlap).lower()}"])
 
 

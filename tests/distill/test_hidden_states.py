@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compactlm_nemo.config.distill import DistillConfig
+from compactlm_nemo.config.distill import DistillConfig, Recompute
 from compactlm_nemo.config.loss import HiddenConfig, LossConfig, Projection, StateLoss
 from compactlm_nemo.distill.hidden_states import ALPHA, HiddenStateLoss
 from compactlm_nemo.distill.layer_pairs import layer_pairs
@@ -140,14 +140,15 @@ def built(folder: Path, mesh: Mesh, cfg: HiddenConfig) -> tuple[Dims, Any, LiveT
     return dims, student, LiveTeacher(teacher, loss.before_teacher_micro_batch), loss
 
 
-def _matches(rank: int, world: int, layout: dict[str, Any], root: Path, names: list[str], recompute: bool) -> None:
+def _matches(
+    rank: int, world: int, layout: dict[str, Any], root: Path, names: list[str], recompute: Recompute = Recompute.none
+) -> None:
     mesh = mesh_of(**layout)
     for case in CASES:
         for name in names:
             cfg = SETTINGS.get(name, BALANCED)
             dims, student, teacher, loss = built(root / case, mesh, cfg)
-            if recompute:
-                recompute_activations(student)
+            recompute_activations(student, recompute)
             ddps = wrap_data_parallel(student.train())
             batches = [Batch(part, ()) for part in samples()[mesh.dp_rank :: mesh.dp_size].split(1)]
             for _ in range(2):  # the second must not see anything of the first
@@ -176,20 +177,21 @@ def close(got: Tensor, want: Tensor, what: str) -> None:
 @pytest.mark.parametrize("layout", COMBINED)
 def test_losses_and_gradients_are_the_definition_in_every_layout(layout, root, tmp_path):
     ranks, fields = LAYOUTS[layout]
-    run_ranks(_matches, ranks, tmp_path, fields, root, ["mse", "cosine"], False)
+    run_ranks(_matches, ranks, tmp_path, fields, root, ["mse", "cosine"])
 
 
+@pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])
 @pytest.mark.parametrize("layout", ["tp2_sp", "vpp2"])
-def test_recomputed_activations_give_the_same(layout, root, tmp_path):
+def test_recomputed_activations_give_the_same(layout, recompute, root, tmp_path):
     ranks, fields = LAYOUTS[layout]
-    run_ranks(_matches, ranks, tmp_path, fields, root, ["mse"], True)
+    run_ranks(_matches, ranks, tmp_path, fields, root, ["mse"], recompute)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "tp2_pp2"])
 def test_alpha_balances_the_losses_of_the_same_weights(layout, root, tmp_path):
     """The weights do not move between the steps, so the ratio of the step before is that of this one."""
     ranks, fields = LAYOUTS[layout]
-    run_ranks(_matches, ranks, tmp_path, fields, root, ["balanced"], False)
+    run_ranks(_matches, ranks, tmp_path, fields, root, ["balanced"])
 
 
 def train(root: Path, mesh: Mesh, folder: Path, stop_after: int | None) -> dict[int, dict[str, float]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from compactlm_nemo.config.distill import DistillConfig
+from compactlm_nemo.config.distill import DistillConfig, Recompute
 from compactlm_nemo.config.load import compose
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.distill.loop import distill
@@ -99,7 +99,7 @@ def train(
     """
     tokens = torch.zeros((length or experiment().data.sequence_length) + 1, dtype=torch.long)
     batch = micro_batches * there.mesh.dp_size * changes.get("micro_batch", 1)
-    plain = {"overlap": False, "recompute": False}
+    plain = {"overlap": False, "recompute": Recompute.none}
     cfg = replace(experiment().distill, steps=steps, warmup_steps=0, global_batch=batch, **{**plain, **changes})
     every = [_FromHere(there, steps - 1), *callbacks]
     with contextlib.closing(teacher):

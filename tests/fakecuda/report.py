@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from compactlm_nemo.config.distill import Recompute
 from tests.fakecuda.cluster import cluster
 from tests.fakecuda.counts import Counts
 from tests.fakecuda.device import IS_HERE, REASON
@@ -28,7 +29,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "TP 8, SP, overlap": ({"world": 8, "tp": 8, "sequence_parallel": True}, {"overlap": True}),
     "TP 2, SP, overlap": ({"world": 8, "tp": 2, "sequence_parallel": True}, {"overlap": True}),
     "TP 2, SP, overlap, recompute": (
-        {"world": 8, "tp": 2, "sequence_parallel": True}, {"overlap": True, "recompute": True},
+        {"world": 8, "tp": 2, "sequence_parallel": True}, {"overlap": True, "recompute": Recompute.full},
     ),
     "PP 2, last stage": ({"world": 8, "pp": 2, "rank": 7}, {}),
     "CP 2, documents": ({"world": 8, "cp": 2}, {"document_end": 2}),

@@ -46,7 +46,7 @@ RUNS: dict[str, list[str]] = {
     "no_teacher": [
         "distill.teacher=none", "distill.loss.forward_kl=0", "distill.loss.cross_entropy=1", "distill.spike_factor=3",
     ],
-    "best_weights": ["distill.eval_every=1", "distill.result=best", "distill.recompute=true", "distill.overlap=true"],
+    "best_weights": ["distill.eval_every=1", "distill.result=best", "distill.recompute=full", "distill.overlap=true"],
 }  # fmt: skip
 """Further settings of a run of the tiny Llama of `tests.support.tiny_run`."""
 EXPERT_RUNS: dict[str, list[str]] = {

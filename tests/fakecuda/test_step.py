@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from compactlm_nemo.config.distill import Recompute
 from tests.fakecuda.cluster import cluster, skip_without_fake_cuda
 from tests.fakecuda.experiment import distillation_step
 from tests.fakecuda.listed import EXPERT_LAYER, STEP, unlisted
@@ -24,7 +25,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2": {"world": 8, "cp": 2},
     "tp2_sp_cp2": {"world": 8, "tp": 2, "sequence_parallel": True, "cp": 2},
 }
-SETTINGS: dict[str, dict[str, Any]] = {"tp8_sp": {"recompute": True, "overlap": True}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "tp8_sp": {"recompute": Recompute.full, "overlap": True}, "cp2": {"recompute": Recompute.selective},
+}  # fmt: skip
 DOCUMENT_END = 2
 SHORT = 1024
 """Tokens of a sample where their number changes nothing that is measured."""

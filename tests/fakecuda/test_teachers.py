@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from compactlm_nemo.config.distill import Recompute
 from compactlm_nemo.config.loss import HiddenConfig, LossConfig, Projection, StateLoss
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.distill.heldout_kl import evaluate_kd_loss
@@ -146,12 +147,12 @@ HIDDEN_MESHES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", Recompute)
 @pytest.mark.parametrize("layout", HIDDEN_MESHES)
-def test_losses_between_hidden_states_run_on_the_device(layout: str, recompute: bool) -> None:
+def test_losses_between_hidden_states_run_on_the_device(layout: str, recompute: Recompute) -> None:
     cfg = HiddenConfig(
         layers=[[-2, -2], [-1, -1]], attention=[[0, 0]], mlp_input=[[1, 1]], embedding=True,
-        loss=StateLoss.cosine if recompute else StateLoss.mse, projection=Projection.per_pair,
+        loss=StateLoss.cosine if recompute is Recompute.full else StateLoss.mse, projection=Projection.per_pair,
     )  # fmt: skip
     mesh = HIDDEN_MESHES[layout]
     gathered = _both_stages() if "pp" in mesh else None

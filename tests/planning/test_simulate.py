@@ -32,7 +32,8 @@ LENGTH, COUNT = 32, 3
 CASES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "one": (1, {}, []),
     "bf16": (1, {}, ["model.precision=bf16"]),
-    "recompute": (1, {}, ["distill.recompute=true"]),
+    "recompute": (1, {}, ["distill.recompute=full"]),
+    "selective": (1, {}, ["distill.recompute=selective"]),
     "dp2": (2, {}, []),
     "dp2_overlap": (2, {}, ["distill.overlap=true"]),
     "tp2_sp": (2, {"tp": 2, "sequence_parallel": True}, []),
@@ -118,7 +119,7 @@ def test_memory_and_work_are_those_of_real_ranks(stage: str, case: str, tmp_path
             assert planned["peaks"][phase][0] == pytest.approx(size, rel=0.03), (phase, kinds, planned["peaks"][phase])
 
 
-@pytest.mark.parametrize("case", ["one", "recompute", "tp2_sp", "pp2", "vpp2"])
+@pytest.mark.parametrize("case", ["one", "recompute", "selective", "tp2_sp", "pp2", "vpp2"])
 def test_small_simulations_continue_to_large_ones(case: str) -> None:
     world, layout, words = CASES[case]
     config, layers, count = config_of(layout, words), 12, 8
@@ -157,6 +158,33 @@ def test_a_step_has_the_flops_of_both_models() -> None:
     attention = 4 * STUDENT.num_layers * STUDENT.num_heads * STUDENT.head_dim * (LENGTH + 1) // 2
     expected = 3 * flops_per_token_forward(STUDENT, LENGTH) + attention // 2 + flops_per_token_forward(TEACHER, LENGTH)
     assert cost.work.total_flops == tokens * expected
+
+
+@pytest.mark.parametrize(
+    "stage, case", [(simulate.distilling, "tp2_sp"), (simulate.distilling, "pp2"), (simulate.correcting, "one")]
+)
+def test_less_is_kept_the_more_is_recomputed(stage: simulate.Simulation, case: str) -> None:
+    world, layout, _ = CASES[case]
+    kept: dict[str, int] = {}
+    flops: dict[str, int] = {}
+    for recompute in ("none", "selective", "full"):
+        words = ["correct.steps=2", "correct.warmup_steps=0", f"distill.recompute={recompute}"]
+        config = config_of(layout, words)
+        with fake_world(config.parallel, world=world, rank=0, seed=1) as there:
+            cost = stage(there, config, TEACHER, STUDENT, COUNT)
+        kept[recompute], flops[recompute] = cost.peaks["student"].by_kind["activations"], cost.work.total_flops
+    assert kept["full"] < 0.7 * kept["selective"] and kept["selective"] < 0.7 * kept["none"], kept
+    assert flops["none"] < flops["selective"] < flops["full"], flops
+
+
+@pytest.mark.parametrize("stage", [simulate.distilling, simulate.correcting])
+def test_activations_are_those_of_a_micro_batch(stage: simulate.Simulation) -> None:
+    kept = []
+    for size in (1, 2):
+        config = config_of({}, ["correct.steps=2", "correct.warmup_steps=0", f"distill.micro_batch={size}"])
+        with fake_world(config.parallel, world=1, rank=0, seed=1) as there:
+            kept.append(stage(there, config, TEACHER, STUDENT, COUNT).peaks["student"].by_kind["activations"])
+    assert kept[1] == pytest.approx(2 * kept[0], rel=0.02)
 
 
 def test_optimizer_states_are_divided_by_the_data_parallel_ranks() -> None:

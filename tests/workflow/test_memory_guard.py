@@ -49,7 +49,7 @@ def with_memory(config: Config, limit: float) -> Config:
 
 
 def test_what_does_not_fit_is_refused_with_the_nearest_layout() -> None:
-    config = settings("distill.global_batch=8", "distill.micro_batch=8", "distill.recompute=false")
+    config = settings("distill.global_batch=8", "distill.micro_batch=8", "distill.recompute=none")
     whole = memory_guard.needs(config, SIZED, ["distill"], 4)[0].bytes
     (need,) = memory_guard.needs(with_memory(config, 0.7 * whole), SIZED, ["distill", "evaluate"], 4)
     assert "distill.micro_batch=" in need.way_out and "GiB" in need.way_out
