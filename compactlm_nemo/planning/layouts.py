@@ -7,6 +7,7 @@ The best are then simulated as they are, and what is shown of them is that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -51,14 +52,26 @@ def found_layouts(
     allowed: dict[tuple[int, Recompute], list[Config]] = {}
     for candidate in candidates(run, teacher, student, world):
         allowed.setdefault((candidate.parallel.tp, candidate.distill.recompute), []).append(candidate)
-    simulated = side_by_side(
-        _Simulated, [(first, teacher, student, world) for first, *_ in allowed.values()], advance
-    )  # fmt: skip
-    pairs = zip(simulated, allowed.values(), strict=True)
-    rough = [alone.layout(candidate) for alone, alike in pairs for candidate in alike]
+    plain = [each for (_, recompute), each in allowed.items() if recompute is Recompute.none]
+    rough = _rough(plain, teacher, student, world, advance)
+    best = min((each.seconds_a_step for each in rough if each.bytes <= limit), default=math.inf)
+    # Recomputation takes time: it is of use where a layout is too large without that would else be faster.
+    faster = {each.run.parallel.tp for each in rough if each.bytes > limit and each.seconds_a_step < best}
+    others = [
+        each for (tp, recompute), each in allowed.items() if recompute is not Recompute.none and tp in faster
+    ]  # fmt: skip
+    rough += _rough(others, teacher, student, world, advance)
     fitting = sorted((each for each in rough if each.bytes <= limit), key=_rank)
     exact = side_by_side(_exact, [(each.run, teacher, student, world) for each in fitting[:SHOWN]], advance)
     return sorted((each for each in exact if each.bytes <= limit), key=_rank) + fitting[SHOWN:]
+
+
+def _rough(
+    groups: list[list[Config]], teacher: Dims, student: Dims, world: int, advance: Callable[[], None]
+) -> list[Layout]:
+    """Return the layouts of groups of settings, each of which is simulated once."""
+    simulated = side_by_side(_Simulated, [(first, teacher, student, world) for first, *_ in groups], advance)
+    return [alone.layout(each) for alone, alike in zip(simulated, groups, strict=True) for each in alike]
 
 
 def _rank(layout: Layout) -> tuple[float, int]:

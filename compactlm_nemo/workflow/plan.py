@@ -40,6 +40,9 @@ def plan(config: Config) -> None:
         ConfigError: the settings cannot run, or not on these nodes.
     """
     from compactlm_nemo.planning.fake_world import hide_devices
+    from compactlm_nemo.planning.pool import start
+    from compactlm_nemo.planning.trainings import memory_over_a_step
+    from compactlm_nemo.report.memory_plot import plot_memory
 
     hide_devices()
     if config.cluster.device is None:
@@ -63,6 +66,7 @@ def plan(config: Config) -> None:
         run = _searched(run, teacher, student, world, console)
     if problem := launch_problems(run, world):
         raise ConfigError(f"{problem} plan.search=true looks for layouts.")
+    drawn = start(memory_over_a_step, run, teacher, student, world, 0) if run.parallel.pp == 1 else None
     rows, left_out = estimates(run, teacher, student, world)
     console.print(stages_table(rows, run.cluster, world, run.parallel.model_ranks, config.plan.margin))
     for part in left_out:
@@ -81,7 +85,11 @@ def plan(config: Config) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / FILE, values)
     console.print(f"written: {folder / FILE}", highlight=False)
-    _draw(run, teacher, student, world, rows, folder / PICTURE)
+    if drawn is None:  # which rank is the fullest had to be found first
+        (training,) = [row.parts[0] for row in rows if row.stage == "distill"]
+        rank = training.fullest * (world // run.parallel.pp)
+        drawn = start(memory_over_a_step, run, teacher, student, world, rank)
+    plot_memory(drawn.result(), run.cluster.memory_gib * GIB * (1 - run.plan.margin), folder / PICTURE)
     console.print(f"written: {folder / PICTURE}, memory of the fullest rank over a step", highlight=False)
 
 
@@ -96,18 +104,6 @@ def estimates(run: Config, teacher: Dims, student: Dims, world: int) -> tuple[li
     with progress_bar("plan", sum(len(stage.parts) for stage in wanted), 1) as advance:
         rows = estimate.estimates(wanted, run, teacher, student, world=world, advance=lambda: advance(1))
     return rows, [part for stage in wanted for part in stage.left_out]
-
-
-def _draw(run: Config, teacher: Dims, student: Dims, world: int, rows: list[Estimate], path: Path) -> None:
-    """Draw the memory of a step of the distill stage on its fullest rank."""
-    from compactlm_nemo.planning.pool import side_by_side
-    from compactlm_nemo.planning.trainings import memory_over_a_step
-    from compactlm_nemo.report.memory_plot import plot_memory
-
-    (training,) = [row.parts[0] for row in rows if row.stage == "distill"]
-    rank = training.fullest * (world // run.parallel.pp)
-    (curve,) = side_by_side(memory_over_a_step, [(run, teacher, student, world, rank)])
-    plot_memory(curve, run.cluster.memory_gib * GIB * (1 - run.plan.margin), path)
 
 
 def layout_words(run: Config) -> str:
