@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -48,6 +49,9 @@ class FakeWorld:
 class _FakeMeter(Meter):
     """Answers what fake tensors cannot."""
 
+    selected: int | None = None
+    """Elements that a mask selects, where that is known."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # more than half of all calls, and no work
             return args[0].fake_device
@@ -67,21 +71,22 @@ class _FakeMeter(Meter):
         if name == "aten::nonzero":
             return args[0].new_zeros((args[0].numel(), args[0].dim()), dtype=torch.long)
         if name == "aten::masked_select":
-            return args[0].new_zeros(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
+            count = self.selected or torch.broadcast_shapes(args[0].shape, args[1].shape).numel()
+            return args[0].new_zeros(count)
         if name == "aten::bincount":
             size = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
             return args[0].new_zeros(max(size, 1), dtype=torch.long)
-        if name == "aten::split_with_sizes":
-            args = (args[0], _adding_up(list(args[1]), args[0].shape[(args[2:] or (0,))[0]]), *args[2:])
         return func(*args, **kwargs)
 
 
 def _adding_up(sizes: list[int], total: int) -> list[int]:
     """Return sizes that were read from a fake tensor as equal ones that add up; others as they are."""
-    if sum(sizes) == total:
-        return sizes
-    share, rest = divmod(total, len(sizes))
-    return [share + (part < rest) for part in range(len(sizes))]
+    return sizes if sum(sizes) == total else _shares(total, len(sizes))
+
+
+def _shares(total: int, count: int) -> list[int]:
+    share, rest = divmod(total, count)
+    return [share + (part < rest) for part in range(count)]
 
 
 class _PythonCalls(TorchFunctionMode):
@@ -119,6 +124,7 @@ def fake_world(
 ) -> Iterator[FakeWorld]:  # fmt: skip
     """Be one rank of a cluster for the body."""
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe import token_dispatcher
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     use_cpu()
@@ -138,12 +144,16 @@ def fake_world(
         # All is on the one device; moves of fake parameters fail.
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist))
-        stack.enter_context(mock.patch.object(FakeTensor, "numpy", lambda self, **_: torch.ones(self.shape).numpy()))
+        stack.enter_context(mock.patch.object(FakeTensor, "numpy", _numpy))
+        stack.enter_context(mock.patch.object(torch, "split", _splitting(torch.split)))
         if is_gpu:
             stack.enter_context(mock.patch.object(Head, "is_fused", _is_fused))
             stack.enter_context(mock.patch.dict(BLOCK_ELEMENTS, cpu=BLOCK_ELEMENTS["cuda"]))
         stack.callback(parallel_state.destroy_model_parallel)
         mesh, meter = start_mesh(layout, seed), _FakeMeter()
+        dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
+        stack.enter_context(mock.patch.object(dispatcher, "preprocess", _evenly(dispatcher.preprocess)))
+        stack.enter_context(mock.patch.object(token_dispatcher, "permute", _permuting(token_dispatcher.permute, meter)))
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), meter, _PythonCalls()):
             stack.enter_context(mode)
         yield FakeWorld(mesh, meter, is_gpu)
@@ -154,6 +164,46 @@ def _tolist(x: Tensor) -> Any:
     for size in reversed(x.shape):
         value = [value] * size
     return value
+
+
+def _splitting(split: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `torch.split` for sizes that were read from a fake tensor; autograd sees no change of a dispatch mode."""
+
+    def evenly(x: Tensor, sizes: Any, dim: int = 0) -> Any:
+        return split(x, _adding_up(sizes, x.shape[dim]) if isinstance(sizes, list) else sizes, dim)
+
+    return evenly
+
+
+def _numpy(x: Tensor, **_: Any) -> Any:
+    return np.ones(tuple(x.shape))
+
+
+def _evenly(preprocess: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    """Return Megatron's count of the tokens that ranks send to each other's experts, with equally many for each."""
+
+    def counted(dispatcher: Any, routing_map: Tensor) -> Tensor:
+        tokens_per_expert = preprocess(dispatcher, routing_map)
+        if dispatcher.input_splits is not None:
+            splits = np.array(_shares(int(dispatcher.num_out_tokens), dispatcher.ep_size))
+            dispatcher.input_splits = dispatcher.output_splits = splits
+            dispatcher.output_splits_tp = None  # of equal parts
+        return tokens_per_expert
+
+    return counted
+
+
+def _permuting(permute: Callable[..., Any], meter: _FakeMeter) -> Callable[..., Any]:
+    """Return Megatron's order of tokens by experts, whose mask selects as many tokens as its caller says."""
+
+    def permuted(*args: Any, num_out_tokens: int, **kwargs: Any) -> Any:
+        meter.selected = num_out_tokens
+        try:
+            return permute(*args, num_out_tokens=num_out_tokens, **kwargs)
+        finally:
+            meter.selected = None
+
+    return permuted
 
 
 def _is_fused(head: Head, hidden_NH: Tensor) -> bool:

@@ -62,7 +62,7 @@ def found_layouts(
     ]  # fmt: skip
     rough += _rough(others, teacher, student, world, advance)
     fitting = sorted((each for each in rough if each.bytes <= limit), key=_rank)
-    exact = side_by_side(_exact, [(each.run, teacher, student, world) for each in fitting[:SHOWN]], advance)
+    exact = side_by_side(planned_layout, [(each.run, teacher, student, world) for each in fitting[:SHOWN]], advance)
     return sorted((each for each in exact if each.bytes <= limit), key=_rank) + fitting[SHOWN:]
 
 
@@ -114,6 +114,11 @@ def _can_be_split(run: Config, teacher: Dims, student: Dims, layout: ParallelCon
     return not layout.sequence_parallel or length // layout.cp % layout.tp == 0
 
 
+def simulated_layout(run: Config, teacher: Dims, student: Dims, world: int) -> Layout:
+    """Return the run's own layout by the search's arithmetic, of small simulations without a pipeline."""
+    return _Simulated(run, teacher, student, world).layout(run)
+
+
 class _Simulated:
     """What a step costs without a pipeline, from small simulations of one sample a micro-batch."""
 
@@ -147,7 +152,8 @@ class _Simulated:
         return round(sum(count * factor.get(kind, 1) for kind, count in peak.by_kind.items()))
 
 
-def _exact(run: Config, teacher: Dims, student: Dims, world: int) -> Layout:
+def planned_layout(run: Config, teacher: Dims, student: Dims, world: int) -> Layout:
+    """Return the run's own layout, with what its training needs and takes when it is simulated as it is."""
     training = planned_stages(run, teacher, student, world)["distill"].parts[0]
     found = estimate_part(training, teacher, student, world)
     return Layout(run, found.cost.peak.bytes, found.duration.seconds)

@@ -60,6 +60,13 @@ PASSES = {
     "evaluate": passes.evaluating,
 }
 STAGES = PASSES | {"distill": trainings.distilling}
+WITH_EXPERTS = ["search.experts=[4]", "distill.recompute=selective"]
+"""Settings of a run whose models have experts."""
+EXPERT_CASES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "ep2": (2, {"ep": 2}),
+    "tp2_sp_ep2": (4, {"tp": 2, "sequence_parallel": True, "ep": 2}),
+}
 
 
 def config_of(layout: dict[str, Any], words: list[str]) -> Config:
@@ -91,7 +98,8 @@ def real_rank(rank: int, world: int, stage: str, layout: dict[str, Any], words: 
 
 
 def models(words: list[str]) -> tuple[Dims, Dims]:
-    return TEACHER, STUDENT
+    with_experts = EXPERTS if words == WITH_EXPERTS else {}
+    return replace(TEACHER, **with_experts), replace(STUDENT, **with_experts)
 
 
 def count_of(layout: dict[str, Any]) -> int:
@@ -117,6 +125,23 @@ def test_memory_and_work_are_those_of_real_ranks(stage: str, case: str, tmp_path
         for phase, (size, kinds) in real["peaks"].items():
             # What ranks gather as objects is small, and here each has gathered its own alone.
             assert planned["peaks"][phase][0] == pytest.approx(size, rel=0.03), (phase, kinds, planned["peaks"][phase])
+
+
+@pytest.mark.parametrize("case", EXPERT_CASES)
+def test_experts_get_as_many_tokens_as_on_real_ranks(case: str, tmp_path: Path) -> None:
+    """Of all ranks together, as real tokens go to some experts more than to others."""
+    world, layout = EXPERT_CASES[case]
+    run_ranks(real_rank, world, tmp_path, "distill", layout, WITH_EXPERTS, tmp_path)
+    flops, peaks, planned_flops, planned_peaks = 0, [], 0, []
+    for rank in range(world):
+        real = json.loads((tmp_path / f"{rank}.json").read_text())
+        with fake_world(ParallelConfig(**layout), world=world, rank=rank, seed=1) as there:
+            cost = trainings.distilling(there, config_of(layout, WITH_EXPERTS), *models(WITH_EXPERTS), COUNT)
+        flops, planned_flops = flops + real["flops"], planned_flops + cost.work.total_flops
+        peaks.append(real["peaks"]["student"][0])
+        planned_peaks.append(cost.peaks["student"].bytes)
+    assert planned_flops == flops
+    assert sum(planned_peaks) == pytest.approx(sum(peaks), rel=0.03), (planned_peaks, peaks)
 
 
 @pytest.mark.parametrize("case", ["one", "recompute", "selective", "tp2_sp", "pp2", "vpp2"])
@@ -161,7 +186,7 @@ def test_a_step_has_the_flops_of_both_models() -> None:
 
 
 @pytest.mark.parametrize(
-    "stage, case", [(simulate.distilling, "tp2_sp"), (simulate.distilling, "pp2"), (simulate.correcting, "one")]
+    "stage, case", [(trainings.distilling, "tp2_sp"), (trainings.distilling, "pp2"), (trainings.correcting, "one")]
 )
 def test_less_is_kept_the_more_is_recomputed(stage: simulate.Simulation, case: str) -> None:
     world, layout, _ = CASES[case]
@@ -177,7 +202,7 @@ def test_less_is_kept_the_more_is_recomputed(stage: simulate.Simulation, case: s
     assert flops["none"] < flops["selective"] < flops["full"], flops
 
 
-@pytest.mark.parametrize("stage", [simulate.distilling, simulate.correcting])
+@pytest.mark.parametrize("stage", [trainings.distilling, trainings.correcting])
 def test_activations_are_those_of_a_micro_batch(stage: simulate.Simulation) -> None:
     kept = []
     for size in (1, 2):
