@@ -65,8 +65,6 @@ class _FakeMeter(Meter):
         if name == "aten::bincount":
             size = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
             return args[0].new_zeros(max(size, 1), dtype=torch.long)
-        if name == "aten::split_with_sizes":
-            args = (args[0], _adding_up(list(args[1]), args[0].shape[(args[2:] or (0,))[0]]), *args[2:])
         return func(*args, **kwargs)
 
 
@@ -79,11 +77,17 @@ def _adding_up(sizes: list[int], total: int) -> list[int]:
 
 
 class _PythonCalls(TorchFunctionMode):
-    """Lets `torch.tensor([...])` take fake tensors, whose values it would read past every dispatch."""
+    """Answers calls before autograd notes their arguments, or reads values past every dispatch.
+
+    `torch.tensor([...])` takes fake tensors, and parts of a tensor add up whose sizes were read from one.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.tensor:
             args = tree_map(lambda x: x.item() if isinstance(x, Tensor) else x, args)
+        if func in (torch.split, Tensor.split) and isinstance(args[1], (list, tuple)):
+            dim = (kwargs or {}).get("dim", args[2] if len(args) > 2 else 0)
+            args = (args[0], _adding_up(list(args[1]), args[0].shape[dim]), *args[2:])
         return func(*args, **(kwargs or {}))
 
 

@@ -21,6 +21,9 @@ from compactlm_nemo.planning.fake_world import FakeWorld
 from compactlm_nemo.planning.meter import Work
 from compactlm_nemo.planning.simulate import SCORES, STUDENT, TEACHER, Cost, build
 
+LOADING = "loading"
+"""Begins the names of phases in which a model is read."""
+
 
 @contextlib.contextmanager
 def _one_pass(there: FakeWorld, cost: Cost, phase: str, times: int = 1) -> Iterator[None]:
@@ -41,7 +44,7 @@ def _loaded(there: FakeWorld, config: Config, dims: Dims, kind: str, cost: Cost)
     there.meter.start_peak()
     if not there.is_gpu:
         torch.empty_like(max(chunks.parameters(), key=lambda parameter: parameter.numel()))
-    cost.peaks[f"loading the {kind}"] = there.meter.peak
+    cost.peaks[f"{LOADING} {kind}"] = there.meter.peak
     return chunks
 
 

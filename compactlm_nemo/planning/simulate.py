@@ -168,6 +168,10 @@ def build(there: FakeWorld, config: Config, dims: Dims, kind: str) -> ModelChunk
     if config.data.mask_documents:
         for chunk in chunks:
             chunk.document_end = 0
+    for layer in chunks.layers():
+        if (dispatcher := getattr(getattr(layer, "mlp", None), "token_dispatcher", None)) is not None:
+            # Which expert a token goes to is not known: all get equally many, as with this setting of Megatron's.
+            dispatcher.drop_and_pad, dispatcher.moe_expert_capacity_factor = True, 1.0
     there.meter.name(chunks.parameters(), kind)
     return chunks
 

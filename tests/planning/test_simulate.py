@@ -43,6 +43,8 @@ CASES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "cp2": (2, {"cp": 2}, []),
     "top_k": (1, {}, ["distill.teacher=stored", "cache.k=16"]),
     "stored_hidden": (1, {}, ["distill.teacher=stored", "cache.kind=hidden"]),
+    "experts": (1, {}, []),
+    "experts_ep2": (2, {"ep": 2}, []),
 }
 """Ranks, layout and settings."""
 STAGES = {"distill": distilling, "score": scoring, "cache_teacher": caching, "evaluate": evaluating}
@@ -68,16 +70,18 @@ def as_numbers(cost: Cost) -> dict[str, Any]:
     }
 
 
-def real_rank(rank: int, world: int, stage: str, layout: dict[str, Any], words: list[str], out: Path) -> None:
+def real_rank(rank: int, world: int, stage: str, case: str, out: Path) -> None:
     """Do on real tensors what is simulated, and write down what the meter saw."""
+    _, layout, words = CASES[case]
     there = FakeWorld(mesh_of(**layout), Meter())
     with there.meter:
-        cost = STAGES[stage](there, config_of(layout, words), *models(words), count_of(layout))
+        cost = STAGES[stage](there, config_of(layout, words), *models(case), count_of(layout))
     (out / f"{rank}.json").write_text(json.dumps(as_numbers(cost)))
 
 
-def models(words: list[str]) -> tuple[Dims, Dims]:
-    return TEACHER, STUDENT
+def models(case: str) -> tuple[Dims, Dims]:
+    own = EXPERTS if case.startswith("experts") else {}
+    return replace(TEACHER, **own), replace(STUDENT, **own)
 
 
 def count_of(layout: dict[str, Any]) -> int:
@@ -86,21 +90,29 @@ def count_of(layout: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize(
     "stage, case",
-    [("distill", case) for case in CASES] + [("score", "tp2_sp"), ("evaluate", "pp2"), ("cache_teacher", "top_k")],
+    [("distill", case) for case in CASES]
+    + [("score", "tp2_sp"), ("evaluate", "pp2"), ("cache_teacher", "top_k"), ("score", "experts")],
 )
 def test_memory_and_work_are_those_of_real_ranks(stage: str, case: str, tmp_path: Path) -> None:
     world, layout, words = CASES[case]
-    run_ranks(real_rank, world, tmp_path, stage, layout, words, tmp_path)
-    config = config_of(layout, words)
+    run_ranks(real_rank, world, tmp_path, stage, case, tmp_path)
+    config, is_spread = config_of(layout, words), "ep" in layout
+    flops: dict[str, list[int]] = {"real": [], "planned": []}
     for rank in range(world):
         real = json.loads((tmp_path / f"{rank}.json").read_text())
         with fake_world(ParallelConfig(**layout), world=world, rank=rank, seed=1) as there:
-            cost = STAGES[stage](there, config, *models(words), count_of(layout))
+            cost = STAGES[stage](there, config, *models(case), count_of(layout))
         planned = json.loads(json.dumps(as_numbers(cost)))
-        assert planned["flops"] == real["flops"]
+        flops["real"].append(real["flops"])
+        flops["planned"].append(planned["flops"])
         for phase, (size, kinds) in real["peaks"].items():
-            # What ranks gather as objects is small, and here each has gathered its own alone.
-            assert planned["peaks"][phase][0] == pytest.approx(size, rel=0.03), (phase, kinds, planned["peaks"][phase])
+            # What ranks gather as objects is small, and here each has gathered its own alone. Experts of one rank may
+            # get more tokens than those of another, for which the plan has no figure.
+            close = pytest.approx(size, rel=0.1 if is_spread else 0.03)
+            assert planned["peaks"][phase][0] == close, (phase, kinds, planned["peaks"][phase])
+    if is_spread:
+        flops = {name: [sum(of_ranks)] for name, of_ranks in flops.items()}
+    assert flops["planned"] == flops["real"]
 
 
 @pytest.mark.parametrize("case", ["one", "recompute", "tp2_sp", "pp2", "vpp2"])
