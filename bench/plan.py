@@ -26,7 +26,8 @@ import torch
 from bench.common.memory import ENVIRONMENT
 from bench.common.worker import ROOT
 from compactlm_nemo.config.load import PLAN, compose_root
-from compactlm_nemo.models.source import teacher_dims
+from compactlm_nemo.models.families import dims_of
+from compactlm_nemo.models.hf import read_config
 from compactlm_nemo.planning.estimate import estimate, planned_stages
 from compactlm_nemo.planning.passes import LOADING
 from compactlm_nemo.search.cost import num_params
@@ -138,7 +139,7 @@ def planned(case: Case, stage: str, folder: Path) -> dict[str, Any]:
     """Return what `recipes.plan` finds out about a stage."""
     cluster = ["cluster=cpu", f"cluster.devices_per_node={case.ranks}"]
     run = compose_root(PLAN, words_of(case, folder) + cluster)
-    teacher = teacher_dims(run.model)
+    teacher = dims_of(read_config(folder / "teacher"))
     student = max(enumerate_space(teacher, run.search, run.parallel.tp), key=num_params)
     found = estimate(stage, planned_stages(run, case.ranks)[stage], run, teacher, student, world=case.ranks)
     work, attention = found.cost.work, 0

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.losses.vocabulary import Head
@@ -45,11 +45,22 @@ class FakeWorld:
 
 
 class _FakeMeter(Meter):
-    """Answers what fake tensors cannot."""
+    """Answers what fake tensors cannot.
+
+    Args:
+        is_gpu: Whether collectives are NCCL's. Gloo's reduce-scatter sums a copy of what it is given.
+    """
+
+    def __init__(self, *, is_gpu: bool) -> None:
+        super().__init__()
+        self.is_gpu = is_gpu
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name
         if name.startswith("c10d::"):
+            if "reduce_scatter" in name and not self.is_gpu:
+                for copied in [torch.empty_like(x) for x in tree_leaves(args[1])]:
+                    self._note(copied.untyped_storage())
             with _disable_current_modes():  # the handle of an operation that has ended
                 handle = torch.ops.c10d.send([torch.zeros(1)], group_of(args), 0, 0)
             return (args[0], handle) if len(func._schema.returns) == 2 else handle
@@ -140,7 +151,7 @@ def fake_world(
         if is_gpu:
             stack.enter_context(mock.patch.object(Head, "is_fused", _is_fused))
         stack.callback(parallel_state.destroy_model_parallel)
-        mesh, meter = start_mesh(layout, seed), _FakeMeter()
+        mesh, meter = start_mesh(layout, seed), _FakeMeter(is_gpu=is_gpu)
         for mode in (FakeTensorMode(allow_non_fake_inputs=True), meter, _PythonCalls()):
             stack.enter_context(mode)
         yield FakeWorld(mesh, meter, is_gpu)

@@ -106,6 +106,8 @@ def test_memory_and_work_are_those_of_real_ranks(stage: str, case: str, tmp_path
         flops["real"].append(real["flops"])
         flops["planned"].append(planned["flops"])
         for phase, (size, kinds) in real["peaks"].items():
+            if phase == "gradients" and config.distill.overlap:
+                continue  # copies that gloo sums beside backward are freed here, in the plan in the phase before
             # What ranks gather as objects is small, and here each has gathered its own alone. Experts of one rank may
             # get more tokens than those of another, for which the plan has no figure.
             close = pytest.approx(size, rel=0.1 if is_spread else 0.03)
