@@ -26,8 +26,10 @@ import torch
 from bench.common.memory import ENVIRONMENT
 from bench.common.worker import ROOT
 from compactlm_nemo.config.load import PLAN, compose_root
-from compactlm_nemo.models.source import teacher_dims
+from compactlm_nemo.models.families import dims_of
+from compactlm_nemo.models.hf import read_config
 from compactlm_nemo.planning.estimate import estimate
+from compactlm_nemo.planning.passes import LOADING
 from compactlm_nemo.planning.planned import planned_stages
 from compactlm_nemo.search.cost import num_params
 from compactlm_nemo.search.space import enumerate_space
@@ -138,7 +140,7 @@ def planned(case: Case, stage: str, folder: Path) -> dict[str, Any]:
     """Return what `recipes.plan` finds out about a stage."""
     cluster = ["cluster=cpu", f"cluster.devices_per_node={case.ranks}"]
     run = compose_root(PLAN, words_of(case, folder) + cluster)
-    teacher = teacher_dims(run.model)
+    teacher = dims_of(read_config(folder / "teacher"))
     student = max(enumerate_space(teacher, run.search, run.parallel.tp), key=num_params)
     stages = planned_stages(run, teacher, student, case.ranks)
     (found,) = estimate(stages[stage], run, teacher, student, world=case.ranks).parts
@@ -146,10 +148,20 @@ def planned(case: Case, stage: str, folder: Path) -> dict[str, Any]:
     for product, count in work.products.items():
         if product.kind == "attention":  # of causal attention the plan counts half, torch's counter all
             attention += count * product.flops * 2 * LENGTH // (LENGTH + 1)
-    peak = found.cost.peak
+    peak, peaks = found.cost.peak, found.cost.peaks
+    # A model that is being loaded is there, but the kernel counts what of it has been written.
+    written = max(each.bytes for phase, each in peaks.items() if not phase.startswith(LOADING))
     flops = {"matmul": sum(p.flops * n for p, n in work.products.items() if p.kind == "matmul"), "attention": attention}
-    rank = found.fullest * (case.ranks // run.parallel.pp)
-    return {"bytes": peak.bytes, "by_kind": peak.by_kind, "place": peak.place, "flops": flops, "rank": rank}
+    per_stage = case.ranks // run.parallel.pp  # experts of its ranks get more or fewer tokens
+    ranks = list(range(found.fullest * per_stage, (found.fullest + 1) * per_stage))
+    return {
+        "bytes": peak.bytes,
+        "written_bytes": written,
+        "by_kind": peak.by_kind,
+        "place": peak.place,
+        "flops": flops,
+        "ranks": ranks,
+    }
 
 
 def measured(case: Case, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -185,9 +197,13 @@ def rows_of(case: Case, folder: Path) -> dict[str, Any] | None:
             "ranks": case.ranks, "planned": plans[stage],
             "live": max((rank["live"] for rank in seen), key=lambda live: live["bytes"]),
             "resident_bytes": max(rank["resident_bytes"] for rank in seen),
-            "flops": seen[plans[stage]["rank"]]["flops"],
+            "flops": _mean([seen[rank]["flops"] for rank in plans[stage]["ranks"]]),
         }  # fmt: skip
     return found
+
+
+def _mean(counts: list[dict[str, int]]) -> dict[str, float]:
+    return {kind: sum(of_rank.get(kind, 0) for of_rank in counts) / len(counts) for kind in ("matmul", "attention")}
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -196,8 +212,8 @@ def markdown(results: dict[str, Any]) -> str:
     rows = [(run, *row) for run in CASES if run in results["runs"] for row in results["runs"][run].items()]
     for run, stage, found in rows:
         plan = found["planned"]
-        live, resident = plan["bytes"] / found["live"]["bytes"], plan["bytes"] / found["resident_bytes"]
-        flops = {kind: found["flops"].get(kind, 0) for kind in ("matmul", "attention")}
+        live, resident = plan["bytes"] / found["live"]["bytes"], plan["written_bytes"] / found["resident_bytes"]
+        flops = found["flops"]
         equal = "equal" if plan["flops"] == flops else f"{sum(plan['flops'].values()) / sum(flops.values()):.4f}"
         cells = [run, stage, found["ranks"], f"{plan['bytes'] / 1e6:,.0f}", f"{live:.3f}", f"{resident:.3f}", equal]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -45,11 +45,12 @@ MEASURED_STEP = 1
 
 
 def counter() -> FlopCounterMode:
-    """Return torch's counter, which on a CPU knows no attention: counted as torch counts it on a GPU."""
+    """Return torch's counter with what it lacks: a CPU's attention, counted as a GPU's, and a product in place."""
     forward, backward = (getattr(torch.ops.aten, name) for name in ATTENTION)
     return FlopCounterMode(
         display=False,
         custom_mapping={
+            torch.ops.aten.addmm_: lambda total, one, other, *_, **__: 2 * one[0] * one[1] * other[1],
             forward: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
             backward: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value),
         },

@@ -41,6 +41,9 @@ from compactlm_nemo.parallel.mesh import Mesh
 ParameterSource = Callable[[str], Tensor]
 """Megatron name with global layer and expert numbers -> the whole unpadded parameter on the CPU."""
 
+TableSource = Callable[[str], Iterator[Tensor]]
+"""Name of the embedding or the output layer -> its unpadded rows, block after block, on the CPU."""
+
 
 class HiddenStateModel(GPTModel):
     """GPTModel whose last stage returns its final normed hidden states `[s, b, h]`, whole under sequence parallelism.
@@ -303,14 +306,34 @@ def tp_share(name: str, full: Tensor, *, rank: int, size: int, gated: bool, padd
 
 
 @torch.no_grad()
-def fill(chunks: ModelChunks, source: ParameterSource, vocab_multiple: int) -> None:
-    """Copy this rank's share of every parameter from a source, one whole parameter in memory at a time."""
+def fill(
+    chunks: ModelChunks, source: ParameterSource, vocab_multiple: int, tables: TableSource | None = None
+) -> None:  # fmt: skip
+    """Copy this rank's share of every parameter from a source, one whole parameter in memory at a time.
+
+    Args:
+        tables: Gives embedding and output layer in the source's place, as blocks of rows.
+    """
     dims, mesh = chunks.dims, chunks.mesh
     padded = dims.padded_vocab(mesh.tp_size, vocab_multiple)
     for name, parameter in global_names(chunks):
         if name == OUTPUT_LAYER and dims.tied_embeddings:
             name = EMBEDDING
+        if tables is not None and name in (EMBEDDING, OUTPUT_LAYER):
+            _fill_rows(parameter, tables(name), first=mesh.tp_rank * len(parameter))
+            continue
         share = tp_share(
             name, source(name), rank=mesh.tp_rank, size=mesh.tp_size, gated=dims.gated_mlp, padded_vocab=padded
         )
         parameter.copy_(share)
+
+
+def _fill_rows(shard_VH: Tensor, blocks: Iterator[Tensor], first: int) -> None:
+    """Copy the rows from `first` on that a shard has, out of blocks of all rows; rows beyond the last are zero."""
+    shard_VH.zero_()
+    start = -first
+    for rows_NH in blocks:
+        begin, end = max(start, 0), min(start + len(rows_NH), len(shard_VH))
+        if begin < end:
+            shard_VH[begin:end].copy_(rows_NH[begin - start : end - start])
+        start += len(rows_NH)

@@ -99,7 +99,8 @@ def own_storages(state: dict[str, Any], *, may_change: bool = False) -> None:
 def first_nonfinite(state: dict[str, Any]) -> str | None:
     """Return the key of a tensor of Megatron's sharded state, of any rank, that holds NaN or infinity. Collective."""
     shards = [shard for shard in shards_of(state) if shard.data is not None and shard.data.is_floating_point()]
-    finite = torch.stack([shard.data.isfinite().all() for shard in shards]).cpu()  # one wait for the device
+    # The least and the greatest number tell, NaN included, and need no tensor of the shard's size.
+    finite = torch.stack([torch.stack(shard.data.aminmax()).isfinite().all() for shard in shards]).cpu()  # one wait
     mine = next((_name(shard) for shard, is_finite in zip(shards, finite.tolist(), strict=True) if not is_finite), None)
     return next((name for name in all_gather_objects(mine) if name), None)
 
@@ -178,11 +179,12 @@ def load_model(folder: Path, chunks: ModelChunks) -> None:
 
 
 class _Slice(LoadPlanner):
-    """Reads one box of one stored tensor into a given buffer."""
+    """Reads one box of one stored tensor: what is read is the box where it is all of it, else a part is copied."""
 
-    def __init__(self, key: str, stored: TensorStorageMetadata, offsets: list[int], buffer: Tensor) -> None:
-        box = ChunkStorageMetadata(torch.Size(offsets), buffer.shape)
-        self.offsets, self.buffer = offsets, buffer
+    def __init__(self, key: str, stored: TensorStorageMetadata, offsets: list[int], shape: list[int]) -> None:
+        box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+        self.shape, self.dtype = shape, stored.properties.dtype
+        self.box: Tensor | None = None
         self.plan = LoadPlan(create_read_items_for_chunk_list(key, stored, [box]))
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
@@ -199,13 +201,38 @@ class _Slice(LoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: Any) -> None:
         raise AssertionError("a tensor slice holds no bytes")
 
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        box = self.buffer
-        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            box = box.narrow(dim, offset, length)
-        return box
+    def resolve_tensor(self, read_item: ReadItem) -> Any:
+        return _Receiver(self, read_item)
 
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
+    def commit_tensor(self, read_item: ReadItem, tensor: Any) -> None: ...
+
+    def receive(self, read_item: ReadItem, read: Tensor) -> None:
+        """Take what was read for an item."""
+        if list(read.shape) == self.shape and read.untyped_storage().nbytes() == read.nbytes:
+            self.box = read
+            return
+        if self.box is None:
+            self.box = torch.empty(self.shape, dtype=self.dtype)
+        part = self.box
+        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(dim, offset, length)
+        part.copy_(read)
+
+
+class _Receiver:
+    """Stands for the tensor that torch's reader copies into, and is given the one that it has read."""
+
+    def __init__(self, planner: _Slice, read_item: ReadItem) -> None:
+        self.planner, self.read_item = planner, read_item
+
+    def detach(self) -> _Receiver:
+        return self
+
+    def size(self) -> torch.Size:
+        return torch.Size(self.read_item.lengths)
+
+    def copy_(self, read: Tensor) -> None:
+        self.planner.receive(self.read_item, read)
 
 
 def read_box(
@@ -214,11 +241,11 @@ def read_box(
     """Return the part of a stored tensor at `offsets` of this shape, on the CPU; needs no process group."""
     stored = metadata.state_dict_metadata[key]
     assert isinstance(stored, TensorStorageMetadata)
-    buffer = torch.empty(list(shape), dtype=stored.properties.dtype)
-    planner = _Slice(key, stored, list(offsets), buffer)
+    planner = _Slice(key, stored, list(offsets), list(shape))
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     reader.read_data(reader.prepare_local_plan(planner.create_local_plan()), planner).wait()
-    return buffer
+    assert planner.box is not None
+    return planner.box
 
 
 # Transformer Engine keeps a norm's weight in the linear layer that follows it.

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.importance.aggregators import BLOCK_ELEMENTS
@@ -47,10 +47,17 @@ class FakeWorld:
 
 
 class _FakeMeter(Meter):
-    """Answers what fake tensors cannot."""
+    """Answers what fake tensors cannot.
 
-    selected: int | None = None
-    """Elements that a mask selects, where that is known."""
+    Args:
+        is_gpu: Whether collectives are NCCL's. Gloo's reduce-scatter sums a copy of what it is given.
+    """
+
+    def __init__(self, *, is_gpu: bool) -> None:
+        super().__init__()
+        self.is_gpu = is_gpu
+        self.selected: int | None = None
+        """Elements that a mask selects, where that is known."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # more than half of all calls, and no work
@@ -60,6 +67,9 @@ class _FakeMeter(Meter):
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = func._schema.name
         if name.startswith("c10d::"):
+            if "reduce_scatter" in name and not self.is_gpu:
+                for copied in [torch.empty_like(x) for x in tree_leaves(args[1])]:
+                    self._note(copied.untyped_storage())
             with _disable_current_modes():  # the handle of an operation that has ended
                 handle = torch.ops.c10d.send([torch.zeros(1)], group_of(args), 0, 0)
             return (args[0], handle) if len(func._schema.returns) == 2 else handle
@@ -90,11 +100,17 @@ def _shares(total: int, count: int) -> list[int]:
 
 
 class _PythonCalls(TorchFunctionMode):
-    """Lets `torch.tensor([...])` take fake tensors, whose values it would read past every dispatch."""
+    """Answers calls before autograd notes their arguments, or reads values past every dispatch.
+
+    `torch.tensor([...])` takes fake tensors, and parts of a tensor add up whose sizes were read from one.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.tensor:
             args = tree_map(lambda x: x.item() if isinstance(x, Tensor) else x, args)
+        if func in (torch.split, Tensor.split) and isinstance(args[1], (list, tuple)):
+            dim = (kwargs or {}).get("dim", args[2] if len(args) > 2 else 0)
+            args = (args[0], _adding_up(list(args[1]), args[0].shape[dim]), *args[2:])
         return func(*args, **(kwargs or {}))
 
 
@@ -145,12 +161,11 @@ def fake_world(
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist))
         stack.enter_context(mock.patch.object(FakeTensor, "numpy", _numpy))
-        stack.enter_context(mock.patch.object(torch, "split", _splitting(torch.split)))
         if is_gpu:
             stack.enter_context(mock.patch.object(Head, "is_fused", _is_fused))
             stack.enter_context(mock.patch.dict(BLOCK_ELEMENTS, cpu=BLOCK_ELEMENTS["cuda"]))
         stack.callback(parallel_state.destroy_model_parallel)
-        mesh, meter = start_mesh(layout, seed), _FakeMeter()
+        mesh, meter = start_mesh(layout, seed), _FakeMeter(is_gpu=is_gpu)
         dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
         stack.enter_context(mock.patch.object(dispatcher, "preprocess", _evenly(dispatcher.preprocess)))
         stack.enter_context(mock.patch.object(token_dispatcher, "permute", _permuting(token_dispatcher.permute, meter)))
@@ -164,15 +179,6 @@ def _tolist(x: Tensor) -> Any:
     for size in reversed(x.shape):
         value = [value] * size
     return value
-
-
-def _splitting(split: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `torch.split` for sizes that were read from a fake tensor; autograd sees no change of a dispatch mode."""
-
-    def evenly(x: Tensor, sizes: Any, dim: int = 0) -> Any:
-        return split(x, _adding_up(sizes, x.shape[dim]) if isinstance(sizes, list) else sizes, dim)
-
-    return evenly
 
 
 def _numpy(x: Tensor, **_: Any) -> Any:

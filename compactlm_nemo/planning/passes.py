@@ -37,6 +37,9 @@ from compactlm_nemo.planning.simulate import (
 )
 from compactlm_nemo.training.optimizer import wrap_data_parallel
 
+LOADING = "loading"
+"""Begins the names of phases in which a model is read."""
+
 
 @contextlib.contextmanager
 def _one_pass(there: FakeWorld, cost: Cost, phase: str = "pass", times: int = 1) -> Iterator[None]:
@@ -55,7 +58,7 @@ def _loaded(there: FakeWorld, config: Config, dims: Dims, kind: str, cost: Cost)
     chunks = build(there, config, dims, kind).eval()
     there.meter.start_peak()
     there.meter.name([torch.empty_like(max(chunks.parameters(), key=lambda parameter: parameter.numel()))], FILE)
-    cost.peaks[f"loading the {kind}"] = there.meter.peak
+    cost.peaks[f"{LOADING} {kind}"] = there.meter.peak
     return chunks
 
 

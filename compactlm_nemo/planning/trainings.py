@@ -87,10 +87,23 @@ class _Watch(Callback):
         self._end_phase("teacher")
 
     def after_student(self, student: ModelPass, terms: dict[str, float]) -> None:
-        self._end_phase("student")
+        self._end_phase("gradients")
+
+    def _watch_finish(self, config: Any) -> None:
+        """Begin a phase where a pipeline schedule has run all micro-batches and sums gradients over ranks."""
+        finish = config.finalize_model_grads_func
+
+        def begin(*args: Any, **kwargs: Any) -> None:
+            self._end_phase("student")
+            finish(*args, **kwargs)
+
+        config.finalize_model_grads_func = begin
 
     def after_update(self, step: Step) -> None:
         self.model = step.model
+        if step.number == 0:
+            for config in {id(ddp.module.config): ddp.module.config for ddp in step.model.ddps}.values():
+                self._watch_finish(config)
         held = _held(step.model)
         for kind, tensors in held.items():
             self.meter.name(tensors, kind)

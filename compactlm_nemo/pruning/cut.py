@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER
 from compactlm_nemo.pruning.least_squares import columns_of
 from compactlm_nemo.pruning.plan import Plan
-from compactlm_nemo.pruning.residual_stream import HiddenCut, scaled
+from compactlm_nemo.pruning.residual_stream import TABLE_ROWS, HiddenCut, scaled
 
 EXPERT = re.compile(r"(mlp\.experts\.local_experts\.)(\d+)(\..*)")
 """Matches the parameter of a routed expert in its layer; the second group is the expert's number."""
@@ -124,13 +125,22 @@ class NarrowedSource:
     def __init__(self, source: ParameterSource, teacher: Dims, layers: list[int], hidden: HiddenCut) -> None:
         self.source, self.teacher, self.layers, self.hidden = source, teacher, layers, hidden
 
+    def tables(self, name: str) -> Iterator[Tensor]:
+        """Yield embedding or output layer in blocks of rows, so that no second table is in memory, nor in float64."""
+        for rows_NH in self.source(name).split(TABLE_ROWS):
+            yield self._table(name, rows_NH)
+
+    def _table(self, name: str, full_NH: Tensor) -> Tensor:
+        if name == OUTPUT_LAYER:
+            return self.hidden.read(FINAL_NORM, full_NH)
+        table_NK = self.hidden.embed(full_NH)
+        by_width = self.teacher.embedding_by_width
+        return scaled(table_NK, math.sqrt(full_NH.shape[1] / table_NK.shape[1]) if by_width else 1.0)
+
     def __call__(self, name: str) -> Tensor:
         full, hidden, teacher = self.source(name), self.hidden, self.teacher
-        if name == EMBEDDING:
-            table_VK = hidden.embed(full)
-            return scaled(table_VK, math.sqrt(full.shape[1] / table_VK.shape[1]) if teacher.embedding_by_width else 1.0)
-        if name == OUTPUT_LAYER:
-            return hidden.read(FINAL_NORM, full)
+        if name in (EMBEDDING, OUTPUT_LAYER):
+            return self._table(name, full)
         if name.startswith("decoder.final_layernorm."):
             if name.endswith("bias"):
                 return hidden.norm_bias(full)

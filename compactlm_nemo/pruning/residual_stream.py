@@ -19,7 +19,7 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.pruning.least_squares import refit
 from compactlm_nemo.pruning.rotation import Rotation, normed_moment, principal_rotation
 
-TABLE_ROWS = 16384
+TABLE_ROWS = 2048
 """Most rows of an embedding table that are in float64 at once."""
 Moment = Callable[[str], Tensor]
 """Name of second moments -> the whole matrix."""

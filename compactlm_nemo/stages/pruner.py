@@ -127,7 +127,8 @@ class Pruner:
         hidden, wide_source = self._hidden_cut(plan), CutSource(self.teacher, plan, source)
         model = self.run.build(dims)
         vocab_multiple = self.run.config.model.vocab_multiple
-        fill(model, NarrowedSource(wide_source, self.teacher, plan.layers, hidden), vocab_multiple)
+        narrowed = NarrowedSource(wide_source, self.teacher, plan.layers, hidden)
+        fill(model, narrowed, vocab_multiple, narrowed.tables)
         if self.cfg.sequential:
             self._refit_sequentially(model, dims, plan, hidden, wide_source)
         return model.eval()

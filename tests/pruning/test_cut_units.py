@@ -18,6 +18,7 @@ from compactlm_nemo.models.build import build_model, fill
 from compactlm_nemo.models.checkpoint import CheckpointSource, save_model
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import export_hf, open_hf
+from compactlm_nemo.pruning import cut as cut_module
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.residual_stream import Selection
@@ -250,7 +251,9 @@ def _same_student(rank: int, world: int, fields: dict[str, Any], cases: tuple[st
         student = plan.student(dims, student_of(dims, **SHAPE))
         wide = CutSource(dims, plan, CheckpointSource(out / case / "teacher", dims))
         model = build_model(student, mesh, dtype=torch.float32, vocab_multiple=VOCAB_MULTIPLE)
-        fill(model, NarrowedSource(wide, dims, plan.layers, Selection(plan.hidden)), VOCAB_MULTIPLE)
+        narrowed = NarrowedSource(wide, dims, plan.layers, Selection(plan.hidden))
+        cut_module.TABLE_ROWS = 50  # a table of 131 rows comes in blocks that end inside a rank's
+        fill(model, narrowed, VOCAB_MULTIPLE, narrowed.tables)
         save_model(out / case / "student", model)
         logits = whole_logits(model.eval(), student, mesh, tokens()[mine])
         if logits is not None:
