@@ -36,6 +36,13 @@ def side_by_side(
     return results
 
 
+def end() -> None:
+    """Let the processes end, and their memory go."""
+    if _pool.cache_info().currsize:
+        _pool().shutdown()
+        _pool.cache_clear()
+
+
 @cache
 def _pool() -> ProcessPoolExecutor:
     """Return the one pool of this process: to start a worker takes as long as a simulation."""

@@ -26,6 +26,8 @@ SAFETY = 1.25
 """The bound counts tensors; this much more is for what lies between them."""
 CHUNK_MIB = {False: 256, True: 1024}
 """The least memory that a chunk of logits gets, on a CPU and on a GPU; large tables get half of their gradient's."""
+FULLEST = ("score", "correct_teacher", "cache_teacher", "distill", "evaluate")
+"""Stages that are looked at: the others hold no more than these."""
 SUGGESTED = ("tp", "sequence_parallel", "pp")
 
 
@@ -68,9 +70,12 @@ def planned_lines(config: Config, teacher: Dims, names: Collection[str]) -> list
 
 
 def _told(config: Config, teacher: Dims, names: Collection[str], world: int) -> list[Need]:
-    from compactlm_nemo.planning.pool import side_by_side
+    from compactlm_nemo.planning import pool
 
-    (found,) = side_by_side(needs, [(config, teacher, tuple(names), world)])
+    try:
+        found = needs(config, teacher, names, world)
+    finally:
+        pool.end()
     if found and found[-1].way_out:
         cluster, need = config.cluster, found[-1]
         raise ConfigError(
@@ -105,19 +110,19 @@ def largest_student(config: Config, teacher: Dims) -> Dims:
 
 
 def needs(config: Config, teacher: Dims, names: Collection[str], world: int) -> list[Need]:
-    """Return what the stages need that use devices, by simulation, up to the first that does not fit."""
-    from compactlm_nemo.planning.estimate import estimate
+    """Return what the stages need that use most memory, by simulation, up to the first that does not fit."""
+    from compactlm_nemo.planning.estimate import estimates
     from compactlm_nemo.planning.planned import planned_stages
 
     student, found = largest_student(config, teacher), []
-    for name, stage in planned_stages(config, teacher, student, world).items():
-        if name in names and stage.parts:
-            peak = estimate(stage, config, teacher, student, world=world).peak
-            is_too_much = peak.bytes > limit_of(config)
-            way_out = _way_out(name, config, teacher, student, world) if is_too_much else ""
-            found.append(Need(name, peak.bytes, peak.by_kind, way_out))
-            if is_too_much:
-                break
+    planned = planned_stages(config, teacher, student, world)
+    wanted = [stage for name, stage in planned.items() if name in names and name in FULLEST]
+    for row in estimates(wanted, config, teacher, student, world=world):
+        peak = row.peak
+        way_out = _way_out(row.stage, config, teacher, student, world) if peak.bytes > limit_of(config) else ""
+        found.append(Need(row.stage, peak.bytes, peak.by_kind, way_out))
+        if way_out:
+            break
     return found
 
 
