@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from compactlm_nemo.config.cluster import ClusterConfig, PlanConfig
+from compactlm_nemo.config.cluster import ClusterConfig
 from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.loss import CROSS_ENTROPY
+from compactlm_nemo.config.plan import PlanConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.errors import ConfigError
