@@ -54,6 +54,7 @@ from compactlm_nemo.training.best_weights import EVAL_LOSS, BestWeights
 from compactlm_nemo.training.callbacks import Callback, MetricsLog, PeakMemory, Speed, StopAfter, StopWhenAsked
 from compactlm_nemo.training.checkpoint import Checkpoints
 from compactlm_nemo.training.fusions import available_fusions, fusions_text
+from compactlm_nemo.training.planned_memory import planned_bytes
 from compactlm_nemo.training.saving_time import SavingTime, saving_text
 from compactlm_nemo.training.stability import LossSpikes, NonFiniteSteps
 from compactlm_nemo.training.tracker import METRICS, Tracker
@@ -102,7 +103,7 @@ def train(run: Run, folder: Path, cfg: DistillConfig, *, source: str) -> dict[st
             Speed(_speed(run, dims, cfg)),
             best_weights,
             saving_time := SavingTime(checkpoints),
-            PeakMemory(),
+            PeakMemory(planned_bytes(config, state.name, launch_world_size())),
             MetricsLog(tracker.log, every=cfg.log_every, rewind=tracker.rewind),
         ]
         with watched(state.parents[1], config.run.hang_minutes, all_gather_objects(socket.gethostname())):

@@ -192,7 +192,14 @@ class Speed(Callback):
 
 
 class PeakMemory(Callback):
-    """Measures the peak bytes of this rank: device memory on CUDA, resident set on a CPU."""
+    """Measures the peak bytes of this rank: device memory on CUDA, resident set on a CPU.
+
+    Args:
+        planned_bytes: What `recipes.plan` said of the fullest rank, which is logged beside it; None where it did not.
+    """
+
+    def __init__(self, planned_bytes: int | None = None) -> None:
+        self.planned_bytes = planned_bytes
 
     def after_step(self, step: Step) -> None:
         if torch.cuda.is_available():
@@ -200,6 +207,8 @@ class PeakMemory(Callback):
         else:
             peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         step.metrics["perf/peak_memory_bytes"] = float(peak_bytes)
+        if self.planned_bytes is not None:
+            step.metrics["perf/planned_memory_bytes"] = float(self.planned_bytes)
 
 
 class MetricsLog(Callback):

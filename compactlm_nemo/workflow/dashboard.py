@@ -50,7 +50,7 @@ PANELS = (
         ("perf/checkpoint_share",),
         "it is more than a few hundredths: save less often, on a faster disk, or set `distill.checkpoint_async`",
     ),
-    Panel("Memory", ("perf/peak_memory_bytes",), "it grows with the steps"),
+    Panel("Memory", ("perf/peak_memory_bytes", "perf/planned_memory_bytes"), "it grows with the steps"),
     Panel("Stability", ("train/skipped_steps", "train/rewinds"), "they are more than a few"),
 )
 """What to look at, top to bottom."""

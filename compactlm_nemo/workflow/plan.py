@@ -21,6 +21,7 @@ from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import num_params
 from compactlm_nemo.search.space import enumerate_space
+from compactlm_nemo.training.planned_memory import PLAN_FILE, planned_layout
 from compactlm_nemo.workflow.benefit import benefit, check_benefit
 from compactlm_nemo.workflow.layout_checks import launch_problems
 from compactlm_nemo.workflow.preflight import planned_search, ready
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from compactlm_nemo.planning.estimate import Estimate
 
 GIB = 2**30
-FILE, PICTURE = "plan.json", "plan.png"
+PICTURE = "plan.png"
 
 
 def plan(config: Config) -> None:
@@ -73,6 +74,7 @@ def plan(config: Config) -> None:
         console.print(f"not in this plan: {part}", highlight=False)
     values: dict[str, Any] = {
         "cluster": run.cluster.device, "ranks": world, "overrides": layout_words(run),
+        "layout": planned_layout(run),
         "teacher_params": num_params(teacher), "student_params": num_params(student),
         "stages": [row.as_values() | _price(row, run.cluster, world) for row in rows],
     }  # fmt: skip
@@ -83,8 +85,8 @@ def plan(config: Config) -> None:
         values["benefit"] = found.as_values()
     folder = Path(run.run.dir)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / FILE, values)
-    console.print(f"written: {folder / FILE}", highlight=False)
+    write_json(folder / PLAN_FILE, values)
+    console.print(f"written: {folder / PLAN_FILE}", highlight=False)
     if drawn is None:  # which rank is the fullest had to be found first
         (training,) = [row.parts[0] for row in rows if row.stage == "distill"]
         rank = training.fullest * (world // run.parallel.pp)
