@@ -47,6 +47,13 @@ PUBLISHED_BILLIONS = {
     "llama31_8b_to_4b_depth": (8.03, 4.54),
     "mistral_nemo_12b_to_8b": (12.2, 8.4),
 }
+# Teachers' sizes: arXiv 2407.21783 (70.6B), 2406.11704 (9.4B embedding, 331.6B other parameters), 2505.09388 (235B);
+# nobody has published these students.
+PLANNED_BILLIONS = {
+    "llama31_70b_to_35b": (70.6, 34.8),
+    "nemotron4_340b_to_170b": (341.0, 169.4),
+    "qwen3_235b_to_120b": (235.1, 121.5),
+}
 
 
 def _dry(experiment: str) -> list[str]:
@@ -68,6 +75,20 @@ def test_an_experiment_plans_the_published_sizes(experiment: str, capsys: pytest
     assert f"ranks needed: a multiple of tp {config.parallel.tp} x pp 1 = {config.parallel.tp}" in out
     for stage in map(STAGES.get, stages_of(config)):
         assert re.search(rf"^{stage.name}: .*writes runs/{experiment}/{stage.writes}$", out, re.M)
+
+
+@pytest.mark.parametrize("experiment", sorted(PLANNED_BILLIONS))
+def test_an_experiment_that_is_planned_alone_has_the_sizes_it_says(
+    experiment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compose(_dry(experiment))
+    run_stages(config)
+    sizes = re.findall(r"^(?:teacher|student).*?: ([\d,]+) parameters", capsys.readouterr().out, re.M)
+    billions = [float(size.replace(",", "")) / 1e9 for size in sizes]
+    assert billions == pytest.approx(PLANNED_BILLIONS[experiment], abs=0.06)
+    tokens = config.distill.num_samples * config.data.sequence_length
+    assert tokens == pytest.approx(94e9, rel=0.001)
+    assert "planned and not run" in (CONF / "experiment" / f"{experiment}.yaml").read_text()
 
 
 @pytest.mark.parametrize("experiment", sorted(PUBLISHED_BILLIONS))
@@ -138,7 +159,7 @@ def test_an_experiment_names_its_cluster(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_every_experiment_composes() -> None:
-    assert {*PUBLISHED_BILLIONS, "smollm2_135m_cpu", "gemma3_270m_cpu"} == set(EXPERIMENTS)
+    assert {*PUBLISHED_BILLIONS, *PLANNED_BILLIONS, "smollm2_135m_cpu", "gemma3_270m_cpu"} == set(EXPERIMENTS)
     for experiment in EXPERIMENTS:
         assert compose(_dry(experiment)).dry_run
 

@@ -298,12 +298,6 @@ def test_summing_gradients_of_experts_during_backward_changes_nothing(layout, ro
     run_ranks(_overlapped, ranks, tmp_path, fields, EXPERT_CASES, root)
 
 
-def _recomputed(
-    rank: int, world: int, layout: dict[str, Any], root: Path, cases: tuple[str, ...], recompute: Recompute
-) -> None:
-    _matches(rank, world, layout, cases, root, recompute=recompute)
-
-
 @pytest.mark.parametrize(
     ("layout", "recompute"), [("1", Recompute.none), ("vpp2", Recompute.full), ("tp2_sp_cp2", Recompute.selective)]
 )
@@ -336,13 +330,13 @@ def test_recomputing_keeps_less(case, root, tmp_path):
 @pytest.mark.parametrize("layout", ["1", "tp2_sp", "vpp2", "tp2_pp2"])
 def test_recomputing_activations_changes_nothing(layout, recompute, root, tmp_path):
     ranks, fields = LAYOUTS[layout]
-    run_ranks(_recomputed, ranks, tmp_path, fields, root, CASES[:1], recompute)
+    run_ranks(_matches, ranks, tmp_path, fields, CASES[:1], root, None, recompute)
 
 
 @pytest.mark.parametrize("layout", ["tp2_sp_pp2", "ep2"])
 def test_recomputing_experts_changes_nothing(layout, root, tmp_path):
     ranks, fields = (TP_PP | EXPERT_LAYOUTS)[layout]
-    run_ranks(_recomputed, ranks, tmp_path, fields, root, EXPERT_CASES, Recompute.selective)
+    run_ranks(_matches, ranks, tmp_path, fields, EXPERT_CASES, root, None, Recompute.selective)
 
 
 def _compiled(

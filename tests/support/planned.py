@@ -46,11 +46,12 @@ def models(run: Config) -> tuple[Dims, Dims]:
 
 
 def planned(name: str) -> Row:
-    """Return what the plan says of the training of an experiment."""
-    from compactlm_nemo.planning.layouts import planned_layout
+    """Return what the plan says of the training of an experiment; in a pipeline by the arithmetic of `plan.search`."""
+    from compactlm_nemo.planning.layouts import planned_layout, simulated_layout
 
     run = settings(name)
-    layout = planned_layout(run, *models(run), run.meant_ranks)
+    of = planned_layout if run.parallel.pp == 1 else simulated_layout
+    layout = of(run, *models(run), run.meant_ranks)
     hours = layout.seconds_a_step * run.distill.steps / 3600
     dollars = hours * run.meant_ranks * run.cluster.price_hour
     return Row(run.nodes, str(run.cluster.device), layout.bytes / GIB, hours, dollars)
