@@ -234,6 +234,7 @@ def main() -> None:
             make_inputs(case.shape, Path(folder), torch.bfloat16 if is_bf16 else torch.float32)
             found = rows_of(case, Path(folder))
         if found is not None:
+            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else results  # another call may add rows
             results["runs"][name] = found
             RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print(markdown(results))

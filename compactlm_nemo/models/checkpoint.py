@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.utils.dlpack import from_dlpack
 
 from compactlm_nemo.errors import CheckpointError, NumericsError
 from compactlm_nemo.models.build import ModelChunks
@@ -92,7 +93,7 @@ def own_storages(state: dict[str, Any], *, may_change: bool = False) -> None:
     for shard in nested_values(state):
         if isinstance(shard, ShardedTensor) and shard.data.device.type == "cpu" and is_main_replica(shard.replica_id):
             data = shard.data.detach()
-            shard.data = data.clone() if may_change else torch.from_dlpack(data.contiguous())
+            shard.data = data.clone() if may_change else from_dlpack(data.contiguous())
 
 
 def first_nonfinite(state: dict[str, Any]) -> str | None:

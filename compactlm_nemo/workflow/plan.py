@@ -17,6 +17,7 @@ from compactlm_nemo.artifacts import write_json
 from compactlm_nemo.config.cluster import ClusterConfig
 from compactlm_nemo.config.load import group_names
 from compactlm_nemo.config.plan import PlannedRun
+from compactlm_nemo.config.score import DepthMetric, WidthMetric
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import num_params
@@ -92,6 +93,10 @@ def estimates(run: PlannedRun, teacher: Dims, student: Dims, world: int) -> list
 def unplanned(run: PlannedRun) -> list[str]:
     """Return what these settings ask for that the plan leaves out."""
     parts = {
+        "score.depth beyond bi, and score.width=[taylor]": (
+            any(metric is not DepthMetric.bi for metric in run.score.depth) or WidthMetric.taylor in run.score.width
+        ),
+        "the tasks of lm-eval": bool(run.evaluate.tasks),
         "the losses of distill.hidden": run.distill.hidden.is_on,
         "training the teacher while it teaches": run.correct.while_distilling,
         "distill.teacher_tp and distill.teacher_pp; the teacher is planned in the student's layout": (
