@@ -102,7 +102,8 @@ CASES = {
     "mixtral": Case("mixtral_0.2b", ("score", "distill")),
     "mixtral, ep 2": Case("mixtral_0.2b", ("distill",), ["parallel.ep=2"], 2),
     "mixtral, ep 2, pp 2": Case("mixtral_0.2b", ("distill",), ["parallel.ep=2", *PP], 4),
-    "llama 1.1B, bf16": Case("llama_1b", ("score", "evaluate", "distill"), ["model.precision=bf16"]),
+    "llama 1.1B, bf16, scored": Case("llama_1b", ("score",), ["model.precision=bf16"]),
+    "llama 1.1B, bf16": Case("llama_1b", ("distill", "evaluate"), ["model.precision=bf16"]),
 }
 """What is measured, in this order."""
 
