@@ -23,6 +23,7 @@ OPTIONS = {
     "bench.distill.distill_step": "--repeats",
     "bench.distill.orderings": "--steps",
     "bench.distill.recovery": "--rates",
+    "bench.plan": "--runs",
     "bench.gpu": "--minutes",
 }
 """Command -> one of its options."""

@@ -128,7 +128,7 @@ def test_a_search_that_depends_on_the_layout_is_not_taken_for_another(rule: str)
     "words, line",
     [
         (["cluster=h100_sxm", "nodes=4"], "meant for: nodes=4 x 8 H100 SXM = 32 ranks; memory is told"),
-        (["nodes=4"], "meant for: nodes=4 of a cluster without a name; cluster=NAME names it"),
+        (["cluster.device=null", "nodes=4"], "meant for: nodes=4 of a cluster without a name; cluster=NAME names it"),
         (["cluster.device=null"], ""),
     ],
 )

@@ -41,9 +41,10 @@ def test_the_best_layout_can_be_pasted(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_said(inputs: Path, tmp_path: Path) -> None:
-    done = run(words(inputs, tmp_path / "run", "distill.hidden.embedding=true"))
+    done = run(words(inputs, tmp_path / "run", "distill.hidden.embedding=true", "score.depth=[bi,lm_loss]"))
     assert done.returncode == 0, done.stderr
     assert "not in this plan: the losses of distill.hidden" in done.stdout
+    assert "not in this plan: score.depth beyond bi" in done.stdout
 
 
 @pytest.mark.parametrize(
