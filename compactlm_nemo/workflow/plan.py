@@ -40,6 +40,15 @@ def plan(config: Config) -> None:
     Raises:
         ConfigError: the settings cannot run, or not on these nodes.
     """
+    from compactlm_nemo.planning import pool
+
+    try:
+        _plan(config)
+    finally:
+        pool.end()
+
+
+def _plan(config: Config) -> None:
     from compactlm_nemo.planning.fake_world import hide_devices
     from compactlm_nemo.planning.pool import start
     from compactlm_nemo.planning.trainings import memory_over_a_step

@@ -69,8 +69,9 @@ def test_a_run_from_scratch_has_the_price_of_training_without_a_teacher(inputs: 
     for end in scratch.values():
         assert end["flops"] == pytest.approx(6 * plan["student_params"] * end["tokens"])
         assert end["price"] / end["tokens"] == pytest.approx(scratch["low"]["price"] / scratch["low"]["tokens"])
-    distilling = plan["stages"][1]
-    with_teacher = distilling["price"] / (distilling["steps"] * 4 * 16)
+    (distilling,) = [row["parts"][0] for row in plan["stages"] if row["stage"] == "distill"]
+    price = distilling["seconds"] * plan["ranks"] / 3600 * 0.1
+    with_teacher = price / (distilling["times"] * distilling["tokens"])
     assert 0.3 * with_teacher < scratch["low"]["price"] / scratch["low"]["tokens"] < 0.95 * with_teacher
 
 
