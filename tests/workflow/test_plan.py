@@ -20,14 +20,21 @@ def test_every_stage_that_computes_has_a_row(inputs: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["ranks"] == 2 and plan["cluster"] == "CPU, 2 cores"
-    assert [row["stage"] for row in plan["stages"]] == ["score", "distill", "evaluate"]
-    training = plan["stages"][1]
-    assert training["steps"] == 6 and training["seconds"] == pytest.approx(6 * sum(
-        training["seconds_a_step"][part] for part in ("arithmetic", "memory", "links", "bubble")
-    ))  # fmt: skip
+    stages = {row["stage"]: row for row in plan["stages"]}
+    assert list(stages) == ["import_model", "score", "search", "prune", "distill", "evaluate", "export"]
+    training = stages["distill"]["parts"][0]
+    each = sum(training["seconds_each_time"][part] for part in ("arithmetic", "memory", "links", "bubble"))
+    assert training["times"] == 6 and training["seconds"] == pytest.approx(6 * each)
     assert training["peak_bytes"] == sum(training["peak_bytes_by_kind"].values())
-    for row in plan["stages"]:
-        assert row["flops"] > 0 and row["peak_bytes"] > 4 * plan["teacher_params"] and row["stage"] in done.stdout
+    for name, row in stages.items():
+        assert name in done.stdout
+        assert row["seconds"] == pytest.approx(sum(part["seconds"] for part in row["parts"]) + row["storage_seconds"])
+        assert row["peak_bytes"] == max([part["peak_bytes"] for part in row["parts"]], default=0)
+    for name in ("score", "distill", "evaluate"):
+        assert stages[name]["parts"][0]["flops"] > 0 and stages[name]["peak_bytes"] > 4 * plan["teacher_params"], name
+    # In fp32 weights and both moments in each of two checkpoints and one that is being written, and the student.
+    assert stages["distill"]["disk_bytes"] == (3 * 12 + 4) * plan["student_params"]
+    assert stages["import_model"]["disk_bytes"] == 4 * plan["teacher_params"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"plan.json", "plan.png"}
 
 
