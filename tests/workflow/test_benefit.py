@@ -42,7 +42,7 @@ def test_the_section_follows_the_table(inputs: Path, tmp_path: Path) -> None:
     start = next(i for i, line in enumerate(lines) if line.startswith("worth it?"))
     assert any(line.startswith("evaluate") for line in lines[:start])
     kinds = ["loss", "extrapolated", "this run", "from scratch", "serving the teacher", "serving the student"]
-    assert [line.split(":")[0].removesuffix(" to the same loss") for line in lines[start + 1 : -1] if ":" in line] == [
+    assert [line.split(":")[0].removesuffix(" to the same loss") for line in lines[start + 1 : -2] if ":" in line] == [
         kinds[0], *["extrapolated"] * len(found["extrapolated"]), *kinds[2:], "break-even", found["verdict"],
     ]  # fmt: skip
     assert found["run_price"] == pytest.approx(sum(row["price"] for row in plan["stages"]))
