@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from compactlm_nemo.config.cluster import ClusterConfig
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.score import WidthMetric
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.layout import split_layers
@@ -156,7 +157,7 @@ def surely_fits(config: Config, teacher: Dims, student: Dims) -> bool:
     """Whether every stage fits by a bound: all states on every rank, and every activation of a layer in float32."""
     bf16 = config.model.precision.name == "bf16"
     weight, training = (2, 2 + 4 + 4 + 8) if bf16 else (4, 4 + 4 + 8)
-    trains_teacher = config.correct.steps > 0
+    trains_teacher = config.correct.steps > 0 or WidthMetric.taylor in config.score.width  # its gradients, and a sum
     teaching = _rank_params(config, teacher) * (training if trains_teacher else weight)
     held = teaching + _rank_params(config, student) * training
     size = max(
