@@ -19,6 +19,7 @@ from compactlm_nemo.config.export import ExportConfig, ExportDtype, ExportFormat
 from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.loss import HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
+from compactlm_nemo.config.plan import BENEFIT, PlanConfig
 from compactlm_nemo.config.prune import ErrorAxis, PruneConfig, Reconstruct
 from compactlm_nemo.config.run import RunConfig
 from compactlm_nemo.config.schema import Config
@@ -91,6 +92,7 @@ OTHERS: dict[str, Any] = {
     "distill.loss.jsd_beta": 0.3, "wandb.project": "x",
     "correct.min_lr": 1e-8, "correct.while_distilling": None,
     **{f"cluster.{name}": 0.1 for name in SHARES}, "plan.margin": 0.2,
+    "plan.benefit": None, **{f"plan.{name}": None for name in BENEFIT},
 }  # fmt: skip
 """Another value of a setting that has rules of its own; None where it needs a test of its own below."""
 
@@ -157,6 +159,15 @@ def test_the_run_has_every_stage() -> None:
 @pytest.mark.parametrize("key", SETTINGS)
 def test_a_setting_has_a_mark(key: str) -> None:
     assert MARK in SETTINGS[key][0].metadata
+
+
+def test_what_a_plan_is_asked_voids_nothing() -> None:
+    asked = PlanConfig(
+        benefit=True, teacher_tokens=1e12, served_tokens_day=1e9, served_prompt=2, served_answer=3, served_batch=4,
+        served_days=5.0,
+    )  # fmt: skip
+    assert all(getattr(asked, name) != getattr(CONFIG.plan, name) for name in ("benefit", *BENEFIT))
+    assert _void(CONFIG, dataclasses.replace(CONFIG, plan=asked)) == set()
 
 
 @pytest.mark.parametrize("key", [key for key in SETTINGS if OTHERS.get(key, "generic") is not None])
