@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: help same-python install compress test older test-bridge test-nemo fakecuda lint format docs clean
+.PHONY: help same-python install compress test test-slow older test-bridge test-nemo fakecuda lint format docs clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -39,8 +39,11 @@ compress: $(STAMP)  ## Fetch, prune and distil SmolLM2-135M on the CPU, or ARGS=
 	$(BIN)/python -m recipes.compress experiment=$(EXPERIMENT) $(filter-out experiment=%,$(ARGS))
 
 # Files of tests run side by side; much of the time goes into processes that start, one thread each.
-test: $(STAMP)  ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses=4 --dist=loadfile $(ARGS)
+test: $(STAMP)  ## Run the tests that are not slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses=4 --dist=loadfile -m "not slow" $(ARGS)
+
+test-slow: $(STAMP)  ## Run the slow tests: real Slurm, every case of the plan, compilers
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto --maxprocesses=4 --dist=loadfile -m slow $(ARGS)
 
 # transformers 4 beside .venv's torch, as vLLM and others still have it: exported folders load there too.
 OLDER := .venv-transformers4

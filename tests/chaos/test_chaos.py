@@ -14,8 +14,6 @@ from tests.chaos.__main__ import Kind, tried
 from tests.chaos.damage import DAMAGES, copied
 from tests.chaos.world import Ended, Tally, World, descendants, orphans
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:

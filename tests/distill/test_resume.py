@@ -205,5 +205,6 @@ def _grows(rank: int, world: int, root: Path) -> None:
     assert late - early < 8 * 2**20, resident
 
 
+@pytest.mark.slow
 def test_host_memory_does_not_grow(root, tmp_path):
     run_ranks(_grows, 1, tmp_path, root)

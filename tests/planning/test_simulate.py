@@ -106,11 +106,23 @@ def count_of(layout: dict[str, Any]) -> int:
     return 4 if layout.get("virtual_stages") else COUNT
 
 
+EVERY = [("distill", case) for case in CASES]
+EVERY += [(stage, case) for stage in PASSES for case in ("tp2_sp", "pp2")] + [
+    ("cache", "top_k"),
+    ("cache", "stored_hidden"),
+]
+QUICK = [("distill", case) for case in ("one", "tp2_sp", "pp2", "hidden", "correct", "teacher_tp2")]
+QUICK += [("score", "tp2_sp"), ("left_out", "pp2"), ("cache", "top_k"), ("evaluate", "pp2")]
+
+
+def slow(cases: list[Any]) -> list[Any]:
+    """Return cases of which there are too many for every run of the tests."""
+    return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
+
+
 @pytest.mark.parametrize(
     "stage, case",
-    [("distill", case) for case in CASES]
-    + [(stage, case) for stage in PASSES for case in ("tp2_sp", "pp2")]
-    + [("cache", "top_k"), ("cache", "stored_hidden")],
+    [*QUICK, *slow([each for each in EVERY if each not in QUICK])],
 )
 def test_memory_and_work_are_those_of_real_ranks(stage: str, case: str, tmp_path: Path) -> None:
     world, layout, words = CASES[case]
@@ -146,7 +158,7 @@ def test_experts_get_as_many_tokens_as_on_real_ranks(case: str, tmp_path: Path) 
     assert sum(planned_peaks) == pytest.approx(sum(peaks), rel=0.03), (planned_peaks, peaks)
 
 
-@pytest.mark.parametrize("case", ["one", "recompute", "selective", "tp2_sp", "pp2", "vpp2"])
+@pytest.mark.parametrize("case", ["one", *slow(["recompute", "selective", "tp2_sp", "pp2", "vpp2"])])
 def test_small_simulations_continue_to_large_ones(case: str) -> None:
     world, layout, words = CASES[case]
     config, layers, count = config_of(layout, words), 12, 8

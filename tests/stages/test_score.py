@@ -184,6 +184,7 @@ def test_it_stops_early_when_ranks_stand_still(inputs: Path, ready: Path, tmp_pa
     assert load_scores(run / "score").metadata["calibration"] == digest
 
 
+@pytest.mark.slow
 def test_tasks_rank_layers_by_the_accuracy_they_hold(inputs: Path, ready: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(ready, tmp_path / "run"))
     document = [

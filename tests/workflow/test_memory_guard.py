@@ -28,8 +28,8 @@ def settings(*words: str) -> Config:
         [],
         ["model.precision=bf16", "distill.micro_batch=2"],
         ["score.second_moments=true", "score.width=[l2_mean,taylor]", "score.depth=[lm_loss,bi_blocks]"],
-        ["correct.steps=10", "correct.while_distilling=true", "distill.steps=10"],
-        ["distill.hidden.layers=[[-1,-1]]", "cache.kind=hidden", "prune.hidden=select"],
+        pytest.param(["correct.steps=10", "correct.while_distilling=true", "distill.steps=10"], marks=pytest.mark.slow),
+        pytest.param(["distill.hidden.layers=[[-1,-1]]", "cache.kind=hidden"], marks=pytest.mark.slow),
     ],
 )
 def test_the_bound_is_above_what_is_simulated(words: list[str]) -> None:

@@ -38,6 +38,7 @@ def test_every_stage_that_computes_has_a_row(inputs: Path, tmp_path: Path) -> No
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"plan.json", "plan.png"}
 
 
+@pytest.mark.slow
 def test_the_best_layout_can_be_pasted(inputs: Path, tmp_path: Path) -> None:
     done = run(words(inputs, tmp_path / "run", "nodes=2", "plan.search=true", "distill.micro_batch=1"))
     assert done.returncode == 0, done.stderr
