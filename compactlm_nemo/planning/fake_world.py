@@ -100,17 +100,11 @@ def _shares(total: int, count: int) -> list[int]:
 
 
 class _PythonCalls(TorchFunctionMode):
-    """Answers calls before autograd notes their arguments, or reads values past every dispatch.
-
-    `torch.tensor([...])` takes fake tensors, and parts of a tensor add up whose sizes were read from one.
-    """
+    """Lets `torch.tensor([...])` take fake tensors, whose values it would read past every dispatch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.tensor:
             args = tree_map(lambda x: x.item() if isinstance(x, Tensor) else x, args)
-        if func in (torch.split, Tensor.split) and isinstance(args[1], (list, tuple)):
-            dim = (kwargs or {}).get("dim", args[2] if len(args) > 2 else 0)
-            args = (args[0], _adding_up(list(args[1]), args[0].shape[dim]), *args[2:])
         return func(*args, **(kwargs or {}))
 
 
@@ -161,6 +155,7 @@ def fake_world(
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", lambda self, *_, **__: self))
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", _tolist))
         stack.enter_context(mock.patch.object(FakeTensor, "numpy", _numpy))
+        stack.enter_context(mock.patch.object(torch, "split", _splitting(torch.split)))
         if is_gpu:
             stack.enter_context(mock.patch.object(Head, "is_fused", _is_fused))
             stack.enter_context(mock.patch.dict(BLOCK_ELEMENTS, cpu=BLOCK_ELEMENTS["cuda"]))
@@ -179,6 +174,15 @@ def _tolist(x: Tensor) -> Any:
     for size in reversed(x.shape):
         value = [value] * size
     return value
+
+
+def _splitting(split: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `torch.split` for sizes that were read from a fake tensor; a mode is not entered where layers run anew."""
+
+    def evenly(x: Tensor, sizes: Any, dim: int = 0) -> Any:
+        return split(x, _adding_up(sizes, x.shape[dim]) if isinstance(sizes, list) else sizes, dim)
+
+    return evenly
 
 
 def _numpy(x: Tensor, **_: Any) -> Any:
