@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.artifacts import MANIFEST, read_manifest
-from compactlm_nemo.config.distill import Result
+from compactlm_nemo.config.distill import Recompute, Result
 from compactlm_nemo.config.fingerprint import correction_settings, heldout_loss, result_settings, training_text
 from compactlm_nemo.config.hardware import can_compile
 from compactlm_nemo.config.prune import Stream
@@ -36,6 +36,11 @@ def distill_problems(config: Config, models: list[Dims]) -> list[str]:
     if config.model.compile and cfg.hidden.is_on:
         problems.append(
             "model.compile=true compiles the layers that distill.hidden looks into; leave out either of them."
+        )
+    if cfg.hidden.is_on and cfg.recompute is Recompute.selective:
+        problems.append(
+            "distill.recompute=selective runs parts of a layer anew, which the losses of distill.hidden cannot follow; "
+            "use full or none."
         )
     if config.model.compile and not config.dry_run and not can_compile():
         problems.append(

@@ -145,6 +145,12 @@ LEAST_SQUARES = ["score.second_moments=true", "prune.reconstruct=least_squares"]
             ["model.compile=true compiles the layers that distill.hidden looks into"],
         ),
         (
+            [*LLAMA, "distill.hidden.embedding=true", "distill.recompute=selective"],
+            [
+                "distill.recompute=selective runs parts of a layer anew, which the losses of distill.hidden cannot follow"
+            ],
+        ),
+        (
             [*LLAMA, "distill.hidden.embedding=true", "distill.hidden.weight=0"],
             ["distill.hidden.weight=0.0 must be > 0"],
         ),
