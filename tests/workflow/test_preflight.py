@@ -147,8 +147,6 @@ LEAST_SQUARES = ["score.second_moments=true", "prune.reconstruct=least_squares"]
         (
             [*LLAMA, "distill.hidden.embedding=true", "distill.recompute=selective"],
             ["distill.recompute=selective runs parts of a layer anew, which the losses of distill.hidden cannot"],
-                "distill.recompute=selective runs parts of a layer anew, which the losses of distill.hidden cannot follow"
-            ],
         ),
         (
             [*LLAMA, "distill.hidden.embedding=true", "distill.hidden.weight=0"],
