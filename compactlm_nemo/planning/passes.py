@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -106,23 +107,26 @@ def comparing_blocks(there: FakeWorld, config: Config, teacher: Dims, student: D
 
 def leaving_out(block: int = 1, *, losses: bool, logits: bool) -> Simulation:
     """Return the walk that leaves out each layer in turn, or each block of so many, on micro-batches of a rank."""
+    return partial(_walk, block=block, losses=losses, logits=logits)  # which goes to other processes
 
-    def walk(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
-        cost, size = Cost(), config.score.micro_batch
-        chunks = _loaded(there, config, teacher, TEACHER, cost)
 
-        def token_losses(hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
-            everywhere_N = torch.ones_like(labels_N, dtype=torch.float32)
-            return linear_ce(hidden_NH, chunks.head(), labels_N, everywhere_N)
+def _walk(
+    there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int, *, block: int, losses: bool,
+    logits: bool,
+) -> Cost:  # fmt: skip
+    cost, size = Cost(), config.score.micro_batch
+    chunks = _loaded(there, config, teacher, TEACHER, cost)
 
-        with _one_pass(there, cost):
-            layer_sums(
-                chunks, _windows(there, config, size, count), micro_batch=size, logits=logits, block=block,
-                token_losses=token_losses if losses else None, progress=_no_progress,
-            )  # fmt: skip
-        return cost
+    def token_losses(hidden_NH: Tensor, labels_N: Tensor) -> Tensor:
+        everywhere_N = torch.ones_like(labels_N, dtype=torch.float32)
+        return linear_ce(hidden_NH, chunks.head(), labels_N, everywhere_N)
 
-    return walk
+    with _one_pass(there, cost):
+        layer_sums(
+            chunks, _windows(there, config, size, count), micro_batch=size, logits=logits, block=block,
+            token_losses=token_losses if losses else None, progress=_no_progress,
+        )  # fmt: skip
+    return cost
 
 
 def caching(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
