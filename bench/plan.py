@@ -31,8 +31,7 @@ from compactlm_nemo.models.hf import read_config
 from compactlm_nemo.planning.estimate import estimate
 from compactlm_nemo.planning.passes import LOADING
 from compactlm_nemo.planning.planned import planned_stages
-from compactlm_nemo.search.cost import num_params
-from compactlm_nemo.search.space import enumerate_space
+from compactlm_nemo.workflow.preflight import largest_student
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 LENGTH = 128
@@ -142,7 +141,7 @@ def planned(case: Case, stage: str, folder: Path) -> dict[str, Any]:
     cluster = ["cluster=cpu", f"cluster.devices_per_node={case.ranks}"]
     run = compose_root(PLAN, words_of(case, folder) + cluster)
     teacher = dims_of(read_config(folder / "teacher"))
-    student = max(enumerate_space(teacher, run.search, run.parallel.tp), key=num_params)
+    student = largest_student(run, teacher)
     stages = planned_stages(run, teacher, student, case.ranks)
     (found,) = estimate(stages[stage], run, teacher, student, world=case.ranks).parts
     work, attention = found.cost.work, 0

@@ -49,6 +49,10 @@ class ClusterConfig:
         """Whether its devices are GPUs, whose kernels work on other pieces."""
         return not (self.device or "").startswith("CPU")
 
+    def usable_bytes(self, margin: float) -> float:
+        """Return the bytes of a device that are left where a share of its memory stays free."""
+        return self.memory_gib * 2**30 * (1 - margin)
+
     def __post_init__(self) -> None:
         require(
             self.devices_per_node > 0,

@@ -35,6 +35,10 @@ class RankConfig:
     only: int | None = setting(None, changes_result=False)
     """Train this candidate alone and rank nothing: one task of a Slurm array. Needs `rank.halving=0`."""
 
+    def rounds(self) -> list[int]:
+        """Return steps at which the worse half is dropped, and the last: 100, 200, 400 with two halvings of 400."""
+        return [self.steps // 2**left for left in range(self.halving, 0, -1)] + [self.steps]
+
     def __post_init__(self) -> None:
         require(self.candidates >= 0, f"rank.candidates={self.candidates} must be >= 0; 0 trains none.")
         require(self.steps > 0, f"rank.steps={self.steps} must be > 0.")

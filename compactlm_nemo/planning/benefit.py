@@ -225,7 +225,7 @@ def serving(model: Served, load: Load, cluster: ClusterConfig, *, tflops: float,
     rate = tflops * 1e12 * cluster.matmul_share
     bandwidth = cluster.memory_gbs * 1e9 * cluster.memory_share
     needed = model.weight_bytes + load.batch * model.full_cache_bytes
-    room = cluster.memory_gib * GIB * (1 - margin)
+    room = cluster.usable_bytes(margin)
     devices = 1
     while needed > devices * room:
         devices *= 2

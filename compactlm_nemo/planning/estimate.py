@@ -85,7 +85,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        return self.duration.seconds + self.storage.seconds
+        return self.duration.seconds + self.storage.storage_seconds
 
     @property
     def tokens_per_second(self) -> float:

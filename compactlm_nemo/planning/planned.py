@@ -156,7 +156,7 @@ class _Plan:
         cfg = self.config.rank
         config = replace(self.config, correct=self.config.correct.at_most(cfg.steps))
         alive, steps, done = cfg.candidates, 0, 0
-        for end in [cfg.steps // 2**left for left in range(cfg.halving, 0, -1)] + [cfg.steps]:
+        for end in cfg.rounds():
             steps += alive * (end - done)
             alive, done = -(-alive // 2), end
         cut = [replace(part, times=part.times * cfg.candidates) for part in self.prune(teacher, student, "rank").parts]

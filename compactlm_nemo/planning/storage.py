@@ -24,10 +24,6 @@ class Storage:
     storage_seconds: float
     """Of reading models, and of writing while devices wait."""
 
-    @property
-    def seconds(self) -> float:
-        return self.storage_seconds
-
 
 def storage(stage: str, config: Config, teacher: Dims, student: Dims, kept_bytes: int, *, world: int) -> Storage:
     """Return what a stage stores.

@@ -46,7 +46,7 @@ from compactlm_nemo.training.checkpoint import Checkpoints
 from compactlm_nemo.training.optimizer import TrainableModel
 
 
-class _NoCheckpoints(Checkpoints):
+class NoCheckpoints(Checkpoints):
     """Keeps nothing."""
 
     def __init__(self) -> None:
@@ -247,11 +247,11 @@ def train(there: FakeWorld, config: Config, cfg: DistillConfig, teacher: Dims, s
     callbacks = _hidden_losses(config, source, chunks)
     if config.correct.while_distilling and isinstance(source, LiveTeacher):
         correction = replace(config.correction, global_batch=batch)
-        callbacks.append(TeacherCorrection(source.chunks, correction, checkpoints=_NoCheckpoints()))
+        callbacks.append(TeacherCorrection(source.chunks, correction, checkpoints=NoCheckpoints()))
     callbacks.append(_Watch(there, cost, callbacks))
     with _keeping_layers(chunks, meter):
         tokens = _real_tokens(config.data.sequence_length + 1)
-        distill(chunks, source, lambda number: tokens, cfg, callbacks, checkpoints=_NoCheckpoints())
+        distill(chunks, source, lambda number: tokens, cfg, callbacks, checkpoints=NoCheckpoints())
     return cost
 
 

@@ -65,7 +65,7 @@ def _folders(config: Config, stage: Stage) -> str:
     return f"reads {', '.join(stage.artifacts(config)) or 'your files'}; writes {Path(config.run.dir) / stage.writes}"
 
 
-def _rank_params(config: Config, dims: Dims) -> list[int]:
+def rank_params(config: Config, dims: Dims) -> list[int]:
     """Return the parameters of one rank of each pipeline stage."""
     layout = config.parallel
     chunks = split_layers(dims.num_layers, layout)
@@ -74,7 +74,7 @@ def _rank_params(config: Config, dims: Dims) -> list[int]:
 
 def _sizes(config: Config, label: str, dims: Dims) -> list[str]:
     lines = [f"{label}: {num_params(dims):,} parameters, {shape_of(dims)}"]
-    stages = enumerate(_rank_params(config, dims))
+    stages = enumerate(rank_params(config, dims))
     return lines + [f"  pipeline stage {stage}: {params:,} parameters a rank" for stage, params in stages]
 
 

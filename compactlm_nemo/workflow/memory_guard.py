@@ -16,11 +16,9 @@ from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.score import WidthMetric
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.layout import split_layers
 from compactlm_nemo.parallel.world import launch_world_size
-from compactlm_nemo.search.cost import num_params, params_per_rank
-from compactlm_nemo.search.space import enumerate_space
-from compactlm_nemo.workflow.preflight import planned_search
+from compactlm_nemo.workflow.dry_run import rank_params
+from compactlm_nemo.workflow.preflight import largest_student
 
 GIB = 2**30
 SAFETY = 1.25
@@ -42,8 +40,7 @@ class Need(NamedTuple):
     """What to change, of the first stage that does not fit."""
 
     def __str__(self) -> str:
-        kinds = sorted(self.by_kind.items(), key=lambda item: -item[1])[:4]
-        return f"{self.bytes / GIB:.1f} GiB on a rank ({', '.join(f'{kind} {size / GIB:.1f}' for kind, size in kinds)})"
+        return f"{self.bytes / GIB:.1f} GiB on a rank ({most_of(self.by_kind)})"
 
 
 def refuse_what_does_not_fit(config: Config, teacher: Dims, names: Collection[str]) -> None:
@@ -86,9 +83,15 @@ def _told(config: Config, teacher: Dims, names: Collection[str], world: int) -> 
     return found
 
 
+def most_of(by_kind: dict[str, int]) -> str:
+    """Return the four largest kinds of memory, in GiB."""
+    kinds = sorted(by_kind.items(), key=lambda item: -item[1])[:4]
+    return ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in kinds)
+
+
 def limit_of(config: Config) -> float:
     """Return the bytes that a rank may take."""
-    return config.cluster.memory_gib * GIB * (1 - config.plan.margin)
+    return config.cluster.usable_bytes(config.plan.margin)
 
 
 def this_cluster() -> ClusterConfig:
@@ -103,11 +106,6 @@ def this_cluster() -> ClusterConfig:
         )  # fmt: skip
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return ClusterConfig(device=f"CPU, {local} ranks", devices_per_node=local, memory_gib=memory / GIB / local)
-
-
-def largest_student(config: Config, teacher: Dims) -> Dims:
-    """Return the candidate with most parameters."""
-    return max(enumerate_space(teacher, planned_search(config), config.parallel.tp), key=num_params)
 
 
 def needs(config: Config, teacher: Dims, names: Collection[str], world: int) -> list[Need]:
@@ -158,8 +156,8 @@ def surely_fits(config: Config, teacher: Dims, student: Dims) -> bool:
     bf16 = config.model.precision.name == "bf16"
     weight, training = (2, 2 + 4 + 4 + 8) if bf16 else (4, 4 + 4 + 8)
     trains_teacher = config.correct.steps > 0 or WidthMetric.taylor in config.score.width  # its gradients, and a sum
-    teaching = _rank_params(config, teacher) * (training if trains_teacher else weight)
-    held = teaching + _rank_params(config, student) * training
+    teaching = max(rank_params(config, teacher)) * (training if trains_teacher else weight)
+    held = teaching + max(rank_params(config, student)) * training
     size = max(
         config.distill.micro_batch, config.score.micro_batch, config.evaluate.micro_batch, config.cache.micro_batch
     )
@@ -175,14 +173,6 @@ def surely_fits(config: Config, teacher: Dims, student: Dims) -> bool:
 
         moments = 2 * 4 * moment_numbers(teacher, config)
     return SAFETY * (held + activations + head + moments) <= limit_of(config)
-
-
-def _rank_params(config: Config, dims: Dims) -> int:
-    layout = config.parallel
-    chunks = split_layers(dims.num_layers, layout)
-    return max(
-        params_per_rank(dims, layout=layout, chunk_layers=chunks, vocab_multiple=config.model.vocab_multiple)
-    )  # fmt: skip
 
 
 def _activations(config: Config, dims: Dims) -> int:

@@ -20,11 +20,11 @@ from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.cost import num_params
-from compactlm_nemo.search.space import enumerate_space
 from compactlm_nemo.training.planned_memory import PLAN_FILE, planned_layout
 from compactlm_nemo.workflow.benefit import benefit, check_benefit
 from compactlm_nemo.workflow.layout_checks import launch_problems
-from compactlm_nemo.workflow.preflight import planned_search, ready
+from compactlm_nemo.workflow.memory_guard import limit_of, most_of
+from compactlm_nemo.workflow.preflight import largest_student, ready
 from compactlm_nemo.workflow.stage_table import stages_of
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _plan(config: Config) -> None:
         raise ConfigError(
             "the teacher's sizes are unknown; give model.source, or model.architecture to plan without it."
         )
-    student = max(enumerate_space(teacher, planned_search(run), run.parallel.tp), key=num_params)
+    student = largest_student(run, teacher)
     world = config.meant_ranks
     if config.plan.benefit:
         check_benefit(run, teacher, student)
@@ -78,7 +78,7 @@ def _plan(config: Config) -> None:
         raise ConfigError(f"{problem} plan.search=true looks for layouts.")
     drawn = start(memory_over_a_step, run, teacher, student, world, 0) if run.parallel.pp == 1 else None
     rows, left_out = estimates(run, teacher, student, world)
-    console.print(stages_table(rows, run.cluster, world, run.parallel.model_ranks, config.plan.margin))
+    console.print(stages_table(rows, run, world))
     for part in left_out:
         console.print(f"not in this plan: {part}", highlight=False)
     values: dict[str, Any] = {
@@ -100,7 +100,7 @@ def _plan(config: Config) -> None:
         (training,) = [row.parts[0] for row in rows if row.stage == "distill"]
         rank = training.fullest * (world // run.parallel.pp)
         drawn = start(memory_over_a_step, run, teacher, student, world, rank)
-    plot_memory(drawn.result(), run.cluster.memory_gib * GIB * (1 - run.plan.margin), folder / PICTURE)
+    plot_memory(drawn.result(), limit_of(run), folder / PICTURE)
     console.print(f"written: {folder / PICTURE}, memory of the fullest rank over a step", highlight=False)
 
 
@@ -133,9 +133,9 @@ def _price(row: Estimate, cluster: ClusterConfig, world: int) -> dict[str, Any]:
     return {"device_hours": hours, "price": hours * cluster.price_hour or None}
 
 
-def stages_table(rows: list[Estimate], cluster: ClusterConfig, world: int, model_ranks: int, margin: float) -> Table:
+def stages_table(rows: list[Estimate], run: Config, world: int) -> Table:
     """Return the plan as a table, a stage a row."""
-    limit = cluster.memory_gib * (1 - margin)
+    cluster, limit = run.cluster, limit_of(run) / GIB
     table = Table(show_edge=False, box=None, pad_edge=False)
     table.add_column("stage", no_wrap=True)
     for name in (f"GiB of {limit:.1f}", "time", "tokens/s", "MFU", "device h", "$", "disk GB"):
@@ -144,10 +144,9 @@ def stages_table(rows: list[Estimate], cluster: ClusterConfig, world: int, model
     for row in rows:
         peak, time = row.peak, row.duration
         size = peak.bytes / GIB
-        kinds = sorted(peak.by_kind.items(), key=lambda item: -item[1])[:4]
         spent = {
             "arithmetic": time.arithmetic, "memory": time.memory, "links": time.links, "bubble": time.bubble,
-            "storage": row.storage.seconds,
+            "storage": row.storage.storage_seconds,
         }  # fmt: skip
         whole = row.seconds or 1.0
         shares = [f"{name} {part / whole:.0%}" for name, part in spent.items() if part / whole >= 0.005]
@@ -157,11 +156,11 @@ def stages_table(rows: list[Estimate], cluster: ClusterConfig, world: int, model
             "" if not size else f"{size:.1f}" if size <= limit else f"{size:.1f} too much",
             _time(row.seconds),
             f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "",
-            f"{used:.1%}" if (used := row.utilisation(cluster, world, world // model_ranks)) else "",
+            f"{used:.1%}" if (used := row.utilisation(cluster, world, world // run.parallel.model_ranks)) else "",
             f"{price['device_hours']:,.1f}",
             f"{price['price']:,.0f}" if price["price"] else "",
             f"{row.storage.disk_bytes / 1e9:,.1f}",
-            f"{', '.join(f'{kind} {amount / GIB:.1f}' for kind, amount in kinds)}; {', '.join(shares)}",
+            f"{most_of(peak.by_kind)}; {', '.join(shares)}",
         )
     return table
 
@@ -177,7 +176,7 @@ def _searched(run: Config, teacher: Dims, student: Dims, world: int, console: Co
     """Print the layouts that fit, the cheapest first, and return the settings with the best one."""
     from compactlm_nemo.planning.layouts import found_layouts
 
-    limit = run.cluster.memory_gib * GIB * (1 - run.plan.margin)
+    limit = limit_of(run)
     found = found_layouts(run, teacher, student, world, limit)
     if not found:
         raise ConfigError(

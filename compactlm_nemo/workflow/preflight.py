@@ -21,6 +21,7 @@ from compactlm_nemo.models.dims import MODEL, Dims
 from compactlm_nemo.models.hub import keep_commit, pinned
 from compactlm_nemo.models.source import declared_dims, hf_assets_folder, local_source, quick_source_dims, teacher_dims
 from compactlm_nemo.parallel.world import is_main_rank
+from compactlm_nemo.search.cost import num_params
 from compactlm_nemo.search.space import enumerate_space
 from compactlm_nemo.workflow.layout_checks import layout_problems
 from compactlm_nemo.workflow.stage_table import STAGES
@@ -78,6 +79,11 @@ def planned_search(config: Config) -> SearchConfig:
     if config.model.vocab_texts is None or _is_imported(config):
         return config.search
     return replace(config.search, params=None, active_params=None, memory_bytes=None, flops=None)
+
+
+def largest_student(config: Config, teacher: Dims) -> Dims:
+    """Return the candidate with most parameters."""
+    return max(enumerate_space(teacher, planned_search(config), config.parallel.tp), key=num_params)
 
 
 def _is_imported(config: Config) -> bool:

@@ -54,11 +54,6 @@ def candidate_config(config: Config, index: int, stop_after: int | None = None) 
     )
 
 
-def rounds(cfg: RankConfig) -> list[int]:
-    """Return steps at which the worse half is dropped, and the last step: 100, 200, 400 with two halvings of 400."""
-    return [cfg.steps // 2**left for left in range(cfg.halving, 0, -1)] + [cfg.steps]
-
-
 def rank(config: Config) -> None:
     """Train the candidates that are asked for and, when all are trained, write the ranking."""
     if config.rank.candidates == 0:
@@ -74,7 +69,7 @@ def rank(config: Config) -> None:
         if config.rank.only in alive:
             _train(config, config.rank.only, config.rank.steps)
         return None
-    for steps in rounds(config.rank):
+    for steps in config.rank.rounds():
         for index in alive:
             _train(config, index, steps)
         if steps < config.rank.steps:

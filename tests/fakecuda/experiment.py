@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,9 @@ from compactlm_nemo.models.build import ModelChunks, build_model
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.source import declared_dims
 from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.planning.trainings import NoCheckpoints
 from compactlm_nemo.search.space import enumerate_space
 from compactlm_nemo.training.callbacks import Callback
-from compactlm_nemo.training.checkpoint import Checkpoints
 from tests.fakecuda.cluster import Cluster
 
 EXPERIMENT = "llama31_8b_to_4b_width"
@@ -54,18 +53,6 @@ def model_of(
     for chunk in chunks:
         chunk.document_end = document_end
     return chunks
-
-
-class NoCheckpoints(Checkpoints):
-    """Keeps nothing."""
-
-    def __init__(self) -> None:
-        super().__init__(folder=Path("none"), keep=1, is_main=False)
-
-    def latest_step(self) -> None:
-        return None
-
-    def save(self, *_: Any, **__: Any) -> None: ...
 
 
 class _FromHere(Callback):

@@ -10,8 +10,7 @@ from compactlm_nemo.config.load import CONF, compose, group_names
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.source import declared_dims
-from compactlm_nemo.search.cost import num_params
-from compactlm_nemo.search.space import enumerate_space
+from compactlm_nemo.workflow.preflight import largest_student
 
 PAGE = CONF.parent / "docs" / "planning.md"
 GIB = 2**30
@@ -42,7 +41,7 @@ def models(run: Config) -> tuple[Dims, Dims]:
     """Return the teacher and the largest student."""
     teacher = declared_dims(run.model)
     assert teacher is not None
-    return teacher, max(enumerate_space(teacher, run.search, run.parallel.tp), key=num_params)
+    return teacher, largest_student(run, teacher)
 
 
 def planned(name: str) -> Row:

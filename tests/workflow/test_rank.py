@@ -17,7 +17,6 @@ from compactlm_nemo.data.windows import Corpus, validation_windows
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import export_hf
-from compactlm_nemo.workflow.rank import rounds
 from tests.support import commands
 from tests.support.tiny_run import command
 from tests.support.wandb_files import config_of, finished_records
@@ -123,8 +122,8 @@ def test_halving_drops_the_worse_half_on_the_way(inputs: Path, ranked: Path, tmp
 
 
 def test_rounds_of_halving() -> None:
-    assert rounds(RankConfig(steps=400)) == [400]
-    assert rounds(RankConfig(steps=400, halving=2)) == [100, 200, 400]
+    assert RankConfig(steps=400).rounds() == [400]
+    assert RankConfig(steps=400, halving=2).rounds() == [100, 200, 400]
 
 
 @pytest.mark.parametrize(
