@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from compactlm_nemo.evaluation.bootstrap import Statistic, difference, interval, mean_of_ratio
+from compactlm_nemo.models.build import ModelChunks
 
 TEACHER = "teacher"
 
@@ -28,6 +29,19 @@ class Metric:
     """What the units are, in plural."""
     is_better: str | None = None
     """`lower` or `higher`; None where neither is, as with a bias that has a sign."""
+
+
+class Measurement(Protocol):
+    """A `Measurement` sees one model after the other, since two may not fit a device, and then gives its metrics."""
+
+    def measure(self, label: str, model: ModelChunks) -> None:
+        """Measure one model, the teacher first. Collective."""
+
+    def metrics(self) -> list[Metric]:
+        """Return what was measured, equal on every rank."""
+
+    def details(self) -> dict[str, Any]:
+        """Return what is not one number a model, as JSON takes it: bins of a plot, examples."""
 
 
 def summarise(metrics: Sequence[Metric], *, resamples: int, seed: int) -> list[dict[str, Any]]:
