@@ -17,7 +17,7 @@ from compactlm_nemo.config.export import ExportConfig, ExportDtype, ExportedMode
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.search import SearchConfig
-from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.errors import ConfigError, listed
 from compactlm_nemo.models.axes import AXES
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.space import enumerate_space
@@ -48,7 +48,7 @@ def round_config(config: Config, number: int, student: Dims, source: str) -> Con
     return replace(
         config,
         run=replace(config.run, dir=str(Path(config.run.dir) / f"round_{number}")),
-        model=_from(config, source, architecture={}),
+        model=_from(config, source),
         wandb=config.wandb.part(config.run.dir, f"round-{number}", job_type="round"),
         search=replace(SearchConfig(**axes), width=config.search.width, depth=config.search.depth),
         correct=config.correct.at_most(max(1, config.rounds.steps)),
@@ -64,15 +64,30 @@ def round_config(config: Config, number: int, student: Dims, source: str) -> Con
     )
 
 
-def _from(config: Config, source: str, **others: Any) -> ModelConfig:
+def _from(config: Config, source: str) -> ModelConfig:
     """Return the settings of a round's teacher: the given one, or the student of the round before."""
-    revision = config.model.revision if source == config.model.source else None
-    return replace(config.model, source=source, revision=revision, hf_assets=None, **others)
+    if source == config.model.source:
+        return config.model
+    return replace(config.model, source=source, revision=None, hf_assets=None, architecture={})
+
+
+def _token_problems(config: Config) -> list[str]:
+    """Return which token files a later round would misread: their ids are of the vocabulary that the first trims."""
+    if config.model.vocab_texts is None or config.rounds.count == 1:
+        return []
+    return [
+        f"data.{name}={corpus.path} has ids of the whole vocabulary, and rounds after the first have a trimmed teacher; "
+        "give the text itself, or leave model.vocab_texts out."
+        for name, corpus in config.data.corpora().items()
+        if corpus.is_tokenised
+    ]
 
 
 def run_rounds(config: Config) -> None:
     """Run all rounds, the last with every stage."""
     config, teacher = ready(config)
+    if problems := _token_problems(config):
+        raise ConfigError(listed(problems))
     if config.dry_run:
         return run_stages(config)
     assert teacher is not None  # outside a dry run it was opened

@@ -46,12 +46,18 @@ def sharded(files: dict[str, bytes], folder: Path) -> dict[str, bytes]:
 
 
 def run_recipe(
-    inputs: Path, folder: Path, server: Hub | None, *overrides: str, ranks: int = 1, **env: str
+    inputs: Path,
+    folder: Path,
+    server: Hub | None,
+    *overrides: str,
+    ranks: int = 1,
+    recipe: str = "import_model",
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run import_model in `folder / "run"` with a cache in `folder / "cache"`."""
+    """Run a recipe in `folder / "run"` with a cache in `folder / "cache"`."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     kept |= {"HF_HOME": str(folder / "cache"), "HF_ENDPOINT": server.url if server else "http://127.0.0.1:9"}
-    words = command(inputs, folder / "run", "model.source=org/name", *overrides, recipe="import_model")
+    words = command(inputs, folder / "run", "model.source=org/name", *overrides, recipe=recipe)
     if ranks > 1:
         words = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", *words]
     return subprocess.run(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compactlm_nemo.artifacts import read_manifest
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import count_params
 from compactlm_nemo.workflow.rounds import size_between
 from tests.search.test_search import NEMOTRON_15B
+from tests.stages.test_import_hub import run_recipe
+from tests.stages.test_trim_vocabulary import FEW, trimming, write_texts, write_tokens
 from tests.support import commands
+from tests.support.hub import hub
 from tests.support.tiny_run import command, make_inputs
 from tests.support.wandb_files import config_of, finished_records, history_rows
 
@@ -71,3 +75,42 @@ def test_one_target_is_needed(tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path / "inputs")
     result = commands.run(command(inputs, tmp_path / "run", "search.layers=[2,3]", recipe="rounds"))
     assert result.returncode == 2 and "recipes.rounds needs one target, search allows 2" in result.stderr
+
+
+def test_the_first_round_keeps_what_describes_the_teacher_and_all_trim_the_vocabulary(tmp_path: Path) -> None:
+    """A bare `torch_dist` folder with its small files elsewhere, and texts of few words."""
+    inputs, run = make_inputs(tmp_path / "inputs"), tmp_path / "run"
+    for name, seed, count in (("train", 1, 60), ("test", 2, 10)):
+        write_texts(inputs / f"{name}.jsonl", seed, count)
+    imported = commands.run(command(inputs, tmp_path / "first", recipe="import_model"))
+    assert imported.returncode == 0, imported.stderr
+    shutil.copytree(tmp_path / "first" / "teacher", tmp_path / "bare", ignore=shutil.ignore_patterns("*.json", "hf"))
+    words = command(inputs, run, "rounds.count=2", "cache.k=8", trimming(inputs), recipe="rounds")
+    source = {"model.source": f"model.source={tmp_path}/bare"}
+    words = [source.get(word.partition("=")[0], word) for word in words]
+    result = commands.run([*words, f"model.hf_assets={inputs}/teacher"])
+    assert result.returncode == 0, result.stderr
+    kept = {**AutoTokenizer.from_pretrained(run / "export" / "hf").get_vocab()}
+    assert set(FEW) <= set(kept) and len(kept) < 93 / 2
+    tables = [Dims.load(folder / "teacher" / "model.json").vocab_size for folder in (run / "round_1", run)]
+    assert tables == [len(kept)] * 2
+    tokens = [(folder / "tokens" / "heldout.a.bin").read_bytes() for folder in (run / "round_1", run)]
+    assert tokens[0] == tokens[1]
+
+
+def test_tokens_of_the_whole_vocabulary_are_refused_in_rounds_that_trim_it(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path / "inputs")
+    write_tokens(inputs / "megatron", [[2, 3, 0]])
+    words = ["dry_run=true", "rounds.count=2", trimming(inputs), f"data.heldout.b={inputs}/megatron"]
+    result = commands.run(command(inputs, tmp_path / "run", *words, recipe="rounds"))
+    assert result.returncode == 2 and f"data.heldout.b={inputs}/megatron has ids of the whole" in result.stderr
+
+
+def test_rounds_begin_with_a_repository_of_the_hub(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path / "inputs")
+    with hub() as server:
+        server.publish({path.name: path.read_bytes() for path in (inputs / "teacher").iterdir()})
+        for _ in range(2):
+            result = run_recipe(inputs, tmp_path, server, "rounds.count=2", recipe="rounds")
+            assert result.returncode == 0, result.stderr
+    assert " ...\n" not in result.stdout  # the second finds all finished
