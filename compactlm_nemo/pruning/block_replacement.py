@@ -3,11 +3,11 @@
 Where layers [a, b) are removed, fc2 of layer a - 1 is refitted so that the stream after it comes closest to what the
 teacher's stream is before layer b,
 
-    min over W of  sum over tokens of  weight * |r + W x - h|^2,    weight = 1 / mean(h^2),
+    min over W of  sum over tokens of  weight * |r + W x + c - h|^2,    weight = 1 / mean(h^2),
 
-over the tokens that count (`data.marks`), with x the input of that fc2, r the stream before its MLP and h the stream
-before layer b; h - r is divided by the model's residual multiplier. The weights keep the few tokens of massive
-activations from deciding alone. All sums are measured on the teacher, in one pass.
+over the tokens that count (`data.marks`), with x the input of that fc2, c its bias, which stays, r the stream before
+its MLP and h the stream before layer b; h - r is divided by the model's residual multiplier. The weights keep the few
+tokens of massive activations from deciding alone. All sums are measured on the teacher, in one pass.
 
 Shape suffixes: S sequence, B batch, N tokens, F neurons, H hidden size.
 """
@@ -38,7 +38,7 @@ class BlockReplacement:
     gram_FF: Tensor
     """Sum of ``weight x x^T``."""
     target_FH: Tensor
-    """Sum of ``weight x (h - r)^T``."""
+    """Sum of ``weight x (h - r - c)^T``."""
 
 
 def removed_blocks(layers: list[int], num_layers: int) -> list[tuple[int, int]]:
@@ -80,7 +80,7 @@ def measure_replacements(
         ]
         for start, _ in blocks
     }
-    taps = _tapped(chunks, dims, blocks)
+    taps, biases = _tapped(chunks, dims, blocks), _biases(chunks, blocks)
 
     def tokens_of(name: str, width: int, tokens_BS: Tensor, counted: int) -> Tensor:
         x_SBE = on_every_stage(taps.pop(name), mesh, tokens_BS=tokens_BS, width=width, is_sharded=name.startswith("x"))
@@ -89,6 +89,8 @@ def measure_replacements(
     try:
         for idx, tokens_BS in enumerate(samples.batches):
             forward_each(chunks, [tokens_BS], lambda *_: None)
+            for name, bias_H in biases.items():
+                taps.seen[name] = taps.seen[name] + dims.residual_multiplier * bias_H
             counted = samples.num_local(idx)
             for start, end in blocks:
                 x_NF = tokens_of(f"x.{start - 1}", dims.ffn_hidden_size, tokens_BS, counted)
@@ -104,6 +106,16 @@ def measure_replacements(
     return {
         layer: BlockReplacement(*(all_reduce_sum(x, mesh.dp_cp_group).cpu() for x in parts))
         for layer, parts in sums.items()
+    }
+
+
+def _biases(chunks: ModelChunks, blocks: list[tuple[int, int]]) -> dict[str, Tensor]:
+    """Return the bias of fc2 under the name of the tapped stream that it is added to, of the layers on this rank."""
+    before = {start - 1 for start, _ in blocks}
+    return {
+        f"r.{layer.layer_number - 1}": layer.mlp.linear_fc2.bias
+        for layer in chunks.layers()
+        if layer.layer_number - 1 in before and layer.mlp.linear_fc2.bias is not None
     }
 
 

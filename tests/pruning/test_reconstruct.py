@@ -342,7 +342,7 @@ def _same_student(rank: int, world: int, layout: str, root: Path, out: Path) -> 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("teachers")
-    for case in ("llama", "nemotron", "granite"):
+    for case in ("llama", "nemotron", "granite", "llama_mlp_bias"):
         torch.save(activations(save_tiny(case, root / case)), root / case / "seen.pt")
     return root
 
@@ -360,7 +360,7 @@ def test_removed_blocks_are_those_that_have_a_layer_before_them():
 def _replacements(rank: int, world: int, layout: str, root: Path) -> None:
     mesh = mesh_of(**LAYOUTS[layout][1])
     blocks = [(1, 2), (3, 4)]  # the last one ends at the final norm
-    for case in ("llama", "nemotron", "granite"):
+    for case in ("llama", "nemotron", "granite", "llama_mlp_bias"):
         dims, model = filled(root / case, mesh)
         seen = torch.load(root / case / "seen.pt", weights_only=False)
         done: list[int] = []
@@ -369,6 +369,10 @@ def _replacements(rank: int, world: int, layout: str, root: Path) -> None:
         for start, end in blocks:
             x, gap = seen[f"layers.{start - 1}.mlp"], seen[f"h.{end}"] - seen[f"r.{start - 1}"]
             gap = gap / 0.4 if case == "granite" else gap  # its residual multiplier
+            if case == "llama_mlp_bias":
+                bias = load_file(root / case / "model.safetensors")[f"model.layers.{start - 1}.mlp.down_proj.bias"]
+                assert float(bias.abs().min()) > 0
+                gap = gap - bias.double().numpy()
             weight = 1 / (seen[f"h.{end}"] ** 2).mean(axis=1, keepdims=True)
             replacement = found[start - 1]
             for got, want in ((replacement.gram_FF, (weight * x).T @ x), (replacement.target_FH, (weight * x).T @ gap)):
