@@ -143,7 +143,9 @@ class _Simulated:
         times = duration(
             cost.work, run.cluster, layout, micro_batches=samples // cfg.micro_batch, overlap=cfg.overlap, trains=True
         )
-        peak = max(self._bytes(each, cfg.micro_batch, dp // layout.ep, layout.pp) for each in cost.peaks.values())
+        # Until the first step gradients and main weights bear no name by which a layout divides them.
+        peaks = [peak for phase, peak in cost.peaks.items() if phase != trainings.START]
+        peak = max(self._bytes(each, cfg.micro_batch, dp // layout.ep, layout.pp) for each in peaks)
         return Layout(run, peak, times.seconds)
 
     def _bytes(self, peak: Peak, size: int, dp: int, pp: int) -> int:

@@ -45,6 +45,9 @@ from compactlm_nemo.training.callbacks import Callback, ModelPass, Step
 from compactlm_nemo.training.checkpoint import Checkpoints
 from compactlm_nemo.training.optimizer import TrainableModel
 
+START = "start"
+"""Phase before the first step, in which model and optimizer are made."""
+
 
 class NoCheckpoints(Checkpoints):
     """Keeps nothing."""
@@ -75,7 +78,7 @@ class _Watch(Callback):
     def before_step(self, step: int) -> None:
         self.meter.keep(OPTIMIZER)
         if step == 0:
-            self.cost.peaks["start"] = self.meter.peak
+            self.cost.peaks[START] = self.meter.peak
         self._is_measured = step == 1
         if self._is_measured and self.meter.curve is not None:
             self.meter.curve.clear()

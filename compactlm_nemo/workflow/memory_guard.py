@@ -28,6 +28,10 @@ CHUNK_MIB = {False: 256, True: 1024}
 FULLEST = ("score", "correct_teacher", "cache_teacher", "distill", "evaluate")
 """Stages that are looked at: the others hold no more than these."""
 SUGGESTED = ("tp", "sequence_parallel", "pp")
+MICRO_BATCH_OF = {
+    "score": "score", "correct_teacher": "distill", "cache_teacher": "cache", "evaluate": "evaluate",
+}  # fmt: skip
+"""Stage -> the section whose `micro_batch` it takes."""
 
 
 class Need(NamedTuple):
@@ -130,8 +134,8 @@ def _way_out(stage: str, config: Config, teacher: Dims, student: Dims, world: in
     from compactlm_nemo.planning.layouts import found_layouts
 
     if stage != "distill":
-        setting = "score.micro_batch" if stage == "score" else "evaluate.micro_batch"
-        return f"raise parallel.tp or parallel.pp, lower {setting}, or take devices with more memory"
+        micro_batch = f"{MICRO_BATCH_OF[stage]}.micro_batch"
+        return f"raise parallel.tp or parallel.pp, lower {micro_batch}, or take devices with more memory"
     found = found_layouts(config, teacher, student, world, limit_of(config))
     if not found:
         more = ", or store the teacher (distill.teacher=stored)" * (config.distill.teacher.name == "live")

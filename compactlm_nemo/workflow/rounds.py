@@ -76,7 +76,7 @@ def _token_problems(config: Config) -> list[str]:
     if config.model.vocab_texts is None or config.rounds.count == 1:
         return []
     return [
-        f"data.{name}={corpus.path} has ids of the whole vocabulary, and rounds after the first have a trimmed teacher; "
+        f"data.{name}={corpus.path} has ids of the whole vocabulary, and later rounds have a trimmed teacher; "
         "give the text itself, or leave model.vocab_texts out."
         for name, corpus in config.data.corpora().items()
         if corpus.is_tokenised
