@@ -182,19 +182,27 @@ def test_an_environment_beside_nemo_takes_its_own_transformers_and_the_images_to
 # --- the container file ------------------------------------------------------------------------------------------
 
 
-def _instructions() -> list[tuple[str, str]]:
-    """Return the Dockerfile's instructions, each with its arguments on one line."""
+def _instructions(target: str = "base") -> list[tuple[str, str]]:
+    """Return the instructions that the Dockerfile has for a target alone, each with its arguments on one line."""
     text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
     lines = [line.strip() for line in text.replace("\\\n", " ").splitlines() if line.strip()]
-    return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines)]
+    instructions = [(word, rest) for word, _, rest in (line.partition(" ") for line in lines)]
+    starts = [i for i, (word, _) in enumerate(instructions) if word == "FROM"]
+    targets = {instructions[i][1].split(" AS ")[1]: i for i in starts}
+    assert list(targets) == ["base", "nemo2", "compactlm"]  # the last is the default
+    if target == "base":
+        return instructions[: starts[1]]
+    first = targets[target]
+    return instructions[first : next((i for i in starts if i > first), None)]
 
 
-def _arguments(word: str) -> list[str]:
-    return [rest for name, rest in _instructions() if name == word]
+def _arguments(word: str, target: str = "base") -> list[str]:
+    return [rest for name, rest in _instructions(target) if name == word]
 
 
 def test_the_image_can_be_pinned_and_runs_compress_as_a_user() -> None:
-    assert _arguments("FROM") == ["${IMAGE}:${TAG}${DIGEST:+@${DIGEST}}"]
+    assert _arguments("FROM") == ["${IMAGE}:${TAG}${DIGEST:+@${DIGEST}} AS base"]
+    assert _instructions("compactlm") == [("FROM", "base AS compactlm")]
     assert re.fullmatch(r"TAG=\d\d\.\d\d-py3", _arguments("ARG")[1])
     words = [word for word, _ in _instructions()]
     assert words.index("USER") > max(i for i, word in enumerate(words) if word in ("RUN", "COPY"))
@@ -210,8 +218,16 @@ def test_the_image_gets_dependencies_before_sources_and_only_what_docker_may_rea
         "requirements/python3.12.txt", "setup.py", "pyproject.toml",
     }  # fmt: skip
     readable = re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), flags=re.MULTILINE)
-    assert {source.split("/")[0] for _, source in copied} == set(readable)
+    assert {source.split("/")[0] for _, source in copied} == set(readable)  # a folder is read with what is in it
     assert all((ROOT / source).exists() for _, source in copied)
+
+
+def test_a_second_target_has_nemo_in_an_environment_of_its_own() -> None:
+    assert _arguments("FROM", "nemo2") == ["base AS nemo2"]
+    ((source, place),) = [rest.split() for rest in _arguments("COPY", "nemo2")]
+    (made,) = _arguments("RUN", "nemo2")
+    assert (ROOT / source).is_file() and f"/opt/nemo2/bin/pip install --no-cache-dir --requirement {place}" in made
+    assert [word for word, _ in _instructions("nemo2")][-1] == "USER" and int(_arguments("USER", "nemo2")[-1]) > 0
 
 
 def _shim(path: Path, text: str) -> None:
