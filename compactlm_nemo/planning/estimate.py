@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from compactlm_nemo.config.cluster import ClusterConfig
@@ -116,10 +116,27 @@ def estimates(
 ) -> list[Estimate]:  # fmt: skip
     """Simulate the parts of all stages side by side, and return a row for each."""
     parts = [part for stage in stages for part in stage.parts]
-    found = iter(side_by_side(estimate_part, [(part, teacher, student, world) for part in parts], advance))
+    found = iter(estimated(parts, teacher, student, world, advance))
     return [
         joined(stage, [next(found) for _ in stage.parts], config, teacher, student, world) for stage in stages
     ]  # fmt: skip
+
+
+_FOUND: dict[str, PartEstimate] = {}
+"""What was simulated before in this process: a search ends with layouts whose training the table shows too."""
+
+
+def estimated(
+    parts: list[Part], teacher: Dims, student: Dims, world: int, advance: Callable[[], None] = lambda: None
+) -> list[PartEstimate]:
+    """Simulate parts side by side, those once that differ in name, number of times and tokens alone."""
+    keys = [repr((replace(part, name="", times=1, tokens=0), teacher, student, world)) for part in parts]
+    new = {key: part for key, part in zip(keys, parts, strict=True) if key not in _FOUND}
+    simulated = side_by_side(estimate_part, [(part, teacher, student, world) for part in new.values()], advance)
+    for _ in range(len(parts) - len(new)):
+        advance()
+    _FOUND.update(zip(new, simulated, strict=True))
+    return [replace(_FOUND[key], part=part) for key, part in zip(keys, parts, strict=True)]
 
 
 def joined(

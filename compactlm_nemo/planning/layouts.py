@@ -18,7 +18,7 @@ from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.planning import simulate, trainings
 from compactlm_nemo.planning.duration import duration
-from compactlm_nemo.planning.estimate import estimate_part
+from compactlm_nemo.planning.estimate import estimated
 from compactlm_nemo.planning.meter import TEMPORARY, Peak
 from compactlm_nemo.planning.planned import planned_stages
 from compactlm_nemo.planning.pool import side_by_side
@@ -62,7 +62,7 @@ def found_layouts(
     ]  # fmt: skip
     rough += _rough(others, teacher, student, world, advance)
     fitting = sorted((each for each in rough if each.bytes <= limit), key=_rank)
-    exact = side_by_side(planned_layout, [(each.run, teacher, student, world) for each in fitting[:SHOWN]], advance)
+    exact = _as_they_are([each.run for each in fitting[:SHOWN]], teacher, student, world, advance)
     return sorted((each for each in exact if each.bytes <= limit), key=_rank) + fitting[SHOWN:]
 
 
@@ -156,6 +156,14 @@ class _Simulated:
 
 def planned_layout(run: Config, teacher: Dims, student: Dims, world: int) -> Layout:
     """Return the run's own layout, with what its training needs and takes when it is simulated as it is."""
-    training = planned_stages(run, teacher, student, world)["distill"].parts[0]
-    found = estimate_part(training, teacher, student, world)
-    return Layout(run, found.cost.peak.bytes, found.duration.seconds)
+    return _as_they_are([run], teacher, student, world)[0]
+
+
+def _as_they_are(
+    runs: list[Config], teacher: Dims, student: Dims, world: int, advance: Callable[[], None] = lambda: None
+) -> list[Layout]:
+    trainings_of_runs = [planned_stages(run, teacher, student, world)["distill"].parts[0] for run in runs]
+    found = estimated(trainings_of_runs, teacher, student, world, advance)
+    return [
+        Layout(run, each.cost.peak.bytes, each.duration.seconds) for run, each in zip(runs, found, strict=True)
+    ]  # fmt: skip
