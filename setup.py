@@ -44,6 +44,7 @@ setup(
         "rich",
         "matplotlib",
         "scipy",
+        "markdown-it-py",  # rich brings it already
     ],
     extras_require={
         "nemo-run": [

@@ -1,4 +1,4 @@
-"""All results of a run -> report.md and plots."""
+"""All results of a run -> report.html, report.md and plots."""
 
 from compactlm_nemo.workflow.runner import stage_recipe
 

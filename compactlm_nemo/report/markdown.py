@@ -7,17 +7,22 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest
 from compactlm_nemo.config.score import BLOCK_METRICS, DepthMetric, WidthMetric
 from compactlm_nemo.importance.scores import Scores, load_scores
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
+from compactlm_nemo.report.page import page
 from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, tokens_curve
 from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
 from compactlm_nemo.training.saving_time import saving_text
 from compactlm_nemo.training.tracker import LOSS, METRICS
+
+Figures = dict[str, Figure]
+"""File name in the Markdown -> the picture."""
 
 SHORT_TABLE_LAYERS = 16
 """The report has a table of the layers' scores for models of at most this many layers; a longer one is hard to read."""
@@ -49,15 +54,17 @@ def table_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def write_report(run_dir: Path, folder: Path) -> None:
-    """Write report.md and its plots, from what the other stages left in the run's folder."""
-    plot_loss_curve(_metrics(run_dir / "distill"), folder / "loss.png", _heldout_losses(run_dir))
+    """Write report.md, report.html and the plots, from what the other stages left in the run's folder."""
+    figures: Figures = {}
+    losses = _heldout_losses(run_dir)
+    figures["loss.png"] = plot_loss_curve(_metrics(run_dir / "distill"), folder / "loss.png", losses)
     points = [
         {"model": row["model"], "params": row["params"], "lm_loss_nats": value, "text": key.removeprefix("loss_")}
         for row in _results(run_dir)
         for key, value in row.items()
         if key.startswith("loss_")
     ]
-    plot_sizes(points, folder / "sizes.png")
+    figures["sizes.png"] = plot_sizes(points, folder / "sizes.png")
     recovered = [f"- {name}: {_percent(share)}" for name, share in _recovered(run_dir).items()]
     shape = read_manifest(run_dir / "student")["results"]["shape"]
     trained = read_manifest(run_dir / "distill")["results"]
@@ -77,29 +84,31 @@ def write_report(run_dir: Path, folder: Path) -> None:
         "![Loss over tokens](loss.png)",
         "![Loss against size](sizes.png)",
         "",
-        *_search(run_dir, folder),
-        *_importance(run_dir, folder),
+        *_search(run_dir, folder, figures),
+        *_importance(run_dir, folder, figures),
     ]
-    atomic_write_text(folder / "report.md", "\n".join(text) + "\n")
+    markdown = "\n".join(text) + "\n"
+    atomic_write_text(folder / "report.md", markdown)
+    atomic_write_text(folder / "report.html", page(markdown, figures))
 
 
-def _search(run_dir: Path, folder: Path) -> list[str]:
+def _search(run_dir: Path, folder: Path, figures: Figures) -> list[str]:
     """Plot the candidates that were built or trained, and return the report's lines about these plots."""
     candidates = json.loads((run_dir / "search" / "candidates.json").read_text())
     ranking = run_dir / "rank" / "ranking.json"
     ranked = json.loads(ranking.read_text()) if ranking.is_file() else []
     text: list[str] = []
     if ranked or any("zero_shot_loss" in candidate for candidate in candidates):
-        plot_pareto(ranked or candidates, folder / "pareto.png")
+        figures["pareto.png"] = plot_pareto(ranked or candidates, folder / "pareto.png")
         text += ["What candidates lose for their size:", "", "![Loss against cost of candidates](pareto.png)", ""]
     if sum("zero_shot_loss" in candidate and "predicted_loss" in candidate for candidate in candidates) > 1:
-        plot_prediction(candidates, folder / "prediction.png")
+        figures["prediction.png"] = plot_prediction(candidates, folder / "prediction.png")
         text += ["Predicted and measured loss:", "", "![Prediction](prediction.png)", ""]
     if ranked:
         curves = {int(path.name): _loss_curve(path) for path in sorted(ranking.parent.glob("[0-9]*"))}
         curves = {index: curve for index, curve in curves.items() if curve}
         labels = {index: shape_label(candidates[index]) for index in curves}
-        plot_rank_curves(curves, labels, folder / "ranks.png")
+        figures["ranks.png"] = plot_rank_curves(curves, labels, folder / "ranks.png")
         text += ["How the candidates fared while they were trained:", "", "![Ranks over tokens](ranks.png)", ""]
     return ["## Candidates", "", *text] if text else []
 
@@ -126,12 +135,12 @@ def _heldout_losses(run_dir: Path) -> dict[str, dict[str, float]]:
     return losses
 
 
-def _importance(run_dir: Path, folder: Path) -> list[str]:
+def _importance(run_dir: Path, folder: Path, figures: Figures) -> list[str]:
     """Plot the scores, and return the report's lines about these plots."""
     scores = load_scores(run_dir / "score")
     width, depth = _chosen_metrics(run_dir, scores)
-    plot_importance(scores.ranking(width, depth), folder / "importance.png")
-    plot_depth(scores, folder / "depth.png")
+    figures["importance.png"] = plot_importance(scores.ranking(width, depth), folder / "importance.png")
+    figures["depth.png"] = plot_depth(scores, folder / "depth.png")
     text = [
         "## Importance",
         "",
@@ -143,7 +152,7 @@ def _importance(run_dir: Path, folder: Path) -> list[str]:
         "",
     ]
     if len(scores.width_metrics) > 1:
-        plot_agreement(scores, folder / "agreement.png")
+        figures["agreement.png"] = plot_agreement(scores, folder / "agreement.png")
         text += [
             "How far the width metrics rank the same units alike (Kendall's tau, mean over layers; 1 is the same "
             "order, 0 is none in common):",
@@ -196,4 +205,4 @@ def show(run_dir: Path, console: Console) -> None:
     for name, share in _recovered(run_dir).items():
         console.print(f"loss gap closed on {name}: {_percent(share)}")
     console.print(f"Hugging Face folder: {read_manifest(run_dir / 'export')['results']['folder']}", soft_wrap=True)
-    console.print(f"report: {run_dir / 'report' / 'report.md'}", soft_wrap=True)
+    console.print(f"report: {run_dir / 'report' / 'report.html'} (and report.md)", soft_wrap=True)

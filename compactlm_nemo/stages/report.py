@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def report(run: Run, folder: Path) -> dict[str, Any]:
-    """Write report.md and its plots."""
+    """Write report.md, report.html and the plots."""
     from compactlm_nemo.parallel.launch import main_rank_writes
     from compactlm_nemo.report.markdown import write_report
 
@@ -24,7 +24,7 @@ def report(run: Run, folder: Path) -> dict[str, Any]:
 
 STAGE = Stage(
     name="report",
-    summary="manifests and results of all stages -> `report.md` and plots",
+    summary="manifests and results of all stages -> `report.html`, `report.md` and plots",
     reads=("student", "score", "search", "distill", "evaluate", "export"),
     writes="report",
     settings=lambda config: {},
