@@ -72,6 +72,7 @@ def _heldout_quality(run: Run) -> HeldoutQuality:
     from compactlm_nemo.data.tokenizer import load_tokenizer
     from compactlm_nemo.data.windows import token_counts
     from compactlm_nemo.evaluation.heldout import HeldoutQuality
+    from compactlm_nemo.progress import progress_bar
     from compactlm_nemo.stages.context import HF
 
     config = run.config
@@ -80,6 +81,7 @@ def _heldout_quality(run: Run) -> HeldoutQuality:
         token_counts=lambda: token_counts(run.train_corpora(), run.dims("teacher").vocab_size),
         decode=lambda ids: str(load_tokenizer(run.path("teacher") / HF).decode(ids)),
         micro_batch=config.evaluate.micro_batch,
+        bar=progress_bar,
     )
 
 
