@@ -112,7 +112,7 @@ EVERY += [(stage, case) for stage in PASSES for case in ("tp2_sp", "pp2")] + [
     ("cache", "stored_hidden"),
 ]
 QUICK = [("distill", case) for case in ("one", "tp2_sp", "pp2", "hidden", "correct", "teacher_tp2")]
-QUICK += [("score", "tp2_sp"), ("left_out", "pp2"), ("cache", "top_k"), ("evaluate", "pp2")]
+QUICK += [("score", "tp2_sp"), ("left_out", "pp2"), ("cache", "top_k"), ("evaluate", "pp2"), ("evaluate", "tp2_sp")]
 
 
 def slow(cases: list[Any]) -> list[Any]:
