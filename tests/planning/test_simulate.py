@@ -157,8 +157,8 @@ def test_states_that_wait_on_the_host_take_nothing_of_a_device() -> None:
 
 
 def test_the_hosts_memory_of_a_node_is_that_of_all_its_ranks_states() -> None:
-    words = ["cluster=h100_sxm", "evaluate.tokens=1024", "data.heldout={a: a.jsonl, b: b.jsonl}", "parallel.tp=2"]
-    config = config_of({}, words)
+    words = ["cluster=h100_sxm", "evaluate.tokens=1024", "data.heldout.a=a.jsonl", "data.heldout.b=b.jsonl"]
+    config = config_of({"tp": 2}, words)
     world = 4 * config.cluster.devices_per_node
     got = heldout_state_bytes(config, TEACHER, STUDENT, world=world)
     windows = -(-(1024 // LENGTH) // (world // 2))  # of a data-parallel rank
