@@ -43,12 +43,13 @@ CONFIG = Config(
 TEXT = {"score", "correct_teacher", "cache_teacher", "distill"}
 """Stages that draw samples from the training text."""
 READ_BY = {
-    "run": set(), "run.seed": TEXT,
+    "run": set(), "run.seed": TEXT | {"evaluate"},
     "model": set(), "model.precision": {"import_model"}, "model.vocab_texts": {"import_model"},
     "parallel": set(),
     "data": TEXT, "data.train": TEXT | {"tokenize"}, "data.heldout": {"tokenize"},
     "data.chat_template": set(),  # its content decides, as that of every file
-    "data.special_tokens": {"tokenize"}, "data.document_end": {"tokenize"}, "data.mask_documents": TEXT | {"tokenize"},
+    "data.special_tokens": {"tokenize"}, "data.document_end": {"tokenize", "evaluate"},
+    "data.mask_documents": TEXT | {"tokenize"},
     "score": {"score"}, "score.micro_batch": set(),
     "search": {"search"},
     "prune": {"search", "prune"}, "prune.candidate": {"prune"},
