@@ -1,6 +1,6 @@
 """Logits, log-probabilities and labels on the rows of the vocabulary that this rank holds.
 
-Shape suffixes: N tokens, V vocabulary rows of this rank, H hidden width, M models, K ids a token.
+Shape suffixes: N tokens, V vocabulary rows of this rank, H hidden width, M models, K ids a token, R ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from compactlm_nemo.errors import ConfigError
-from compactlm_nemo.parallel.collectives import all_reduce_max, all_reduce_sum
+from compactlm_nemo.parallel.collectives import all_gather, all_reduce_max, all_reduce_sum
 
 if TYPE_CHECKING:
     from compactlm_nemo.parallel.mesh import Mesh
@@ -121,6 +121,19 @@ class VocabShard:
             )
         return results
 
+    def likeliest_id(self, logits_NV: Tensor) -> Tensor:
+        """Return ``[N]``, the global id of the largest logit over all ranks; the lowest id of equal logits."""
+        if logits_NV.shape[-1] == 0:  # this rank holds padding only
+            top_N, id_N = _row_max(logits_NV), logits_NV.new_zeros(logits_NV.shape[:1], dtype=torch.long)
+        else:
+            top_N, id_N = logits_NV.max(dim=-1)  # the first of equals, as torch promises
+            id_N = id_N + self.vocab_start
+        if self.tp_group is None:
+            return id_N
+        # Ranks hold the vocabulary in order, so the first rank with the largest has the lowest id.
+        tops_NR, ids_NR = (all_gather(x_N[:, None], self.tp_group, dim=-1) for x_N in (top_N, id_N))
+        return ids_NR.gather(-1, tops_NR.max(dim=-1, keepdim=True).indices)[:, 0]
+
     def ce_gradient(self, model: LogProbs, labels_N: Tensor, temperature: float) -> Tensor:
         """Return the ``[N, V]`` gradient of `model.ce_N` to the logits: ``softmax(z)_v - [v = label]`` at T = 1."""
         if temperature == 1:
@@ -185,6 +198,11 @@ class Head:
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Return the unpadded logits ``[N, V]`` of this shard, in the dtype of the product and memory of their own."""
         return self.shard.logits(hidden_NH, self.weight_VH)
+
+    def likeliest_ids(self, hidden_NH: Tensor) -> Tensor:
+        """Return ``[N]``, the id of the largest logit of each token, chunk by chunk; equal on every rank."""
+        chunks = token_chunks(len(hidden_NH), self.chunk_tokens)
+        return torch.cat([self.shard.likeliest_id(self.logits(hidden_NH[rows])) for rows in chunks])
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:
