@@ -62,6 +62,9 @@ class EvaluateConfig:
     the result."""
     continuations: ContinuationsConfig = setting(ContinuationsConfig())
 
+    resamples: int = setting(1000)
+    """Random draws of documents (or questions) behind every interval and every p in `quality.json`, at least 100."""
+
     tasks: list[str] = setting([])
     """lm-eval tasks, run on teacher, pruned and distilled model as exported (needs the `eval` extra)."""
     task_folder: str | None = setting(None)
@@ -72,6 +75,10 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         require(self.tokens > 0, f"evaluate.tokens={self.tokens} must be > 0.")
         require(self.micro_batch > 0, f"evaluate.micro_batch={self.micro_batch} must be > 0.")
+        require(
+            self.resamples >= 100,
+            f"evaluate.resamples={self.resamples} must be at least 100, or intervals are chance; 1000 is usual.",
+        )
         require(
             self.task_limit is None or self.task_limit > 0,
             f"evaluate.task_limit={self.task_limit} must be > 0; null takes all samples.",

@@ -114,9 +114,7 @@ class TokenStream:
 
     def window(self, idx: int, sequence_length: int) -> Tensor:
         """Return window idx: int64 ``[L + 1]``, tokens ``idx * L`` to ``(idx + 1) * L`` inclusive, with marks."""
-        if self._mask is not None:
-            idx = int(self._that_count(self._mask, sequence_length)[idx])
-        start = idx * sequence_length
+        start = self.place_of(idx, sequence_length)
         tokens = torch.from_numpy(self._tokens[start : start + sequence_length + 1].astype(numpy.int64))
         if self._bos is not None:
             tokens[0] = self._bos
@@ -124,6 +122,12 @@ class TokenStream:
             counts = self._mask.counts(start + 1, start + sequence_length + 1)
             tokens[:-1] = mark(tokens[:-1], torch.from_numpy(counts))
         return tokens
+
+    def place_of(self, idx: int, sequence_length: int) -> int:
+        """Return where the first token of window idx is in the file."""
+        if self._mask is not None:
+            idx = int(self._that_count(self._mask, sequence_length)[idx])
+        return idx * sequence_length
 
     def _that_count(self, mask: AnswerMask, length: int) -> numpy.ndarray:
         """Return the numbers of the windows with a target that counts, found in one pass over the mask."""
@@ -239,6 +243,35 @@ def heldout_windows(
     stream = _open_with_windows(Corpus(prefix, 1.0, loss, bos), sequence_length, vocab_size)
     num_windows = min(max_tokens // sequence_length, stream.num_windows(sequence_length))
     return torch.stack([stream.window(idx, sequence_length) for idx in range(num_windows)])
+
+
+def heldout_documents(
+    prefix: Path, sequence_length: int, num_windows: int, *, document_end: int, loss: LossOn = LossOn.answer
+) -> Tensor:
+    """Return which document each target of a corpus's first windows belongs to: int64 ``[n, L]``.
+
+    Documents are counted in the file, from 0; one ends with its `document_end`, wherever windows begin.
+    """
+    stream = TokenStream(prefix, loss=loss)
+    starts = [stream.place_of(idx, sequence_length) for idx in range(num_windows)]
+    is_end = stream.ids[: starts[-1] + sequence_length + 1] == document_end
+    ends_before = numpy.cumsum(is_end) - is_end  # a document's end is its last token
+    return torch.from_numpy(
+        numpy.stack([ends_before[start + 1 : start + 1 + sequence_length] for start in starts]).astype(numpy.int64)
+    )
+
+
+def token_counts(corpora: Sequence[Corpus], vocab_size: int, most_tokens: int = _CHECK_TOKENS) -> Tensor:
+    """Return how frequent each token is in a blend: float64 ``[vocab_size]``, of sum 1.
+
+    Of every corpus its first `most_tokens` are counted, which for the order of the tokens is enough.
+    """
+    total = torch.zeros(vocab_size, dtype=torch.float64)
+    for corpus in corpora:
+        ids = TokenStream(corpus.prefix, loss=LossOn.all).ids[:most_tokens]
+        counts = torch.from_numpy(numpy.bincount(ids, minlength=vocab_size))
+        total += corpus.share * counts / len(ids)
+    return total / total.sum()
 
 
 def calibration_windows(

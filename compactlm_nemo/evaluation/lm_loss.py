@@ -14,6 +14,10 @@ from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.forward import DataParallelSamples, forward_each, targets_of
 from compactlm_nemo.parallel.collectives import last_stage_total
 
+Visit = Callable[[int, Tensor, Tensor], None]
+"""Is shown, on the last stage alone, a batch's number, its final hidden states `[S / cp, B, H]`, and the masked loss of
+each token, `[S / cp * B]`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LMLoss:
@@ -33,11 +37,12 @@ def evaluate_lm_loss(
     *,
     micro_batch: int,
     progress: Callable[[int], None],
+    visit: Visit = lambda idx, hidden_SBH, losses_N: None,
 ) -> LMLoss:
     """Average the loss over all predictions of `windows_NT` `[N, S + 1]` that count; equal on every rank. Collective.
 
     Data-parallel ranks take every dp-th window and run in step, as spread experts need; repetitions do not count and
-    sum and count are reduced, so any number of windows is exact.
+    sum and count are reduced, so any number of windows is exact. What `visit` does is within the time that is measured.
     """
     mesh = model.mesh
     share = DataParallelSamples(windows_NT, mesh, micro_batch)
@@ -46,6 +51,7 @@ def evaluate_lm_loss(
         labels_N, mask_N = targets_of(share.batches[idx], mesh)
         progress(share.num_counted(idx))
         losses_N = linear_ce(hidden_SBH.flatten(0, 1), model.head(), labels_N, mask_N)
+        visit(idx, hidden_SBH, losses_N)
         losses_SB, mask_SB = (x_N.view(hidden_SBH.shape[:2])[:, : share.num_local(idx)] for x_N in (losses_N, mask_N))
         return losses_SB.double().sum(), mask_SB.double().sum()
 

@@ -18,8 +18,9 @@ from compactlm_nemo.config.data import LossOn
 from compactlm_nemo.config.model import Precision
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.tokenizer import end_of_text, window_start
-from compactlm_nemo.data.windows import Corpus, heldout_windows, validation_windows
+from compactlm_nemo.data.windows import Corpus, heldout_documents, heldout_windows, validation_windows
 from compactlm_nemo.errors import CheckpointError, ConfigError, NumericsError
+from compactlm_nemo.evaluation.heldout import HeldoutText
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
 from compactlm_nemo.importance.scores import load_scores
 from compactlm_nemo.losses.vocabulary import chunk_tokens
@@ -179,6 +180,18 @@ class Run:
             loss=data.heldout[name].loss or LossOn.answer,
             bos=self.window_start,
         ).to(device())
+
+    def heldout_text(self, name: str, max_tokens: int) -> HeldoutText:
+        """Return the first windows of a held-out corpus, and the document of every target in them."""
+        windows_NT, data = self.heldout_windows(name, max_tokens), self.config.data
+        documents_NS = heldout_documents(
+            self.token_prefix(f"heldout.{name}"),
+            data.sequence_length,
+            len(windows_NT),
+            document_end=self.document_end,
+            loss=data.heldout[name].loss or LossOn.answer,
+        )
+        return HeldoutText(windows_NT, documents_NS)
 
     def token_prefix(self, corpus: str) -> Path:
         """Return where the tokens of a corpus are: its own Megatron files, or those of the tokenize stage.

@@ -1,4 +1,4 @@
-"""The evaluate stage: held-out losses, size, speed and tasks of teacher, pruned and distilled model."""
+"""The evaluate stage: quality, size, speed and tasks of teacher, pruned and distilled model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
+    from compactlm_nemo.evaluation.heldout import HeldoutQuality
+    from compactlm_nemo.evaluation.metric import Measurement
     from compactlm_nemo.stages.context import Run
 
 
@@ -29,43 +31,74 @@ def evaluate_problems(config: Config, models: list[Dims]) -> list[str]:
 
 
 def evaluate(run: Run, folder: Path) -> dict[str, Any]:
-    """Measure held-out LM loss, size, forward speed and lm-eval tasks of teacher, pruned and distilled model."""
+    """Measure quality, size, forward speed and lm-eval tasks of teacher, pruned and distilled model.
+
+    Each model is loaded once and shown to every measurement; no two are there together.
+    """
     from compactlm_nemo.artifacts import read_manifest, write_json
+    from compactlm_nemo.evaluation.metric import summarise
     from compactlm_nemo.parallel.launch import main_rank_writes
     from compactlm_nemo.search.cost import num_params
 
     trained = read_manifest(run.path("distill"))["results"]["tokens"]
     models = (("teacher", "teacher", 0), ("pruned", "student", 0), ("distilled", "distill", trained))
-    rows = [
-        {"model": label, "params": num_params(run.dims(artifact)), "tokens_trained": tokens}
-        | _heldout_losses(run, label, artifact)
-        for label, artifact, tokens in models
-    ]
+    heldout = _heldout_quality(run)
+    measurements = _measurements(run, heldout)
+    rows = []
+    for label, artifact, tokens in models:
+        _show(run, label, artifact, measurements)
+        row = {"model": label, "params": num_params(run.dims(artifact)), "tokens_trained": tokens}
+        rows.append(row | _heldout_losses(heldout, label))
+    draws = {"resamples": run.config.evaluate.resamples, "seed": run.config.run.seed}
     with main_rank_writes() as writes:
         if writes:
+            metrics = [metric for measurement in measurements.values() for metric in measurement.metrics()]
+            details = {name: measurement.details() for name, measurement in measurements.items()}
+            quality = draws | {"metrics": summarise(metrics, **draws), "details": details}
+            write_json(folder / "quality.json", quality)
             for row, (_, artifact, _) in zip(rows, models, strict=True):
                 row |= _task_results(run, artifact, folder / "as_hf")
             write_json(folder / "results.json", rows)
     return {"recovered": {name: _recovered(rows, f"loss_{name}") for name in run.config.data.heldout}}
 
 
-def _heldout_losses(run: Run, label: str, artifact: str) -> dict[str, float]:
+def _measurements(run: Run, heldout: HeldoutQuality) -> dict[str, Measurement]:
+    """Return what is measured of each model, by the name of its part of the details."""
+    return {"heldout": heldout}
+
+
+def _heldout_quality(run: Run) -> HeldoutQuality:
+    """Return the measurement of the held-out texts."""
+    from compactlm_nemo.data.tokenizer import load_tokenizer
+    from compactlm_nemo.data.windows import token_counts
+    from compactlm_nemo.evaluation.heldout import HeldoutQuality
+    from compactlm_nemo.stages.context import HF
+
+    config = run.config
+    return HeldoutQuality(
+        {name: run.heldout_text(name, config.evaluate.tokens) for name in config.data.heldout},
+        token_counts=lambda: token_counts(run.train_corpora(), run.dims("teacher").vocab_size),
+        decode=lambda ids: str(load_tokenizer(run.path("teacher") / HF).decode(ids)),
+        micro_batch=config.evaluate.micro_batch,
+    )
+
+
+def _show(run: Run, label: str, artifact: str, measurements: dict[str, Measurement]) -> None:
+    """Load a model and show it to every measurement; nothing of it is left but what these keep. Collective."""
+    model = run.load(artifact)
+    for measurement in measurements.values():
+        measurement.measure(label, model)
+
+
+def _heldout_losses(heldout: HeldoutQuality, label: str) -> dict[str, float]:
     """Return the LM loss on each held-out text, and the best forward speed."""
-    from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
-    from compactlm_nemo.progress import progress_bar
     from compactlm_nemo.stages.context import check_loss
 
-    config, model = run.config, run.load(artifact)
     row: dict[str, float] = {}
-    speeds = []
-    for name in config.data.heldout:
-        windows = run.heldout_windows(name, config.evaluate.tokens)
-        with progress_bar(f"evaluate {label} on {name}", len(windows), config.data.sequence_length) as advance:
-            result = evaluate_lm_loss(model, windows, micro_batch=config.evaluate.micro_batch, progress=advance)
+    for name, result in heldout.results[label].items():
         check_loss(result.loss_nats, f"{label} on {name}")
         row |= {f"loss_{name}": result.loss_nats, f"tokens_{name}": result.tokens}
-        speeds.append(result.tokens_per_second)
-    return row | {"forward_tokens_per_second": max(speeds)}
+    return row | {"forward_tokens_per_second": max(each.tokens_per_second for each in heldout.results[label].values())}
 
 
 def _task_results(run: Run, artifact: str, scratch: Path) -> dict[str, float]:
@@ -92,12 +125,19 @@ def _recovered(rows: list[dict[str, Any]], key: str) -> float | None:
     return None if pruned == teacher else (pruned - distilled) / (pruned - teacher)
 
 
+def _settings(config: Config) -> dict[str, Any]:
+    """Return what decides the losses, which tokens end a document, and the draws of the intervals."""
+    others = {"data.document_end": config.data.document_end, "run.seed": config.run.seed}
+    return {"evaluate": result_settings(config.evaluate)} | others | heldout_loss(config)
+
+
 STAGE = Stage(
     name="evaluate",
-    summary="teacher, pruned and distilled student -> `results.json`: losses, sizes, speed, tasks",
+    summary="teacher, pruned and distilled student -> `results.json`: losses, sizes, speed, tasks; `quality.json`: "
+    "metrics with intervals",
     reads=("teacher", "tokens", "student", "distill"),
     writes="evaluate",
-    settings=lambda config: {"evaluate": result_settings(config.evaluate)} | heldout_loss(config),
+    settings=_settings,
     problems=evaluate_problems,
     run=evaluate,
 )
