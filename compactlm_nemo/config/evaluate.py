@@ -12,7 +12,6 @@ from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.config.score import WidthMetric
 from compactlm_nemo.errors import require
 
-
 LONGEST_LOOP, LOOP_ROUNDS = 16, 3
 """Tokens of the longest n-gram whose repetition is called a loop, and how often it must stand there at least."""
 
@@ -22,10 +21,10 @@ class ContinuationsConfig:
     """What a model writes by itself, taking the likeliest token each time, behind the beginnings of held-out texts."""
 
     prompts: int = setting(0)
-    """Documents that are continued, of the held-out texts in turn; 0 measures none, and fewer are taken where there are
-    fewer of more than `prompt_tokens`."""
+    """Documents that are continued, of the held-out texts in turn, or as many as have more than `prompt_tokens`; 0
+    measures none."""
     tokens: int = setting(64, changes_result=lambda cfg: cfg.prompts > 0)
-    """Tokens of a continuation, fewer where it ends with the token that ends documents, or the tokenizer's eos_token."""
+    """Most tokens of a continuation; it ends with the token that ends documents, or the tokenizer's eos_token."""
     prompt_tokens: int = setting(32, changes_result=lambda cfg: cfg.prompts > 0)
     """Tokens of a document that stand in front."""
 
@@ -55,8 +54,8 @@ class EvaluateConfig:
     """Samples per forward pass on one rank; of questions and continuations as many as have that many tokens."""
 
     choices: dict[str, Any] = setting({}, changes_result=False)
-    """Multiple-choice questions, name to JSON-lines file (also `.gz`, `.bz2`, `.xz`, `.zst`) of `question`, `choices` and
-    `answer`, answered by likelihood on the mesh; the files' content decides the result."""
+    """Multiple-choice questions, name to JSON-lines file, packed or not, of `question`, `choices` and `answer`, which
+    the models answer by likelihood; the files' content decides the result."""
     bias: dict[str, Any] = setting({}, changes_result=False)
     """Questions about groups of people, name to a file of BBQ, or of BBQ Lite in BIG-bench; the files' content decides
     the result."""

@@ -148,7 +148,9 @@ def _bias_question(record: Any, where: str) -> BiasQuestion:
         "package, or BBQ's own files",
     )  # fmt: skip
     keys = ("category", "context", "question", *_ANSWERS)
-    _demand(is_object and all(_is_text(record.get(k)) and record[k] for k in keys), where, f"needs texts {_listed(keys)}")
+    _demand(
+        is_object and all(_is_text(record.get(k)) and record[k] for k in keys), where, f"needs texts {_listed(keys)}"
+    )
     polarity, condition = record.get("question_polarity"), record.get("context_condition")
     _demand(polarity in ("neg", "nonneg"), where, "needs `question_polarity`, neg or nonneg")
     _demand(condition in ("ambig", "disambig"), where, "needs `context_condition`, ambig or disambig")
@@ -159,10 +161,12 @@ def _bias_question(record: Any, where: str) -> BiasQuestion:
         isinstance(info, dict) and all(_are_texts(info.get(key)) for key in _ANSWERS),
         where, f"needs `answer_info` with lists of texts {_listed(_ANSWERS)}",
     )  # fmt: skip
-    groups = more.get("stereotyped_groups") if isinstance(more, dict) else None
+    groups: Any = more.get("stereotyped_groups") if isinstance(more, dict) else None
     _demand(_are_texts(groups) and groups, where, "needs `additional_metadata.stereotyped_groups`, a list of texts")
     unknown = [number for number, key in enumerate(_ANSWERS) if info[key][-1:] == [UNKNOWN]]
-    _demand(len(unknown) == 1, where, f"needs one answer whose `answer_info` ends with {UNKNOWN}, it has {len(unknown)}")
+    _demand(
+        len(unknown) == 1, where, f"needs one answer whose `answer_info` ends with {UNKNOWN}, it has {len(unknown)}"
+    )
     label, is_ambiguous = record.get("label"), condition == "ambig"
     _demand(type(label) is int and 0 <= label < len(_ANSWERS), where, "needs `label`, the number of the right answer")
     _demand(

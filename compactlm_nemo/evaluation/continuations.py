@@ -6,6 +6,7 @@ Shape suffixes: P prompts, T tokens so far, B texts of a batch, S places of a te
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,10 +142,7 @@ class Continuations:
 
     def metrics(self) -> list[Metric]:
         """Return the mean shares of distinct n-grams, and the share of continuations that end in a loop."""
-        metrics = [
-            self._metric(f"distinct_{n}", "higher", lambda ids, n=n: _mean_part(distinct_share(ids, n)))
-            for n in _GRAMS
-        ]
+        metrics = [self._metric(f"distinct_{n}", "higher", partial(_distinct_part, n=n)) for n in _GRAMS]
         return [*metrics, self._metric("loops", "lower", lambda ids: [float(ends_in_loop(ids)), 1.0])]
 
     def details(self) -> dict[str, Any]:
@@ -165,6 +163,7 @@ class Continuations:
         return Metric(name=f"{kind}/{NAME}", parts=parts, units=NAME, is_better=is_better)
 
 
-def _mean_part(value: float | None) -> list[float]:
-    """Return what a continuation adds to a mean: nothing where it has no value."""
+def _distinct_part(ids: list[int], *, n: int) -> list[float]:
+    """Return what a continuation adds to the mean: nothing where it has no n-gram."""
+    value = distinct_share(ids, n)
     return [0.0, 0.0] if value is None else [value, 1.0]

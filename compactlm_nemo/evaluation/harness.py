@@ -74,7 +74,12 @@ def run_tasks_without(
     called for each list.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCH)}
-    words = [str(folder), json.dumps({name: getattr(cfg, name) for name in _SETTINGS}), json.dumps(left_out), str(results)]
+    words = [
+        str(folder),
+        json.dumps({name: getattr(cfg, name) for name in _SETTINGS}),
+        json.dumps(left_out),
+        str(results),
+    ]
     with tempfile.TemporaryFile("w+") as messages:
         process = subprocess.Popen(
             [sys.executable, "-m", "compactlm_nemo.evaluation.harness", *words],

@@ -27,7 +27,7 @@ from compactlm_nemo.parallel.devices import device
 from compactlm_nemo.parallel.mesh import Mesh
 
 ROUND = 32
-"""Texts are filled up to a multiple of so many tokens, so that most share a shape and go through a pipeline together."""
+"""Texts are filled up to a multiple of so many tokens, so that many share a shape and cross a pipeline together."""
 _BATCH_TEXTS = 512
 
 
@@ -92,8 +92,8 @@ class PairEncoder:
             )
         if max(whole) >= self.documents.num_tokens:
             raise DataError(
-                f"{pair.where} gives token {max(whole)}, outside the vocabulary of {self.documents.num_tokens}; use the "
-                "tokenizer that belongs to the model."
+                f"{pair.where} gives token {max(whole)}, outside the vocabulary of {self.documents.num_tokens}; use "
+                "the tokenizer that belongs to the model."
             )
         if self.start is not None and whole[0] != self.start:
             whole = [self.start, *whole]

@@ -13,6 +13,7 @@ from compactlm_nemo.config.evaluate import EvaluateConfig
 from compactlm_nemo.data.questions import question_files, question_problems, read_bias, read_choices
 from compactlm_nemo.errors import DataError
 
+UNKNOWN = "unknown"
 GOOD = {"question": "Q: 1 + 1?\nA:", "choices": ["2", "3"], "answer": 0}
 
 
@@ -27,7 +28,7 @@ def bbq(**changes: Any) -> dict[str, Any]:
     return {
         "example_id": 0, "question_index": "1", "question_polarity": "neg", "context_condition": "ambig",
         "category": "Age", "context": "An old clerk and a young clerk worked there.", "question": "Who was slow?",
-        "answer_info": {"ans0": ["old clerk", "old"], "ans1": ["young clerk", "nonOld"], "ans2": ["Not known", "unknown"]},
+        "answer_info": {"ans0": ["old clerk", "old"], "ans1": ["young one", "nonOld"], "ans2": ["Not known", UNKNOWN]},
         "additional_metadata": {"subcategory": "None", "stereotyped_groups": ["old"], "version": "a"},
         "ans0": "The old clerk", "ans1": "The young clerk", "ans2": "Not known", "label": 2,
     } | changes  # fmt: skip
@@ -73,7 +74,7 @@ def test_a_broken_line_is_named_with_its_rule(changes: dict[str, Any], rule: str
         ("neg", ["old"], None, 0),
         ("nonneg", ["old"], None, 1),
         ("neg", ["nonOld"], None, 1),  # the word `old` is in it and does not count
-        ("neg", ["young clerk"], None, 1),  # nationalities are named by the first entry
+        ("neg", ["young one"], None, 1),  # nationalities are named by the first entry
         ("neg", ["F"], {"ans0": ["he", "man"], "ans1": ["she", "woman"]}, 1),
         ("nonneg", ["F"], {"ans0": ["he", "M-White"], "ans1": ["she", "F-Black"]}, 0),
         ("neg", ["African American", "Black"], {"ans0": ["A", "F-Black"], "ans1": ["B", "F-White"]}, 0),
@@ -98,7 +99,12 @@ def test_biased_answers_are_those_of_lm_eval(tmp_path: Path) -> None:
     """Where lm-eval finds one answer of the two people; it takes groups apart otherwise."""
     from lm_eval.tasks.bbq import utils
 
-    pairs = [(["old"], "old", "nonOld"), (["F"], "man", "woman"), (["obese"], "nonObese", "obese"), (["gay"], "gay", "bi")]
+    pairs = [
+        (["old"], "old", "nonOld"),
+        (["F"], "man", "woman"),
+        (["obese"], "nonObese", "obese"),
+        (["gay"], "gay", "bi"),
+    ]
     records = [
         bbq(
             question_polarity=polarity, additional_metadata={"stereotyped_groups": groups},
@@ -157,7 +163,12 @@ def test_tasks_of_big_bench_are_read_where_they_name_groups(tmp_path: Path) -> N
 def test_problems_name_the_setting_and_come_all_at_once(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     good, broken = written(tmp_path / "a.jsonl", GOOD), written(tmp_path / "b.jsonl", "no JSON")
-    choices = {"good": str(good), "gone": "nowhere.jsonl", "broken": str(broken), "empty": str(tmp_path / "empty.jsonl")}
+    choices = {
+        "good": str(good),
+        "gone": "nowhere.jsonl",
+        "broken": str(broken),
+        "empty": str(tmp_path / "empty.jsonl"),
+    }
     cfg = EvaluateConfig(choices=choices, bias={"of_b": str(good)})
     problems = question_problems(cfg)
     assert [problem.partition(" ")[0] for problem in problems] == [

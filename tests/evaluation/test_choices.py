@@ -1,4 +1,4 @@
-"""Accuracy and calibration of multiple choice: by hand, against scikit-learn, and against lm-eval on the real teacher."""
+"""Accuracy and calibration by hand, against scikit-learn, and against lm-eval on the real teacher."""
 
 from __future__ import annotations
 
@@ -120,7 +120,11 @@ def test_a_likelihood_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPat
 
 QUESTIONS = [
     {"question": "The capital of France is", "choices": ["Paris", "Rome", "Zürich"], "answer": 0},
-    {"question": "Question: What is frozen water called?\nAnswer:", "choices": ["steam", "ice", "a cloud"], "answer": 1},
+    {
+        "question": "Question: What is frozen water called?\nAnswer:",
+        "choices": ["steam", "ice", "a cloud"],
+        "answer": 1,
+    },
     {"question": "The sky is ", "choices": ["blue.", "made of old cheese", "green"], "answer": 0},
     {"question": "Q: 2 + 2 = ?\nA:\n", "choices": ["22", "4", "5"], "answer": 1},
     {"question": "", "choices": ["The dog barks.", "The dogs barks.", "Dog the bark."], "answer": 0},
@@ -128,7 +132,7 @@ QUESTIONS = [
     {"question": "one two " * 60 + "one", "choices": ["two", "three", "one"], "answer": 1},
     {"question": "The opposite of hot is", "choices": ["warm", "very very cold indeed", "cold"], "answer": 2},
 ]
-"""Space and a line's end behind a question, none at all, letters outside of ASCII, and a text that is cut on the left."""
+"""Space and a line's end behind a question, none at all, letters outside of ASCII, a text that is cut on the left."""
 POSITIONS = 100
 
 
