@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from compactlm_nemo.config.evaluate import EvaluateConfig
+from compactlm_nemo.config.load import CONF
 from compactlm_nemo.data.questions import question_files, question_problems, read_bias, read_choices
 from compactlm_nemo.errors import DataError
 
@@ -158,6 +159,10 @@ def test_tasks_of_big_bench_are_read_where_they_name_groups(tmp_path: Path) -> N
         path.write_text(broken)
         with pytest.raises(DataError, match="write JSON lines as .jsonl"):
             read_bias(path)
+
+
+def test_the_page_shows_a_file_that_is_read() -> None:
+    assert len(read_choices(CONF.parent / "docs" / "questions.jsonl")) == 3
 
 
 def test_problems_name_the_setting_and_come_all_at_once(tmp_path: Path) -> None:
