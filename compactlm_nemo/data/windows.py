@@ -269,7 +269,7 @@ def token_counts(corpora: Sequence[Corpus], vocab_size: int, most_tokens: int = 
     total = torch.zeros(vocab_size, dtype=torch.float64)
     for corpus in corpora:
         ids = TokenStream(corpus.prefix, loss=LossOn.all).ids[:most_tokens]
-        counts = torch.from_numpy(numpy.bincount(ids, minlength=vocab_size))
+        counts = torch.from_numpy(numpy.bincount(ids, minlength=vocab_size)).double()
         total += corpus.share * counts / len(ids)
     return total / total.sum()
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from compactlm_nemo.data.questions import BiasQuestion
 from compactlm_nemo.evaluation.choices import ChoiceLikelihoods, likeliest
-from compactlm_nemo.evaluation.likelihood import PairEncoder
+from compactlm_nemo.evaluation.heldout import Bar
+from compactlm_nemo.evaluation.likelihood import PairEncoder, no_bar
 from compactlm_nemo.evaluation.metric import Metric
 from compactlm_nemo.models.build import ModelChunks
 
@@ -50,11 +51,19 @@ class Bias:
     """
 
     def __init__(
-        self, name: str, questions: Sequence[BiasQuestion], encoder: PairEncoder, *, batch_tokens: int
+        self,
+        name: str,
+        questions: Sequence[BiasQuestion],
+        encoder: PairEncoder,
+        *,
+        batch_tokens: int,
+        bar: Bar = no_bar,
     ) -> None:
         self.name = f"bias/{name}"
         self._of, self._questions = name, questions
-        self._likelihoods = ChoiceLikelihoods(self.name, [each.question for each in questions], encoder, batch_tokens)
+        self._likelihoods = ChoiceLikelihoods(
+            self.name, [each.question for each in questions], encoder, batch_tokens, bar
+        )
 
     def measure(self, label: str, model: ModelChunks) -> None:
         """Measure one model, the teacher first. Collective."""

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from compactlm_nemo.data.questions import Question
 from compactlm_nemo.errors import NumericsError
-from compactlm_nemo.evaluation.likelihood import Pair, PairEncoder, log_likelihoods
+from compactlm_nemo.evaluation.heldout import Bar
+from compactlm_nemo.evaluation.likelihood import Pair, PairEncoder, log_likelihoods, no_bar
 from compactlm_nemo.evaluation.metric import Metric
 from compactlm_nemo.models.build import ModelChunks
-from compactlm_nemo.progress import progress_bar
 
 NUM_BINS = 15
 """Bins of equal width that confidence is sorted into."""
@@ -30,10 +30,13 @@ class ChoiceLikelihoods:
         name: What was measured, for messages.
         encoder: Turns texts into tokens.
         batch_tokens: Most tokens of a forward pass on one rank.
+        bar: (label, samples, tokens of a sample) -> shows the progress.
     """
 
-    def __init__(self, name: str, questions: Sequence[Question], encoder: PairEncoder, batch_tokens: int) -> None:
-        self._name, self._questions, self._batch_tokens = name, questions, batch_tokens
+    def __init__(
+        self, name: str, questions: Sequence[Question], encoder: PairEncoder, batch_tokens: int, bar: Bar
+    ) -> None:
+        self._name, self._questions, self._batch_tokens, self._bar = name, questions, batch_tokens, bar
         self._texts = encoder.encode(
             [Pair(q.text, q.delimiter + choice, q.where) for q in questions for choice in q.choices]
         )
@@ -43,7 +46,7 @@ class ChoiceLikelihoods:
     def measure(self, label: str, model: ModelChunks) -> None:
         """Measure one model. Collective."""
         tokens = sum(len(text.ids) for text in self._texts) // len(self._texts)
-        with progress_bar(f"evaluate {label} on {self._name}", len(self._texts), tokens) as advance:
+        with self._bar(f"evaluate {label} on {self._name}", len(self._texts), tokens) as advance:
             values = iter(
                 log_likelihoods(model, self._texts, batch_tokens=self._batch_tokens, progress=advance).tolist()
             )
@@ -92,10 +95,12 @@ class Choices:
     characters of the choice first (lm-eval's `acc_norm`). Its confidence is the softmax over the log-likelihoods.
     """
 
-    def __init__(self, name: str, questions: Sequence[Question], encoder: PairEncoder, *, batch_tokens: int) -> None:
+    def __init__(
+        self, name: str, questions: Sequence[Question], encoder: PairEncoder, *, batch_tokens: int, bar: Bar = no_bar
+    ) -> None:
         self.name = f"choices/{name}"
         self._of, self._questions = name, questions
-        self._likelihoods = ChoiceLikelihoods(self.name, questions, encoder, batch_tokens)
+        self._likelihoods = ChoiceLikelihoods(self.name, questions, encoder, batch_tokens, bar)
 
     def measure(self, label: str, model: ModelChunks) -> None:
         """Measure one model, the teacher first. Collective."""

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compactlm_nemo.config.evaluate import LONGEST_LOOP, LOOP_ROUNDS
-from compactlm_nemo.evaluation.likelihood import padded_length
+from compactlm_nemo.evaluation.heldout import Bar
+from compactlm_nemo.evaluation.likelihood import no_bar, padded_length
 from compactlm_nemo.evaluation.metric import Metric
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
 from compactlm_nemo.parallel.collectives import last_stage_total
 from compactlm_nemo.parallel.devices import device
-from compactlm_nemo.progress import progress_bar
 
 NAME = "continuations"
 _GRAMS = (2, 4)
@@ -114,6 +114,7 @@ class Continuations:
         ends: Tokens that end one.
         decode: Turns tokens into text, for the examples.
         batch_tokens: Most tokens of a forward pass on one rank.
+        bar: (label, samples, tokens of a sample) -> shows the progress.
     """
 
     name = NAME
@@ -126,15 +127,16 @@ class Continuations:
         decode: Callable[[list[int]], str],
         *,
         batch_tokens: int,
+        bar: Bar = no_bar,
     ) -> None:
         self._prompts_PT, self._num_tokens, self._ends, self._decode = prompts_PT, num_tokens, ends, decode
-        self._batch_tokens = batch_tokens
+        self._batch_tokens, self._bar = batch_tokens, bar
         self._of: dict[str, list[list[int]]] = {}
         """Model -> its continuations."""
 
     def measure(self, label: str, model: ModelChunks) -> None:
         """Let one model write, the teacher first. Collective."""
-        with progress_bar(f"continue texts by {label}", self._num_tokens, len(self._prompts_PT)) as advance:
+        with self._bar(f"continue texts by {label}", self._num_tokens, len(self._prompts_PT)) as advance:
             self._of[label] = greedy_continuations(
                 model, self._prompts_PT, self._num_tokens, self._ends,
                 batch_tokens=self._batch_tokens, progress=advance,

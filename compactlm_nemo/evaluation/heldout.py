@@ -6,6 +6,7 @@ Shape suffixes: W windows, T tokens of a window, S places (T - 1), P predictions
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from compactlm_nemo.evaluation.lm_loss import LMLoss
 from compactlm_nemo.evaluation.metric import TEACHER, Metric
 from compactlm_nemo.evaluation.token_values import TeacherStates, TokenValues, host_states, measure_tokens
 from compactlm_nemo.models.build import ModelChunks
-from compactlm_nemo.progress import progress_bar
+
+Bar = Callable[[str, int, int], AbstractContextManager[Callable[[int], None]]]
 
 LENGTHS = ("short", "medium", "long")
 """Slices by the length of documents, of equally many documents each."""
@@ -47,6 +49,7 @@ class HeldoutQuality:
         token_counts: Returns ``[V]``, how frequent each token is in the training text; called for the details.
         decode: Token ids -> text.
         micro_batch: Samples of a forward pass on one rank.
+        bar: (label, samples, tokens of a sample) -> shows the progress.
     """
 
     def __init__(
@@ -56,9 +59,10 @@ class HeldoutQuality:
         token_counts: Callable[[], Tensor],
         decode: Callable[[list[int]], str],
         micro_batch: int,
+        bar: Bar = lambda label, samples, tokens: nullcontext(lambda count: None),
     ) -> None:
         self.texts = {name: _Predictions(text) for name, text in texts.items()}
-        self.token_counts, self.decode, self.micro_batch = token_counts, decode, micro_batch
+        self.token_counts, self.decode, self.micro_batch, self.bar = token_counts, decode, micro_batch, bar
         self.results: dict[str, dict[str, LMLoss]] = {}
         """Model -> text -> loss and forward speed."""
         self._teacher: dict[str, TeacherStates] = {}
@@ -71,7 +75,7 @@ class HeldoutQuality:
             windows_WT = text.windows_WT
             states = host_states(model, windows_WT, micro_batch=self.micro_batch)
             teacher = None if label == TEACHER else self._teacher[name]
-            with progress_bar(f"evaluate {label} on {name}", len(windows_WT), windows_WT.shape[1] - 1) as advance:
+            with self.bar(f"evaluate {label} on {name}", len(windows_WT), windows_WT.shape[1] - 1) as advance:
                 results[name], text.values[label] = measure_tokens(
                     model, windows_WT, states, micro_batch=self.micro_batch, progress=advance, teacher=teacher
                 )

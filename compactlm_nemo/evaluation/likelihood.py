@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +30,11 @@ from compactlm_nemo.parallel.mesh import Mesh
 ROUND = 32
 """Texts are filled up to a multiple of so many tokens, so that many share a shape and cross a pipeline together."""
 _BATCH_TEXTS = 512
+
+
+def no_bar(label: str, samples: int, tokens: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Show no progress."""
+    return nullcontext(lambda count: None)
 
 
 class Pair(NamedTuple):

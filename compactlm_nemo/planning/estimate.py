@@ -16,7 +16,7 @@ from compactlm_nemo.planning.duration import Duration, duration
 from compactlm_nemo.planning.meter import Peak
 from compactlm_nemo.planning.planned import Part, Planned
 from compactlm_nemo.planning.pool import side_by_side
-from compactlm_nemo.planning.simulate import FILE, Cost, Place
+from compactlm_nemo.planning.simulate import FILE, HOST, Cost, Place
 from compactlm_nemo.planning.storage import Storage, storage
 
 
@@ -168,9 +168,9 @@ def estimate_part(part: Part, teacher: Dims, student: Dims, world: int) -> PartE
 
 
 def without_host(cost: Cost) -> Cost:
-    """Return what a device holds: a parameter as it was read is on the host."""
+    """Return what a device holds: a parameter as it was read, and states that wait, are on the host."""
     for phase, peak in cost.peaks.items():
-        held = {kind: size for kind, size in peak.by_kind.items() if kind != FILE}
+        held = {kind: size for kind, size in peak.by_kind.items() if kind not in (FILE, HOST)}
         cost.peaks[phase] = Peak(sum(held.values()), held, peak.place)
     return cost
 

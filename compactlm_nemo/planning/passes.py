@@ -13,6 +13,7 @@ from torch import Tensor
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import StoredKind
 from compactlm_nemo.evaluation.lm_loss import evaluate_lm_loss
+from compactlm_nemo.evaluation.token_values import TeacherStates, host_states, measure_tokens
 from compactlm_nemo.importance.activations import collect
 from compactlm_nemo.importance.block_importance import state_cosines
 from compactlm_nemo.importance.depth import layer_sums
@@ -28,6 +29,7 @@ from compactlm_nemo.planning.fake_world import FakeWorld
 from compactlm_nemo.planning.simulate import (
     FILE,
     GRADIENTS,
+    HOST,
     SCORES,
     STUDENT,
     TEACHER,
@@ -145,11 +147,24 @@ def caching(there: FakeWorld, config: Config, teacher: Dims, student: Dims, coun
 
 
 def evaluating(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:
-    """Measure the loss of the teacher, and of the pruned and the distilled student, on `count` micro-batches each."""
-    cost = teachers_loss(there, config, teacher, student, count)
-    gc.collect()
-    students = students_loss(there, config, teacher, student, count)
-    return Cost(cost.peaks | students.peaks, cost.work.plus(students.work, 2))
+    """Measure the teacher, and the pruned and the distilled student against it, on `count` micro-batches each.
+
+    Of the teacher its output weights stay on the device, and its final states on the host.
+    """
+    cost, size = Cost(), config.evaluate.micro_batch
+    windows = torch.zeros(count * there.mesh.dp_size * size, config.data.sequence_length + 1, dtype=torch.long)
+    left: TeacherStates | None = None
+    for dims, kind, times in ((teacher, TEACHER, 1), (student, STUDENT, 2)):
+        chunks = _loaded(there, config, dims, kind, cost)
+        states = host_states(chunks, windows, micro_batch=size)
+        there.meter.name(states, HOST)
+        with _one_pass(there, cost, kind, times):
+            measure_tokens(chunks, windows, states, micro_batch=size, progress=_no_progress, teacher=left)
+        if left is None:
+            left = TeacherStates(states, chunks.head_weight.detach() if there.mesh.is_last_stage else None)
+        del chunks, states
+        gc.collect()
+    return cost
 
 
 def teachers_loss(there: FakeWorld, config: Config, teacher: Dims, student: Dims, count: int) -> Cost:

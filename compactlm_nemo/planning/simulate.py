@@ -26,6 +26,8 @@ from compactlm_nemo.planning.meter import Peak, Work
 
 TEACHER, STUDENT, ACTIVATIONS = "teacher", "parameters", "activations"
 GRADIENTS, OPTIMIZER, TARGETS, SCORES, FILE = "gradients", "optimizer", "targets", "scores", "file"
+HOST = "host"
+"""Final states of held-out tokens, which wait on the host."""
 
 FEWEST_LAYERS = 2
 """Layers of a chunk in the smaller simulation; the larger has one more. With one the first layer would be the last."""

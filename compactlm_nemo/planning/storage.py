@@ -20,7 +20,7 @@ class Storage:
     disk_bytes: int
     """What is on disk at its fullest: the artifact, and checkpoints on the way to it."""
     host_bytes_a_node: int
-    """What checkpoints copy from the devices to a node's memory."""
+    """What checkpoints and held-out states copy from the devices to a node's memory."""
     storage_seconds: float
     """Of reading models, and of writing while devices wait."""
 
@@ -39,7 +39,8 @@ def storage(stage: str, config: Config, teacher: Dims, student: Dims, kept_bytes
     written = _artifact_bytes(stage, config, teacher, student)
     seconds = read / cluster.read_gbs / 1e9 + written / nodes / cluster.write_gbs / 1e9
     if not kept_bytes:
-        return Storage(written, 0, seconds)
+        states = heldout_state_bytes(config, teacher, student, world=world) if stage == "evaluate" else 0
+        return Storage(written, states, seconds)
     cfg = config.distill
     steps = cfg.steps if stage == "distill" else config.correct.steps
     checkpoint = _checkpoint_bytes(student if stage == "distill" else teacher, config)
@@ -50,6 +51,22 @@ def storage(stage: str, config: Config, teacher: Dims, student: Dims, kept_bytes
         seconds += steps // cfg.checkpoint_every * checkpoint / nodes / cluster.write_gbs / 1e9
     on_host = kept_bytes * min(world, cluster.devices_per_node) if cluster.is_gpu else 0
     return Storage(written + (cfg.keep_checkpoints + 1) * checkpoint, on_host, seconds)
+
+
+def heldout_state_bytes(config: Config, teacher: Dims, student: Dims, *, world: int) -> int:
+    """Return the bytes of the teacher's states of all held-out texts on a node, and of a student's of one text.
+
+    Every rank of the last stage keeps those of its samples and places; as many of them as possible are on one node.
+    """
+    layout, cluster = config.parallel, config.cluster
+    if not cluster.is_gpu:  # there they are in the ranks' own memory, which the simulation counts
+        return 0
+    dp = max(1, world // layout.model_ranks)
+    windows = -(-(config.evaluate.tokens // config.data.sequence_length) // dp)
+    places = windows * config.data.sequence_length // layout.cp
+    width = teacher.hidden_size * max(1, len(config.data.heldout)) + student.hidden_size
+    ranks = min(world // layout.pp, cluster.devices_per_node)
+    return places * width * (2 if config.model.precision.name == "bf16" else 4) * ranks
 
 
 def _weight_bytes(dims: Dims, config: Config) -> int:

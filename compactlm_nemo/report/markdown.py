@@ -14,6 +14,7 @@ from compactlm_nemo.config.score import BLOCK_METRICS, DepthMetric, WidthMetric
 from compactlm_nemo.importance.scores import Scores, load_scores
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
 from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, tokens_curve
+from compactlm_nemo.report.quality import quality_lines
 from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
 from compactlm_nemo.training.saving_time import saving_text
@@ -70,6 +71,7 @@ def write_report(run_dir: Path, folder: Path) -> None:
         "",
         *recovered,
         "",
+        *quality_lines(run_dir),
         "Student: {layers} layers, hidden {hidden}, MLP {ffn}, heads {heads}.".format(**shape),
         "",
         f"In distillation, {saving_text(trained['saving_seconds'], trained['training_seconds'])}.",

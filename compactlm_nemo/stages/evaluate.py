@@ -88,6 +88,7 @@ def _question_measurements(run: Run) -> dict[str, Measurement]:
     from compactlm_nemo.evaluation.bias import Bias
     from compactlm_nemo.evaluation.choices import Choices
     from compactlm_nemo.evaluation.likelihood import PairEncoder
+    from compactlm_nemo.progress import progress_bar
     from compactlm_nemo.stages.context import HF
 
     dims = run.dims("teacher")
@@ -98,9 +99,9 @@ def _question_measurements(run: Run) -> dict[str, Measurement]:
         parses_special_tokens=run.config.data.special_tokens is SpecialTokens.parse,
     )
     encoder = PairEncoder(documents=documents, start=run.window_start, max_positions=dims.max_position_embeddings)
-    tokens = _batch_tokens(run)
-    choices = [Choices(n, read_choices(Path(f)), encoder, batch_tokens=tokens) for n, f in cfg.choices.items()]
-    bias = [Bias(n, read_bias(Path(f)), encoder, batch_tokens=tokens) for n, f in cfg.bias.items()]
+    others: dict[str, Any] = {"batch_tokens": _batch_tokens(run), "bar": progress_bar}
+    choices = [Choices(name, read_choices(Path(file)), encoder, **others) for name, file in cfg.choices.items()]
+    bias = [Bias(name, read_bias(Path(file)), encoder, **others) for name, file in cfg.bias.items()]
     return {each.name: each for each in choices} | {each.name: each for each in bias}
 
 
@@ -112,6 +113,7 @@ def _continuations(run: Run) -> dict[str, Measurement]:
     from compactlm_nemo.data.prompts import document_beginnings
     from compactlm_nemo.data.tokenizer import load_tokenizer
     from compactlm_nemo.evaluation.continuations import Continuations
+    from compactlm_nemo.progress import progress_bar
     from compactlm_nemo.stages.context import HF
 
     tokenizer = load_tokenizer(run.path("teacher") / HF)
@@ -122,6 +124,7 @@ def _continuations(run: Run) -> dict[str, Measurement]:
         {run.document_end, tokenizer.eos_token_id} - {None},
         lambda ids: str(tokenizer.decode(ids)),
         batch_tokens=_batch_tokens(run),
+        bar=progress_bar,
     )
     return {measurement.name: measurement}
 
@@ -136,6 +139,7 @@ def _heldout_quality(run: Run) -> HeldoutQuality:
     from compactlm_nemo.data.tokenizer import load_tokenizer
     from compactlm_nemo.data.windows import token_counts
     from compactlm_nemo.evaluation.heldout import HeldoutQuality
+    from compactlm_nemo.progress import progress_bar
     from compactlm_nemo.stages.context import HF
 
     config = run.config
@@ -144,6 +148,7 @@ def _heldout_quality(run: Run) -> HeldoutQuality:
         token_counts=lambda: token_counts(run.train_corpora(), run.dims("teacher").vocab_size),
         decode=lambda ids: str(load_tokenizer(run.path("teacher") / HF).decode(ids)),
         micro_batch=config.evaluate.micro_batch,
+        bar=progress_bar,
     )
 
 

@@ -14,7 +14,7 @@ from compactlm_nemo.artifacts import settings_of
 from compactlm_nemo.config.cluster import SHARES
 from compactlm_nemo.config.data import CorpusConfig, DataConfig
 from compactlm_nemo.config.distill import DistillConfig, Result
-from compactlm_nemo.config.evaluate import EvaluateConfig
+from compactlm_nemo.config.evaluate import ContinuationsConfig, EvaluateConfig
 from compactlm_nemo.config.export import ExportConfig, ExportDtype, ExportFormat
 from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.loss import HiddenConfig
@@ -36,19 +36,20 @@ CONFIG = Config(
     prune=PruneConfig(reconstruct=Reconstruct.least_squares),
     correct=CorrectConfig(steps=40, warmup_steps=2),
     distill=DistillConfig(teacher=TeacherSource.stored, hidden=HiddenConfig(embedding=True)),
-    evaluate=EvaluateConfig(tasks=["a"]),
+    evaluate=EvaluateConfig(tasks=["a"], continuations=ContinuationsConfig(prompts=1)),
     export=ExportConfig(push="a/b"),
 )
 """A run with every stage."""
 TEXT = {"score", "correct_teacher", "cache_teacher", "distill"}
 """Stages that draw samples from the training text."""
 READ_BY = {
-    "run": set(), "run.seed": TEXT,
+    "run": set(), "run.seed": TEXT | {"evaluate"},
     "model": set(), "model.precision": {"import_model"}, "model.vocab_texts": {"import_model"},
     "parallel": set(),
     "data": TEXT, "data.train": TEXT | {"tokenize"}, "data.heldout": {"tokenize"},
     "data.chat_template": set(),  # its content decides, as that of every file
-    "data.special_tokens": {"tokenize"}, "data.document_end": {"tokenize"}, "data.mask_documents": TEXT | {"tokenize"},
+    "data.special_tokens": {"tokenize"}, "data.document_end": {"tokenize", "evaluate"},
+    "data.mask_documents": TEXT | {"tokenize"},
     "score": {"score"}, "score.micro_batch": set(),
     "search": {"search"},
     "prune": {"search", "prune"}, "prune.candidate": {"prune"},
@@ -70,6 +71,7 @@ READ_BY = {
         )
     },
     "evaluate": {"evaluate"}, "evaluate.micro_batch": set(),
+    "evaluate.choices": set(), "evaluate.bias": set(),  # their content decides, as that of every file
     "export": {"export"}, "export.push": {"push"},
     "wandb": set(), "cluster": set(), "nodes": set(), "plan": set(),
 }  # fmt: skip
@@ -90,6 +92,7 @@ OTHERS: dict[str, Any] = {
     "distill.hidden.mlp_input": [[-1, -1]], "distill.loss.forward_kl": 0.5, "distill.min_lr": 1e-8,
     "distill.beta1": 0.5, "distill.beta2": 0.5, "distill.warmup_steps": 3, "distill.loss.skew": 0.3,
     "distill.loss.jsd_beta": 0.3, "wandb.project": "x",
+    "evaluate.choices": {"a": "a.jsonl"}, "evaluate.bias": {"a": "a.jsonl"},
     "correct.min_lr": 1e-8, "correct.while_distilling": None,
     **{f"cluster.{name}": 0.1 for name in SHARES}, "plan.margin": 0.2,
     "plan.benefit": None, **{f"plan.{name}": None for name in BENEFIT},

@@ -14,9 +14,11 @@ from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.planning import passes, simulate, trainings
+from compactlm_nemo.planning.estimate import without_host
 from compactlm_nemo.planning.fake_world import FakeWorld, fake_world
 from compactlm_nemo.planning.meter import Meter
 from compactlm_nemo.planning.simulate import Cost, Place
+from compactlm_nemo.planning.storage import heldout_state_bytes
 from compactlm_nemo.search.cost import flops_per_token_forward
 from tests.support.meshes import mesh_of
 from tests.support.ranks import run_ranks
@@ -112,7 +114,7 @@ EVERY += [(stage, case) for stage in PASSES for case in ("tp2_sp", "pp2")] + [
     ("cache", "stored_hidden"),
 ]
 QUICK = [("distill", case) for case in ("one", "tp2_sp", "pp2", "hidden", "correct", "teacher_tp2")]
-QUICK += [("score", "tp2_sp"), ("left_out", "pp2"), ("cache", "top_k"), ("evaluate", "pp2")]
+QUICK += [("score", "tp2_sp"), ("left_out", "pp2"), ("cache", "top_k"), ("evaluate", "pp2"), ("evaluate", "tp2_sp")]
 
 
 def slow(cases: list[Any]) -> list[Any]:
@@ -139,6 +141,30 @@ def test_memory_and_work_are_those_of_real_ranks(stage: str, case: str, tmp_path
                 continue  # copies that gloo sums beside backward are freed here, in the plan in the phase before
             # What ranks gather as objects is small, and here each has gathered its own alone.
             assert planned["peaks"][phase][0] == pytest.approx(size, rel=0.03), (phase, kinds, planned["peaks"][phase])
+
+
+def test_states_that_wait_on_the_host_take_nothing_of_a_device() -> None:
+    config, size = config_of({}, ["evaluate.micro_batch=2"]), 2 * COUNT * LENGTH * 4
+    with fake_world(config.parallel, world=1, rank=0, seed=1) as there:
+        cost = passes.evaluating(there, config, TEACHER, STUDENT, COUNT)
+    assert cost.peaks["teacher"].by_kind["host"] == size * TEACHER.hidden_size
+    assert cost.peaks["parameters"].by_kind["host"] == size * (TEACHER.hidden_size + STUDENT.hidden_size)
+    # The teacher's output weights are there beside the student, and nothing else of it.
+    assert cost.peaks["parameters"].by_kind["teacher"] == 4 * 64 * TEACHER.padded_vocab(1, config.model.vocab_multiple)
+    before = cost.peaks["parameters"]
+    after = without_host(cost).peaks["parameters"]
+    assert after.bytes == before.bytes - before.by_kind["host"] and "host" not in after.by_kind
+
+
+def test_the_hosts_memory_of_a_node_is_that_of_all_its_ranks_states() -> None:
+    words = ["cluster=h100_sxm", "evaluate.tokens=1024", "data.heldout={a: a.jsonl, b: b.jsonl}", "parallel.tp=2"]
+    config = config_of({}, words)
+    world = 4 * config.cluster.devices_per_node
+    got = heldout_state_bytes(config, TEACHER, STUDENT, world=world)
+    windows = -(-(1024 // LENGTH) // (world // 2))  # of a data-parallel rank
+    width = 2 * TEACHER.hidden_size + STUDENT.hidden_size
+    itemsize = 2 if config.model.precision.name == "bf16" else 4
+    assert got == config.cluster.devices_per_node * windows * LENGTH * width * itemsize
 
 
 @pytest.mark.parametrize("case", EXPERT_CASES)

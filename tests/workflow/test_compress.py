@@ -133,6 +133,25 @@ def test_losses_in_the_results_are_what_transformers_computes(inputs: Path, fini
         assert rows[label]["loss_a"] == pytest.approx(float(want), rel=1e-5)
 
 
+def test_metrics_are_by_document_with_intervals(inputs: Path, finished: Path) -> None:
+    """Four windows of 16 targets, of documents of 41 tokens: the second begins in the third window."""
+    quality = json.loads((finished / "evaluate" / "quality.json").read_text())
+    rows = {row["model"]: row for row in json.loads((finished / "evaluate" / "results.json").read_text())}
+    assert (quality["resamples"], quality["seed"]) == (1000, 1234)
+    metrics = {metric["metric"]: metric for metric in quality["metrics"]}
+    assert list(metrics) == ["loss/a", "top1_agreement/a", "kl/a"]  # two documents are too few for slices
+    for label in ("teacher", "pruned", "distilled"):
+        found = metrics["loss/a"]["models"][label]
+        assert found["value"] == pytest.approx(rows[label]["loss_a"], rel=1e-12)
+        assert found["low"] <= found["value"] <= found["high"]
+    assert metrics["loss/a"]["num_units"] == quality["details"]["heldout"]["a"]["documents"] == 2
+    assert (
+        set(metrics["kl/a"]["models"]) == {"pruned", "distilled"} and metrics["kl/a"]["models"]["pruned"]["value"] > 0
+    )
+    assert [each["tokens"] for each in quality["details"]["heldout"]["a"]["by_position"]] == [8] * 8
+    assert "| loss/a | 2 documents |" in (finished / "report" / "report.md").read_text()
+
+
 def test_two_by_two_ranks_give_the_run_of_one(inputs: Path, finished: Path, tmp_path: Path) -> None:
     result = commands.run(command(inputs, tmp_path / "run", "parallel.tp=2", "parallel.pp=2"), ranks=4)
     assert result.returncode == 0, result.stderr
