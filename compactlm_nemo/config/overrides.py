@@ -22,12 +22,17 @@ from hydra.errors import HydraException
 
 from compactlm_nemo.errors import ConfigError, listed
 
-OPEN_KEY = re.compile(r"(data\.train|data\.heldout|model\.architecture|search\.multiples|site\.environment)\.[^.=]+=")
+OPEN_KEY = re.compile(
+    r"(data\.train|data\.heldout|model\.architecture|search\.multiples|site\.environment|evaluate\.choices|evaluate\.bias)"
+    r"\.[^.=]+="
+)
 """A name of the user's choosing, as in `data.train.web=web.jsonl`; Hydra would ask for `++` before it."""
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^\W\d][^=\s]*)(?P<value>=.*)?$", re.DOTALL)
 """The parts of an override that decide whether Hydra heeds it."""
 _CORPUS = re.compile(r"data\.(train|heldout)\.[^.]+$")
-_CORPUS_PATH = re.compile(r"(data\.(train|heldout)\.[^.]+\.(path|name|key)|site\.environment\.[^.]+)$")
+_CORPUS_PATH = re.compile(
+    r"(data\.(train|heldout)\.[^.]+\.(path|name|key)|site\.environment\.[^.]+|evaluate\.(choices|bias)\.[^.]+)$"
+)
 _SWEEP_FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\s*\(.*\)$", re.DOTALL)
 _HYDRA_ALWAYS = ("hydra.searchpath", "hydra.verbose", "hydra.callbacks", "hydra.mode", "hydra.job.env_")
 _HYDRA_SWEEPS = (

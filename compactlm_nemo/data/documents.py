@@ -120,11 +120,13 @@ class DocumentEncoder:
         return Record(whole, record.number)
 
     def _encode_texts(self, texts: list[str], out: EncodedPiece) -> list[list[int]]:
+        """Tokenise plain texts, each with the token that ends it."""
+        out.troubles[SPECIAL_TOKENS] += sum(self._spells_special(text) for text in texts)
+        return [[*ids, self.eod] for ids in self.plain_ids(texts)]
+
+    def plain_ids(self, texts: list[str]) -> list[list[int]]:
         """Tokenise plain texts; those that spell special tokens by themselves, as the setting has it."""
-        specials = self._specials
-        spells = [specials is not None and specials.search(text) is not None for text in texts]
-        out.troubles[SPECIAL_TOKENS] += sum(spells)
-        literal = [spelled and not self.parses_special_tokens for spelled in spells]
+        literal = [self._spells_special(text) and not self.parses_special_tokens for text in texts]
         encoded = {}
         for is_literal in (False, True):
             given = [text for text, flag in zip(texts, literal, strict=True) if flag is is_literal]
@@ -133,7 +135,10 @@ class DocumentEncoder:
                 self.tokenizer(given, add_special_tokens=False, verbose=False, **options)["input_ids"] if given else []
             )
             encoded[is_literal] = iter(ids)
-        return [[*next(encoded[flag]), self.eod] for flag in literal]
+        return [next(encoded[flag]) for flag in literal]
+
+    def _spells_special(self, text: str) -> bool:
+        return self._specials is not None and self._specials.search(text) is not None
 
     def _encode_chat(self, piece: Piece, record: Record) -> Encoded:
         try:

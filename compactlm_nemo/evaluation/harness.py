@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -21,6 +20,9 @@ from compactlm_nemo.evaluation.outside_tasks import refuse_code
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_")
 """Variables that begin so would make lm-eval believe that the ranks of this launch share its work."""
+
+_SETTINGS = ("tasks", "task_folder", "task_limit", "micro_batch")
+"""What lm-eval's own process is told of `evaluate`."""
 
 
 def harness_problem(cfg: EvaluateConfig) -> str:
@@ -72,7 +74,12 @@ def run_tasks_without(
     called for each list.
     """
     env = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCH)}
-    words = [str(folder), json.dumps(dataclasses.asdict(cfg)), json.dumps(left_out), str(results)]
+    words = [
+        str(folder),
+        json.dumps({name: getattr(cfg, name) for name in _SETTINGS}),
+        json.dumps(left_out),
+        str(results),
+    ]
     with tempfile.TemporaryFile("w+") as messages:
         process = subprocess.Popen(
             [sys.executable, "-m", "compactlm_nemo.evaluation.harness", *words],

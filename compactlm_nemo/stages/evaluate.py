@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.fingerprint import heldout_loss, result_settings
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.data.questions import question_files, question_problems
 from compactlm_nemo.evaluation.harness import harness_problem
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.stages.stage import Stage
@@ -18,12 +19,20 @@ if TYPE_CHECKING:
 
 
 def evaluate_problems(config: Config, models: list[Dims]) -> list[str]:
-    """Return what is wrong with the held-out tokens and the tasks."""
+    """Return what is wrong with the held-out tokens, the files of questions, the continuations and the tasks."""
     problems = []
     if config.evaluate.tokens < config.data.sequence_length:
         problems.append(
             f"evaluate.tokens={config.evaluate.tokens} is less than one window of "
             f"data.sequence_length={config.data.sequence_length}; raise it."
+        )
+    problems += question_problems(config.evaluate)
+    continued = config.evaluate.continuations
+    positions = min((dims.max_position_embeddings for dims in models), default=None)
+    if continued.prompts and positions is not None and continued.prompt_tokens + continued.tokens > positions:
+        problems.append(
+            f"evaluate.continuations: prompt_tokens={continued.prompt_tokens} and tokens={continued.tokens} are more "
+            f"than the model's {positions} positions; lower either."
         )
     if problem := harness_problem(config.evaluate):
         problems.append(problem)
@@ -64,7 +73,65 @@ def evaluate(run: Run, folder: Path) -> dict[str, Any]:
 
 def _measurements(run: Run, heldout: HeldoutQuality) -> dict[str, Measurement]:
     """Return what is measured of each model, by the name of its part of the details."""
-    return {"heldout": heldout}
+    return {"heldout": heldout} | _question_measurements(run) | _continuations(run)
+
+
+def _question_measurements(run: Run) -> dict[str, Measurement]:
+    """Return the measurements of the files of questions, which are tokenised here, before any model is loaded."""
+    cfg = run.config.evaluate
+    if not cfg.choices and not cfg.bias:
+        return {}
+    from compactlm_nemo.config.data import SpecialTokens
+    from compactlm_nemo.data.documents import DocumentEncoder
+    from compactlm_nemo.data.questions import read_bias, read_choices
+    from compactlm_nemo.data.tokenizer import load_tokenizer
+    from compactlm_nemo.evaluation.bias import Bias
+    from compactlm_nemo.evaluation.choices import Choices
+    from compactlm_nemo.evaluation.likelihood import PairEncoder
+    from compactlm_nemo.progress import progress_bar
+    from compactlm_nemo.stages.context import HF
+
+    dims = run.dims("teacher")
+    documents = DocumentEncoder(
+        tokenizer=load_tokenizer(run.path("teacher") / HF),
+        eod=run.document_end,
+        vocab_size=dims.vocab_size,
+        parses_special_tokens=run.config.data.special_tokens is SpecialTokens.parse,
+    )
+    encoder = PairEncoder(documents=documents, start=run.window_start, max_positions=dims.max_position_embeddings)
+    others: dict[str, Any] = {"batch_tokens": _batch_tokens(run), "bar": progress_bar}
+    choices = [Choices(name, read_choices(Path(file)), encoder, **others) for name, file in cfg.choices.items()]
+    bias = [Bias(name, read_bias(Path(file)), encoder, **others) for name, file in cfg.bias.items()]
+    return {each.name: each for each in choices} | {each.name: each for each in bias}
+
+
+def _continuations(run: Run) -> dict[str, Measurement]:
+    """Return the measurement of continuations of held-out documents, where it is asked for."""
+    cfg = run.config.evaluate.continuations
+    if cfg.prompts == 0:
+        return {}
+    from compactlm_nemo.data.prompts import document_beginnings
+    from compactlm_nemo.data.tokenizer import load_tokenizer
+    from compactlm_nemo.evaluation.continuations import Continuations
+    from compactlm_nemo.progress import progress_bar
+    from compactlm_nemo.stages.context import HF
+
+    tokenizer = load_tokenizer(run.path("teacher") / HF)
+    prefixes = [run.token_prefix(f"heldout.{name}") for name in run.config.data.heldout]
+    measurement = Continuations(
+        document_beginnings(prefixes, cfg.prompts, cfg.prompt_tokens, run.window_start),
+        cfg.tokens,
+        {run.document_end, tokenizer.eos_token_id} - {None},
+        lambda ids: str(tokenizer.decode(ids)),
+        batch_tokens=_batch_tokens(run),
+        bar=progress_bar,
+    )
+    return {measurement.name: measurement}
+
+
+def _batch_tokens(run: Run) -> int:
+    """Return the most tokens of a forward pass on one rank: as many as held-out windows have in one."""
+    return run.config.evaluate.micro_batch * run.config.data.sequence_length
 
 
 def _heldout_quality(run: Run) -> HeldoutQuality:
@@ -140,6 +207,7 @@ STAGE = Stage(
     reads=("teacher", "tokens", "student", "distill"),
     writes="evaluate",
     settings=_settings,
+    files=lambda config: question_files(config.evaluate),
     problems=evaluate_problems,
     run=evaluate,
 )

@@ -14,7 +14,7 @@ from compactlm_nemo.artifacts import settings_of
 from compactlm_nemo.config.cluster import SHARES
 from compactlm_nemo.config.data import CorpusConfig, DataConfig
 from compactlm_nemo.config.distill import DistillConfig, Result
-from compactlm_nemo.config.evaluate import EvaluateConfig
+from compactlm_nemo.config.evaluate import ContinuationsConfig, EvaluateConfig
 from compactlm_nemo.config.export import ExportConfig, ExportDtype, ExportFormat
 from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.loss import HiddenConfig
@@ -36,7 +36,7 @@ CONFIG = Config(
     prune=PruneConfig(reconstruct=Reconstruct.least_squares),
     correct=CorrectConfig(steps=40, warmup_steps=2),
     distill=DistillConfig(teacher=TeacherSource.stored, hidden=HiddenConfig(embedding=True)),
-    evaluate=EvaluateConfig(tasks=["a"]),
+    evaluate=EvaluateConfig(tasks=["a"], continuations=ContinuationsConfig(prompts=1)),
     export=ExportConfig(push="a/b"),
 )
 """A run with every stage."""
@@ -71,6 +71,7 @@ READ_BY = {
         )
     },
     "evaluate": {"evaluate"}, "evaluate.micro_batch": set(),
+    "evaluate.choices": set(), "evaluate.bias": set(),  # their content decides, as that of every file
     "export": {"export"}, "export.push": {"push"},
     "wandb": set(), "cluster": set(), "nodes": set(), "plan": set(),
 }  # fmt: skip
@@ -91,6 +92,7 @@ OTHERS: dict[str, Any] = {
     "distill.hidden.mlp_input": [[-1, -1]], "distill.loss.forward_kl": 0.5, "distill.min_lr": 1e-8,
     "distill.beta1": 0.5, "distill.beta2": 0.5, "distill.warmup_steps": 3, "distill.loss.skew": 0.3,
     "distill.loss.jsd_beta": 0.3, "wandb.project": "x",
+    "evaluate.choices": {"a": "a.jsonl"}, "evaluate.bias": {"a": "a.jsonl"},
     "correct.min_lr": 1e-8, "correct.while_distilling": None,
     **{f"cluster.{name}": 0.1 for name in SHARES}, "plan.margin": 0.2,
     "plan.benefit": None, **{f"plan.{name}": None for name in BENEFIT},
