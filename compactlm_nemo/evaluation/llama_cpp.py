@@ -7,11 +7,11 @@ A step of it reads one token of every prompt, N steps for N tokens, and it repor
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from compactlm_nemo.parallel.devices import device_kind
 BENCH, CONVERTER = "llama-batched-bench", "convert_hf_to_gguf.py"
 _FORMATS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """torch's name of a number format -> the converter's."""
+LOOK_SECONDS = 0.05
+"""How often the memory of the bench is looked at."""
 _CACHE_MULTIPLE = 256
 """llama.cpp keeps keys and values of a multiple of so many tokens."""
 
@@ -87,23 +89,33 @@ class Bench:
         words += [str(word) for pair in sizes.items() for word in pair]
         with tempfile.TemporaryFile("w+") as out:
             process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT, env=environment_outside())
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for
+            # What the kernel tells at the end (ru_maxrss) counts this process too, which the other was forked from.
+            while process.poll() is None:
+                self._peak = max(self._peak, _resident_peak(process.pid))
+                time.sleep(LOOK_SECONDS)
             out.seek(0)
             text = out.read()
         told = _row(text)
         if process.returncode or told is None:
             raise CompactLMError(f"profile.engines: {self._name} failed: {_last(text)}")
         check_counts(self._name, [int(told["tg"])] * int(told["pl"]), batch, new)
-        self._peak = max(self._peak, used.ru_maxrss * 1024)
         return Timed(told["t_pp"], told["t_tg"] / new, new * batch, told["t_pp"] + told["t_tg"])
 
     def peak_bytes(self) -> int | None:
         """Return the most resident memory of the program; None where there is a GPU, which may hold the weights."""
-        return None if has_cuda() else self._peak
+        return None if has_cuda() or not self._peak else self._peak
 
     def close(self) -> None:
         pass
+
+
+def _resident_peak(pid: int) -> int:
+    """Return the most resident bytes of a process so far, 0 where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _row(text: str) -> dict[str, Any] | None:
