@@ -21,8 +21,8 @@ def test_shares_by_hand():
 
 def test_expected_ratios_by_hand():
     plain = replace(
-        TINY, num_layers=2, hidden_size=4, ffn_hidden_size=8, num_heads=2, num_query_groups=2, head_dim=2, vocab_size=10,
-        gated_mlp=True, layer_norm_1p=False, qkv_bias=False, tied_embeddings=False, window=None,
+        TINY, num_layers=2, hidden_size=4, ffn_hidden_size=8, num_heads=2, num_query_groups=2, head_dim=2,
+        vocab_size=10, gated_mlp=True, layer_norm_1p=False, qkv_bias=False, tied_embeddings=False, window=None,
     )  # fmt: skip
     half = replace(plain, num_layers=1)
     # A layer: 4 matrices of 4 x 4 and 3 of 4 x 8, 2 norms of 4; the output layer 10 x 4; the final norm.

@@ -1,4 +1,4 @@
-"""The profile stage with real transformers on a tiny model, and with programs that stand in for llama.cpp's and vLLM."""
+"""The profile stage with real transformers on a tiny model, and with stand-ins for llama.cpp's program and vLLM."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.support import commands
 from tests.support.tiny_run import command, make_inputs
 
 SMALL = [
-    "profile.batches=[1,2]", "profile.prompts=2", "profile.prompt_tokens=8", "profile.new_tokens=3", "profile.repeats=1",
-    "profile.threads=1", "export.of=student",
+    "profile.batches=[1,2]", "profile.prompts=2", "profile.prompt_tokens=8", "profile.new_tokens=3",
+    "profile.repeats=1", "profile.threads=1", "export.of=student",
 ]  # fmt: skip
 
 
