@@ -17,6 +17,7 @@ from compactlm_nemo.config.loss import CROSS_ENTROPY, HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.parallel import ParallelConfig
 from compactlm_nemo.config.plan import PlanConfig
+from compactlm_nemo.config.profile import ProfileConfig
 from compactlm_nemo.config.prune import PruneConfig
 from compactlm_nemo.config.run import RunConfig, WandbConfig
 from compactlm_nemo.config.score import ScoreConfig
@@ -44,6 +45,7 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The cluster that the run is meant for; cluster=NAME takes conf/cluster/NAME.yaml."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compactlm_nemo.config.fingerprint import setting
+from compactlm_nemo.config.profile import Engine, Phase
 from compactlm_nemo.config.score import DepthMetric, WidthMetric
 from compactlm_nemo.errors import require
 
@@ -50,6 +51,13 @@ class SearchConfig:
     latency_ms: float | None = setting(None)
     """Most milliseconds of a forward pass over `search.batch` sequences of `search.context` tokens in this layout, from
     layers timed on the present device."""
+    latency_profile: str | None = setting(None, changes_result=False)
+    """profile.json of an earlier run with this teacher on this device: `search.latency_ms` is then of the phase and
+    engine below, and timed layers are scaled to what the teacher took there. null takes layers as they are timed."""
+    latency_phase: Phase = setting(Phase.prefill)
+    """Whether `search.latency_ms` limits the time to the first token, or a step after it."""
+    latency_engine: Engine | None = setting(None)
+    """Engine of the profile whose times count; null takes its first."""
     band: float = setting(0.05)
     """Accepted relative distance from a target."""
     batch: int = setting(1)
@@ -76,6 +84,7 @@ class SearchConfig:
         for name in ("params", "non_embedding_params", "active_params", "memory_bytes", "flops", "latency_ms"):
             value = getattr(self, name)
             require(value is None or value > 0, f"search.{name}={value} must be > 0; null sets no budget.")
+        self._check_profile()
         for name in ("batch", "context", "bytes_per_value"):
             require(getattr(self, name) > 0, f"search.{name}={getattr(self, name)} must be > 0.")
         axes = ("layers", "hidden", "ffn", "heads", "groups", "experts", "shared_expert_ffn")
@@ -91,3 +100,18 @@ class SearchConfig:
             )
         for axis, step in self.multiples.items():
             require(step > 0, f"search.multiples.{axis}={step} must be > 0.")
+
+    def _check_profile(self) -> None:
+        """Refuse settings of a profile that have no effect."""
+        if self.latency_profile is not None:
+            require(
+                self.latency_ms is not None,
+                f"search.latency_profile={self.latency_profile} is read for search.latency_ms alone; set it, or leave "
+                "the profile out.",
+            )
+            return
+        require(
+            self.latency_phase is Phase.prefill and self.latency_engine is None,
+            "search.latency_phase and search.latency_engine are read with search.latency_profile alone; set "
+            "search.latency_profile=RUN/profile/profile.json, or leave them out.",
+        )

@@ -19,7 +19,12 @@ from compactlm_nemo.errors import CompactLMError, DataError
 from compactlm_nemo.evaluation.outside_tasks import refuse_code
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_")
-"""Variables that begin so would make lm-eval believe that the ranks of this launch share its work."""
+"""Variables that begin so would make a process of its own believe that the ranks of this launch share its work."""
+
+
+def environment_outside() -> dict[str, str]:
+    """Return the environment without what belongs to this launch, for a process of its own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCH)}
 
 _SETTINGS = ("tasks", "task_folder", "task_limit", "micro_batch")
 """What lm-eval's own process is told of `evaluate`."""
@@ -73,7 +78,6 @@ def run_tasks_without(
     Every finished list is a line of `results`; lists that a stopped run has finished are not run again. `progress` is
     called for each list.
     """
-    env = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCH)}
     words = [
         str(folder),
         json.dumps({name: getattr(cfg, name) for name in _SETTINGS}),
@@ -83,7 +87,7 @@ def run_tasks_without(
     with tempfile.TemporaryFile("w+") as messages:
         process = subprocess.Popen(
             [sys.executable, "-m", "compactlm_nemo.evaluation.harness", *words],
-            env=env, stdout=subprocess.DEVNULL, stderr=messages,
+            env=environment_outside(), stdout=subprocess.DEVNULL, stderr=messages,
         )  # fmt: skip
         num_reported = 0
         while process.poll() is None or num_reported < len(_finished(results)):

@@ -10,14 +10,19 @@ PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989
 """Part of a device's name -> peak; the first part that occurs in the name counts."""
 
 
-def device_name() -> str:
-    """Return the name of this process's device; a CPU's name includes the number of threads."""
+def device_kind() -> str:
+    """Return the name of this process's device, of a CPU that of its model."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else 'CPU'}, {torch.get_num_threads()} threads"
+    return models[0] if models else "CPU"
+
+
+def device_name() -> str:
+    """Return the name of this process's device; a CPU's name includes the number of threads."""
+    return device_kind() if torch.cuda.is_available() else f"{device_kind()}, {torch.get_num_threads()} threads"
 
 
 def peak_tflops(name: str) -> float | None:

@@ -59,6 +59,8 @@ def planned_stages(config: Config, teacher: Dims, student: Dims, world: int) -> 
     if config.distill.teacher is TeacherSource.stored:
         stages.append(plan.cache_teacher())
     stages += [plan.distill(), plan.evaluate(), Planned("export")]
+    if config.profile.engines:
+        stages.append(Planned("profile", left_out=["profile: the answers, which other programs time"]))
     return {stage.name: stage for stage in stages}
 
 

@@ -18,6 +18,7 @@ from compactlm_nemo.report.page import page
 from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, tokens_curve
 from compactlm_nemo.report.quality import quality_lines
 from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
+from compactlm_nemo.report.speed import speed_lines
 from compactlm_nemo.report.tables import comparison_markdown, rich_table
 from compactlm_nemo.training.saving_time import saving_text
 from compactlm_nemo.training.tracker import LOSS, METRICS
@@ -54,8 +55,12 @@ def table_rows(run_dir: Path) -> list[dict[str, Any]]:
     return table
 
 
-def write_report(run_dir: Path, folder: Path) -> None:
-    """Write report.md, report.html and the plots, from what the other stages left in the run's folder."""
+def write_report(run_dir: Path, folder: Path, profile: Path | None = None) -> None:
+    """Write report.md, report.html and the plots, from what the other stages left in the run's folder.
+
+    Args:
+        profile: Folder of the profile stage, None of a run without one.
+    """
     figures: Figures = {}
     losses = _heldout_losses(run_dir)
     figures["loss.png"] = plot_loss_curve(_metrics(run_dir / "distill"), folder / "loss.png", losses)
@@ -86,6 +91,7 @@ def write_report(run_dir: Path, folder: Path) -> None:
         "![Loss over tokens](loss.png)",
         "![Loss against size](sizes.png)",
         "",
+        *(speed_lines(json.loads((profile / "profile.json").read_text())) if profile else []),
         *_search(run_dir, folder, figures),
         *_importance(run_dir, folder, figures),
     ]

@@ -169,6 +169,22 @@ def flops_per_token_forward(dims: Dims, seq: int) -> int:
     return 2 * (linear + dims.vocab_size * dims.hidden_size) + attention
 
 
+def prompt_flops(dims: Dims, tokens: int) -> int:
+    """Return forward FLOPs of a prompt of `tokens` tokens, of which the last alone has logits."""
+    return tokens * flops_per_token_forward(dims, tokens) - (tokens - 1) * 2 * dims.vocab_size * dims.hidden_size
+
+
+def answer_flops(dims: Dims, prompt: int, answer: int) -> int:
+    """Return forward FLOPs of `answer` tokens that are generated one by one after a prompt."""
+    whole = prompt + answer
+    return whole * flops_per_token_forward(dims, whole) - prompt * flops_per_token_forward(dims, prompt)
+
+
+def read_params(dims: Dims) -> int:
+    """Return parameters that a decoding step reads: all but the rows of an embedding table of its own."""
+    return num_params(dims) - dims.vocab_size * dims.hidden_size * (not dims.tied_embeddings)
+
+
 def _windows(dims: Dims) -> dict[int | None, int]:
     """Return the layers that have each window, None for those that have none."""
     if dims.local_layers is None:

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from compactlm_nemo.artifacts import atomic_write_text, sealed
+from compactlm_nemo.config.profile import Phase
 from compactlm_nemo.importance.names import DEPTH
 from compactlm_nemo.importance.selection import keep_layers
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.parallel.collectives import broadcast_object
-from compactlm_nemo.parallel.devices import device, device_name
+from compactlm_nemo.parallel.devices import device, device_kind, device_name
 from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
 from compactlm_nemo.progress import progress_bar
@@ -23,6 +24,7 @@ from compactlm_nemo.search.candidates import candidates_json, rank_candidates
 from compactlm_nemo.search.latency import FILE as LATENCY
 from compactlm_nemo.search.latency import LatencyTable
 from compactlm_nemo.search.predicted_loss import predicted_loss
+from compactlm_nemo.search.profiled import TeacherTime, read_teacher_time, refuse_other, scaled
 from compactlm_nemo.search.space import Budget, enumerate_space, within
 from compactlm_nemo.search.timing import time_layers
 from compactlm_nemo.stages.context import Run
@@ -62,11 +64,14 @@ def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | N
     cfg, layout = run.config.search, run.config.parallel
     if cfg.latency_ms is None:
         return None
+    teacher, measured = run.dims("teacher"), _teacher_time(run)
+    found = found if measured is None else [*found, teacher]  # whose timed layers are what its time is held against
+    context = cfg.context if cfg.latency_phase is Phase.prefill else 1
     metadata = {
         "device": device_name(),
         "precision": run.config.model.precision.name,
         "batch": cfg.batch,
-        "context": cfg.context,
+        "context": context,
         "model": run.fingerprint("teacher"),
         "parallel": vars(layout) | {"world": launch_world_size()},
     }
@@ -74,7 +79,7 @@ def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | N
     if is_main_rank():
         run.drop_damaged_files()
     known = broadcast_object(LatencyTable.load(path, metadata))
-    tokens_BS = torch.randint(found[0].vocab_size, (cfg.batch, cfg.context), generator=torch.Generator().manual_seed(0))
+    tokens_BS = torch.randint(found[0].vocab_size, (cfg.batch, context), generator=torch.Generator().manual_seed(0))
 
     def keep(table: LatencyTable) -> None:
         if is_main_rank():
@@ -86,6 +91,18 @@ def _timed_layers(run: Run, found: list[Dims], folder: Path) -> LatencyTable | N
         table = time_layers(
             known, found, build=run.build, mesh=run.mesh, tokens_BS=tokens_BS.to(device()), keep=keep, progress=advance
         )
+    if measured is not None:
+        table = scaled(table, teacher, measured.milliseconds)
     if is_main_rank():
         table.save(folder / LATENCY)
     return table
+
+
+def _teacher_time(run: Run) -> TeacherTime | None:
+    """Return what the teacher took where it was profiled, None without a profile."""
+    path = run.config.search.latency_profile
+    if path is None:
+        return None
+    time = read_teacher_time(run.config)
+    refuse_other(time, path, teacher=run.fingerprint("teacher"), device=device_kind())
+    return time

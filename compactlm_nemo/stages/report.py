@@ -18,7 +18,8 @@ def report(run: Run, folder: Path) -> dict[str, Any]:
 
     with main_rank_writes() as writes:
         if writes:
-            write_report(Path(run.config.run.dir), folder)
+            profile = run.path("profile") if run.config.profile.engines else None
+            write_report(Path(run.config.run.dir), folder, profile)
     return {}
 
 
@@ -26,6 +27,7 @@ STAGE = Stage(
     name="report",
     summary="manifests and results of all stages -> `report.html`, `report.md` and plots",
     reads=("student", "score", "search", "distill", "evaluate", "export"),
+    may_read={"profile": lambda config: bool(config.profile.engines)},
     writes="report",
     settings=lambda config: {},
     run=report,

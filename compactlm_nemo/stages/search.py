@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compactlm_nemo.config.fingerprint import result_settings
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.search.profiled import profile_problems
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def search_settings(config: Config) -> dict[str, Any]:
 
 
 def search_problems(config: Config, models: list[Dims]) -> list[str]:
-    """Return the metrics that the search ranks by and the score stage does not measure."""
-    problems = []
+    """Return the metrics that the search ranks by and the score stage does not measure, and what a profile lacks."""
+    problems = profile_problems(config)
     for name, measured, chosen in (
         ("width", config.score.width, config.search.width),
         ("depth", config.score.depth, config.search.depth),
@@ -51,6 +52,9 @@ STAGE = Stage(
     reads=("teacher", "tokens", "score"),
     writes="search",
     settings=search_settings,
+    files=lambda config: (
+        {} if (path := config.search.latency_profile) is None else {"search.latency_profile": Path(path)}
+    ),
     problems=search_problems,
     run=run_search,
 )

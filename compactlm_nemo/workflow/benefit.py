@@ -15,7 +15,14 @@ from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.planning import benefit as figures
 from compactlm_nemo.planning.benefit import Range, Verdict
 from compactlm_nemo.planning.recoveries import RECOVERIES, SOURCES
-from compactlm_nemo.search.cost import cached_tokens, flops_per_token_forward, kv_cache_bytes_per_token, num_params
+from compactlm_nemo.search.cost import (
+    answer_flops,
+    cached_tokens,
+    kv_cache_bytes_per_token,
+    num_params,
+    prompt_flops,
+    read_params,
+)
 
 UNREACHABLE = "unreachable"
 """What is said of tokens and price where the scaling law has no number of tokens reach a loss."""
@@ -221,22 +228,18 @@ def _served_both(run: Config, teacher: Dims, student: Dims) -> tuple[figures.Ser
 def served(name: str, dims: Dims, load: figures.Load, bytes_per_value: int) -> figures.Served:
     """Return a model while it serves a load."""
 
-    def flops(tokens: int) -> int:
-        return tokens * flops_per_token_forward(dims, tokens)
-
     def cache(context: int) -> int:
         return cached_tokens(dims, context) * kv_cache_bytes_per_token(dims, bytes_per_value)
 
-    table = dims.vocab_size * dims.hidden_size
     whole = load.prompt + load.answer
     return figures.Served(
         name=name,
         weight_bytes=num_params(dims) * bytes_per_value,
-        read_bytes=(num_params(dims) - table * (not dims.tied_embeddings)) * bytes_per_value,
+        read_bytes=read_params(dims) * bytes_per_value,
         cache_bytes=cache(load.prompt + load.answer // 2),
         full_cache_bytes=cache(whole),
-        prompt_flops=flops(load.prompt) - (load.prompt - 1) * 2 * table,
-        answer_flops=flops(whole) - flops(load.prompt),
+        prompt_flops=prompt_flops(dims, load.prompt),
+        answer_flops=answer_flops(dims, load.prompt, load.answer),
     )
 
 

@@ -90,6 +90,11 @@ def run_rounds(config: Config) -> None:
         raise ConfigError(listed(problems))
     if config.dry_run:
         return run_stages(config)
+    if config.search.latency_profile is not None and config.rounds.count > 1:
+        raise ConfigError(
+            f"search.latency_profile={config.search.latency_profile} is of one teacher, and rounds.count="
+            f"{config.rounds.count} has one a round; leave one of them out."
+        )
     assert teacher is not None  # outside a dry run it was opened
     candidates = enumerate_space(teacher, planned_search(config), config.parallel.tp)
     if len(candidates) > 1:

@@ -11,6 +11,7 @@ from compactlm_nemo.stages import (
     evaluate,
     export,
     import_model,
+    profile,
     prune,
     push,
     report,
@@ -33,6 +34,7 @@ STAGES: dict[str, Stage] = {
         distill.STAGE,
         evaluate.STAGE,
         export.STAGE,
+        profile.STAGE,
         push.STAGE,
         report.STAGE,
     )

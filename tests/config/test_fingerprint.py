@@ -20,6 +20,7 @@ from compactlm_nemo.config.fingerprint import MARK
 from compactlm_nemo.config.loss import HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.plan import BENEFIT, PlanConfig
+from compactlm_nemo.config.profile import Engine, Phase, ProfileConfig
 from compactlm_nemo.config.prune import ErrorAxis, PruneConfig, Reconstruct
 from compactlm_nemo.config.run import RunConfig
 from compactlm_nemo.config.schema import Config
@@ -38,6 +39,7 @@ CONFIG = Config(
     distill=DistillConfig(teacher=TeacherSource.stored, hidden=HiddenConfig(embedding=True)),
     evaluate=EvaluateConfig(tasks=["a"], continuations=ContinuationsConfig(prompts=1)),
     export=ExportConfig(push="a/b"),
+    profile=ProfileConfig(engines=[Engine.llama_cpp]),
 )
 """A run with every stage."""
 TEXT = {"score", "correct_teacher", "cache_teacher", "distill"}
@@ -46,12 +48,12 @@ READ_BY = {
     "run": set(), "run.seed": TEXT | {"evaluate"},
     "model": set(), "model.precision": {"import_model"}, "model.vocab_texts": {"import_model"},
     "parallel": set(),
-    "data": TEXT, "data.train": TEXT | {"tokenize"}, "data.heldout": {"tokenize"},
+    "data": TEXT, "data.train": TEXT | {"tokenize"}, "data.heldout": {"tokenize", "profile"},
     "data.chat_template": set(),  # its content decides, as that of every file
     "data.special_tokens": {"tokenize"}, "data.document_end": {"tokenize", "evaluate"},
     "data.mask_documents": TEXT | {"tokenize"},
     "score": {"score"}, "score.micro_batch": set(),
-    "search": {"search"},
+    "search": {"search"}, "search.latency_profile": set(),  # its content decides
     "prune": {"search", "prune"}, "prune.candidate": {"prune"},
     "rank": set(), "rounds": set(),
     "correct": {"correct_teacher"},
@@ -73,6 +75,7 @@ READ_BY = {
     "evaluate": {"evaluate"}, "evaluate.micro_batch": set(),
     "evaluate.choices": set(), "evaluate.bias": set(),  # their content decides, as that of every file
     "export": {"export"}, "export.push": {"push"},
+    "profile": {"profile"},
     "wandb": set(), "cluster": set(), "nodes": set(), "plan": set(),
 }  # fmt: skip
 """Setting, or section of those that are not listed themselves -> the stages whose result another value changes."""
@@ -85,6 +88,8 @@ OTHERS: dict[str, Any] = {
     "score.width": [WidthMetric.taylor], "score.depth": [DepthMetric.lm_loss_blocks], "score.block_lengths": [1],
     "score.depth_samples": 3, "score.stop_tolerance": 0.5,
     "search.multiples": {"hidden": 2}, "search.divisors": ["hidden"], "search.ffn_multiples": [1.5],
+    "search.latency_profile": None, "search.latency_phase": None, "search.latency_engine": None,
+    "profile.engines": [Engine.transformers, Engine.llama_cpp],
     "search.smallest": 0.4, "search.band": 0.1,
     "prune.heads": None, "prune.reconstruct": Reconstruct.none, "prune.by_error": [ErrorAxis.mlp],
     "rank.only": None,
@@ -198,6 +203,13 @@ def test_another_format_voids_an_export_that_goes_nowhere() -> None:
     """A push takes one format alone, so the run of all stages has no other."""
     kept = replace(CONFIG, export=ExportConfig())
     assert _void(kept, replace(CONFIG, export=ExportConfig(format=ExportFormat.bridge))) == {"export"}
+
+
+def test_what_of_a_profile_limits_the_latency_decides() -> None:
+    limited = replace(CONFIG, search=SearchConfig(latency_ms=9, latency_profile="p.json"))
+    assert _void(limited, _with(limited, "search.latency_profile", "q.json")) == set()
+    for key, value in (("search.latency_phase", Phase.decode), ("search.latency_engine", Engine.vllm)):
+        assert _void(limited, _with(limited, key, value)) == {"search"}
 
 
 def test_what_the_result_is_decides() -> None:
