@@ -68,7 +68,9 @@ class Application(Generic[T]):
                 print(BASH)
                 return 0
         else:
-            overrides = hydra_overrides(self.root.schema, self.root.overrides(overrides), sweeps=_sweeps(flags, overrides))
+            overrides = hydra_overrides(
+                self.root.schema, self.root.overrides(overrides), sweeps=_sweeps(flags, overrides)
+            )
         register_schema(self.root)
         with contextlib.ExitStack() as stack:
             if _sweeps(flags, overrides):

@@ -62,7 +62,7 @@ def limit_of(key: str, value: Any) -> LimitConfig:
         known, chosen = choices.__members__, given.get(name)
         if name in given and not isinstance(chosen, choices):
             require(isinstance(chosen, str) and chosen in known, f"{key}.{name}={chosen} must be {' or '.join(known)}.")
-            given[name] = choices[chosen]
+            given[name] = known[chosen]
     limit = LimitConfig(**given)
     require(isinstance(limit.confident, bool), f"{key}.confident={limit.confident} must be true or false.")
     require(
@@ -71,7 +71,8 @@ def limit_of(key: str, value: Any) -> LimitConfig:
     )
     low, high = limit.at_least, limit.at_most
     require(
-        low is None or high is None or low <= high, f"{key}.at_least={low} must be <= {key}.at_most={high}; correct one."
+        low is None or high is None or low <= high,
+        f"{key}.at_least={low} must be <= {key}.at_most={high}; correct one.",
     )
     return limit
 
@@ -99,6 +100,4 @@ class GateRunConfig:
     """Print the limits, and exit 0."""
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.gate.limits), "gate.limits is empty; name a file of conf/gate/, for example gate=default."
-        )
+        require(bool(self.gate.limits), "gate.limits is empty; name a file of conf/gate/, for example gate=default.")

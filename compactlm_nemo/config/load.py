@@ -56,13 +56,13 @@ class Root(Generic[T]):
     usage: str
     """What follows `python -m ` on its help page."""
     folders: str | None = None
-    """The setting, a list, whose values may stand on the command line as words of their own; None where there is none."""
+    """The setting, a list, whose values may stand on the command line as words of their own; None where none may."""
 
     def overrides(self, words: list[str]) -> list[str]:
         """Return words with those that are folders gathered into one override.
 
-        A word is an override where it begins with a setting's name; else it is a folder, as `runs/sweep/distill.lr=1e-4`
-        is, which has an equals sign too.
+        A word with an equals sign is a folder too where there is one, as `runs/sweep/distill.lr=1e-4`, unless it begins
+        with the name of a setting.
         """
         if self.folders is None:
             return words
@@ -75,7 +75,8 @@ class Root(Generic[T]):
         return [*rest, f"{self.folders}=[{','.join(map(quoted, folders))}]"]
 
     def _is_folder(self, word: str) -> bool:
-        return word.partition("=")[0] not in known_settings(self.schema).keys and Path(word).is_dir()
+        schema: type = self.schema
+        return word.partition("=")[0] not in known_settings(schema).keys and Path(word).is_dir()
 
 
 RUN = Root(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +13,13 @@ from compactlm_nemo.artifacts import MANIFEST, file_problems, read_manifest, ref
 from compactlm_nemo.errors import CheckpointError
 
 TEACHER, PRUNED, DISTILLED = "teacher", "pruned", "distilled"
-PARAMS, FORWARD_SPEED = "params", "speed/forward"
-RESULTS, QUALITY = "results.json", "quality.json"
+PARAMS, FORWARD_SPEED = "params", "forward_speed"
+SERVED = {
+    "tokens_per_second": "speed", "decode_tokens_per_second": "decode_speed", "first_token_seconds": "first_token",
+    "peak_bytes": "memory", "disk_bytes": "disk",
+}  # fmt: skip
+"""Key of the profile stage -> kind of metric: `speed/ENGINE/BATCH`, `memory/ENGINE`."""
+RESULTS, QUALITY, PROFILE = "results.json", "quality.json", "profile.json"
 
 
 class Figure(NamedTuple):
@@ -42,28 +47,39 @@ class Measured:
         return Figure(self.models[model].value / self.models[TEACHER].value)
 
 
-def measured(run: Path) -> dict[str, Measured]:
-    """Return every metric of a run by its name; none where nothing is evaluated.
+def measured(run: Path, artifacts: Collection[str] = ("evaluate", "profile")) -> dict[str, Measured]:
+    """Return every metric of a run by its name, of what the evaluate and the profile stage have left; none without.
 
     Of a loss that both files of the evaluate stage have, the one with an interval is taken.
+
+    Args:
+        artifacts: Those of the two that count.
 
     Raises:
         CheckpointError: a file is damaged, or of another student than the run has now.
     """
-    folder = run / "evaluate"
+    found: dict[str, Measured] = {}
+    if "evaluate" in artifacts and _is_of(run, "evaluate", "distill"):
+        found |= _read(run / "evaluate" / RESULTS, _of_rows)
+        if (run / "evaluate" / QUALITY).is_file():
+            found |= _read(run / "evaluate" / QUALITY, _of_quality)
+    if "profile" in artifacts and _is_of(run, "profile", "export"):
+        found |= _read(run / "profile" / PROFILE, _of_profile)
+    return found
+
+
+def _is_of(run: Path, artifact: str, source: str) -> bool:
+    """Whether a finished artifact is there; refuse one that is damaged, or made from another source than there is."""
+    folder = run / artifact
     if not (folder / MANIFEST).is_file():
-        return {}
+        return False
     manifest = read_manifest(folder)
     refuse_damage(folder, file_problems(folder, manifest["outputs"]))
-    trained = run / "distill"
-    if (trained / MANIFEST).is_file():
-        now, then = read_manifest(trained)["fingerprint"], manifest["inputs"].get("distill")
+    if (run / source / MANIFEST).is_file():
+        now, then = read_manifest(run / source)["fingerprint"], manifest["inputs"].get(source)
         if then not in (None, now):
-            raise CheckpointError(f"{folder} is of another student than {trained}; delete it and evaluate again.")
-    found = _read(folder / RESULTS, _of_rows)
-    if (folder / QUALITY).is_file():
-        found |= _read(folder / QUALITY, _of_quality)
-    return found
+            raise CheckpointError(f"{folder} is of another student than {run / source}; delete it and run again.")
+    return True
 
 
 def _read(path: Path, parse: Any) -> dict[str, Measured]:
@@ -71,7 +87,9 @@ def _read(path: Path, parse: Any) -> dict[str, Measured]:
         return {metric.name: metric for metric in parse(json.loads(path.read_text(encoding="utf-8")))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} is not as it is written ({problem}); delete {path.parent} and run again.") from None
+        raise CheckpointError(
+            f"{path} is not as it is written ({problem}); delete {path.parent} and run again."
+        ) from None
 
 
 def _of_rows(rows: list[dict[str, Any]]) -> Iterator[Measured]:
@@ -104,6 +122,24 @@ def _of_quality(quality: dict[str, Any]) -> Iterator[Measured]:
             for part in ("models", "against_teacher")
         ]
         yield Measured(str(metric["metric"]), *parts)
+
+
+def _of_profile(profile: dict[str, Any]) -> Iterator[Measured]:
+    """Yield speed and memory of the exported student and of the teacher; repeats spread, but are no interval."""
+    student = {"student": PRUNED}.get(profile["exported"], profile["exported"])
+    for engine in profile["engines"]:
+        values: dict[str, dict[str, Figure]] = {}
+        for label, told in engine["models"].items():
+            model = {"student": student}.get(label, label)
+            timed = {
+                f"{key}/{row['batch']}": row[key]["median"] for row in told["batches"] for key in row if key in SERVED
+            }
+            for key, value in {**timed, **{key: told[key] for key in told if key in SERVED}}.items():
+                kind, _, batch = key.partition("/")
+                name = "/".join([SERVED[kind], engine["engine"], *([batch] if batch else [])])
+                if _is_number(value):
+                    values.setdefault(name, {})[model] = Figure(float(value))
+        yield from (Measured(name, models, _drift(models)) for name, models in values.items())
 
 
 def _figure(told: dict[str, Any]) -> Figure:

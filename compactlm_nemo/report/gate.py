@@ -14,14 +14,14 @@ from rich.console import Console
 from compactlm_nemo.config.gate import Compared, GateRunConfig, LimitConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError, GateFailed, listed
-from compactlm_nemo.report.figures import FORWARD_SPEED, PARAMS, Figure, Measured, measured
+from compactlm_nemo.report.figures import FORWARD_SPEED, PARAMS, SERVED, Figure, Measured, measured
 from compactlm_nemo.report.tables import rich_table
 
 OF_HELDOUT_TEXTS = ("loss", "top1_agreement", "kl")
 """Kinds of metrics that are measured on every held-out text, under its name."""
 OTHER_KINDS = (
     "choices", "ece", "brier", "bias_ambiguous", "bias_disambiguated", "accuracy_ambiguous", "accuracy_disambiguated",
-    "distinct_4", "loops", "task",
+    "distinct_4", "loops", "task", *SERVED.values(),
 )  # fmt: skip
 _SHOWN = 5
 
@@ -114,8 +114,8 @@ def _unmatched(name: str, limit: LimitConfig, known: Sequence[str], whose: str) 
     shown = ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else "")
     hint = f"did you mean {' or '.join(near)}?" if near else f"there is {shown or 'nothing'}."
     return (
-        f"gate.limits.{name}.metric={limit.metric} is not among {whose}; {hint} Correct the name, measure it, or choose "
-        "a gate without it."
+        f"gate.limits.{name}.metric={limit.metric} is not among {whose}; {hint} Correct the name, measure it, or "
+        "choose a gate without it."
     )
 
 

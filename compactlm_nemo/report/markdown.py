@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest
+from compactlm_nemo.config.gate import LimitConfig
 from compactlm_nemo.config.score import BLOCK_METRICS, DepthMetric, WidthMetric
 from compactlm_nemo.importance.scores import Scores, load_scores
+from compactlm_nemo.report.gate import verdicts_of
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
 from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, tokens_curve
 from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
@@ -48,8 +51,12 @@ def table_rows(run_dir: Path) -> list[dict[str, Any]]:
     return table
 
 
-def write_report(run_dir: Path, folder: Path) -> None:
-    """Write report.md and its plots, from what the other stages left in the run's folder."""
+def write_report(run_dir: Path, folder: Path, limits: Mapping[str, LimitConfig] | None = None) -> None:
+    """Write report.md and its plots, from what the other stages left in the run's folder.
+
+    Args:
+        limits: Of the gate; the report ends with a verdict on each.
+    """
     plot_loss_curve(_metrics(run_dir / "distill"), folder / "loss.png", _heldout_losses(run_dir))
     points = [
         {"model": row["model"], "params": row["params"], "lm_loss_nats": value, "text": key.removeprefix("loss_")}
@@ -79,8 +86,16 @@ def write_report(run_dir: Path, folder: Path) -> None:
         "",
         *_search(run_dir, folder),
         *_importance(run_dir, folder),
+        *(_gate(limits, run_dir) if limits else []),
     ]
     atomic_write_text(folder / "report.md", "\n".join(text) + "\n")
+
+
+def _gate(limits: Mapping[str, LimitConfig], run_dir: Path) -> list[str]:
+    """Return the report's lines about the limits of the gate."""
+    verdicts = verdicts_of(limits, run_dir)
+    verdict = "PASS" if all(each.passed for each in verdicts) else "FAIL"
+    return ["", "## Gate", "", comparison_markdown([each.row() for each in verdicts]).rstrip(), "", f"**{verdict}**"]
 
 
 def _search(run_dir: Path, folder: Path) -> list[str]:
