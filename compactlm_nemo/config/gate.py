@@ -62,7 +62,7 @@ def limit_of(key: str, value: Any) -> LimitConfig:
         known, chosen = choices.__members__, given.get(name)
         if name in given and not isinstance(chosen, choices):
             require(isinstance(chosen, str) and chosen in known, f"{key}.{name}={chosen} must be {' or '.join(known)}.")
-            given[name] = known[chosen]
+            given[name] = known[str(chosen)]
     limit = LimitConfig(**given)
     require(isinstance(limit.confident, bool), f"{key}.confident={limit.confident} must be true or false.")
     require(
