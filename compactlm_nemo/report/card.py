@@ -10,7 +10,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from compactlm_nemo import __version__
+import compactlm_nemo
 from compactlm_nemo.artifacts import MANIFEST, git_commit, package_versions, read_manifest
 from compactlm_nemo.models.dims import MODEL, Dims
 from compactlm_nemo.report.figures import Measured
@@ -56,7 +56,7 @@ def run_card(
         "model": artifact,
         "teacher": teacher,
         "made_with": {
-            "compactlm_nemo": __version__,
+            "compactlm_nemo": compactlm_nemo.__version__,
             "git_commit": git_commit(),
             "python": platform.python_version(),
             "packages": package_versions(),

@@ -93,7 +93,8 @@ OTHERS: dict[str, Any] = {
     "distill.loss.jsd_beta": 0.3, "wandb.project": "x",
     "correct.min_lr": 1e-8, "correct.while_distilling": None,
     **{f"cluster.{name}": 0.1 for name in SHARES}, "plan.margin": 0.2,
-    "gate.limits": {"a": LimitConfig(metric="loss/b", at_most=1.0)}, "plan.benefit": None, **{f"plan.{name}": None for name in BENEFIT},
+    "gate.limits": {"a": LimitConfig(metric="loss/b", at_most=1.0)},
+    "plan.benefit": None, **{f"plan.{name}": None for name in BENEFIT},
 }  # fmt: skip
 """Another value of a setting that has rules of its own; None where it needs a test of its own below."""
 
