@@ -24,6 +24,10 @@ class Interrupted(CompactLMError):
         self.code = code
 
 
+class GateFailed(CompactLMError):
+    """A student that does not keep the limits of the gate; the command ends with an exit code of its own."""
+
+
 class ConfigError(CompactLMError):
     """A setting, or a combination of settings, that cannot work."""
 

@@ -9,7 +9,7 @@ def compare_scores(config: CompareConfig) -> None:
     """Compare, or in a dry run check the files and show the settings."""
     from rich.console import Console
 
-    from compactlm_nemo.report.compare import compare
+    from compactlm_nemo.report.compare_scores import compare
 
     compare(config, Console())
     if config.dry_run:

@@ -14,8 +14,10 @@ import pytest
 from compactlm_nemo.config import load
 from compactlm_nemo.config.load import (
     COMPARE,
+    COMPARE_RUNS,
     CONF,
     DASHBOARD,
+    GATE,
     PLAN,
     STATUS,
     SUBMIT,
@@ -34,10 +36,10 @@ from compactlm_nemo.workflow.submit import split_words
 from tests.support import commands
 
 ROOT = CONF.parent
-OWN_ROOTS = {root.file: root for root in (COMPARE, DASHBOARD, PLAN, STATUS, VERIFY)}
+OWN_ROOTS = {root.file: root for root in (COMPARE, COMPARE_RUNS, DASHBOARD, GATE, PLAN, STATUS, VERIFY)}
 """Roots of the recipes with settings of their own, by recipe."""
-EXPERIMENTS, MODELS, CLUSTERS = (
-    sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("experiment", "model", "cluster")
+EXPERIMENTS, MODELS, CLUSTERS, GATES = (
+    sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("experiment", "model", "cluster", "gate")
 )
 # Published sizes: arXiv 2407.14679 tables 1 and 5 (15.6B, 8.27B, 4.19B), arXiv 2408.11796 (8.0B, 4.5B; 12.2B, 8.4B).
 PUBLISHED_BILLIONS = {
@@ -237,7 +239,7 @@ def test_help_names_every_setting() -> None:
     words = [sys.executable, "-m", "recipes.distill", "--help"]  # as from a shell
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0
-    groups = {"experiment": EXPERIMENTS, "model": MODELS, "cluster": CLUSTERS}
+    groups = {"experiment": EXPERIMENTS, "model": MODELS, "cluster": CLUSTERS, "gate": GATES}
     assert "".join(f"{group}s: {', '.join(names)}\n" for group, names in groups.items()) in result.stdout
     for key, _, meaning, _ in schema_reference():
         assert key in result.stdout
@@ -273,11 +275,13 @@ def test_documented_commands_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         rest = words[words.index(module) + 1 :]
         if any(word.startswith("-") for word in rest):
             continue  # tests/config/test_command_line.py runs those with flags
+        own = OWN_ROOTS.get(module.removeprefix("recipes."))
+        rest = own.overrides(rest) if own else rest
         rest = [word for word in rest if "=" in word]
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), command
         if module in ("recipes.submit", "slurm.nemo_run"):
-            own, (recipe, *rest) = split_words(words[words.index(module) + 1 :])
-            job = compose_root(SUBMIT, own)
+            of_job, (recipe, *rest) = split_words(words[words.index(module) + 1 :])
+            job = compose_root(SUBMIT, of_job)
             assert (ROOT / "recipes" / f"{recipe}.py").is_file(), command
             run = compose(rest)
             assert launch_problems(run, run.nodes * job.site.gpus_per_node) == "", command

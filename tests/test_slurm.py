@@ -75,7 +75,7 @@ def test_overrides_and_rendezvous_arrive_untouched(tmp_path: Path, recipe: str) 
 
 
 RECIPES = {path.stem for path in (ROOT / "recipes").glob("[a-z]*.py")}
-WITHOUT_A_MODEL = {"compare_scores", "dashboard", "plan", "status", "submit", "verify"}
+WITHOUT_A_MODEL = {"compare", "compare_scores", "dashboard", "gate", "plan", "status", "submit", "verify"}
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES - {"check_nodes"}))

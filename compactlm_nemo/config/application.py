@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from compactlm_nemo.config.completion import BASH
 from compactlm_nemo.config.load import (
     CONF,
+    GATE,
     PLAN,
     RUN,
     SUBMIT,
@@ -38,8 +39,8 @@ from compactlm_nemo.errors import ConfigError
 
 T = TypeVar("T")
 
-_OF_A_RUN = ("experiment", "model", "cluster")
-_GROUPS = {RUN.file: _OF_A_RUN, PLAN.file: _OF_A_RUN, SUBMIT.file: ("site",)}
+_OF_A_RUN = ("experiment", "model", "cluster", "gate")
+_GROUPS = {RUN.file: _OF_A_RUN, PLAN.file: _OF_A_RUN, SUBMIT.file: ("site",), GATE.file: ("gate",)}
 """Groups of conf/ of which a command line names a file."""
 
 
@@ -67,7 +68,9 @@ class Application(Generic[T]):
                 print(BASH)
                 return 0
         else:
-            overrides = hydra_overrides(self.root.schema, overrides, sweeps=_sweeps(flags, overrides))
+            overrides = hydra_overrides(
+                self.root.schema, self.root.overrides(overrides), sweeps=_sweeps(flags, overrides)
+            )
         register_schema(self.root)
         with contextlib.ExitStack() as stack:
             if _sweeps(flags, overrides):

@@ -1,7 +1,7 @@
 """A function of settings becomes a command: `key=value` overrides in, an exit code and at most one line of error out.
 
-Exit codes: 0 done, 1 a fault of this program, 2 settings or inputs, 75 try again (disk, network, another rank), and
-128 + N after signal N.
+Exit codes: 0 done, 1 a fault of this program, 2 settings or inputs, 3 a limit of the gate does not hold, 75 try again
+(disk, network, another rank), and 128 + N after signal N.
 """
 
 from __future__ import annotations

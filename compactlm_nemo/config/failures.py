@@ -17,10 +17,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from compactlm_nemo.config.load import HYDRA_ERRORS, one_line
-from compactlm_nemo.errors import CompactLMError, Interrupted, OtherRankError
+from compactlm_nemo.errors import CompactLMError, GateFailed, Interrupted, OtherRankError
 
-FAULT, USER, TRY_AGAIN = 1, 2, 75
-"""Exit codes: a fault of this program; settings or inputs; what may pass by itself, so that a job is requeued."""
+FAULT, USER, GATE, TRY_AGAIN = 1, 2, 3, 75
+"""Exit codes: a fault of this program; settings or inputs; a student that the gate holds back; what may pass by itself,
+so that a job is requeued."""
 
 EXIT_FILE = "COMPACTLM_EXIT_FILE"
 """Variable with the path of the file that takes a run's exit code; `slurm/run.sbatch` sets it."""
@@ -67,6 +68,8 @@ def explain(error: BaseException, run_dir: str | None = None) -> Failure:
     chain = list(_chain(error))
     if isinstance(error, Interrupted):
         return Failure(f"stopped: {error}", error.code, is_of_all_ranks=True)
+    if isinstance(error, GateFailed):
+        return Failure(f"gate: {error}", GATE, is_of_all_ranks=True)
     if isinstance(error, CompactLMError):
         return Failure(f"error: {error}", USER, isinstance(error, OtherRankError))
     if isinstance(error, HYDRA_ERRORS):

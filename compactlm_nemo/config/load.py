@@ -18,9 +18,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from compactlm_nemo.config.compare import CompareRunsConfig
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.fingerprint import MARK
-from compactlm_nemo.config.overrides import hydra_overrides
+from compactlm_nemo.config.gate import GateRunConfig
+from compactlm_nemo.config.overrides import hydra_overrides, known_settings, quoted
 from compactlm_nemo.config.run import DashboardConfig, VerifyConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.submit import StatusConfig, SubmitConfig
@@ -53,13 +55,35 @@ class Root(Generic[T]):
     file: str
     usage: str
     """What follows `python -m ` on its help page."""
+    folders: str | None = None
+    """The setting, a list, whose values may stand on the command line as words of their own; None where none may."""
+
+    def overrides(self, words: list[str]) -> list[str]:
+        """Return words with those that are folders gathered into one override.
+
+        A word with an equals sign is a folder too where there is one, as `runs/sweep/distill.lr=1e-4`, unless it begins
+        with the name of a setting.
+        """
+        if self.folders is None:
+            return words
+        folders = [word for word in words if "=" not in word or self._is_folder(word)]
+        rest = [word for word in words if word not in folders]
+        if not folders:
+            return words
+        if any(word.startswith(f"{self.folders}=") for word in rest):
+            raise ConfigError(f"{self.folders}=... and {folders[0]} both name folders; name them all in one way.")
+        return [*rest, f"{self.folders}=[{','.join(map(quoted, folders))}]"]
+
+    def _is_folder(self, word: str) -> bool:
+        schema: type = self.schema
+        return word.partition("=")[0] not in known_settings(schema).keys and Path(word).is_dir()
 
 
 RUN = Root(
     Config,
     "schema",
     "config",
-    "recipes.RECIPE [experiment=NAME] [model=NAME] [cluster=NAME nodes=N] [key=value ...] [dry_run=true]",
+    "recipes.RECIPE [experiment=NAME] [model=NAME] [cluster=NAME nodes=N] [gate=NAME] [key=value ...] [dry_run=true]",
 )
 COMPARE = Root(
     CompareConfig,
@@ -73,6 +97,14 @@ PLAN = Root(
     "schema",
     "plan",
     "recipes.plan cluster=NAME nodes=N [experiment=NAME] [model=NAME] [plan.search=true] [key=value of a run ...]",
+)
+GATE = Root(GateRunConfig, "gate_schema", "gate", "recipes.gate run.dir=RUN gate=NAME [key=value ...] [dry_run=true]")
+COMPARE_RUNS = Root(
+    CompareRunsConfig,
+    "compare_runs_schema",
+    "compare",
+    "recipes.compare RUN RUN ... [out=FOLDER] [wandb.mode=online] [dry_run=true]",
+    folders="runs",
 )
 VERIFY = Root(VerifyConfig, "verify_schema", "verify", "recipes.verify run.dir=RUN [dry_run=true]")
 STATUS = Root(StatusConfig, "status_schema", "status", "recipes.status run.dir=RUN")
@@ -128,7 +160,7 @@ def compose(overrides: list[str]) -> Config:
 def compose_root(root: Root[T], overrides: list[str]) -> T:
     """Return the configuration of any root that a command line of these overrides gives; a recipe may call it too."""
     register_schema(root)
-    written = hydra_overrides(root.schema, overrides)
+    written = hydra_overrides(root.schema, root.overrides(overrides))
     running = GlobalHydra.instance().hydra  # of the recipe that calls
     GlobalHydra.instance().clear()
     try:

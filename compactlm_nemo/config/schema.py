@@ -13,6 +13,7 @@ from compactlm_nemo.config.distill import DistillConfig
 from compactlm_nemo.config.evaluate import EvaluateConfig
 from compactlm_nemo.config.export import ExportConfig
 from compactlm_nemo.config.fingerprint import setting
+from compactlm_nemo.config.gate import GateConfig
 from compactlm_nemo.config.loss import CROSS_ENTROPY, HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.parallel import ParallelConfig
@@ -46,6 +47,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """The cluster that the run is meant for; cluster=NAME takes conf/cluster/NAME.yaml."""

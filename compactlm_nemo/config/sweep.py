@@ -16,17 +16,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from compactlm_nemo.config.failures import FAULT, TRY_AGAIN, USER, explain, pipe_closed, report
+from compactlm_nemo.config.failures import FAULT, GATE, TRY_AGAIN, USER, explain, pipe_closed, report
 from compactlm_nemo.config.overrides import parse
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.errors import ConfigError, Interrupted
+from compactlm_nemo.errors import ConfigError, GateFailed, Interrupted
 
 T = TypeVar("T")
 
 JOB = "sweep.json"
 """File in the folder of each run of a sweep."""
 
-_URGENCY = (TRY_AGAIN, FAULT, USER)
+_URGENCY = (TRY_AGAIN, FAULT, USER, GATE)
 """Exit codes, the one first that a sweep ends with when several of its runs fail: a requeue serves the first."""
 
 
@@ -90,7 +90,8 @@ class Sweep:
             failure = explain(error, folder)
             code = report(failure, error, folder)
             self._note(folder, subfolder, code, failure.line)
-            if os.getpid() == self.process and (isinstance(error, Interrupted) or _is_one_of_many_ranks()):
+            is_over = isinstance(error, Interrupted) or (_is_one_of_many_ranks() and not isinstance(error, GateFailed))
+            if os.getpid() == self.process and is_over:
                 sys.exit(code)  # the job ends, or the ranks are out of step: nothing more can run here
         else:
             self._note(folder, subfolder, 0, "")

@@ -26,6 +26,7 @@ def environment_outside() -> dict[str, str]:
     """Return the environment without what belongs to this launch, for a process of its own."""
     return {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCH)}
 
+
 _SETTINGS = ("tasks", "task_folder", "task_limit", "micro_batch")
 """What lm-eval's own process is told of `evaluate`."""
 

@@ -20,7 +20,14 @@ FOLDERS = ("additional_chat_templates",)
 CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 """Which tensor is in which file."""
-OF_THE_FILES = (".index.json", "trainer_state.json", "training_args.json", "adapter_config.json", "_results.json")
+OF_THE_FILES = (
+    ".index.json",
+    "trainer_state.json",
+    "training_args.json",
+    "adapter_config.json",
+    "_results.json",
+    "card.json",
+)
 """How names end that tell of the weights' files or of a training, and so of nothing that a student has."""
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tekken.json")
 """Files, beside `*.model` and `*.tiktoken`, with the vocabulary that tokenizer.json has too."""

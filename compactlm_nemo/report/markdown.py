@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest
+from compactlm_nemo.config.gate import LimitConfig
 from compactlm_nemo.config.score import BLOCK_METRICS, DepthMetric, WidthMetric
 from compactlm_nemo.importance.scores import Scores, load_scores
+from compactlm_nemo.report.gate import Verdict, verdicts_of
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
 from compactlm_nemo.report.page import page
 from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, tokens_curve
@@ -55,10 +58,17 @@ def table_rows(run_dir: Path) -> list[dict[str, Any]]:
     return table
 
 
-def write_report(run_dir: Path, folder: Path, profile: Path | None = None) -> None:
+def write_report(
+    run_dir: Path,
+    folder: Path,
+    *,
+    limits: Mapping[str, LimitConfig] | None = None,
+    profile: Path | None = None,
+) -> None:
     """Write report.md, report.html and the plots, from what the other stages left in the run's folder.
 
     Args:
+        limits: Of the gate; the report begins with its verdict and ends with that on each limit.
         profile: Folder of the profile stage, None of a run without one.
     """
     figures: Figures = {}
@@ -74,9 +84,11 @@ def write_report(run_dir: Path, folder: Path, profile: Path | None = None) -> No
     recovered = [f"- {name}: {_percent(share)}" for name, share in _recovered(run_dir).items()]
     shape = read_manifest(run_dir / "student")["results"]["shape"]
     trained = read_manifest(run_dir / "distill")["results"]
+    verdicts = verdicts_of(limits, run_dir) if limits else []
     text = [
         f"# {run_dir.name}",
         "",
+        *([f"Gate: {_outcome(verdicts)}", ""] if verdicts else []),
         comparison_markdown(table_rows(run_dir)),
         "",
         "Share of the loss gap between teacher and pruned model that distillation closed:",
@@ -94,10 +106,23 @@ def write_report(run_dir: Path, folder: Path, profile: Path | None = None) -> No
         *(speed_lines(json.loads((profile / "profile.json").read_text())) if profile else []),
         *_search(run_dir, folder, figures),
         *_importance(run_dir, folder, figures),
+        *_gate(verdicts),
     ]
     markdown = "\n".join(text) + "\n"
     atomic_write_text(folder / "report.md", markdown)
     atomic_write_text(folder / "report.html", page(markdown, figures))
+
+
+def _gate(verdicts: list[Verdict]) -> list[str]:
+    """Return the report's lines about the limits of the gate."""
+    if not verdicts:
+        return []
+    return ["", "## Gate", "", comparison_markdown([each.row() for each in verdicts]).rstrip(), "", _outcome(verdicts)]
+
+
+def _outcome(verdicts: list[Verdict]) -> str:
+    failed = sum(not each.passed for each in verdicts)
+    return f"**FAIL**: {failed} of {len(verdicts)} limits are not kept" if failed else "**PASS**: all limits are kept"
 
 
 def _search(run_dir: Path, folder: Path, figures: Figures) -> list[str]:

@@ -88,11 +88,17 @@ def _dtype(run: Run, hf_assets: Path) -> torch.dtype:
 
 
 def _write_card(run: Run, target: Path, dtype: str) -> None:
-    """Write README.md, and warn where older readers will not load the model."""
+    """Write README.md and card.json, and warn where older readers will not load the model.
+
+    Both say what is known by now; they are never touched again, as the manifest has their hashes.
+    """
     import json
     import logging
 
+    from compactlm_nemo.artifacts import write_json
     from compactlm_nemo.models.hf_assets import CARD
+    from compactlm_nemo.report.card import FILE, run_card
+    from compactlm_nemo.report.figures import measured
     from compactlm_nemo.report.model_card import TEACHER_WORDS, model_card
     from compactlm_nemo.stages.context import HF
 
@@ -101,6 +107,10 @@ def _write_card(run: Run, target: Path, dtype: str) -> None:
         logging.getLogger(__name__).warning("%s: %s", target, remark)
     words = json.loads((teacher / TEACHER_WORDS).read_text()) if (teacher / TEACHER_WORDS).is_file() else {}
     (target / CARD).write_text(model_card(card, teacher / HF, words), encoding="utf-8")
+    artifact, folder = ARTIFACTS[run.config.export.of], teacher.parent
+    found = measured(folder, ["evaluate"]) if _is_evaluated(run) else {}
+    told = run_card(folder, artifact, teacher=card.teacher, measured=found)
+    write_json(target / FILE, told | {"dtype": dtype})
 
 
 def _card(run: Run, dtype: str) -> Card:
@@ -161,15 +171,22 @@ def _losses(run: Run) -> list[dict[str, Any]]:
     """Return the rows of the evaluate stage where it has measured this model; a card does without them else."""
     import json
 
-    from compactlm_nemo.artifacts import MANIFEST, read_manifest
-
+    if not _is_evaluated(run):
+        return []
     evaluated = run.path("distill").parent / "evaluate"
-    if not (evaluated / MANIFEST).is_file():
-        return []
-    if read_manifest(evaluated)["inputs"].get("distill") != run.fingerprint("distill"):
-        return []
     rows: list[dict[str, Any]] = json.loads((evaluated / "results.json").read_text())
     return rows
+
+
+def _is_evaluated(run: Run) -> bool:
+    """Whether the model that leaves is a distilled one that the evaluate stage has measured."""
+    from compactlm_nemo.artifacts import MANIFEST, read_manifest
+
+    if run.config.export.of is not ExportedModel.distilled:
+        return False
+    evaluated = run.path("distill").parent / "evaluate"
+    is_there = (evaluated / MANIFEST).is_file()
+    return is_there and read_manifest(evaluated)["inputs"].get("distill") == run.fingerprint("distill")
 
 
 def _reads(of: ExportedModel) -> dict[str, Any]:

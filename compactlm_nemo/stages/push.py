@@ -6,12 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.artifacts import MANIFEST, read_manifest
+from compactlm_nemo.config.export import ExportedModel
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
     from compactlm_nemo.stages.context import Run
+
+
+JUDGED_AS = {ExportedModel.distilled: "distilled", ExportedModel.student: "pruned", ExportedModel.teacher: None}
+"""Model that leaves -> how the gate's limits call it; the teacher is what they compare with."""
 
 
 def push_problems(config: Config, models: list[Dims]) -> list[str]:
@@ -21,6 +26,11 @@ def push_problems(config: Config, models: list[Dims]) -> list[str]:
     from huggingface_hub import constants, get_token
 
     where = f"export.push={config.export.push}"
+    judged = {limit.model.name for limit in config.gate.limits.values()}
+    leaving = JUDGED_AS[config.export.of]
+    if judged and leaving not in judged:
+        way_out = f"give one model: {leaving}, or leave the gate out" if leaving else "leave the gate or the push out"
+        return [f"{where} with export.of={config.export.of.name}: no limit of the gate is of that model; {way_out}."]
     if constants.HF_HUB_OFFLINE:
         return [f"{where} needs the Hub, and HF_HUB_OFFLINE is set; unset it, or leave export.push out."]
     if not get_token():
@@ -81,6 +91,7 @@ STAGE = Stage(
     writes="push",
     settings=lambda config: {"export.push": config.export.push},
     is_wanted=lambda config: config.export.push is not None,
+    is_gated=True,
     problems=push_problems,
     plan=push_plan,
     run=push,

@@ -45,6 +45,8 @@ class Stage:
     problems: Callable[[Config, list[Dims]], list[str]] = lambda config, models: []
     """Broken rules between settings, a line each; `models` are the teacher and every candidate, where they are
     known."""
+    is_gated: bool = False
+    """Whether it lets the model leave: it is left out where the gate fails."""
     plan: Callable[[Config], list[str]] = lambda config: []
     """Further lines of a dry run, about what it would do outside of `run.dir`."""
 

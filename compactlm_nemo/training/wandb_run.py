@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from rich.console import Console
 
 from compactlm_nemo.artifacts import atomic_write_text
-from compactlm_nemo.config.run import WandbConfig, WandbMode
+from compactlm_nemo.config.run import WandbConfig, WandbMode, WandbProject
 
 WANDB_ID = "wandb_id"
 BATCH = "train/batch"
@@ -163,6 +163,35 @@ class WandbRun:
         folders = Path(run.settings.wandb_dir) / f"offline-run-*-{run.id}"
         Console(soft_wrap=True).print(f"  W&B is offline; to send all parts of this run: wandb sync {folders}")
         return 1 + max([-1, *(step for path in earlier for step in _steps_in(path))])
+
+
+def log_table(
+    folder: Path, mode: WandbMode, project: WandbProject, name: str | None, title: str, rows: list[dict[str, Any]]
+) -> bool:
+    """Log rows as a table of a W&B run of its own, whose files lie in a folder; return whether W&B is on.
+
+    Args:
+        rows: With numbers, text and None; a column is a key.
+    """
+    is_on = wandb_mode(mode)
+    if is_on == "disabled":
+        return False
+    import wandb
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    run = wandb.init(
+        mode=is_on,
+        entity=project.known_entity,
+        project=project.known_project,
+        name=name,
+        job_type="compare",
+        dir=None if os.environ.get("WANDB_DIR") else str(folder),
+        settings=wandb.Settings(console="off"),
+    )
+    data: list[Any] = [[row.get(key) for key in columns] for row in rows]
+    run.log({title: wandb.Table(columns=[*columns], data=data)})
+    run.finish()
+    return True
 
 
 def _kept_id(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from compactlm_nemo.config.compare import CompareRunsConfig
 from compactlm_nemo.config.evaluate import CompareConfig
 from compactlm_nemo.config.load import schema_reference
 from compactlm_nemo.config.schema import Config
@@ -32,7 +33,7 @@ taken for done.
 def reference_markdown() -> str:
     """Return the page."""
     settings = [(f"`{key}`", f"`{default}`", text, mark) for key, default, text, mark in schema_reference(Config)]
-    others = {"compare_scores": CompareConfig, "submit": SubmitConfig}
+    others = {"compare": CompareRunsConfig, "compare_scores": CompareConfig, "submit": SubmitConfig}
     return (
         HEAD
         + _table(("stage", "from what to what", "reads", "writes"), _stage_rows())

@@ -91,6 +91,10 @@ def run_stages(config: Config, only: str | None = None, until: str | None = None
         from compactlm_nemo.report.markdown import show
 
         show(Path(config.run.dir), console)
+    if config.gate.limits and (names[-1] == "report" or STAGES[names[-1]].is_gated):
+        from compactlm_nemo.report.gate import hold
+
+        hold(config.gate.limits, Path(config.run.dir), console)  # on every rank: all end alike
 
 
 def _folder(stage: Stage, config: Config) -> Path:
@@ -119,6 +123,15 @@ def _done_before(stage: Stage, config: Config, settings: dict[str, Any], inputs:
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.symlink_to(os.path.relpath(other, folder.parent.resolve()))
     return f"done before in {other.parent}, linked"
+
+
+def _held_back(stage: Stage, config: Config) -> str:
+    """Return why the gate lets a stage not begin; empty where it does, or is none."""
+    if not (stage.is_gated and config.gate.limits):
+        return ""
+    from compactlm_nemo.report.gate import passes
+
+    return "" if passes(config.gate.limits, Path(config.run.dir)) else "left out, as the gate says FAIL"
 
 
 def _inputs(stage: Stage, config: Config) -> dict[str, str]:
@@ -165,7 +178,7 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
     with main_rank_writes() as writes:
         if writes:
             settings, inputs = _identity(stage, config)
-            told = _done_before(stage, config, settings, inputs)
+            told = _done_before(stage, config, settings, inputs) or _held_back(stage, config)
             if not told:
                 fresh_folder(folder)
     if told := broadcast_object(told):

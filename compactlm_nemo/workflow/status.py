@@ -81,11 +81,9 @@ def _stage(run: Path, name: str, artifact: str) -> str:
 
 def _training(progress: Path) -> str:
     """Return steps, tokens, loss and time left of a training, from its settings and the end of its metrics."""
-    settings, line = _read(progress / "settings.json"), _last_line(progress / METRICS)
+    line, done, steps, step_tokens = steps_done(progress)
     if not line:
         return "begun, no step yet"
-    done, steps = int(line["step"]) + 1, settings.get("distill.steps")
-    step_tokens = settings.get("distill.global_batch", 0) * settings.get("data.sequence_length", 0)
     parts = [f"step {done} of {steps}" if steps else f"step {done}"]
     if step_tokens:
         parts.append(f"{done * step_tokens:,}" + (f" of {steps * step_tokens:,} tokens" if steps else " tokens"))
@@ -96,6 +94,13 @@ def _training(progress: Path) -> str:
         if steps:
             parts.append(f"{timedelta(seconds=round((steps - done) * step_tokens / line[SPEED]))} of training left")
     return ", ".join([*parts, f"last step {_ago(progress / METRICS)} ago"])
+
+
+def steps_done(progress: Path) -> tuple[dict[str, Any], int, int | None, int]:
+    """Return a training's last line of metrics, its steps so far, those of the whole, and the tokens of a step."""
+    settings, line = _read(progress / "settings.json"), _last_line(progress / METRICS)
+    step_tokens = settings.get("distill.global_batch", 0) * settings.get("data.sequence_length", 0)
+    return line, int(line.get("step", -1)) + 1, settings.get("distill.steps"), step_tokens
 
 
 def _last_line(path: Path) -> dict[str, Any]:

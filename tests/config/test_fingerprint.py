@@ -17,6 +17,7 @@ from compactlm_nemo.config.distill import DistillConfig, Result
 from compactlm_nemo.config.evaluate import ContinuationsConfig, EvaluateConfig
 from compactlm_nemo.config.export import ExportConfig, ExportDtype, ExportFormat
 from compactlm_nemo.config.fingerprint import MARK
+from compactlm_nemo.config.gate import LimitConfig
 from compactlm_nemo.config.loss import HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.plan import BENEFIT, PlanConfig
@@ -75,7 +76,7 @@ READ_BY = {
     "evaluate": {"evaluate"}, "evaluate.micro_batch": set(),
     "evaluate.choices": set(), "evaluate.bias": set(),  # their content decides, as that of every file
     "export": {"export"}, "export.push": {"push"},
-    "profile": {"profile"},
+    "profile": {"profile"}, "gate": {"report"},
     "wandb": set(), "cluster": set(), "nodes": set(), "plan": set(),
 }  # fmt: skip
 """Setting, or section of those that are not listed themselves -> the stages whose result another value changes."""
@@ -100,6 +101,7 @@ OTHERS: dict[str, Any] = {
     "evaluate.choices": {"a": "a.jsonl"}, "evaluate.bias": {"a": "a.jsonl"},
     "correct.min_lr": 1e-8, "correct.while_distilling": None,
     **{f"cluster.{name}": 0.1 for name in SHARES}, "plan.margin": 0.2,
+    "gate.limits": {"a": LimitConfig(metric="loss/b", at_most=1.0)},
     "plan.benefit": None, **{f"plan.{name}": None for name in BENEFIT},
 }  # fmt: skip
 """Another value of a setting that has rules of its own; None where it needs a test of its own below."""

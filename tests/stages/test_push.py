@@ -68,7 +68,7 @@ def test_a_dry_run_says_what_it_would_push(inputs: Path, exported: Path) -> None
     assert done.returncode == 0, done.stderr
     sizes = [described["bytes"] for described in read_manifest(exported / "export")["outputs"].values()]
     assert (
-        f"push: would upload {len(sizes)} files, {sum(sizes):,} bytes, to org/name: README.md, config.json"
+        f"push: would upload {len(sizes)} files, {sum(sizes):,} bytes, to org/name: README.md, card.json, config.json"
         in done.stdout
     )
     assert server.created == [] and server.files == {}

@@ -16,7 +16,7 @@ from compactlm_nemo.config.load import COMPARE, compose_root, schema_reference
 from compactlm_nemo.config.score import WidthMetric
 from compactlm_nemo.errors import ConfigError, DataError, NumericsError
 from compactlm_nemo.importance.scores import FILE, Scores, save_scores
-from compactlm_nemo.report.compare import comparison_rows, header_lines, metric_pairs
+from compactlm_nemo.report.compare_scores import comparison_rows, header_lines, metric_pairs
 from recipes import compare_scores
 from tests.support import commands
 
