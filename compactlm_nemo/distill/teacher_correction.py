@@ -17,9 +17,9 @@ from compactlm_nemo.training.callbacks import Callback, Metrics, Step
 from compactlm_nemo.training.checkpoint import Checkpoints, TrainState
 from compactlm_nemo.training.optimizer import TrainableModel
 from compactlm_nemo.training.stability import NonFiniteSteps
-from compactlm_nemo.training.tracker import LOSS
+from compactlm_nemo.training.tracker import CORRECTION_LOSS, LOSS
 
-LOSS_NAME, NORM_NAME, RATE_NAME = "train/correct_loss", "train/correct_grad_norm", "train/correct_lr"
+NORM_NAME, RATE_NAME = "train/correct_grad_norm", "train/correct_lr"
 
 
 class TeacherCorrection(Callback):
@@ -58,7 +58,7 @@ class TeacherCorrection(Callback):
         )
         self.chunks.eval()
         grad_norm = self.model.gradient_norm()
-        metrics = {LOSS_NAME: terms[LOSS], NORM_NAME: grad_norm}
+        metrics = {CORRECTION_LOSS: terms[LOSS], NORM_NAME: grad_norm}
         if not self.non_finite.should_skip(Step(number=step, model=self.model, batches=batches, metrics=metrics)):
             self.model.update(grad_norm)
         return metrics | {RATE_NAME: self.model.lr}

@@ -12,9 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from compactlm_nemo.distill.teacher_correction import LOSS_NAME as CORRECTION_LOSS
 from compactlm_nemo.errors import DataError
-from compactlm_nemo.training.tracker import LM_LOSS, LOSS, TEACHER_LM_LOSS
+from compactlm_nemo.training.tracker import CORRECTION_LOSS, LM_LOSS, LOSS, TEACHER_LM_LOSS
 
 TOKENS = "train/tokens"
 """This metric counts the tokens of a step."""

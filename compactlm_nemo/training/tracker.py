@@ -21,6 +21,8 @@ from compactlm_nemo.training.wandb_run import WandbRun
 METRICS = "metrics.jsonl"
 LOSS, LM_LOSS, TEACHER_LM_LOSS = "train/loss", "train/lm_loss_nats", "train/teacher_lm_loss_nats"
 """The loss that is trained, which the console shows, and the language-model losses of both models."""
+CORRECTION_LOSS = "train/correct_loss"
+"""The loss of a teacher that is trained beside its student."""
 SPEED = "perf/tokens_per_second"
 """Metric shown on the console."""
 

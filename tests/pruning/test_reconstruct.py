@@ -369,8 +369,8 @@ def _replacements(rank: int, world: int, layout: str, root: Path) -> None:
             x, gap = seen[f"layers.{start - 1}.mlp"], seen[f"h.{end}"] - seen[f"r.{start - 1}"]
             gap = gap / 0.4 if case == "granite" else gap  # its residual multiplier
             if case == "llama_mlp_bias":
-                name = f"model.layers.{start - 1}.mlp.down_proj.bias"
-                gap = gap - load_file(root / case / "model.safetensors")[name].double().numpy()
+                bias = load_file(root / case / "model.safetensors")[f"model.layers.{start - 1}.mlp.down_proj.bias"]
+                gap = gap - bias.double().numpy()
             weight = 1 / (seen[f"h.{end}"] ** 2).mean(axis=1, keepdims=True)
             replacement = found[start - 1]
             for got, want in ((replacement.gram_FF, (weight * x).T @ x), (replacement.target_FH, (weight * x).T @ gap)):
@@ -389,9 +389,7 @@ def test_a_replacement_is_weighted_least_squares(teachers):
     x, gap = seen["layers.0.mlp"], seen["h.2"] - seen["r.0"]
     root = 1 / numpy.sqrt((seen["h.2"] ** 2).mean(axis=1, keepdims=True))
 
-    replacement = BlockReplacement(
-        torch.from_numpy((root * x).T @ (root * x)), torch.from_numpy((root * x).T @ (root * gap))
-    )
+    replacement = BlockReplacement(*(torch.from_numpy((root * x).T @ (root * each)) for each in (x, gap)))
     kept = list(range(0, 80, 2))
     damping = numpy.sqrt(0.02 * ((root * x) ** 2).sum(axis=0).mean())
     rows = numpy.vstack([(root * x)[:, kept], damping * numpy.eye(40)])

@@ -42,10 +42,14 @@ def _again(inputs: Path, run: Path, tmp_path: Path, *words: str, lost: tuple[str
 
 def test_the_page_and_the_card_have_the_verdict(run: Path) -> None:
     page = (run / "report" / "report.md").read_text()
-    assert page.rstrip().endswith("**PASS**") and "## Gate" in page
+    assert page.rstrip().endswith("**PASS**: all limits are kept") and "## Gate" in page
+    assert "\nGate: **PASS**" in page
     rows = {row["model"]: row for row in json.loads((run / "evaluate" / "results.json").read_text())}
-    rise = rows["distilled"]["loss_a"] - rows["teacher"]["loss_a"]
-    assert f"| loss | loss/a, distilled - teacher's | {rise:.4g} | – | at most 9 | PASS |" in page
+    metrics = json.loads((run / "evaluate" / "quality.json").read_text())["metrics"]
+    rise = next(each for each in metrics if each["metric"] == "loss/a")["against_teacher"]["distilled"]
+    assert rise["value"] == pytest.approx(rows["distilled"]["loss_a"] - rows["teacher"]["loss_a"], abs=1e-6)
+    ends = f"{rise['low']:.4g} to {rise['high']:.4g}"
+    assert f"| loss | loss/a, distilled - teacher's | {rise['value']:.4g} | {ends} | at most 9 | PASS |" in page
     gate = json.loads((run / "report" / "card.json").read_text())["gate"]
     assert gate["passed"] and [each["limit"] for each in gate["limits"]] == ["loss", "size"]
     assert gate["limits"][1]["value"] == rows["distilled"]["params"] / rows["teacher"]["params"]
@@ -56,7 +60,8 @@ def test_a_run_that_fails_keeps_its_artifacts_and_ends_with_3(inputs: Path, run:
     assert done.returncode == 3, done.stderr
     assert done.stderr.startswith("gate: FAIL, 1 of 2 limits do not hold") and done.stderr.count("\n") == 1
     assert "loss/a, distilled - teacher's" in done.stderr and "at most -9" in done.stderr
-    assert (tmp_path / "run" / "report" / "report.md").read_text().rstrip().endswith("**FAIL**")
+    page = (tmp_path / "run" / "report" / "report.md").read_text()
+    assert page.rstrip().endswith("**FAIL**: 1 of 2 limits are not kept") and "\nGate: **FAIL**: 1 of 2" in page
     assert all((tmp_path / "run" / name / MANIFEST).is_file() for name in ("distill", "evaluate", "export", "report"))
     again = commands.run(command(inputs, tmp_path / "run", LOSS.format(-9), SIZE))
     assert again.returncode == 3 and again.stdout.count("done before, skipped") == 9
