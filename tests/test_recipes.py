@@ -293,6 +293,7 @@ def test_documented_commands_plan(monkeypatch: pytest.MonkeyPatch) -> None:
             run_stages(config)
 
 
+@pytest.mark.slow
 def test_slurm_commands_plan() -> None:
     """In slurm/README.md a recipe and overrides that compose follow the batch script; NAME is any experiment."""
     text = (ROOT / "slurm" / "README.md").read_text().replace("\\\n", " ").replace("NAME", "nemotron4_15b_to_8b")

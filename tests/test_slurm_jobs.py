@@ -181,6 +181,7 @@ def test_an_array_with_a_failing_task_ranks_all_once_that_is_mended(tmp_path: Pa
     assert all(equal_weights(run / "rank" / name / "distill", alone / "rank" / name / "distill") for name in "01")
 
 
+@pytest.mark.slow
 def test_a_job_that_is_warned_of_its_end_or_cancelled_goes_on_to_equal_weights(
     tmp_path: Path, slurm_env: dict[str, str]
 ) -> None:

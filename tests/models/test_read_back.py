@@ -48,6 +48,7 @@ def test_transformers_4_reads_what_was_exported(tmp_path: Path) -> None:
     assert tool.startswith("transformers 4.")
 
 
+@pytest.mark.slow
 def test_every_difference_is_told(tmp_path: Path) -> None:
     """One value, a number format, a weight that a reader makes up, and one that nobody knows of."""
     folder = _exported("llama", tmp_path)

@@ -93,6 +93,7 @@ def test_a_repository_is_the_teacher_that_its_folder_is(inputs: Path, files: dic
     assert imported(one) == imported(two) == imported(plain) != {}
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_commit_that_it_began_with(inputs: Path, files: dict[str, bytes], tmp_path: Path) -> None:
     with hub() as server:
         first = server.publish(files)

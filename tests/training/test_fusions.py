@@ -115,7 +115,7 @@ def _by_torch(rank: int, world: int, folder: str, library: str) -> None:
     _close(got, torch.load(root / "plain.pt")[0])
 
 
-@pytest.mark.parametrize("library", ["apex", "transformer_engine"])
+@pytest.mark.parametrize("library", ["apex", pytest.param("transformer_engine", marks=pytest.mark.slow)])
 def test_a_fused_adam_trains_and_resumes_as_torchs_does(library: str, root: Path) -> None:
     """From a checkpoint before the first step too, on two tensor-parallel ranks, and where the library is not."""
     _ranks_with(library, "_fused_adam", 1, root, library)
@@ -152,7 +152,7 @@ def _accumulates(rank: int, world: int, folder: str, is_compiled: str) -> None:
     assert modules and not any(module.gradient_accumulation_fusion for module in modules)
 
 
-@pytest.mark.parametrize("layers", ["plain_layers", "compiled"])
+@pytest.mark.parametrize("layers", [pytest.param("plain_layers", marks=pytest.mark.slow), "compiled"])
 def test_weight_gradients_are_added_by_the_product_that_makes_them(layers: str, root: Path) -> None:
     _ranks_with("apex", "_accumulates", 1, root, layers)
 

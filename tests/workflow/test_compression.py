@@ -141,7 +141,7 @@ def test_sections_names_and_values_arrive() -> None:
     assert config.evaluate.tasks == ["arc", "a,b"] and config.run.time_limit is None
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @example("A²")
 @example("it's \\")
 @given(st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=30).filter(lambda text: "\\${" not in text))

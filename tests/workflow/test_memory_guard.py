@@ -48,6 +48,7 @@ def with_memory(config: Config, limit: float) -> Config:
     return replace(config, cluster=cluster)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_the_nearest_layout() -> None:
     config = settings("distill.global_batch=8", "distill.micro_batch=8", "distill.recompute=none")
     whole = memory_guard.needs(config, SIZED, ["distill"], 4)[0].bytes
@@ -57,6 +58,7 @@ def test_what_does_not_fit_is_refused_with_the_nearest_layout() -> None:
     assert need.way_out.startswith("no layout of 4 ranks holds it")
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_what_the_cluster_holds(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["experiment=llama31_8b_to_4b_depth", "model.source=absent", "run.dir=none", "cluster=h100_sxm"]
     words += ["dry_run=true"]

@@ -253,6 +253,7 @@ def test_any_other_is_refused(text: str) -> None:
         SubmitConfig(time=text)
 
 
+@pytest.mark.slow
 def test_documented_sweeps_are_submitted(checkout: Path) -> None:
     text = (CONF.parent / "docs" / "command_line.md").read_text().replace("\\\n", " ")
     documented = [shlex.split(line)[3:] for line in text.splitlines() if line.startswith("python -m recipes.submit ")]
