@@ -62,6 +62,13 @@ class DepthMetric(Enum):
     """Fall of the accuracy on `evaluate.tasks` when one block of layers is left out."""
 
 
+class ExpertMetric(Enum):
+    """What ranks experts: a width metric over all tokens, or the mean over the tokens that were sent to one (REAP)."""
+
+    width = "width"
+    reap = "reap"
+
+
 BLOCK_METRICS = (DepthMetric.bi_blocks, DepthMetric.lm_loss_blocks)
 """Depth metrics of contiguous blocks: a cut by one of them takes out one block."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.config.profile import Engine, Phase
-from compactlm_nemo.config.score import DepthMetric, WidthMetric
+from compactlm_nemo.config.score import DepthMetric, ExpertMetric, WidthMetric
 from compactlm_nemo.errors import require
 
 
@@ -72,6 +72,10 @@ class SearchConfig:
     """Which of `score.width` ranks units; null takes the first."""
     depth: DepthMetric | None = setting(None)
     """Which of `score.depth` ranks layers; null takes the first."""
+
+    experts_by: ExpertMetric = setting(ExpertMetric.width)
+    """What ranks experts: width, the metric above, which counts 0 for a token that was sent elsewhere; or reap, the
+    mean over the tokens that were sent to the expert."""
 
     def __post_init__(self) -> None:
         require(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.errors import require
+
+LOSS = "loss"
+"""The name of the distillation's validation loss in `rank.by`."""
 
 
 @dataclass(kw_only=True)
@@ -35,6 +39,16 @@ class RankConfig:
     only: int | None = setting(None, changes_result=False)
     """Train this candidate alone and rank nothing: one task of a Slurm array. Needs `rank.halving=0`."""
 
+    by: dict[str, float] = setting({}, changes_result=False)
+    """What decides between them, best first: the least of weight x `loss` - weight x accuracy, over the names of
+    `evaluate.choices` and `evaluate.tasks` that have a weight, as in `rank.by.loss=1 rank.by.own=2`. Empty is the loss
+    alone. With accuracies each candidate is evaluated too."""
+
+    @property
+    def tasks(self) -> list[str]:
+        """The accuracies that decide."""
+        return [name for name in self.by if name != LOSS]
+
     def rounds(self) -> list[int]:
         """Return steps at which the worse half is dropped, and the last: 100, 200, 400 with two halvings of 400."""
         return [self.steps // 2**left for left in range(self.halving, 0, -1)] + [self.steps]
@@ -49,4 +63,12 @@ class RankConfig:
         require(
             self.only is None or (0 <= self.only < self.candidates and not self.halving),
             f"rank.only={self.only} must be in [0, rank.candidates={self.candidates}), with rank.halving=0.",
+        )
+        for name, weight in self.by.items():
+            require(
+                0 < weight < math.inf, f"rank.by has {name}: {weight}, which must be a number > 0; or leave it out."
+            )
+        require(
+            not (self.by and self.halving and LOSS not in self.by),
+            "rank.halving drops candidates by their loss on the way; add loss to rank.by, or set rank.halving=0.",
         )

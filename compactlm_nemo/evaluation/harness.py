@@ -27,6 +27,8 @@ def environment_outside() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCH)}
 
 
+ACCURACIES = ("acc", "acc_norm", "exact_match", "f1")
+"""Metrics of a task, of which the first that it has is its accuracy."""
 _SETTINGS = ("tasks", "task_folder", "task_limit", "micro_batch")
 """What lm-eval's own process is told of `evaluate`."""
 
@@ -119,7 +121,7 @@ def accuracy(values: dict[str, float]) -> float:
         by_task.setdefault(task, {})[metric] = value
     accuracies = []
     for task, metrics in by_task.items():
-        known = [metrics[name] for name in ("acc", "acc_norm", "exact_match", "f1") if name in metrics]
+        known = [metrics[name] for name in ACCURACIES if name in metrics]
         if not known:
             raise CompactLMError(
                 f"evaluate.tasks: {task} has no accuracy, only {sorted(metrics)}; choose another task."

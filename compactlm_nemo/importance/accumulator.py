@@ -11,7 +11,7 @@ from compactlm_nemo.importance.aggregators import Length, Parts, State, join_par
 
 StateKey = tuple[str, Aggregator]
 """(element, sequence aggregator). Elements are named `heads.{i}`, `groups.{i}`, `mlp.{i}`, `norm.{k}` (two a layer, the
-final one last), `depth.{i}`, `experts.{i}.{e}`, `expert_mlp.{i}.{e}`, `shared_expert.{i}`."""
+final one last), `depth.{i}`, `experts.{i}.{e}`, `routed.{i}.{e}`, `expert_mlp.{i}.{e}`, `shared_expert.{i}`."""
 
 
 SHARDED = ("heads", "groups", "mlp", "expert_mlp", "shared_expert")

@@ -41,12 +41,8 @@ class ActivationHooks:
         self.aggs = {metric.pair[1] for metric in cfg.width if metric.pair}
         split = [mesh.cp_group] if mesh.cp_size > 1 else []
         along = split + ([mesh.tp_group] if mesh.is_sequence_parallel else [])
-        self.whole, self.norms, self.depth, self.experts = (
-            Accumulator(split),
-            Accumulator(along),
-            Accumulator(along, is_over_tokens=True),
-            Accumulator(split),
-        )
+        self.whole, self.norms, self.experts = Accumulator(split), Accumulator(along), Accumulator(split)
+        self.depth, self.routed = Accumulator(along, is_over_tokens=True), Accumulator(split, is_over_tokens=True)
         self.handles: list[Any] = []
         self.length = 0
         self.counts_SB: Tensor | None = None
@@ -146,6 +142,7 @@ class ActivationHooks:
         self.norms.flush(part_places, part, counted_B)
         self.depth.flush(part_places, part, counted_B)
         self.experts.flush(places, of_experts, counted_by_experts)
+        self.routed.flush(places, of_experts, counted_by_experts)
 
     def experts_length(self, length_B1: Tensor) -> Tensor:
         """Return `length_B1` of all samples that share this rank's experts."""
@@ -153,7 +150,8 @@ class ActivationHooks:
 
     def pop(self) -> dict[StateKey, State]:
         """Give the states since the last call that this rank has to report: replicated elements come from one rank."""
-        states = self.whole.pop() | self.norms.pop() | self.depth.pop() | self.experts.pop()
+        parts = (self.whole, self.norms, self.depth, self.experts, self.routed)
+        states = {key: state for part in parts for key, state in part.pop().items()}
         if self.mesh.cp_rank > 0:
             return {}
         return {key: state for key, state in states.items() if self.mesh.tp_rank == 0 or is_sharded(key[0])}

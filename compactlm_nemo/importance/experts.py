@@ -3,6 +3,7 @@
 Quantities per token, 0 for a token that was routed elsewhere, so that every expert is measured over all tokens:
 
 - expert e: L2 norm of ``g_e(x) * expert_e(x)``, g the gate weight: what the expert adds to the residual stream;
+- expert e, "routed": the same norm and 1, whose means' quotient is the mean over the tokens that it was sent (REAP);
 - neuron j of expert e: ``g_e(x) * h_j(x)``, the input of the expert's fc2 (after the activation), or the output of its
   fc1 without the gate weight (before);
 - neuron of a shared expert: as in a dense MLP.
@@ -105,7 +106,12 @@ def _hook_expert(hooks: ActivationHooks, places: TokenPlaces, expert: Any, local
         whole_NH = out[0].detach().float()
         if places.mesh.tp_size > 1:  # the ranks hold parts of the sum over the expert's neurons
             whole_NH = all_reduce_sum(whole_NH, places.mesh.tp_group)
-        put("experts", whole_NH.square().sum(dim=-1, keepdim=True).sqrt())
+        norm_N1 = whole_NH.square().sum(dim=-1, keepdim=True).sqrt()
+        put("experts", norm_N1)
+        sums = routed_sums(
+            torch.cat([norm_N1, torch.ones_like(norm_N1)], dim=1), places.samples[local], places.num_samples
+        )
+        hooks.routed.put(f"routed.{name}", {"abs": sums})
 
     if hooks.cfg.neurons is Neurons.after:
         fc2 = expert.linear_fc2
@@ -113,6 +119,12 @@ def _hook_expert(hooks: ActivationHooks, places: TokenPlaces, expert: Any, local
     else:
         hooks.handles.append(expert.linear_fc1.register_forward_hook(neurons_before))
     hooks.handles.append(expert.register_forward_hook(norm))
+
+
+def routed_sums(x_NE: Tensor, sample_N: Tensor, num_samples: int) -> Tensor:
+    """Sum N routed tokens of the given samples, marked where a token does not count, `[num_samples, E]`."""
+    values_NE = x_NE.masked_fill(~counts_of(sample_N)[:, None], 0)
+    return values_NE.new_zeros(num_samples, values_NE.shape[1]).index_add_(0, ids_of(sample_N), values_NE)
 
 
 def routed_parts(x_NE: Tensor, sample_N: Tensor, num_samples: int, length: Length, aggs: set[Aggregator]) -> Parts:

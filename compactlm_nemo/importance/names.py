@@ -11,6 +11,8 @@ HIDDEN = "hidden"
 DEPTH = "depth"
 """Layers."""
 FINAL_NORM = "final_norm"
+REAP = "reap"
+"""Prefix of the scores of experts over the tokens that were sent to them."""
 
 
 def heads_key(layer_idx: int) -> str:

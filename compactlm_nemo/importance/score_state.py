@@ -95,6 +95,8 @@ class ScoreState:
         for metric in cfg.width:
             if metric.pair:
                 scores |= {f"{metric.name}.{name}": x for name, x in self._width(dims, metric).items()}
+        if any(metric.pair for metric in cfg.width):
+            scores |= {f"{names.REAP}.{name}": x for name, x in self._over_routed_tokens(dims).items()}
         if DepthMetric.bi in cfg.depth:
             depth = [self._score(f"depth.{i}", Aggregator.mean, Aggregator.mean) for i in range(dims.num_layers)]
             scores[f"{names.DEPTH}.bi"] = torch.cat(depth)
@@ -124,6 +126,18 @@ class ScoreState:
                 scores[names.expert_mlp_key(i, e)] = neurons
             if dims.shared_expert_ffn:
                 (scores[names.shared_expert_key(i)],) = of([f"shared_expert.{i}"])
+        return scores
+
+    def _over_routed_tokens(self, dims: Dims) -> dict[str, Tensor]:
+        """Return experts by the mean over the tokens sent to them, ``sum g ||f(x)|| / number``; 0 where none came.
+
+        Source: REAP, arXiv:2510.13999, equation 9.
+        """
+        scores: dict[str, Tensor] = {}
+        for i in (i for i in range(dims.num_layers) if not dims.is_dense(i)):
+            means = [self._score(f"routed.{i}.{e}", Aggregator.mean, Aggregator.mean) for e in range(dims.num_experts)]
+            norm_E, share_E = torch.stack(means, dim=1)
+            scores[names.experts_key(i)] = torch.where(share_E > 0, norm_E / share_E, 0)
         return scores
 
     def has_converged(self, before: dict[str, Tensor], after: dict[str, Tensor], cfg: ScoreConfig) -> bool:

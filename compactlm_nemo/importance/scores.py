@@ -9,6 +9,7 @@ Names in `scores.safetensors`, float32, layers 0-based and global (`importance.n
     {width metric}.layers.{i}.experts             [experts]
     {width metric}.layers.{i}.experts.{e}.mlp     [F]         neurons of an expert
     {width metric}.layers.{i}.shared_expert.mlp   [F]
+    reap.layers.{i}.experts                       [experts]   over the tokens that were sent to an expert
     depth.{depth metric}                          [layers]
     depth.{bi_blocks, lm_loss_blocks}             [layers, layers]   block of n layers from layer i at [i, n - 1],
                                                                      NaN where it does not fit or was not measured
@@ -26,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compactlm_nemo.config.score import DepthMetric, WidthMetric
+from compactlm_nemo.config.score import DepthMetric, ExpertMetric, WidthMetric
 from compactlm_nemo.errors import CheckpointError, ConfigError
-from compactlm_nemo.importance.names import DEPTH
+from compactlm_nemo.importance.names import DEPTH, REAP
 
 FILE = "scores.safetensors"
 
@@ -68,8 +69,12 @@ class Scores:
         self._require("depth", metric, self.depth_metrics)
         return self.tensors[f"{DEPTH}.{metric}"]
 
-    def ranking(self, width: WidthMetric | None, depth: DepthMetric | None) -> dict[str, Tensor]:
+    def ranking(
+        self, width: WidthMetric | None, depth: DepthMetric | None, experts: ExpertMetric = ExpertMetric.width
+    ) -> dict[str, Tensor]:
         """Return the vectors that decide a cut: one width metric's, and the depth metric's as `depth`; None: the first.
+
+        With `ExpertMetric.reap` experts, not their neurons, have the scores over the tokens that were sent to them.
 
         `depth` holds one number a layer, or one a block (`DepthMetric` of blocks).
         """
@@ -77,7 +82,12 @@ class Scores:
         chosen = depth.name if depth else (metrics[0] if metrics else "")
         if chosen not in metrics:
             raise ConfigError(f"search.depth={chosen or None} must be one of {metrics}; add it to score.depth.")
-        return self.width(width.name if width else self.width_metrics[0]) | {DEPTH: self.depth(chosen)}
+        units = self.width(width.name if width else self.width_metrics[0])
+        if experts is ExpertMetric.reap:
+            units |= {
+                name.removeprefix(f"{REAP}."): x for name, x in self.tensors.items() if name.startswith(f"{REAP}.")
+            }
+        return units | {DEPTH: self.depth(chosen)}
 
     def _require(self, kind: str, metric: str, metrics: list[str]) -> None:
         if metric not in metrics:

@@ -13,10 +13,11 @@ from rich.console import Console
 
 from compactlm_nemo.artifacts import atomic_write_text, read_manifest
 from compactlm_nemo.config.gate import LimitConfig
-from compactlm_nemo.config.score import BLOCK_METRICS, DepthMetric, WidthMetric
+from compactlm_nemo.config.score import BLOCK_METRICS, DepthMetric, ExpertMetric, WidthMetric
 from compactlm_nemo.importance.scores import Scores, load_scores
 from compactlm_nemo.report.gate import Verdict, verdicts_of
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
+from compactlm_nemo.report.orders import orders
 from compactlm_nemo.report.page import page
 from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, tokens_curve
 from compactlm_nemo.report.quality import quality_lines
@@ -143,6 +144,7 @@ def _search(run_dir: Path, folder: Path, figures: Figures) -> list[str]:
         labels = {index: shape_label(candidates[index]) for index in curves}
         figures["ranks.png"] = plot_rank_curves(curves, labels, folder / "ranks.png")
         text += ["How the candidates fared while they were trained:", "", "![Ranks over tokens](ranks.png)", ""]
+    text += orders(ranked)
     return ["## Candidates", "", *text] if text else []
 
 
@@ -171,8 +173,8 @@ def _heldout_losses(run_dir: Path) -> dict[str, dict[str, float]]:
 def _importance(run_dir: Path, folder: Path, figures: Figures) -> list[str]:
     """Plot the scores, and return the report's lines about these plots."""
     scores = load_scores(run_dir / "score")
-    width, depth = _chosen_metrics(run_dir, scores)
-    figures["importance.png"] = plot_importance(scores.ranking(width, depth), folder / "importance.png")
+    width, depth, experts = _chosen_metrics(run_dir, scores)
+    figures["importance.png"] = plot_importance(scores.ranking(width, depth, experts), folder / "importance.png")
     figures["depth.png"] = plot_depth(scores, folder / "depth.png")
     text = [
         "## Importance",
@@ -199,11 +201,12 @@ def _importance(run_dir: Path, folder: Path, figures: Figures) -> list[str]:
     return text
 
 
-def _chosen_metrics(run_dir: Path, scores: Scores) -> tuple[WidthMetric, DepthMetric]:
+def _chosen_metrics(run_dir: Path, scores: Scores) -> tuple[WidthMetric, DepthMetric, ExpertMetric]:
     """Return the metrics that the search stage ranked by: those of its settings, else the first of the scores."""
     settings = read_manifest(run_dir / "search")["settings"]
     width, depth = settings.get("search.width"), settings.get("search.depth")
-    return WidthMetric[width or scores.width_metrics[0]], DepthMetric[depth or scores.depth_metrics[0]]
+    experts = ExpertMetric[settings.get("search.experts_by", ExpertMetric.width.name)]
+    return WidthMetric[width or scores.width_metrics[0]], DepthMetric[depth or scores.depth_metrics[0]], experts
 
 
 def _layer_metrics(scores: Scores) -> list[str]:

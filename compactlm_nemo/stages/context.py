@@ -110,7 +110,7 @@ class Run:
         scores = load_scores(self.path("score"))
         if scores.metadata.get("model") != self.fingerprint("teacher"):
             raise CheckpointError(f"{self.path('score')} holds scores of another model; delete it and score again.")
-        return scores.ranking(self.config.search.width, self.config.search.depth)
+        return scores.ranking(self.config.search.width, self.config.search.depth, self.config.search.experts_by)
 
     def open_progress(self, settings: dict[str, Any], *, are_independent: bool = False) -> Path:
         """Return the folder of unfinished work; refuse to continue work that was started with other settings.

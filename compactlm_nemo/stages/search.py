@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.fingerprint import result_settings
 from compactlm_nemo.config.schema import Config
+from compactlm_nemo.config.score import ExpertMetric
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.search.profiled import profile_problems
 from compactlm_nemo.stages.stage import Stage
@@ -36,6 +37,13 @@ def search_problems(config: Config, models: list[Dims]) -> list[str]:
             problems.append(
                 f"search.{name}={chosen.name} must be one of the metrics measured, {names}; add it to score.{name}."
             )
+    if config.search.experts_by is ExpertMetric.reap:
+        if models and not models[0].num_experts:
+            problems.append(
+                f"search.experts_by=reap ranks experts, which {models[0].family} has none of; leave it out."
+            )
+        if not any(metric.pair for metric in config.score.width):
+            problems.append("search.experts_by=reap needs an activation metric in score.width; add l2_mean to it.")
     return problems
 
 

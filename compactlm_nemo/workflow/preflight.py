@@ -122,7 +122,18 @@ def rule_problems(config: Config, dims: Dims | None, names: Collection[str] = tu
     for name, stage in STAGES.items():
         if name != "tokenize" or reads_texts(config, names):
             problems += stage.problems(config, models)
-    return problems + layout_problems(config, models)
+    return problems + _rank_problems(config) + layout_problems(config, models)
+
+
+def _rank_problems(config: Config) -> list[str]:
+    """Return the accuracies that candidates are ranked by and that nothing measures."""
+    evaluated = [*config.evaluate.choices, *config.evaluate.tasks]
+    return [
+        f"rank.by has {name}, which is none of {['loss', *evaluated]}; add it to evaluate.choices or evaluate.tasks, "
+        "or correct the name."
+        for name in config.rank.tasks
+        if name not in evaluated
+    ]
 
 
 def source_dims(config: Config) -> Dims | None:

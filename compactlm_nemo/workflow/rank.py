@@ -2,7 +2,8 @@
 
 Every candidate is a run of its own in `run.dir/rank/{index}`, whose first stages are links to those of the whole run.
 So its stages are skipped when done, a killed one goes on, and the tasks of a Slurm array share nothing but the inputs.
-All see the same batches in the same order. Result: `rank/ranking.json`, best validation loss first.
+All see the same batches in the same order. Result: `rank/ranking.json`, best first: by validation loss, or as `rank.by`
+weighs the accuracy on tasks with it.
 
 Source: Minitron (arXiv 2407.14679), section 2.3; halving: Jamieson and Talwalkar 2016, arXiv:1502.07943.
 """
@@ -12,17 +13,21 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compactlm_nemo.artifacts import read_manifest, write_json
 from compactlm_nemo.config.schema import Config
-from compactlm_nemo.config.workflow import RankConfig
+from compactlm_nemo.config.workflow import LOSS, RankConfig
 from compactlm_nemo.errors import ConfigError
+from compactlm_nemo.evaluation.harness import ACCURACIES
 from compactlm_nemo.models.hub import COMMITS
 from compactlm_nemo.parallel.world import is_main_rank, launch_world_size
-from compactlm_nemo.training.tracker import LOSS, METRICS
+from compactlm_nemo.report.figures import DISTILLED, PRUNED, Measured, measured
+from compactlm_nemo.training.tracker import LOSS as TRAINED_LOSS
+from compactlm_nemo.training.tracker import METRICS
 from compactlm_nemo.workflow.runner import run_stages
 
 SHARED = ("teacher", "tokens", "score", "search")
@@ -91,6 +96,8 @@ def _train(config: Config, index: int, steps: int) -> None:
     _meet(config)
     run_stages(candidate_settings, only="prune")
     run_stages(candidate_settings, only="distill")
+    if steps == config.rank.steps and config.rank.tasks:
+        run_stages(candidate_settings, only="evaluate")
 
 
 def _meet(config: Config) -> None:
@@ -113,9 +120,22 @@ def _metrics(config: Config, index: int) -> list[dict[str, Any]]:
 def _round_loss(config: Config, index: int, steps: int) -> float:
     """Return mean distillation loss over the last tenth of the steps before `steps`: of the same batches for all."""
     first = steps - max(1, steps // 10)
-    losses = [line[LOSS] for line in _metrics(config, index) if first <= line["step"] < steps]
+    losses = [line[TRAINED_LOSS] for line in _metrics(config, index) if first <= line["step"] < steps]
     finite = [loss for loss in losses if loss is not None]  # a step that was skipped has none
     return sum(finite) / len(finite) if finite else math.inf
+
+
+def _accuracy(found: Mapping[str, Measured], name: str) -> Measured:
+    """Return the accuracy on a file of questions, or on a task of lm-eval.
+
+    Raises:
+        ConfigError: a task has none.
+    """
+    names = [f"choices/{name}", *(f"task/{name}/{metric}" for metric in ACCURACIES)]
+    known = [found[each] for each in names if each in found]
+    if not known:
+        raise ConfigError(f"rank.by has {name}, a task without an accuracy ({', '.join(ACCURACIES)}); choose another.")
+    return known[0]
 
 
 def _write_ranking(config: Config, found: list[dict[str, Any]], trained: list[int]) -> None:
@@ -123,6 +143,26 @@ def _write_ranking(config: Config, found: list[dict[str, Any]], trained: list[in
     if not is_main_rank():
         return
     folder = Path(config.run.dir) / FOLDER
-    losses = {i: read_manifest(folder / str(i) / "distill")["results"]["loss"] for i in trained}
-    ranked = [found[i] | {"candidate": i, "loss": losses[i]} for i in sorted(trained, key=lambda i: losses[i])]
-    write_json(folder / RANKING, ranked)
+    entries = [found[i] | {"candidate": i} | _measured(folder / str(i), config.rank) for i in trained]
+    write_json(folder / RANKING, sorted(entries, key=lambda entry: entry.get("score", entry["loss"])))
+
+
+def _measured(run: Path, cfg: RankConfig) -> dict[str, Any]:
+    """Return what decides over a candidate: its loss and, with tasks, what the tasks give it before and after training.
+
+    ``score = weight of loss x loss - sum over tasks of weight x accuracy``.
+    """
+    trained = read_manifest(run / "distill")["results"]
+    if not cfg.tasks:
+        return {"loss": trained["loss"]}
+    found = measured(run, ["evaluate"])
+    tasks = {
+        name: {model: _accuracy(found, name).models[model].value for model in (PRUNED, DISTILLED)} for name in cfg.tasks
+    }
+    accuracy = sum(cfg.by[name] * values[DISTILLED] for name, values in tasks.items())
+    return {
+        "loss": trained["loss"],
+        "loss_before": read_manifest(run / "student")["results"]["loss_after"],
+        "tasks": tasks,
+        "score": cfg.by.get(LOSS, 0.0) * trained["loss"] - accuracy,
+    }

@@ -50,7 +50,12 @@ def round_config(config: Config, number: int, student: Dims, source: str) -> Con
         run=replace(config.run, dir=str(Path(config.run.dir) / f"round_{number}")),
         model=_from(config, source),
         wandb=config.wandb.part(config.run.dir, f"round-{number}", job_type="round"),
-        search=replace(SearchConfig(**axes), width=config.search.width, depth=config.search.depth),
+        search=replace(
+            SearchConfig(**axes),
+            width=config.search.width,
+            depth=config.search.depth,
+            experts_by=config.search.experts_by,
+        ),
         correct=config.correct.at_most(max(1, config.rounds.steps)),
         export=ExportConfig(
             of=ExportedModel.distilled if config.rounds.steps else ExportedModel.student,

@@ -156,7 +156,13 @@ def reference(model: Any, ids_NS: Tensor, neurons: str = "after") -> dict[str, T
     scores = {"depth.bi": block_importance(seen)}
     for pair in PAIRS:
         scores |= scores_of(seen, *pair)
-    return scores
+    return scores | {f"reap.{name}": over_routed(x[0]) for name, x in seen.items() if name.endswith(".experts")}
+
+
+def over_routed(norm_NSE: Tensor, counts_NS: Tensor | None = None) -> Tensor:
+    """`[E]`, the mean over the tokens that an expert was sent, of those that count."""
+    rows = norm_NSE.flatten(0, 1) if counts_NS is None else norm_NSE[counts_NS]
+    return torch.stack([expert[expert > 0].mean() if (expert > 0).any() else expert.sum() for expert in rows.T])
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from compactlm_nemo.config.load import compose
+from compactlm_nemo.config.score import ExpertMetric
 from compactlm_nemo.importance.experts import TokenPlaces
+from compactlm_nemo.importance.scores import Scores
 from compactlm_nemo.models.forward import forward_each
 from compactlm_nemo.parallel.collectives import all_gather
+from compactlm_nemo.stages.search import search_problems
 from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
 from tests.support.ranks import run_ranks
+from tests.support.shapes import TINY
 from tests.support.tiny_models import VOCAB, save_tiny
 
 CASE = "qwen2_moe"
@@ -59,3 +65,26 @@ def test_a_row_of_an_expert_is_of_the_sample_that_it_counts_for(layout: str, tmp
     save_tiny(CASE, tmp_path / CASE)
     world, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]
     run_ranks(_rows_are_of_their_samples, world, tmp_path, fields, tmp_path)
+
+
+def test_experts_alone_are_ranked_by_what_they_do_when_they_are_asked() -> None:
+    one = torch.ones(4)
+    tensors = {
+        "l2_mean.hidden": one, "l2_mean.layers.0.experts": one, "l2_mean.layers.0.experts.0.mlp": one,
+        "reap.layers.0.experts": 2 * one, "depth.bi": one,
+    }  # fmt: skip
+    scores = Scores(tensors, {"width": "l2_mean", "depth": "bi"})
+    assert scores.width_metrics == ["l2_mean"]
+    by_width, by_reap = scores.ranking(None, None), scores.ranking(None, None, ExpertMetric.reap)
+    assert by_width.keys() == by_reap.keys()
+    assert [name for name in by_width if not torch.equal(by_width[name], by_reap[name])] == ["layers.0.experts"]
+    assert torch.equal(by_reap["layers.0.experts"], 2 * one)
+
+
+def test_a_rank_of_experts_without_effect_is_refused() -> None:
+    config = compose(["search.experts_by=reap", "score.width=[taylor]", "model.source=x", "run.dir=x"])
+    dense, moe = (replace(TINY, num_experts=number, experts_per_token=min(1, number)) for number in (0, 2))
+    no_experts, no_activations = search_problems(config, [dense])
+    assert no_experts == f"search.experts_by=reap ranks experts, which {TINY.family} has none of; leave it out."
+    assert no_activations == "search.experts_by=reap needs an activation metric in score.width; add l2_mean to it."
+    assert search_problems(config, [moe]) == [no_activations]

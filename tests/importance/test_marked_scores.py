@@ -20,7 +20,7 @@ from compactlm_nemo.importance.taylor import Gradients, taylor_scores
 from compactlm_nemo.losses.linear_ce import linear_ce
 from compactlm_nemo.models.build import ModelChunks
 from compactlm_nemo.training.optimizer import wrap_data_parallel
-from tests.importance.reference import PAIRS, activations, logits_without, over, taylor_reference
+from tests.importance.reference import PAIRS, activations, logits_without, over, over_routed, taylor_reference
 from tests.importance.test_activations import assert_scores, windows
 from tests.importance.test_taylor import loss_sum_of
 from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
@@ -65,6 +65,7 @@ def reference(model: Any) -> dict[str, Any]:
             for name, values in seen.items()
             if name != "depth"
         }
+    scores |= {f"reap.{name}": over_routed(x[0], counts()) for name, x in seen.items() if name.endswith(".experts")}
     inputs = {name: values[0] for name, values in seen.items() if name.endswith(".mlp")}
     for i in range(num_layers):
         inputs[f"layers.{i}.attention_norm"], inputs[f"layers.{i}.mlp_norm"] = seen["hidden"][2 * i : 2 * i + 2]

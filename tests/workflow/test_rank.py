@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from compactlm_nemo.data.windows import Corpus, validation_windows
 from compactlm_nemo.models.checkpoint import CheckpointSource
 from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.hf import export_hf
+from compactlm_nemo.report.orders import orders
+from tests.data.test_questions import written
+from tests.stages.test_evaluate_questions import QUESTIONS
 from tests.support import commands
 from tests.support.tiny_run import command
 from tests.support.wandb_files import config_of, finished_records
@@ -121,6 +126,43 @@ def test_halving_drops_the_worse_half_on_the_way(inputs: Path, ranked: Path, tmp
             assert entry["loss"] == whole[entry["candidate"]]
 
 
+def test_a_task_decides_with_the_loss(inputs: Path, ranked: Path, tmp_path: Path) -> None:
+    """Two candidates that are trained already are ordered anew: by what the evaluation measured of each."""
+    shutil.copytree(ranked, tmp_path / "run", symlinks=True)
+    questions = written(tmp_path / "own.jsonl", *QUESTIONS)
+    words = [f"evaluate.choices.own={questions}", "evaluate.resamples=100", "rank.by.own=2"]
+    out = run_recipe(inputs, tmp_path / "run", "rank", "rank.by.loss=0.5", *words)
+    assert out.count("distill: done before, skipped") == 3
+    losses = {entry["candidate"]: entry["loss"] for entry in ranking_of(ranked)}
+    ranking = ranking_of(tmp_path / "run")
+    for entry in ranking:
+        folder = tmp_path / "run" / "rank" / str(entry["candidate"])
+        metrics = json.loads((folder / "evaluate" / "quality.json").read_text())["metrics"]
+        models = next(each["models"] for each in metrics if each["metric"] == "choices/own")
+        assert entry["tasks"] == {"own": {name: models[name]["value"] for name in ("pruned", "distilled")}}
+        assert entry["loss"] == losses[entry["candidate"]]
+        assert entry["loss_before"] == read_manifest(folder / "student")["results"]["loss_after"]
+        assert entry["score"] == pytest.approx(0.5 * entry["loss"] - 2 * models["distilled"]["value"], abs=1e-12)
+    assert [entry["score"] for entry in ranking] == sorted(entry["score"] for entry in ranking)
+
+
+def test_orders_before_and_after_by_hand() -> None:
+    """Four candidates: training turns the order by loss round, and leaves that by accuracy."""
+    shape = {"layers": 1, "hidden": 2, "ffn": 3, "heads": 4}
+    entries = [
+        shape | {"candidate": i, "loss_before": 4.0 - i, "loss": 1.0 + i, "score": float(i)}
+        | {"tasks": {"own": {"pruned": 0.5 - i / 10, "distilled": 0.9 - i / 10}}}
+        for i in range(4)
+    ]  # fmt: skip
+    text = "\n".join(orders(entries))
+    assert "| 0 | 1 layers, hidden 2, MLP 3, heads 4 | 4.0000 | 1.0000 | 0.5000 | 0.9000 | 0.0000 |" in text
+    assert re.findall(r"\| (\S.*?) \| +(-?1\.00) \|", text) == [
+        ("loss, before and after", "-1.00"), ("own, before and after", "1.00"),
+        ("loss and own, before", "-1.00"), ("loss and own, after", "1.00"),
+    ]  # fmt: skip
+    assert orders([{key: value for key, value in entries[0].items() if key != "tasks"}]) == [] == orders([])
+
+
 def test_rounds_of_halving() -> None:
     assert RankConfig(steps=400).rounds() == [400]
     assert RankConfig(steps=400, halving=2).rounds() == [100, 200, 400]
@@ -131,9 +173,17 @@ def test_rounds_of_halving() -> None:
     [
         (["rank.only=3", "rank.candidates=3"], r"rank.only=3 must be in \[0, rank.candidates=3\)"),
         (["rank.halving=3", "rank.steps=4"], "rank.halving=3 must be >= 0 and leave a step"),
+        (["rank.by.loss=0"], "rank.by has loss: 0.0, which must be a number > 0"),
+        (["rank.by.own=1", "rank.halving=1", "rank.candidates=2"], "rank.halving drops candidates by their loss"),
         (["distill.stop_after=11", "distill.steps=10"], "distill.stop_after=11 must be in"),
     ],
 )
 def test_settings_that_make_no_sense(overrides: list[str], message: str) -> None:
     with pytest.raises(Exception, match=message):
         compose(["run.dir=a", "model.source=b", *overrides])
+
+
+def test_a_task_that_nothing_measures_is_refused(inputs: Path, tmp_path: Path) -> None:
+    done = commands.run(command(inputs, tmp_path / "run", "rank.candidates=2", "rank.by.nope=1", recipe="rank"))
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert "rank.by has nope, which is none of ['loss']; add it to evaluate.choices or evaluate.tasks" in done.stderr
