@@ -22,7 +22,7 @@ from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, tokens_curv
 from compactlm_nemo.report.quality import quality_lines
 from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
 from compactlm_nemo.report.speed import speed_lines
-from compactlm_nemo.report.tables import comparison_markdown, rich_table
+from compactlm_nemo.report.tables import comparison_markdown, print_table
 from compactlm_nemo.training.saving_time import saving_text
 from compactlm_nemo.training.tracker import LOSS, METRICS
 
@@ -234,7 +234,7 @@ def _percent(share: float | None) -> str:
 
 def show(run_dir: Path, console: Console) -> None:
     """Print the closing table and where the results are."""
-    console.print(rich_table(run_dir.name, table_rows(run_dir)))
+    print_table(console, run_dir.name, table_rows(run_dir))
     for name, share in _recovered(run_dir).items():
         console.print(f"loss gap closed on {name}: {_percent(share)}")
     console.print(f"Hugging Face folder: {read_manifest(run_dir / 'export')['results']['folder']}", soft_wrap=True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compactlm_nemo.report.figures import is_slice
 from compactlm_nemo.report.tables import comparison_markdown
 
 LARGEST_P = 0.05
@@ -18,7 +19,7 @@ def quality_rows(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {"metric": metric["metric"], "units": f"{metric['num_units']:,} {metric['units']}"}
         | {model: _cell(value, metric["against_teacher"].get(model)) for model, value in metric["models"].items()}
         for metric in metrics
-        if metric["metric"].count("/") < 2
+        if not is_slice(metric["metric"])
     ]
 
 
