@@ -15,6 +15,7 @@ from compactlm_nemo.artifacts import atomic_write_text, read_manifest
 from compactlm_nemo.config.gate import LimitConfig
 from compactlm_nemo.config.score import BLOCK_METRICS, DepthMetric, WidthMetric
 from compactlm_nemo.importance.scores import Scores, load_scores
+from compactlm_nemo.report.cost import cost_lines
 from compactlm_nemo.report.gate import Verdict, verdicts_of
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
 from compactlm_nemo.report.page import page
@@ -64,12 +65,14 @@ def write_report(
     *,
     limits: Mapping[str, LimitConfig] | None = None,
     profile: Path | None = None,
+    price_hour: float = 0.0,
 ) -> None:
     """Write report.md, report.html and the plots, from what the other stages left in the run's folder.
 
     Args:
         limits: Of the gate; the report begins with its verdict and ends with that on each limit.
         profile: Folder of the profile stage, None of a run without one.
+        price_hour: Of a device, in dollars; 0 is not known.
     """
     figures: Figures = {}
     losses = _heldout_losses(run_dir)
@@ -95,7 +98,7 @@ def write_report(
         "",
         *recovered,
         "",
-        *quality_lines(run_dir),
+        *quality_lines(run_dir, folder, figures),
         "Student: {layers} layers, hidden {hidden}, MLP {ffn}, heads {heads}.".format(**shape),
         "",
         f"In distillation, {saving_text(trained['saving_seconds'], trained['training_seconds'])}.",
@@ -103,6 +106,7 @@ def write_report(
         "![Loss over tokens](loss.png)",
         "![Loss against size](sizes.png)",
         "",
+        *cost_lines(run_dir, price_hour),
         *(speed_lines(json.loads((profile / "profile.json").read_text())) if profile else []),
         *_search(run_dir, folder, figures),
         *_importance(run_dir, folder, figures),
