@@ -32,11 +32,7 @@ HASHES = "hashes.json"
 
 
 SCHEMA_VERSION = 1
-
-
 _SEAL = ".sha256"
-
-
 _MARKER = ".in_progress"
 
 
@@ -269,7 +265,7 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def write_manifest(
-    folder: Path, settings: Mapping[str, Any], inputs: Mapping[str, str], results: Mapping[str, Any]
+    folder: Path, settings: Mapping[str, Any], inputs: Mapping[str, str], results: Mapping[str, Any], **cost: float
 ) -> None:
     """Declare the folder complete: settings, inputs, results, versions, commit, seed and every output file.
 
@@ -277,6 +273,7 @@ def write_manifest(
         settings: Flat, from `settings_of`; `run.seed` among them is repeated as the manifest's seed.
         inputs: Name of an input -> its hash or the fingerprint of the stage that made it.
         results: Whatever the stage wants read later (JSON values).
+        cost: `seconds` of the launch that finished it and its `devices`, which decide nothing.
     """
     manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -289,6 +286,7 @@ def write_manifest(
         "settings": dict(settings),
         "inputs": dict(inputs),
         "results": dict(results),
+        "cost": cost,
         "outputs": {
             str(path.relative_to(folder)): described
             for path, described in describe_files(_output_files(folder)).items()

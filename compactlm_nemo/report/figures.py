@@ -22,6 +22,12 @@ SERVED = {
 RESULTS, QUALITY, PROFILE = "results.json", "quality.json", "profile.json"
 
 
+def is_slice(metric: str) -> bool:
+    """Whether a metric is of a part of a text, as `loss/wiki/short`; tables leave those out."""
+    kind, _, rest = metric.partition("/")
+    return "/" in rest and kind not in SERVED.values()
+
+
 class Figure(NamedTuple):
     """A `Figure` is a number with the ends of its 95 % interval, None where it has none."""
 

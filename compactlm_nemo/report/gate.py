@@ -15,7 +15,7 @@ from compactlm_nemo.config.gate import Compared, GateRunConfig, LimitConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.errors import ConfigError, GateFailed, listed
 from compactlm_nemo.report.figures import FORWARD_SPEED, PARAMS, SERVED, Figure, Measured, measured
-from compactlm_nemo.report.tables import rich_table
+from compactlm_nemo.report.tables import print_table
 
 OF_HELDOUT_TEXTS = ("loss", "top1_agreement", "kl")
 """Kinds of metrics that are measured on every held-out text, under its name."""
@@ -170,7 +170,7 @@ def hold(limits: Mapping[str, LimitConfig], run: Path, console: Console) -> None
         GateFailed: a limit does not hold.
     """
     verdicts = verdicts_of(limits, run)
-    console.print(rich_table("Gate", [verdict.row() for verdict in verdicts]))
+    print_table(console, "Gate", [verdict.row() for verdict in verdicts])
     if failed := [verdict for verdict in verdicts if not verdict.passed]:
         reasons = "; ".join(
             f"{each.limit}: {row['of']} is {row['measured'] or 'not there'} and must be {each.must_be}"

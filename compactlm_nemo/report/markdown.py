@@ -15,6 +15,7 @@ from compactlm_nemo.artifacts import atomic_write_text, read_manifest
 from compactlm_nemo.config.gate import LimitConfig
 from compactlm_nemo.config.score import BLOCK_METRICS, DepthMetric, ExpertMetric, WidthMetric
 from compactlm_nemo.importance.scores import Scores, load_scores
+from compactlm_nemo.report.cost import cost_lines
 from compactlm_nemo.report.gate import Verdict, verdicts_of
 from compactlm_nemo.report.importance_plots import plot_agreement, plot_depth, plot_importance
 from compactlm_nemo.report.orders import orders
@@ -23,7 +24,7 @@ from compactlm_nemo.report.plots import plot_loss_curve, plot_sizes, tokens_curv
 from compactlm_nemo.report.quality import quality_lines
 from compactlm_nemo.report.search_plots import plot_pareto, plot_prediction, plot_rank_curves, shape_label
 from compactlm_nemo.report.speed import speed_lines
-from compactlm_nemo.report.tables import comparison_markdown, rich_table
+from compactlm_nemo.report.tables import comparison_markdown, print_table
 from compactlm_nemo.training.saving_time import saving_text
 from compactlm_nemo.training.tracker import LOSS, METRICS
 
@@ -65,12 +66,14 @@ def write_report(
     *,
     limits: Mapping[str, LimitConfig] | None = None,
     profile: Path | None = None,
+    price_hour: float = 0.0,
 ) -> None:
     """Write report.md, report.html and the plots, from what the other stages left in the run's folder.
 
     Args:
         limits: Of the gate; the report begins with its verdict and ends with that on each limit.
         profile: Folder of the profile stage, None of a run without one.
+        price_hour: Of a device, in dollars; 0 is not known.
     """
     figures: Figures = {}
     losses = _heldout_losses(run_dir)
@@ -96,7 +99,7 @@ def write_report(
         "",
         *recovered,
         "",
-        *quality_lines(run_dir),
+        *quality_lines(run_dir, folder, figures),
         "Student: {layers} layers, hidden {hidden}, MLP {ffn}, heads {heads}.".format(**shape),
         "",
         f"In distillation, {saving_text(trained['saving_seconds'], trained['training_seconds'])}.",
@@ -104,6 +107,7 @@ def write_report(
         "![Loss over tokens](loss.png)",
         "![Loss against size](sizes.png)",
         "",
+        *cost_lines(run_dir, price_hour),
         *(speed_lines(json.loads((profile / "profile.json").read_text())) if profile else []),
         *_search(run_dir, folder, figures),
         *_importance(run_dir, folder, figures),
@@ -237,7 +241,7 @@ def _percent(share: float | None) -> str:
 
 def show(run_dir: Path, console: Console) -> None:
     """Print the closing table and where the results are."""
-    console.print(rich_table(run_dir.name, table_rows(run_dir)))
+    print_table(console, run_dir.name, table_rows(run_dir))
     for name, share in _recovered(run_dir).items():
         console.print(f"loss gap closed on {name}: {_percent(share)}")
     console.print(f"Hugging Face folder: {read_manifest(run_dir / 'export')['results']['folder']}", soft_wrap=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 MISSING = "–"
+_ANY_WIDTH = 10**6
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
@@ -52,10 +55,38 @@ def rich_table(title: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=escape(title), padding=0)
     columns = _columns(rows)
     for column in columns:
-        # A heading may break over lines, a value must stay whole.
-        widest = max((len(_cell(row.get(column))) for row in rows), default=0)
+        # A heading may break between its words, a value must stay whole.
+        widest = max(map(len, [*column.split(), *(_cell(row.get(column)) for row in rows)]), default=0)
         justify: Literal["left", "right"] = "right" if _is_numeric(rows, column) else "left"
         table.add_column(escape(column), justify=justify, min_width=widest)
     for row in rows:
         table.add_row(*(escape(_cell(row.get(column))) for column in columns))
     return table
+
+
+def print_table(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows as a table; where it is wider than the terminal its lines break, and nothing is lost."""
+    console.print(rich_table(title, rows), crop=False)
+
+
+def print_comparison(console: Console, title: str, rows: list[dict[str, Any]], key: str) -> None:
+    """Print rows that a column tells apart, one below the other; side by side where only that is narrow enough.
+
+    Of two tables that are both wider than the terminal the narrower is printed.
+    """
+    below = rich_table(title, rows)
+    if _width(console, below) > console.width:
+        beside = rich_table(title, turned(rows, key))
+        below = min(below, beside, key=lambda table: _width(console, table))
+    console.print(below, crop=False)
+
+
+def turned(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Return a row for each column but `key`, whose values head the new columns."""
+    columns = [column for column in _columns(rows) if column != key]
+    return [{"": column} | {str(row[key]): row.get(column) for row in rows} for column in columns]
+
+
+def _width(console: Console, table: Table) -> int:
+    """Return the columns of the terminal that a table needs, however many there are."""
+    return Measurement.get(console, console.options.update(max_width=_ANY_WIDTH), table).minimum

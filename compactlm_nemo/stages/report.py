@@ -28,7 +28,8 @@ def report(run: Run, folder: Path) -> dict[str, Any]:
     with main_rank_writes() as writes:
         if writes:
             profile = run.path("profile") if run.config.profile.engines else None
-            write_report(run_dir, folder, limits=limits, profile=profile)
+            price_hour = run.config.cluster.price_hour
+            write_report(run_dir, folder, limits=limits, profile=profile, price_hour=price_hour)
             _write_card(run, run_dir, folder)
     return {}
 

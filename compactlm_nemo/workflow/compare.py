@@ -13,8 +13,17 @@ from compactlm_nemo.artifacts import MANIFEST, atomic_write_text, read_manifest,
 from compactlm_nemo.config.compare import CompareRunsConfig
 from compactlm_nemo.errors import ConfigError
 from compactlm_nemo.report.card import without_folders
-from compactlm_nemo.report.figures import DISTILLED, FORWARD_SPEED, PARAMS, TEACHER, Figure, Measured, measured
-from compactlm_nemo.report.tables import comparison_markdown, rich_table
+from compactlm_nemo.report.figures import (
+    DISTILLED,
+    FORWARD_SPEED,
+    PARAMS,
+    TEACHER,
+    Figure,
+    Measured,
+    is_slice,
+    measured,
+)
+from compactlm_nemo.report.tables import comparison_markdown, print_comparison, print_table
 from compactlm_nemo.workflow.stage_table import MAKERS, STAGES
 from compactlm_nemo.workflow.status import steps_done
 
@@ -132,12 +141,20 @@ class ComparedRun:
             **told,
         }
 
-    def points(self) -> list[dict[str, Any]]:
-        """Return what is drawn: the student's losses over its parameters."""
+    def points(self, model: str = DISTILLED) -> list[dict[str, Any]]:
+        """Return what is drawn of the student, or of the teacher: its loss on each text and what it costs."""
+        is_teacher = model == TEACHER
+        params, speed = self._figure(PARAMS, model), self._figure(FORWARD_SPEED, model)
+        costs = {
+            "params": None if params is None else params.value,
+            "tokens": None if is_teacher else self._tokens,
+            "speed": None if speed is None else speed.value,
+        }
         return [
-            {"model": self.name, "params": self._params, "lm_loss_nats": figure.value, "text": name.partition("/")[2]}
+            {"run": self.name, "is_teacher": is_teacher, "text": text, "lm_loss_nats": figure.value, **costs}
             for name in self.metrics
-            if name.startswith("loss/") and (figure := self._figure(name)) is not None
+            for kind, _, text in [name.partition("/")]
+            if kind == "loss" and not is_slice(name) and (figure := self._figure(name, model)) is not None
         ]
 
 
@@ -148,16 +165,19 @@ def compare_runs(config: CompareRunsConfig, console: Console) -> None:
         ConfigError: a folder holds no run.
         CheckpointError: an artifact of a run is damaged.
     """
-    runs = [read_run(Path(folder)) for folder in config.runs]
+    folders = [Path(folder) for folder in config.runs]
+    if nothing := [folder for folder in folders if not _manifests(folder) and not (folder / "progress").is_dir()]:
+        raise ConfigError(f"runs={', '.join(map(str, nothing))} holds no run; name the folder that a recipe wrote to.")
+    runs = [read_run(folder) for folder in folders]
     if config.dry_run:
         return
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics if name not in (PARAMS, FORWARD_SPEED)))
-    teachers = _teacher_rows(runs, metrics)
-    rows = [*teachers, *(run.row(metrics) for run in runs)]
+    in_table = [name for name in metrics if not is_slice(name)]
+    rows = [*_teacher_rows(runs, in_table), *(run.row(in_table) for run in runs)]
     differing, remarks = differing_settings(runs), remarks_on(runs)
-    console.print(rich_table("Runs", rows), crop=False)  # a narrow terminal breaks lines, and loses nothing
+    print_comparison(console, "Runs", rows, "run")
     if differing:
-        console.print(rich_table("Settings that differ", differing), crop=False)
+        print_table(console, "Settings that differ", differing)
     for line in [*remarks, *([] if differing else ["the settings that decide results are the same"])]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if config.out is None:
@@ -174,14 +194,16 @@ def compare_runs(config: CompareRunsConfig, console: Console) -> None:
 
 def read_run(folder: Path) -> ComparedRun:
     """Return what a run's folder holds by now."""
-    manifests = {
+    return ComparedRun(str(folder), folder, _manifests(folder), measured(folder))
+
+
+def _manifests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the manifests of the finished stages, by artifact, in order."""
+    return {
         stage.writes: read_manifest(folder / stage.writes)
         for stage in STAGES.values()
         if (folder / stage.writes / MANIFEST).is_file()
     }
-    if not manifests and not (folder / "progress").is_dir():
-        raise ConfigError(f"runs={folder} holds no run; name the folder that a recipe wrote to.")
-    return ComparedRun(str(folder), folder, manifests, measured(folder))
 
 
 def _teacher_rows(runs: list[ComparedRun], metrics: list[str]) -> list[dict[str, Any]]:
@@ -251,21 +273,14 @@ def _rounded(figure: Figure | None) -> int | None:
 
 
 def _plot(runs: list[ComparedRun], path: Path) -> bool:
-    """Plot losses over parameters, the teachers' too; return whether any run has one."""
-    from compactlm_nemo.report.plots import plot_sizes
+    """Plot losses over parameters, tokens and speed, the teachers' too; return whether any run has one."""
+    from compactlm_nemo.report.tradeoff_plot import plot_tradeoffs
 
-    points = [point for run in runs for point in run.points()]
-    teachers: dict[tuple[str | None, str], dict[str, Any]] = {}
-    for run in runs:
-        params = run.metrics.get(PARAMS)
-        for name, metric in run.metrics.items():
-            if params and TEACHER in params.models and name.startswith("loss/") and TEACHER in metric.models:
-                losses = {"params": params.models[TEACHER].value, "lm_loss_nats": metric.models[TEACHER].value}
-                teachers.setdefault((run.teacher, name), {"model": "teacher", "text": name.partition("/")[2], **losses})
-    if not points:
-        return False
-    plot_sizes([*points, *teachers.values()], path)
-    return True
+    students = [point for run in runs for point in run.points()]
+    teachers = {(run.teacher, point["text"]): point for run in reversed(runs) for point in run.points(TEACHER)}
+    if students:
+        plot_tradeoffs([*students, *teachers.values()], path)
+    return bool(students)
 
 
 def _page(rows: list[dict[str, Any]], differing: list[dict[str, Any]], remarks: list[str], is_drawn: bool) -> str:
@@ -273,7 +288,7 @@ def _page(rows: list[dict[str, Any]], differing: list[dict[str, Any]], remarks: 
     lines += ["A number in brackets is an end of the 95 % interval.", ""]
     lines += [f"- {remark}" for remark in remarks] + [""] * bool(remarks)
     if is_drawn:
-        lines += [f"![Quality over size]({NAME}.png)", ""]
+        lines += [f"![Held-out loss over parameters, tokens trained and forward speed]({NAME}.png)", ""]
     lines += ["## Settings that differ", "", comparison_markdown(differing).rstrip() if differing else "None."]
     return "\n".join(lines) + "\n"
 

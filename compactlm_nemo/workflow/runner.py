@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -186,6 +187,7 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
         return
     console.print(f"{stage.name} ...")
     _check_inputs(stage, config)
+    started = time.monotonic()
     try:
         results = stage.run(Run(config, mesh, stage), folder)
     except CompactLMError as error:
@@ -200,5 +202,6 @@ def _run_one(stage: Stage, config: Config, mesh: Mesh, console: Console) -> None
         return
     with main_rank_writes() as writes:
         if writes:
-            write_manifest(folder, settings, inputs, results)
+            seconds, devices = time.monotonic() - started, launch_world_size()
+            write_manifest(folder, settings, inputs, results, seconds=seconds, devices=devices)
     _whole.add(folder.resolve())

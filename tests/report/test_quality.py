@@ -35,7 +35,7 @@ METRICS: list[dict[str, Any]] = [
 def test_a_star_stands_where_chance_is_unlikely(tmp_path: Path) -> None:
     (tmp_path / "evaluate").mkdir()
     (tmp_path / "evaluate" / "quality.json").write_text(json.dumps({"metrics": METRICS}))
-    table = quality_lines(tmp_path)[-1].splitlines()
+    table = quality_lines(tmp_path, tmp_path, {})[-1].splitlines()
     assert table == [
         "| metric | units | teacher | pruned | distilled |",
         "| --- | --- | --- | --- | --- |",
@@ -45,4 +45,4 @@ def test_a_star_stands_where_chance_is_unlikely(tmp_path: Path) -> None:
 
 
 def test_a_run_without_metrics_has_no_table(tmp_path: Path) -> None:
-    assert quality_lines(tmp_path) == []
+    assert quality_lines(tmp_path, tmp_path, {}) == []

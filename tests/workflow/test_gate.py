@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from compactlm_nemo.artifacts import MANIFEST, read_manifest
+from compactlm_nemo.artifacts import MANIFEST, read_manifest, write_manifest
+from tests.report.test_speed import PROFILE, ROWS
 from tests.support import commands
 from tests.support.tiny_run import command
 
@@ -65,6 +66,24 @@ def test_a_run_that_fails_keeps_its_artifacts_and_ends_with_3(inputs: Path, run:
     assert all((tmp_path / "run" / name / MANIFEST).is_file() for name in ("distill", "evaluate", "export", "report"))
     again = commands.run(command(inputs, tmp_path / "run", LOSS.format(-9), SIZE))
     assert again.returncode == 3 and again.stdout.count("done before, skipped") == 9
+
+
+def test_a_run_with_engines_has_its_profile_in_the_report_and_under_the_gate(
+    inputs: Path, run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "report")
+    (tmp_path / "run" / "profile").mkdir()
+    (tmp_path / "run" / "profile" / "profile.json").write_text(json.dumps(PROFILE))
+    write_manifest(tmp_path / "run" / "profile", {}, {}, {})
+    limit = "gate.limits.speed={metric: speed/transformers/8, compare: ratio, at_least: 1.5}"
+    words = command(inputs, tmp_path / "run", "profile.engines=[transformers]", limit, recipe="report")
+    done = commands.run(words)
+    assert done.returncode == 0 and "gate: PASS, 1 of 1 limits hold" in done.stdout, done.stderr
+    page = (tmp_path / "run" / "report" / "report.md").read_text()
+    assert all(row in page for row in ROWS) and "## Cost so far" in page
+    html = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert all(f">{cell}<" in html for row in ROWS for cell in row.strip("| ").split(" | "))
 
 
 def test_two_ranks_say_it_once(inputs: Path, run: Path, tmp_path: Path) -> None:
