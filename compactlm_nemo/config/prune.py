@@ -69,10 +69,10 @@ class PruneConfig:
     """Axes whose units are chosen by the error that is left after refitting, not by their scores (needs
     least_squares)."""
     blocks: Blocks = setting(Blocks.none)
-    """distill: each layer is trained, by itself, to give what the teacher's stream is after the layers it stands for."""
+    """distill: each layer is trained by itself to give what the teacher's stream is after the layers it stands for."""
     block_inputs: BlockInputs = setting(BlockInputs.student)
-    """student: layers are trained one after another on the stream of those before; teacher: each on the teacher's stream,
-    those of different pipeline stages at once."""
+    """student: layers are trained one after another on the stream of those before; teacher: each on the teacher's
+    stream, those of different pipeline stages at once."""
     block_lr: float = setting(1e-3)
     """Largest learning rate of a layer's Adam; it falls to 0 over `block_passes`."""
     block_passes: int = setting(6)
@@ -109,7 +109,7 @@ class PruneConfig:
                     getattr(self, name) == default[name],
                     f"prune.{name} needs prune.blocks=distill; set it, or leave it out.",
                 )
-        require(self.block_lr > 0, f"prune.block_lr={self.block_lr} must be > 0; 0.001 is a good start.")
+        require(0 < self.block_lr < 1, f"prune.block_lr={self.block_lr} must be in (0, 1); 0.001 is a good start.")
         for name, value, good in (
             ("block_passes", self.block_passes, 6),
             ("block_batch", self.block_batch, 4),

@@ -1,4 +1,4 @@
-"""Block-local distillation trains each layer of a cut student, by itself, to give what the teacher's stream is after it.
+"""Block-local distillation trains each layer of a cut student by itself, to give the teacher's stream behind it.
 
 Layer j of the student stands for the layers [i, n) of the teacher: i is the kept one, n the next that stays. With h_i
 the teacher's stream before its layer i and T the map of the stream to the student's (`HiddenCut.stream_map`), y_j the
@@ -6,17 +6,18 @@ output of layer j on its input, and the tokens that count (`data.marks`) of one 
 
     L_j = 1 / tokens * sum over tokens of mean((y_j - T(h_n))^2) / mean(T(h_n)^2)        means over channels
 
-is brought down over all parameters of the layer. So a layer whose followers are removed learns their work too. Its input
-is the student's stream, which has the errors of all layers before, one layer after another (`from_teacher=False`), or
-T(h_i), each layer for itself, where pipeline stages train theirs at once. The first layer sees the embedding either way.
+is brought down over all parameters of the layer. So a layer whose followers are removed learns their work too. Its
+input is the student's stream, which has the errors of all layers before, one layer after another
+(`from_teacher=False`), or T(h_i), each layer for itself, where pipeline stages train theirs at once. The first layer
+sees the embedding either way.
 
 Adam (no decay; beta 0.9 and 0.95) moves float32 weights with ``lr * min(1, (s + 1) / w) * (1 + cos(pi s / n)) / 2`` at
 step s of n, w = max(1, n / 20). A step is over `batch` windows; which windows make a step is fixed, the order of the
 steps changes from pass to pass. A layer whose loss over all windows is not lower in the end keeps the weights it had.
 
 A rank holds on its device the states of its tokens before and after one layer and the optimizer of that layer; of the
-teacher's stream, on the host, what the layer needs. With T(h_i) as inputs and a pipeline the latter is for all layers of
-the rank.
+teacher's stream, on the host, what the layer needs. With T(h_i) as inputs and a pipeline the latter is for all layers
+of the rank.
 
 Shape suffixes: S sequence (of this rank), B batch, K hidden size of the student.
 """

@@ -43,12 +43,12 @@ class LayerWeights:
         """Add the gradients of a micro-batch, float32, to those of the step."""
         for i, weight in enumerate(self.weights):
             if weight.grad is not None:
-                gradient = weight.grad.float()
-                self.gradients[i] = gradient if self.gradients[i] is None else self.gradients[i].add_(gradient)
+                before, gradient = self.gradients[i], weight.grad.float()
+                self.gradients[i] = gradient if before is None else before.add_(gradient)
                 weight.grad = None
 
     def update(self, share: float) -> None:
-        """Move the weights against the sum of all ranks' gradients, with this share of the learning rate. Collective."""
+        """Move the weights against all ranks' gradients with this share of the learning rate. Collective."""
         for main, gradient in zip(self.main, self.gradients, strict=True):
             main.grad = torch.zeros_like(main) if gradient is None else gradient  # an expert without tokens has none
         self._sum_over_ranks()
@@ -79,19 +79,17 @@ class LayerWeights:
             return is_of_sequence or config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
 
         self._sum(mesh.tp_group, is_partial)
-        self._sum(mesh.tp_group, lambda _, weight: getattr(weight, "average_gradients_across_tp_domain", False), mean=True)
         self._sum(mesh.dp_cp_group, lambda _, weight: getattr(weight, "allreduce", True))
         self._sum(mesh.expert_dp_group, lambda _, weight: not getattr(weight, "allreduce", True))
 
-    def _sum(self, group: ProcessGroup, is_meant: Callable[[str, Any], bool], *, mean: bool = False) -> None:
+    def _sum(self, group: ProcessGroup, is_meant: Callable[[str, Any], bool]) -> None:
         """Sum the gradients of some weights over a group in one message."""
         if group.size() == 1:
             return
         named = zip(self.names, self.weights, self.main, strict=True)
         gradients: list[Any] = [main.grad for name, weight, main in named if is_meant(name, weight)]
         if gradients:
-            total = all_reduce_sum(torch.cat([x.flatten() for x in gradients]), group)
-            _scatter(total / group.size() if mean else total, gradients)
+            _scatter(all_reduce_sum(torch.cat([x.flatten() for x in gradients]), group), gradients)
 
 
 def _scatter(flat: Tensor, tensors: Iterable[Tensor]) -> None:

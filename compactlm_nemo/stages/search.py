@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def search_settings(config: Config) -> dict[str, Any]:
-    """Return what decides the candidates: how they are cut too, before layers are trained, and the layout where it decides which there are."""
+    """Return what decides the candidates: how they are cut too, and the layout where it decides which there are.
+
+    Their layers are not trained (`prune.blocks`).
+    """
     cfg = config.search
     later = ("candidate", "blocks", *BLOCK_SETTINGS)
     prune = {name: value for name, value in result_settings(config.prune).items() if name not in later}

@@ -1,17 +1,20 @@
-"""Layers trained by themselves: against autograd over transformers' models and Adam by hand, float64, in every layout."""
+"""Layers trained by themselves, in every layout, against autograd over transformers' models and Adam by hand."""
 
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compactlm_nemo.artifacts import damaged_seals
 from compactlm_nemo.data.marks import mark
 from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.models.build import global_names, tp_share
@@ -20,6 +23,7 @@ from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.pruning.block_distillation import BlockDistillation, BlockTraining
 from compactlm_nemo.pruning.residual_stream import HiddenCut, RotatedStream, Selection
 from compactlm_nemo.pruning.rotation import Rotation
+from compactlm_nemo.stages.kept_layers import KeptLayers
 from tests.pruning.test_cut import EVERY, HIDDEN, LAYERS, plan_of, student_of
 from tests.pruning.test_reconstruct import calibration
 from tests.pruning.test_reconstruct_sequential import plain_source
@@ -30,7 +34,7 @@ from tests.support.tiny_models import EAGER, save_tiny, tiny_config
 LR, PASSES, BATCH, SEED = 3e-3, 3, 2, 7
 CASES = {
     "selected": ("llama", HIDDEN),
-    "turned": ("llama", HIDDEN),
+    "turned": ("llama_biases", HIDDEN),
     "whole": ("qwen3", EVERY),
     "experts": ("qwen3_moe", EVERY),
 }
@@ -222,3 +226,70 @@ DENSE = ("selected", "turned", "whole")
 def test_trained_layers_are_those_of_adam_by_hand(layout, cases, root, tmp_path):
     world, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]
     run_ranks(_matches, world, tmp_path, fields, cases, root)
+
+
+def _goes_on(rank: int, world: int, layout: dict[str, Any], case: str, root: Path, folder: Path) -> None:
+    mesh = mesh_of(**layout)
+    for from_teacher in (False, True):
+        runs = []
+        for name in ("whole", "again"):
+            state = folder / f"{from_teacher}_{name}"
+            state.mkdir(exist_ok=True)
+            dist.barrier()
+            training = distillation(case, root, mesh, from_teacher=from_teacher)
+            if name == "again" and rank == 0:  # what a run had kept that was killed in its second layer
+                for path in (folder / f"{from_teacher}_whole").glob("*layer_0_*"):
+                    shutil.copy(path, state / path.name)
+            dist.barrier()
+            store = KeptLayers(state, 2, mesh)
+            assert store.finished == (set() if name == "whole" else {0})
+            training = replace(training, store=store)
+            training.run(lambda done: None)
+            assert KeptLayers(state, 2, mesh).finished == {0, 1}
+            if rank == 0:
+                assert not damaged_seals(state)
+            runs.append((training.losses, [parameter.clone() for parameter in training.student.parameters()]))
+        assert runs[0][0] == runs[1][0]
+        assert all(map(torch.equal, runs[0][1], runs[1][1]))
+
+
+@pytest.mark.parametrize("layout, case", [("tp2_pp2", "whole"), ("ep2", "experts")])
+def test_a_run_that_kept_a_layer_goes_on_to_the_same_bits(layout, case, root, tmp_path):
+    world, fields = (LAYOUTS | EXPERT_LAYOUTS)[layout]
+    run_ranks(_goes_on, world, tmp_path, fields, case, root, tmp_path)
+
+
+def _odd(rank: int, world: int, root: Path) -> None:
+    mesh = mesh_of()
+    hopeless = distillation("selected", root, mesh, lr=1e30)
+    with pytest.raises(NumericsError, match=r"the loss of layer 0 is (nan|inf) after training; lower prune.block_lr"):
+        hopeless.run(lambda done: None)
+    far = distillation("selected", root, mesh, lr=30.0)
+    before = [parameter.clone() for parameter in far.student.parameters()]
+    far.run(lambda done: None)
+    assert all(after == start for start, after in far.losses.values())
+    assert all(map(torch.equal, before, far.student.parameters()))
+    assert all(parameter.requires_grad for parameter in far.student.parameters())
+
+
+def test_what_is_not_finite_is_refused_and_what_got_worse_is_not_kept(root, tmp_path):
+    run_ranks(_odd, 1, tmp_path, root)
+
+
+def _half(rank: int, world: int, root: Path) -> None:
+    """Steps of 1e-4 are below what bf16 can add to most weights: only float32 copies sum them up."""
+    mesh, layer = mesh_of(), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        training = distillation("selected", root, mesh, lr=1e-4, passes=40)
+        student, teacher = (filled(root / name, mesh, dtype=dtype)[1] for name in ("selected_cut", "selected"))
+        start = torch.cat([p.double().flatten() for p in next(iter(student.layers())).parameters()])
+        replace(training, student=student, teacher=teacher).run(lambda done: None)
+        end = torch.cat([p.double().flatten() for p in next(iter(student.layers())).parameters()])
+        layer[dtype] = end - start
+    fine, coarse = layer.values()
+    assert float(fine @ coarse / (fine.norm() * coarse.norm())) > 0.5
+    assert float(coarse @ fine / (fine @ fine)) > 0.7  # in the mean the rounded weights go the whole way
+
+
+def test_weights_of_a_bf16_model_are_moved_in_float32(root, tmp_path):
+    run_ranks(_half, 1, tmp_path, root)
