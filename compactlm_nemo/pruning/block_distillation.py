@@ -11,8 +11,12 @@ input is the student's stream, which has the errors of all layers before, one la
 (`from_teacher=False`), or T(h_i), each layer for itself, where pipeline stages train theirs at once. The first layer
 sees the embedding either way.
 
-Adam (no decay; beta 0.9 and 0.95) moves float32 weights with ``lr * min(1, (s + 1) / w) * (1 + cos(pi s / n)) / 2`` at
-step s of n, w = max(1, n / 20). A step is over `batch` windows; which windows make a step is fixed, the order of the
+Adam (no decay; beta 0.9 and 0.95) moves float32 weights. The learning rate of a weight W is a share of its size, as a
+turned stream makes some weights ten times smaller than others: at step s of n
+
+    lr * rms(W) * min(1, (s + 1) / w) * (1 + cos(pi s / n)) / 2        w = max(1, n / 20), rms(W) before training
+
+A step is over `batch` windows; which windows make a step is fixed, the order of the
 steps changes from pass to pass. A layer whose loss over all windows is not lower in the end keeps the weights it had.
 
 A rank holds on its device the states of its tokens before and after one layer and the optimizer of that layer; of the
@@ -55,7 +59,7 @@ class BlockTraining:
     """How each layer is trained."""
 
     lr: float
-    """Largest learning rate."""
+    """Largest learning rate, as a share of the root mean square of each weight."""
     passes: int
     """Over all windows."""
     batch: int

@@ -6,6 +6,7 @@ part in a layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,6 +18,8 @@ from compactlm_nemo.parallel.collectives import all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
 
 BETAS = (0.9, 0.95)
+LEAST_SIZE = 1e-3
+"""Of a weight, where steps are a share of its size: biases may all be 0."""
 
 
 class LayerWeights:
@@ -26,7 +29,7 @@ class LayerWeights:
         layer: Its parameters are made to ask for gradients until the object is gone, but those that are no weights
             (the balance of a router's choice), and are moved in place.
         mesh: Whose ranks have the layer.
-        lr: Largest learning rate.
+        lr: Largest learning rate, as a share of the root mean square of each weight.
     """
 
     def __init__(self, layer: Any, mesh: Mesh, *, lr: float) -> None:
@@ -34,10 +37,20 @@ class LayerWeights:
         named = [(name, x) for name, x in layer.named_parameters() if not name.endswith("expert_bias")]
         self.names, self.weights = [name for name, _ in named], [x for _, x in named]
         self.main = [x if x.dtype is torch.float32 else x.detach().float() for x in self.weights]
-        self.optimizer = torch.optim.AdamW(self.main, lr=lr, betas=BETAS, weight_decay=0.0, fused=True)
+        groups = [{"params": [main], "size": size} for main, size in zip(self.main, self._sizes(), strict=True)]
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
         for weight in self.weights:
             weight.requires_grad_(True)
         self.gradients: list[Tensor | None] = [None] * len(self.weights)
+
+    def _sizes(self) -> list[float]:
+        """Return the root mean square of each whole weight, at least `LEAST_SIZE`; of a norm of 1 + w that of 1 + w."""
+        mesh, sizes = self.mesh, []
+        for name, main in zip(self.names, self.main, strict=True):
+            is_one_plus = name.endswith("layernorm.weight") and self.layer.config.layernorm_zero_centered_gamma
+            mean = (main.detach() + float(is_one_plus)).double().square().mean()
+            sizes.append(max(math.sqrt(float(all_reduce_sum(mean, mesh.tp_group)) / mesh.tp_size), LEAST_SIZE))
+        return sizes
 
     def take_gradients(self) -> None:
         """Add the gradients of a micro-batch, float32, to those of the step."""
@@ -53,7 +66,7 @@ class LayerWeights:
             main.grad = torch.zeros_like(main) if gradient is None else gradient  # an expert without tokens has none
         self._sum_over_ranks()
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * share
+            group["lr"] = self.lr * share * group["size"]
         self.optimizer.step()
         for weight, main in zip(self.weights, self.main, strict=True):
             if main is not weight:

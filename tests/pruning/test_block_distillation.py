@@ -31,10 +31,10 @@ from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import EAGER, save_tiny, tiny_config
 
-LR, PASSES, BATCH, SEED = 3e-3, 3, 2, 7
+LR, PASSES, BATCH, SEED = 1e-2, 3, 2, 7
 CASES = {
     "selected": ("llama", HIDDEN),
-    "turned": ("llama_biases", HIDDEN),
+    "turned": ("gemma3", HIDDEN),
     "whole": ("qwen3", EVERY),
     "experts": ("qwen3_moe", EVERY),
 }
@@ -107,6 +107,7 @@ def _train(small: Any, layer: int, ids: Tensor, counts: Tensor, target: Tensor, 
         seen["y"] = out[0] if isinstance(out, tuple) else out
 
     hooks = [module.register_forward_pre_hook(replaced, with_kwargs=True), module.register_forward_hook(keep)]
+    sizes = sizes_of(module, small.config.model_type == "gemma3_text")
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     rng, number, total = torch.Generator().manual_seed(SEED), 0, PASSES * 3
     for _ in range(PASSES):
@@ -119,13 +120,29 @@ def _train(small: Any, layer: int, ids: Tensor, counts: Tensor, target: Tensor, 
             lr = LR * (1 + math.cos(math.pi * number / total)) / 2  # a twentieth of 9 steps is less than one
             number += 1
             with torch.no_grad():
-                for p, g, (m, v) in zip(parameters, gradients, moments, strict=True):
+                for p, g, size, (m, v) in zip(parameters, gradients, sizes, moments, strict=True):
                     g = torch.zeros_like(p) if g is None else g
                     m.mul_(0.9).add_(0.1 * g)
                     v.mul_(0.95).add_(0.05 * g * g)
-                    p -= lr * (m / (1 - 0.9**number)) / ((v / (1 - 0.95**number)).sqrt() + 1e-8)
+                    p -= lr * size * (m / (1 - 0.9**number)) / ((v / (1 - 0.95**number)).sqrt() + 1e-8)
     for hook in hooks:
         hook.remove()
+
+
+def sizes_of(module: Any, is_one_plus: bool) -> list[Tensor]:
+    """Root mean squares: queries, keys and values are one weight, gate and the other half too, each expert is one."""
+    sizes, named = [], dict(module.named_parameters())
+    for name, parameter in named.items():
+        parts = [parameter.detach()]
+        for one in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            if (part := f"{name}.".split(".")[-3]) in one:
+                parts = [named[name.replace(part, other)].detach() for other in one]
+        squares = torch.cat([(x + (is_one_plus and "norm" in name)) ** 2 for x in parts], dim=0)
+        if parameter.dim() == 3:
+            sizes.append(squares.mean(dim=(1, 2), keepdim=True).sqrt().clamp(min=1e-3))
+        else:
+            sizes.append(squares.mean().sqrt().clamp(min=1e-3))
+    return sizes
 
 
 @pytest.fixture(scope="module")
