@@ -18,6 +18,7 @@ from compactlm_nemo.artifacts import damaged_seals
 from compactlm_nemo.data.marks import mark
 from compactlm_nemo.errors import NumericsError
 from compactlm_nemo.models.build import global_names, tp_share
+from compactlm_nemo.models.families import EMBEDDING, OUTPUT_LAYER
 from compactlm_nemo.models.hf import export_hf, open_hf
 from compactlm_nemo.parallel.mesh import Mesh
 from compactlm_nemo.pruning.block_distillation import BlockDistillation, BlockTraining
@@ -199,6 +200,8 @@ def differences(model: Any, folder: Path, start: Path, mesh: Mesh) -> float:
     dims, wanted = open_hf(folder)
     before, worst = open_hf(start)[1], 0.0
     for name, parameter in global_names(model):
+        if name == OUTPUT_LAYER and dims.tied_embeddings:
+            name = EMBEDDING
         want, old = (
             tp_share(
                 name, source(name).double(), rank=mesh.tp_rank, size=mesh.tp_size, gated=dims.gated_mlp,
