@@ -73,7 +73,7 @@ class PruneConfig:
     block_inputs: BlockInputs = setting(BlockInputs.student)
     """student: layers are trained one after another on the stream of those before; teacher: each on the teacher's
     stream, those of different pipeline stages at once."""
-    block_lr: float = setting(1e-2)
+    block_lr: float = setting(5e-3)
     """Largest step of a layer's Adam, as a share of the root mean square of each weight; it falls to 0 over
     `block_passes`."""
     block_passes: int = setting(6)
@@ -110,7 +110,7 @@ class PruneConfig:
                     getattr(self, name) == default[name],
                     f"prune.{name} needs prune.blocks=distill; set it, or leave it out.",
                 )
-        require(0 < self.block_lr < 1, f"prune.block_lr={self.block_lr} must be in (0, 1); 0.01 is a good start.")
+        require(0 < self.block_lr < 1, f"prune.block_lr={self.block_lr} must be in (0, 1); 0.005 is a good start.")
         for name, value, good in (
             ("block_passes", self.block_passes, 6),
             ("block_batch", self.block_batch, 4),
