@@ -19,6 +19,7 @@ OPTIONS = {
     "bench.importance": "--samples",
     "bench.pruning.pairs": "--samples",
     "bench.pruning": "--seeds",
+    "bench.pruning.blocks": "--windows",
     "bench.distill.linear_kd": "--tokens",
     "bench.distill.distill_step": "--repeats",
     "bench.distill.orderings": "--steps",

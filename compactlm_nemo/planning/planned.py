@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from compactlm_nemo.config.prune import Reconstruct
+from compactlm_nemo.config.prune import Blocks, Reconstruct
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.score import DepthMetric, WidthMetric
 from compactlm_nemo.config.teacher import TeacherSource
@@ -137,6 +137,7 @@ class _Plan:
         ]
 
     def _refit(self, stage: str) -> list[str]:
+        """Return what of a cut is not planned."""
         refits = self.config.prune.reconstruct is not Reconstruct.none
         return [f"{stage}: the algebra of the refit, on the host"] * refits + [
             f"{stage}: the refit layer by layer"
@@ -151,7 +152,8 @@ class _Plan:
     def prune(self, teacher: Dims, student: Dims, name: str) -> Planned:
         cfg = self.config
         before = self._pass("teacher's loss", passes.teachers_loss, cfg.prune.samples, cfg.evaluate.micro_batch)
-        return Planned(name, [before, *self._cut(teacher, student)], self._refit(name))
+        trains = [f"{name}: the training of each layer by itself"] * (cfg.prune.blocks is Blocks.distill)
+        return Planned(name, [before, *self._cut(teacher, student)], [*self._refit(name), *trains])
 
     def rank(self, teacher: Dims, student: Dims) -> Planned:
         """Plan the short distillations, all of the largest student."""

@@ -30,59 +30,19 @@ import torch
 from torch import Tensor
 
 from compactlm_nemo.data.marks import counts_of
-from compactlm_nemo.importance.leave_one_out import only_layers
-from compactlm_nemo.models.build import HiddenStateModel, ModelChunks, ParameterSource, tp_share
+from compactlm_nemo.models.build import ModelChunks, ParameterSource, tp_share
 from compactlm_nemo.models.dims import Dims
-from compactlm_nemo.models.forward import DataParallelSamples, context_share, forward_each
+from compactlm_nemo.models.forward import DataParallelSamples, context_share
 from compactlm_nemo.models.taps import Taps, on_every_stage, whole_over_tp
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
+from compactlm_nemo.pruning.layer_walk import LayerWalk, spans
 from compactlm_nemo.pruning.least_squares import damped
 from compactlm_nemo.pruning.plan import Plan
 from compactlm_nemo.pruning.residual_stream import HiddenCut
 
 Targets = dict[tuple[str, int], Tensor]
 """(map, micro-batch) -> the teacher's stream, or its normed stream y, `[N, H]` in the model's dtype on the CPU."""
-
-
-class SingleLayer(torch.nn.Module):
-    """A model's chunk that runs one layer on stored inputs, in place of the chunk in a pipeline schedule."""
-
-    def __init__(self, chunk: HiddenStateModel) -> None:
-        super().__init__()
-        self.module = chunk  # the name under which Megatron looks through wrappers
-        self.layers: list[Any] = list(chunk.decoder.layers)
-        self.numbers = [layer.layer_number - 1 for layer in self.layers]
-        self.layer = self.batch = 0
-        self.inputs: dict[int, Tensor] = {}
-        self.outputs: dict[int, Tensor] = {}
-
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, mask: None) -> Tensor:
-        chunk = self.module
-        if self.layer > self.numbers[-1]:
-            return self.outputs[self.batch]
-        if self.layer < self.numbers[0]:  # what comes from the stage before will be this chunk's input
-            self.inputs[self.batch] = chunk.decoder.input_tensor
-            with only_layers(chunk, []):
-                return chunk(tokens_BS, positions_BS, mask)
-        layer = self.layers[self.layer - self.numbers[0]]
-        start = self.inputs.get(self.batch)  # None: the embedding
-        if start is not None and not chunk.pre_process:
-            chunk.set_input_tensor(start)
-        handle = layer.register_forward_hook(self._store)
-        with only_layers(chunk, [layer]):
-            hidden = chunk(tokens_BS, positions_BS, mask, decoder_input=start)
-        handle.remove()
-        # A chunk with further layers passes on what nobody reads; the output of its last layer is read.
-        return hidden if chunk.post_process else self.outputs[self.batch]
-
-    def _store(self, layer: Any, args: Any, output: Any) -> None:
-        self.outputs[self.batch] = output[0] if isinstance(output, tuple) else output
-
-    def advance(self) -> None:
-        """Make the outputs of the finished layer the inputs of the next."""
-        if self.layer in self.numbers:
-            self.inputs = dict(self.outputs) if self.layer < self.numbers[-1] else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,18 +79,14 @@ class SequentialReconstruction:
     def run(self, progress: Callable[[int], None]) -> None:
         """Refit the student in place; `progress` is called with 1 for each finished layer. Collective."""
         samples = DataParallelSamples(self.windows_NS, self.mesh, self.micro_batch)
-        student, teacher = (
-            model.wrapped(SingleLayer(chunk) for chunk in model) for model in (self.student.eval(), self.teacher)
-        )
+        student, teacher = LayerWalk(self.student.eval(), samples), LayerWalk(self.teacher, samples)
         to_student = self.hidden.stream_map(self.windows_NS.device)
-        first, ends = 0, [*self.plan.layers[1:], self.teacher_dims.num_layers]
-        for layer, (start, end) in enumerate(zip(self.plan.layers, ends, strict=True)):
-            targets = self._teacher_targets(
-                teacher, samples, first, start, end, keep=_holds(student, layer) is not None
-            )
+        first = 0
+        for layer, (start, end) in enumerate(spans(self.plan.layers, self.teacher_dims)):
+            targets = self._teacher_targets(teacher, first, start, end, keep=student.module(layer) is not None)
             for part in self._parts():
-                self._fit(part, layer, student, samples, targets, to_student)
-            self._walk(student, layer, samples)
+                self._fit(part, layer, student, targets, to_student)
+            student.step(layer)
             first = end
             progress(1)
 
@@ -140,40 +96,17 @@ class SequentialReconstruction:
             return attention
         return [*attention, "fc1", "fc2"] if self.is_narrowed else [*attention, "fc2"]
 
-    def _pass(
-        self, chunks: ModelChunks, layer: int, samples: DataParallelSamples, visit: Callable[[int], None]
-    ) -> None:
-        """Run one layer on every micro-batch and call `visit` with the number of each, on every rank."""
-        for batch, tokens_BS in enumerate(samples.batches):
-            for chunk in chunks:
-                chunk.layer, chunk.batch = layer, batch
-            forward_each(chunks, [tokens_BS], lambda *_: None)
-            visit(batch)
-
-    def _walk(
-        self,
-        chunks: ModelChunks,
-        layer: int,
-        samples: DataParallelSamples,
-        visit: Callable[[int], None] = lambda batch: None,
-    ) -> None:
-        """Run one layer on every micro-batch and go on to the next."""
-        self._pass(chunks, layer, samples, visit)
-        for chunk in chunks:
-            chunk.advance()
-
     def _fit(
         self,
         part: str,
         layer: int,
-        chunks: ModelChunks,
-        samples: DataParallelSamples,
+        student: LayerWalk,
         targets: Targets,
         to_student: Callable[[Tensor], Tensor],
     ) -> None:
         """Sum up over the tokens and write the refitted weight of one linear map, on the rank that has the layer."""
-        taps, sums, multiplier = Taps(), _Sums(), self.dims.residual_multiplier
-        block, module = _holds(chunks, layer), None
+        taps, sums, samples, multiplier = Taps(), _Sums(), student.samples, self.dims.residual_multiplier
+        block, module = student.module(layer), None
         if block is not None:
             attention, mlp = block.self_attention, block.mlp
             module = {
@@ -204,7 +137,7 @@ class SequentialReconstruction:
             else:
                 sums.add(x_NE, target_NH.double(), counts_N1)
 
-        self._pass(chunks, layer, samples, visit)
+        student.run(layer, visit)
         taps.remove()
         if module is not None:
             self._write(part, layer, module, *sums.reduced(self.mesh))
@@ -245,14 +178,13 @@ class SequentialReconstruction:
             return torch.cat(halves).double()
         return all_gather(weight, self.mesh.tp_group, dim=0).double()
 
-    def _teacher_targets(
-        self, teacher: ModelChunks, samples: DataParallelSamples, first: int, start: int, end: int, *, keep: bool
-    ) -> Targets:
+    def _teacher_targets(self, teacher: LayerWalk, first: int, start: int, end: int, *, keep: bool) -> Targets:
         """Walk the teacher from layer `first` to before `end`; return the targets of the student's layer `start`.
 
         A rank that does not `keep` them takes part and gets none.
         """
         dtype, width = self.teacher[0].config.params_dtype, self.teacher_dims.hidden_size
+        samples = teacher.samples
         targets: Targets = {}
         for layer in range(first, end):
             taps, parts = self._tapped(teacher, layer, start, end)
@@ -265,13 +197,13 @@ class SequentialReconstruction:
                         value_NH = value_SBH[:, : samples.num_local(batch)].flatten(0, 1)
                         targets[part, batch] = value_NH.to(dtype).cpu()
 
-            self._walk(teacher, layer, samples, visit)
+            teacher.step(layer, visit)
             taps.remove()
         return targets
 
-    def _tapped(self, teacher: ModelChunks, layer: int, start: int, end: int) -> tuple[Taps, list[str]]:
+    def _tapped(self, teacher: LayerWalk, layer: int, start: int, end: int) -> tuple[Taps, list[str]]:
         """Tap a layer of the teacher where this rank has the layer; return the taps and the maps it has targets of."""
-        taps, block, parts = Taps(), _holds(teacher, layer), []
+        taps, block, parts = Taps(), teacher.module(layer), []
         if layer == start:
             parts += [part for part in self._parts() if part != "fc2"]
         if layer == end - 1 and "fc2" in self._parts():
@@ -283,11 +215,6 @@ class SequentialReconstruction:
                 norms = {"qkv": block.input_layernorm, "fc1": block.pre_mlp_layernorm}
                 taps.output(norms.get(part, block), part)
         return taps, parts
-
-
-def _holds(chunks: ModelChunks, layer: int) -> Any:
-    """Return the module of a layer where this rank has the layer, else None."""
-    return next((chunk.layers[layer - chunk.numbers[0]] for chunk in chunks if layer in chunk.numbers), None)
 
 
 @dataclass

@@ -71,7 +71,7 @@ def judge(limits: Mapping[str, LimitConfig], found: Mapping[str, Measured], run:
     """
     problems, verdicts = [], []
     for name, limit in limits.items():
-        names = [metric for metric in found if fnmatchcase(metric, limit.metric)]
+        names = [metric for metric in found if _matches(metric, limit.metric)]
         if not names:
             problems.append(_unmatched(name, limit, list(found), f"what {run} has measured"))
         for metric in names:
@@ -85,6 +85,17 @@ def judge(limits: Mapping[str, LimitConfig], found: Mapping[str, Measured], run:
     if problems:
         raise ConfigError(listed(problems))
     return verdicts
+
+
+def _matches(metric: str, pattern: str) -> bool:
+    """Whether a pattern is of a metric: `loss/*` is of `loss/wiki`, and not of its slice `loss/wiki/short`."""
+    parts, patterns = metric.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def _whole(pattern: str) -> str:
+    """Return the pattern of the text whose slice a pattern is of."""
+    return "/".join(pattern.split("/")[:2])
 
 
 def _compared(metric: Measured, limit: LimitConfig) -> Figure | None:
@@ -120,8 +131,8 @@ def _unmatched(name: str, limit: LimitConfig, known: Sequence[str], whose: str) 
 
 
 def _kind_pattern(metric: str) -> str:
-    kind, slash, _ = metric.partition("/")
-    return f"{kind}/*" if slash else metric
+    kind, *parts = metric.split("/")
+    return "/".join([kind, *["*"] * len(parts)])
 
 
 def gate_problems(limits: Mapping[str, LimitConfig], config: Config) -> list[str]:
@@ -135,7 +146,7 @@ def gate_problems(limits: Mapping[str, LimitConfig], config: Config) -> list[str
     problems = []
     for name, limit in limits.items():
         is_other = any(fnmatchcase(kind, limit.metric.partition("/")[0]) for kind in OTHER_KINDS)
-        if not is_other and not any(fnmatchcase(known, limit.metric) for known in names):
+        if not is_other and not any(_matches(known, _whole(limit.metric)) for known in names):
             problems.append(_unmatched(name, limit, [*names, *kinds], "what a run measures"))
     return problems
 

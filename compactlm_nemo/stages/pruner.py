@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compactlm_nemo.config.prune import HeadCut, PruneConfig, Reconstruct, Stream
-from compactlm_nemo.data.windows import calibration_windows
+from compactlm_nemo.config.prune import BlockInputs, HeadCut, PruneConfig, Reconstruct, Stream
+from compactlm_nemo.data.windows import Windows, calibration_windows
 from compactlm_nemo.importance.moments import MomentSource
 from compactlm_nemo.importance.names import HIDDEN
 from compactlm_nemo.importance.scores import load_scores
@@ -24,6 +24,7 @@ from compactlm_nemo.parallel.launch import main_rank_writes
 from compactlm_nemo.parallel.world import is_main_rank, launch_rank, launch_world_size
 from compactlm_nemo.progress import progress_bar
 from compactlm_nemo.pruning import elimination
+from compactlm_nemo.pruning.block_distillation import BlockDistillation, BlockTraining, LayerStore
 from compactlm_nemo.pruning.block_replacement import BlockReplacement, measure_replacements, removed_blocks
 from compactlm_nemo.pruning.cut import CutSource, NarrowedSource
 from compactlm_nemo.pruning.plan import Plan, make_plan
@@ -148,6 +149,42 @@ class Pruner:
         )
         with progress_bar("refit layer by layer", dims.num_layers, 1) as advance:
             walk.run(advance)
+
+    def distill_blocks(
+        self, model: ModelChunks, plan: Plan, windows_NS: Tensor, store: LayerStore | None = None
+    ) -> dict[int, tuple[float, float]]:
+        """Train each layer of a student by itself on `block_windows`; return each one's loss before and after.
+
+        Collective.
+        """
+        cfg, config = self.cfg, self.run.config
+        distillation = BlockDistillation(
+            student=model,
+            teacher=self.run.load("teacher").eval(),
+            plan=plan,
+            hidden=self._hidden_cut(plan),
+            windows_NS=windows_NS,
+            training=BlockTraining(
+                lr=cfg.block_lr,
+                passes=cfg.block_passes,
+                batch=cfg.block_batch,
+                micro_batch=config.score.micro_batch,
+                seed=config.run.seed,
+                from_teacher=cfg.block_inputs is BlockInputs.teacher,
+            ),
+            store=store,
+        )
+        with progress_bar("distil layer by layer", model.dims.num_layers, 1) as advance:
+            distillation.run(advance)
+        return distillation.losses
+
+    def block_windows(self) -> Tensor:
+        """Return the windows that layers are trained on, `[N, S]`, equal on every rank."""
+        config, count = self.run.config, self.cfg.block_samples
+        if count is None:
+            return self.calibration
+        windows = Windows(self.run.train_corpora(), config.data.sequence_length, config.run.seed)
+        return torch.stack([windows.sample(i)[:-1] for i in range(count)]).to(device())
 
     def _replacements(self, plan: Plan) -> dict[int, BlockReplacement]:
         """Measure for every removed block how the MLP before the block can replace it. Collective."""

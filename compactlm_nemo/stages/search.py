@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compactlm_nemo.config.fingerprint import result_settings
+from compactlm_nemo.config.prune import BLOCK_SETTINGS
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.score import ExpertMetric
 from compactlm_nemo.models.dims import Dims
@@ -17,9 +18,13 @@ if TYPE_CHECKING:
 
 
 def search_settings(config: Config) -> dict[str, Any]:
-    """Return what decides the candidates: how they are cut too, and the layout where it decides which there are."""
+    """Return what decides the candidates: how they are cut too, and the layout where it decides which there are.
+
+    Their layers are not trained (`prune.blocks`).
+    """
     cfg = config.search
-    prune = {name: value for name, value in result_settings(config.prune).items() if name != "candidate"}
+    later = ("candidate", "blocks", *BLOCK_SETTINGS)
+    prune = {name: value for name, value in result_settings(config.prune).items() if name not in later}
     depends_on_layout = cfg.multiples or cfg.divisors or cfg.latency_ms is not None
     layout = {"parallel.tp": config.parallel.tp} if depends_on_layout else {}
     return {"search": result_settings(cfg), "prune": prune} | layout

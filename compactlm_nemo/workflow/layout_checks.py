@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compactlm_nemo.config.prune import Reconstruct
+from compactlm_nemo.config.prune import Blocks, Reconstruct
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.teacher import TeacherSource
 from compactlm_nemo.errors import CompactLMError
@@ -43,6 +43,11 @@ def launch_problems(config: Config, world_size: int) -> str:
         return (
             f"distill.global_batch={distill.global_batch} must be a multiple of data-parallel ranks {dp} x "
             f"distill.micro_batch={distill.micro_batch}; use {dp * distill.micro_batch} or a multiple."
+        )
+    if config.prune.blocks is Blocks.distill and config.prune.block_batch % dp:
+        return (
+            f"prune.block_batch={config.prune.block_batch} must be a multiple of the {dp} data-parallel ranks; use "
+            f"{-(-config.prune.block_batch // dp) * dp} or start fewer ranks."
         )
     windows = config.evaluate.tokens // config.data.sequence_length
     if windows < dp:

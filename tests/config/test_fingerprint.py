@@ -22,7 +22,7 @@ from compactlm_nemo.config.loss import HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.plan import BENEFIT, PlanConfig
 from compactlm_nemo.config.profile import Engine, Phase, ProfileConfig
-from compactlm_nemo.config.prune import ErrorAxis, PruneConfig, Reconstruct
+from compactlm_nemo.config.prune import BLOCK_SETTINGS, Blocks, ErrorAxis, PruneConfig, Reconstruct
 from compactlm_nemo.config.run import RunConfig
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.score import DepthMetric, ScoreConfig, WidthMetric
@@ -35,7 +35,7 @@ CONFIG = Config(
     model=ModelConfig(source="teacher"),
     data=DataConfig(train={"a": "a.jsonl"}, heldout={"b": "b.jsonl"}),
     score=ScoreConfig(depth=[DepthMetric.bi, DepthMetric.lm_loss_blocks], block_lengths=[2], second_moments=True),
-    prune=PruneConfig(reconstruct=Reconstruct.least_squares),
+    prune=PruneConfig(reconstruct=Reconstruct.least_squares, blocks=Blocks.distill),
     correct=CorrectConfig(steps=40, warmup_steps=2),
     distill=DistillConfig(teacher=TeacherSource.stored, hidden=HiddenConfig(embedding=True)),
     evaluate=EvaluateConfig(tasks=["a"], continuations=ContinuationsConfig(prompts=1)),
@@ -56,6 +56,7 @@ READ_BY = {
     "score": {"score"}, "score.micro_batch": set(),
     "search": {"search"}, "search.latency_profile": set(),  # its content decides
     "prune": {"search", "prune"}, "prune.candidate": {"prune"},
+    "prune.blocks": {"prune"}, **{f"prune.{name}": {"prune"} for name in BLOCK_SETTINGS},
     "rank": set(), "rounds": set(),
     "correct": {"correct_teacher"},
     "cache": {"cache_teacher"}, "cache.shard_samples": set(), "cache.micro_batch": set(),
@@ -93,6 +94,7 @@ OTHERS: dict[str, Any] = {
     "profile.engines": [Engine.transformers, Engine.llama_cpp],
     "search.smallest": 0.4, "search.band": 0.1,
     "prune.heads": None, "prune.reconstruct": Reconstruct.none, "prune.by_error": [ErrorAxis.mlp],
+    "prune.block_lr": 0.5,
     "rank.only": None,
     "distill.result": None, "distill.hidden.layers": [[-1, -1]], "distill.hidden.attention": [[-1, -1]],
     "distill.hidden.mlp_input": [[-1, -1]], "distill.loss.forward_kl": 0.5, "distill.min_lr": 1e-8,

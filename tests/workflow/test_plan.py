@@ -49,7 +49,12 @@ def test_the_best_layout_can_be_pasted(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_said(inputs: Path, tmp_path: Path) -> None:
-    refit = ["score.second_moments=true", "prune.reconstruct=least_squares", "prune.sequential=true"]
+    refit = [
+        "score.second_moments=true",
+        "prune.reconstruct=least_squares",
+        "prune.sequential=true",
+        "prune.blocks=distill",
+    ]
     done = run(words(inputs, tmp_path / "run", "search.latency_ms=1e6", *refit))
     assert done.returncode == 0, done.stderr
     left_out = [line for line in done.stdout.splitlines() if line.startswith("not in this plan: ")]
@@ -57,6 +62,7 @@ def test_what_is_left_out_is_said(inputs: Path, tmp_path: Path) -> None:
         "search: the algebra of the refit, on the host", "search: the refit layer by layer",
         "search: the timing of layers for search.latency_ms",
         "prune: the algebra of the refit, on the host", "prune: the refit layer by layer",
+        "prune: the training of each layer by itself",
     ]  # fmt: skip
 
 
