@@ -89,7 +89,7 @@ OTHERS: dict[str, Any] = {
     "model.vocab_texts": CorpusConfig(path="a.jsonl"), "data.heldout": {"c": CorpusConfig(path="b.jsonl")},
     "score.width": [WidthMetric.taylor], "score.depth": [DepthMetric.lm_loss_blocks], "score.block_lengths": [1],
     "score.depth_samples": 3, "score.stop_tolerance": 0.5,
-    "search.multiples": {"hidden": 2}, "search.divisors": ["hidden"], "search.ffn_multiples": [1.5],
+    "rank.by": {"loss": 2.0}, "search.multiples": {"hidden": 2}, "search.divisors": ["hidden"], "search.ffn_multiples": [1.5],
     "search.latency_profile": None, "search.latency_phase": None, "search.latency_engine": None,
     "profile.engines": [Engine.transformers, Engine.llama_cpp],
     "search.smallest": 0.4, "search.band": 0.1,

@@ -166,10 +166,10 @@ def test_the_walk_is_that_over_transformers_models(layout, root, tmp_path):
 class _Watched(SequentialReconstruction):
     """A reconstruction that notes what it keeps on the host."""
 
-    def _fit(self, part: str, layer: int, chunks: Any, samples: Any, targets: Any, to_student: Any) -> None:
+    def _fit(self, part: str, layer: int, student: Any, targets: Any, to_student: Any) -> None:
         held = sum(target.nbytes for target in targets.values())
         vars(self).setdefault("held", []).append((layer, held, {target.dtype for target in targets.values()}))
-        super()._fit(part, layer, chunks, samples, targets, to_student)
+        super()._fit(part, layer, student, targets, to_student)
 
 
 def _keeps_one_layer(rank: int, world: int, root: Path) -> None:

@@ -57,6 +57,7 @@ def test_the_section_follows_the_table(inputs: Path, tmp_path: Path) -> None:
     assert found["break_even"]["days"] == pytest.approx(found["break_even"]["tokens"] / 1e9)
 
 
+@pytest.mark.slow
 def test_a_run_from_scratch_has_the_price_of_training_without_a_teacher(inputs: Path, tmp_path: Path) -> None:
     """A teacher of few tokens has a loss that the student reaches by itself."""
     asked = [*ASKED, "plan.teacher_tokens=1e6", "distill.loss.cross_entropy=1"]
