@@ -23,20 +23,13 @@ from torch.nn.attention import sdpa_kernel
 
 from compactlm_nemo.models.attention import FUSED_KERNELS, SINK_CHANNELS
 from compactlm_nemo.models.build import HiddenStateModel, ModelChunks
-from compactlm_nemo.models.dims import Dims
 from compactlm_nemo.models.forward import forward_each
 from compactlm_nemo.models.layout import context_positions
+from compactlm_nemo.models.limits import longest_text
 from compactlm_nemo.parallel.devices import device
 
 KEYS_AT_A_TIME = 64
 """Positions by which the keys that are read grow; kernels take masks whose rows are a multiple of 16."""
-
-
-def longest_text(dims: Dims) -> int:
-    """Return the most tokens of a text whose keys may be kept: as long as they turn by the same frequencies."""
-    if dims.rope_scaling is not None and dims.rope_scaling["rope_type"] == "longrope":
-        return min(dims.max_position_embeddings, int(dims.rope_scaling["original_max_position_embeddings"]))
-    return dims.max_position_embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +108,7 @@ class Decoding:
     Args:
         model: In evaluation mode; nothing else may run it inside the block.
         num_rows: Texts at a time of this data-parallel rank; rounded up to what the layout can split.
-        max_length: Most tokens of a text, `longest_text` at most.
+        max_length: Most tokens of a text, `limits.longest_text` at most.
     """
 
     def __init__(self, model: ModelChunks, num_rows: int, max_length: int) -> None:

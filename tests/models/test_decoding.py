@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compactlm_nemo.models.decoding import Decoding, longest_text
+from compactlm_nemo.models.decoding import Decoding
 from compactlm_nemo.models.hf import open_hf
+from compactlm_nemo.models.limits import longest_text
 from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
 from compactlm_nemo.parallel.mesh import Mesh
 from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
@@ -58,7 +59,9 @@ def _check(mesh: Mesh, folder: Path, max_length: int) -> None:
             for row in range(decoding.num_rows) if mesh.is_last_stage else ():
                 text, first = (ROWS, step - LATE) if row == 1 and step in late else (row % ROWS, step)
                 wanted = expected[text][first : first + num]
-                torch.testing.assert_close(found_BCV[row], wanted, rtol=0, atol=1e-5, msg=lambda m: f"{folder.name}: {m}")
+                torch.testing.assert_close(
+                    found_BCV[row], wanted, rtol=0, atol=1e-5, msg=lambda m: f"{folder.name}: {m}"
+                )
     assert all(layer.self_attention.core_attention.kept_keys is None for layer in model.layers())
 
 
