@@ -101,6 +101,12 @@ class KeptKeys:
         values[rows_R1, :, places.positions_RC + first] = v_RCGD
         return keys, values
 
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these."""
+        if self._kept is not None:
+            keys, values = (kept[rows.to(kept.device)] for kept in self._kept)
+            self._kept = keys, values
+
 
 class Decoding:
     """`Decoding` lets rows of text grow inside a `with` block: new tokens attend to all that stand before them.
@@ -117,11 +123,9 @@ class Decoding:
             raise ValueError(f"a text of {max_length} tokens is longer than {longest_text(model.dims)}.")
         self._model, self._num_batches = model, mesh.pp_size
         unit = math.lcm(2 * mesh.cp_size if mesh.cp_size > 1 else 1, mesh.cp_size * mesh.tp_size)
-        self._batch_rows = -(-num_rows // (unit * mesh.pp_size)) * unit
-        self.num_rows = self._batch_rows * mesh.pp_size
-        """Rows of this data-parallel rank."""
-        self._own = self._batch_rows // mesh.cp_size
-        self.num_local_rows = self._own * mesh.pp_size
+        self._unit = unit // mesh.cp_size
+        self._own = -(-num_rows // (unit * mesh.pp_size)) * self._unit
+        """Rows of a micro-batch on this context-parallel rank."""
         self.num_sinks = int(model.plain()[0].config.softmax_type == "learnable")
         self._max_length = -(-(max_length + self.num_sinks) // KEYS_AT_A_TIME) * KEYS_AT_A_TIME
         self._all_places: list[_Places] = []
@@ -143,6 +147,49 @@ class Decoding:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    @property
+    def _batch_rows(self) -> int:
+        return self._own * self._model.mesh.cp_size
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of this data-parallel rank."""
+        return self._batch_rows * self._num_batches
+
+    @property
+    def num_local_rows(self) -> int:
+        """Those of them that this context-parallel rank has."""
+        return self._own * self._num_batches
+
+    def shrink(self, is_live_PB: Tensor) -> Tensor | None:
+        """Drop rows without a text where a quarter of all can go, so that the others run faster.
+
+        Args:
+            is_live_PB: ``[P, B]``, whether a row of a data-parallel rank has a text; on the CPU, equal on every rank.
+        Returns:
+            ``[P, B']``, the former number of each row, on every rank; None where all stay.
+        """
+        mesh, before = self._model.mesh, self._blocks()
+        most = int(is_live_PB[:, before].sum(dim=-1).max())
+        own = max(self._unit, -(-most // self._unit) * self._unit)
+        if 4 * own > 3 * self._own:
+            return None
+        live_first_PMCR = (~is_live_PB[:, before]).int().argsort(dim=-1, stable=True)[..., :own]
+        numbers_PMCR = before.expand(len(is_live_PB), -1, -1, -1).gather(-1, live_first_PMCR)
+        local_MR = live_first_PMCR[mesh.dp_rank, :, mesh.cp_rank] + torch.arange(self._num_batches)[:, None] * self._own
+        for layer in self._model.layers():
+            layer.self_attention.core_attention.kept_keys.keep(local_MR.flatten())
+        self._own = own
+        kept_PB = torch.empty(len(is_live_PB), self.num_rows, dtype=torch.long)
+        kept_PB[:, self._blocks().flatten()] = numbers_PMCR.flatten(1)
+        return kept_PB
+
+    def _blocks(self) -> Tensor:
+        """Return `[M, C, R]`, the numbers of the rows of each micro-batch on each context-parallel rank."""
+        cp_size = self._model.mesh.cp_size
+        of_batch_CR = torch.stack([context_positions(self._own, rank, cp_size) for rank in range(cp_size)])
+        return of_batch_CR + torch.arange(self._num_batches)[:, None, None] * self._batch_rows
 
     def _own_angles(self, chunk: HiddenStateModel) -> Any:
         """Let a chunk's rotary embedding give the angles of each token's position in its row."""
@@ -166,8 +213,7 @@ class Decoding:
                 every micro-batch; rows of other context-parallel ranks are shown there.
         """
         mesh, num = self._model.mesh, tokens_BC.shape[1]
-        own_R = context_positions(self._own, mesh.cp_rank, mesh.cp_size)
-        numbers = [own_R + idx * self._batch_rows for idx in range(self._num_batches)]
+        numbers = list(self._blocks()[:, mesh.cp_rank])
         num_keys = -(-(int(starts_B.max()) + num + self.num_sinks) // KEYS_AT_A_TIME) * KEYS_AT_A_TIME
         self._all_places = [self._places(idx, starts_B[rows_R], num, num_keys) for idx, rows_R in enumerate(numbers)]
 

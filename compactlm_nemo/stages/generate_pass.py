@@ -67,7 +67,6 @@ class Writing:
     ) -> None:
         self._model, self._decoding, self._rules = model, decoding, rules
         self._mesh, num_rows = model.mesh, decoding.num_rows * model.mesh.dp_size
-        self._own = slice(self._mesh.dp_rank * decoding.num_rows, (self._mesh.dp_rank + 1) * decoding.num_rows)
         self.document_W = numpy.full(num_rows, -1)
         """Number of the row's document, -1 without one."""
         self._length_W = numpy.zeros(num_rows, dtype=numpy.int64)
@@ -80,6 +79,12 @@ class Writing:
             ids = known.get(self._take(row), [])
             self._tokens_WT[row, : len(ids)], self._length_W[row] = ids, len(ids)
         self._read_known()
+
+    @property
+    def _own(self) -> slice:
+        """Rows of this data-parallel rank."""
+        num_rows = self._decoding.num_rows
+        return slice(self._mesh.dp_rank * num_rows, (self._mesh.dp_rank + 1) * num_rows)
 
     def _take(self, row: int) -> int:
         """Let a row hold the next document."""
@@ -106,7 +111,8 @@ class Writing:
 
     def growing(self) -> Documents:
         """Return the documents that have not ended."""
-        return {int(self.document_W[row]): self._ids(row) for row in numpy.flatnonzero(self.document_W >= 0)}
+        rows: list[int] = numpy.flatnonzero(self.document_W >= 0).tolist()
+        return {int(self.document_W[row]): self._ids(row) for row in rows}
 
     def _ids(self, row: int) -> list[int]:
         ids: list[int] = self._tokens_WT[row, : self._length_W[row]].tolist()
@@ -138,7 +144,19 @@ class Writing:
         for row in live[has_ended]:
             ended[int(self.document_W[row])] = self._ids(row)
             self._take(row)
+        if ended:
+            self._drop_idle_rows()
         return ended
+
+    def _drop_idle_rows(self) -> None:
+        """Let the model run fewer rows, where no documents wait for those that are idle."""
+        num_before = self._decoding.num_rows
+        kept_PB = self._decoding.shrink(torch.from_numpy(self.document_W >= 0).view(self._mesh.dp_size, -1))
+        if kept_PB is None:
+            return
+        rows = (kept_PB + torch.arange(self._mesh.dp_size)[:, None] * num_before).flatten().numpy()
+        self.document_W, self._length_W = self.document_W[rows], self._length_W[rows]
+        self._tokens_WT, self._uniform_WT = self._tokens_WT[rows], self._uniform_WT[rows]
 
     def _draw(self, rows_N: Any, hidden_NH: Tensor) -> Tensor:
         """Return the next token of rows' documents, from their last hidden states."""

@@ -108,8 +108,9 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
         corpus = data.corpora()[name]
         if not corpus.is_tokenised:
             is_heldout = name.startswith("heldout.")
+            encodes = replace(encoder, key=corpus.key, refused={} if is_heldout else refused)
             counts[name] = tokenize_corpus(
-                _source(run, corpus), folder / name, replace(encoder, key=corpus.key, refused={} if is_heldout else refused),
+                _source(run, corpus), folder / name, encodes,
                 parts=parts / f"{_digest(run, name, corpus)}.{name}", keeps_digests=is_heldout,
                 bar=partial(byte_bar, f"tokenize {name}"),
             )  # fmt: skip

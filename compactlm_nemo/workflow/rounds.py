@@ -88,8 +88,8 @@ def run_rounds(config: Config) -> None:
     config, teacher = ready(config)
     if config.data.has_generated and config.rounds.count > 1:
         raise ConfigError(
-            f"data.train has a generated text, which with rounds.count={config.rounds.count} each round's teacher would "
-            "write; give the documents.jsonl of another run as a path."
+            f"data.train has a generated text, which with rounds.count={config.rounds.count} each round's teacher "
+            "would write; give the documents.jsonl of another run as a path."
         )
     if problems := _token_problems(config):
         raise ConfigError(listed(problems))
