@@ -86,7 +86,7 @@ OTHERS: dict[str, Any] = {
     "run.dir": "runs/b", "model.source": "other", "export.push": "c/d", "export.format": None,
     "model.architecture": {"model_type": "llama"},
     "parallel.pp_split": [1], "parallel.sequence_parallel": None, "parallel.virtual_stages": None,
-    "data.train": {"a": CorpusConfig(path="a.jsonl"), "own": CorpusConfig(generated=True)},
+    "data.train": {"a": CorpusConfig(path="c.jsonl"), "own": CorpusConfig(generated=True)},
     "generate.top_p": 0.5, "score.data": {"own": 1.0},
     "model.vocab_texts": CorpusConfig(path="a.jsonl"), "data.heldout": {"c": CorpusConfig(path="b.jsonl")},
     "score.width": [WidthMetric.taylor], "score.depth": [DepthMetric.lm_loss_blocks], "score.block_lengths": [1],

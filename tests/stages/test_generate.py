@@ -114,21 +114,21 @@ def test_documents_depend_on_no_layout(world: int, layout: dict[str, int], run: 
 
 def _killed(rank: int, world: int, run: Path, folder: Path) -> None:
     mesh, steps = mesh_of(), 0
-    plain = generate_pass.boundary
+    plain = generate_pass.boundary  # type: ignore[attr-defined]
 
     def boundary(is_due: bool) -> tuple[int, bool]:
         nonlocal steps
         steps += 1
         return (15 if steps == 30 else 0), steps % 7 == 0
 
-    generate_pass.boundary = boundary  # type: ignore[assignment]
+    generate_pass.boundary = boundary  # type: ignore[attr-defined]
     with pytest.raises(Interrupted, match="documents have ended, those that grow are kept"):
         _written(run, folder, mesh, "generate.batch=4")
     progress = folder / "progress" / "generate"
     assert list(progress.glob("ended_*.npz")) and (progress / "growing.npz").is_file() and not (folder / FILE).exists()
     kept = generate_pass._load(progress / "growing.npz")[0]
     assert max(map(len, kept.values())) > 1
-    generate_pass.boundary = plain
+    generate_pass.boundary = plain  # type: ignore[attr-defined]
     steps_before = generate_pass.Writing.step
     count = 0
 
