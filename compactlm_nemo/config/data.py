@@ -99,9 +99,11 @@ def corpus_of(key: str, value: Any) -> CorpusConfig:
         return value
     given: dict[str, Any]
     given = {"path": value} if isinstance(value, (str, list)) else dict(value) if isinstance(value, Mapping) else {}
-    if given.get("generated", False) is not False and key.startswith("data.train."):
+    if given.get("generated") is False:
+        del given["generated"]
+    if "generated" in given and key.startswith("data.train."):
         return _generated(key, value, given)
-    unknown = given.keys() - {"path", "key", "weight", "tokens", "loss", "generated"}
+    unknown = given.keys() - {"path", "key", "weight", "tokens", "loss"}
     path, text_key = given.get("path"), given.get("key", "text")
     is_path = isinstance(path, str) or (isinstance(path, list) and path != [] and all(isinstance(p, str) for p in path))
     require(

@@ -169,7 +169,7 @@ def test_broken_rules_are_told(words: list[str], told: list[str], run: Path) -> 
         (["data.train.b={path: a, generated: true}"], "must have a path or generated: true"),
         (["data.train.b={generated: true, key: x}"], "must have a path or generated: true"),
         (["data.train.b={weight: 1}"], "must be a path"),
-        (["data.heldout.b={generated: true}"], "must be a path"),
+        (["data.heldout.b={path: b, generated: true}"], "must be a path"),
         (["generate.top_p=0"], "must be in"),
         (["generate.temperature=0"], "must be > 0"),
         (["score.data.a=0"], "score.data.a=0 must be a number > 0"),
