@@ -21,8 +21,14 @@ from compactlm_nemo.parallel.world import is_main_rank
 
 
 @contextmanager
-def progress_bar(label: str, samples: int, tokens_per_sample: int) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(samples)`: a bar on a terminal, one closing line elsewhere, nothing on other ranks."""
+def progress_bar(
+    label: str, samples: int, tokens_per_sample: int = 0, *, tokens: Callable[[], int] | None = None
+) -> Iterator[Callable[[int], None]]:
+    """Yield `advance(samples)`: a bar on a terminal, one closing line elsewhere, nothing on other ranks.
+
+    Args:
+        tokens: Counts the tokens so far, of samples that have not equally many.
+    """
     console = Console()
     if not is_main_rank():
         yield lambda count: None
@@ -41,14 +47,14 @@ def progress_bar(label: str, samples: int, tokens_per_sample: int) -> Iterator[C
         def advance(count: int) -> None:
             nonlocal done
             done += count
-            speed = done * tokens_per_sample / (time.perf_counter() - start)
+            num_tokens = done * tokens_per_sample if tokens is None else tokens()
+            speed = num_tokens / (time.perf_counter() - start)
             bar.update(task, completed=min(done, samples), speed=speed)
 
         yield advance
     seconds = time.perf_counter() - start
-    console.print(
-        f"  {label}: {samples} samples, {samples * tokens_per_sample / seconds:.0f} tokens/s, {seconds:.0f} s"
-    )
+    num_tokens = samples * tokens_per_sample if tokens is None else tokens()
+    console.print(f"  {label}: {samples} samples, {num_tokens / seconds:.0f} tokens/s, {seconds:.0f} s")
 
 
 @contextmanager

@@ -275,6 +275,7 @@ def _run_pip_lines(folder: Path, packages: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("package_index")
+@pytest.mark.slow
 def test_the_lines_of_the_dockerfile_add_to_an_image_that_has_megatron(tmp_path: Path) -> None:
     new = _run_pip_lines(tmp_path, {**NVIDIA, "megatron-core": "0.15.3"})
     assert not new.keys() & {"torch", "triton", "numpy", "apex", "transformer-engine", "megatron-core"}

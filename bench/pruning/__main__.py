@@ -185,7 +185,7 @@ def measure_peer(config: Config, done: dict[str, Any], seed: str, args: argparse
     tokens = Path(config.run.dir) / "bench_tokens.safetensors"
     with launched(config.parallel, config.run.seed) as mesh:
         run = Run(config, mesh, prune.STAGE)
-        windows = calibration_windows(run.train_corpora(), args.samples, 512, config.run.seed)
+        windows = calibration_windows(run.calibration_corpora(), args.samples, 512, config.run.seed)
         save_file({"calibration": windows, **{text: heldout(run, text) for text in TEXTS}}, tokens)
     sizes = {target: {EXPORT_NAMES[axis]: size for axis, size in TARGETS[target].items()} for target in missing}
     command = [str(interpreter(MODEL_OPTIMIZER)), "-m", "bench.pruning.minitron_prune", str(tokens), json.dumps(sizes)]

@@ -38,15 +38,17 @@ class Bos(Enum):
 class CorpusConfig:
     """One text corpus, tokenised once into Megatron's indexed format."""
 
-    path: Any
+    path: Any = None
     """File, folder, glob, `hf://ORG/NAME[/SUBSET][:SPLIT]`, or a list of them: JSON lines, also `.gz`, `.bz2`, `.xz` or
     `.zst`, `.parquet`, whose records have `text`, `messages`, or `prompt` and `completion`; `.txt`, a document a file.
     Or a Megatron prefix, with or without suffix (`PREFIX.bin` and `PREFIX.idx`, with `PREFIX.mask` where not all tokens
     count)."""
+    generated: bool = False
+    """Instead of a path: the text that the teacher writes (`generate.*`)."""
     key: str = "text"
     """Key, or column, of the text."""
     weight: float = 1.0
-    """Share of this corpus in a training blend, relative to the others."""
+    """Share of this corpus in a training blend, relative to the others; 0 leaves it to `score.data`."""
     tokens: int | None = None
     """Instead of a weight: tokens of this corpus in the whole of training, of which every part has its share."""
 
@@ -54,7 +56,7 @@ class CorpusConfig:
     """Tokens of chats and of prompts with completions that count: answer, as null, or all; plain text counts whole."""
 
     def __post_init__(self) -> None:
-        require(self.weight > 0, f"data.*.weight={self.weight} must be > 0; remove the corpus instead.")
+        require(self.weight >= 0, f"data.*.weight={self.weight} must be >= 0; 0 leaves the corpus to score.data.")
         require(
             self.tokens is None or self.tokens > 0,
             f"data.*.tokens={self.tokens} must be > 0; remove the corpus instead.",
@@ -68,7 +70,14 @@ class CorpusConfig:
     @property
     def paths(self) -> list[str]:
         """`path` as a list."""
+        if self.path is None:
+            return []
         return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def source(self) -> Any:
+        """What decides its text: `path`, or "generated"."""
+        return "generated" if self.generated else self.path
 
     @property
     def prefix(self) -> Path | None:
@@ -90,6 +99,10 @@ def corpus_of(key: str, value: Any) -> CorpusConfig:
         return value
     given: dict[str, Any]
     given = {"path": value} if isinstance(value, (str, list)) else dict(value) if isinstance(value, Mapping) else {}
+    if given.get("generated") is False:
+        del given["generated"]
+    if "generated" in given and key.startswith("data.train."):
+        return _generated(key, value, given)
     unknown = given.keys() - {"path", "key", "weight", "tokens", "loss"}
     path, text_key = given.get("path"), given.get("key", "text")
     is_path = isinstance(path, str) or (isinstance(path, list) and path != [] and all(isinstance(p, str) for p in path))
@@ -107,12 +120,23 @@ def corpus_of(key: str, value: Any) -> CorpusConfig:
     return CorpusConfig(**given)
 
 
+def _generated(key: str, value: Any, given: dict[str, Any]) -> CorpusConfig:
+    """Return a corpus that the teacher writes."""
+    is_plain = given.keys() <= {"generated", "weight", "tokens"} and given["generated"] is True
+    require(
+        is_plain and not {"weight", "tokens"} <= given.keys(),
+        f"{key}={value} must have a path or generated: true, and of the teacher's text weight or tokens alone; for "
+        f"example {key}.generated=true.",
+    )
+    return CorpusConfig(**given)
+
+
 @dataclass(kw_only=True)
 class DataConfig:
     train: dict[str, Any] = setting({})
     """Training blend, name to path or list of paths, {path, weight} or {path, tokens}, with `key: NAME` for texts under
-    another key than `text`; calibration draws from it as well. Of chats the
-    answers count, with `loss: all` every token."""
+    another key than `text`; calibration draws from it as well. {generated: true} is the text that the teacher writes
+    (`generate.*`). Of chats the answers count, with `loss: all` every token."""
     heldout: dict[str, Any] = setting({})
     """Evaluation texts, name to path; none of their documents may be in `train`."""
     sequence_length: int = setting(512)
@@ -135,6 +159,16 @@ class DataConfig:
         for part in ("train", "heldout"):
             setattr(self, part, {name: corpus_of(f"data.{part}.{name}", v) for name, v in getattr(self, part).items()})
         require(self.sequence_length > 1, f"data.sequence_length={self.sequence_length} must be > 1; try 512.")
+
+    @property
+    def has_generated(self) -> bool:
+        """Whether a training corpus is text of the teacher."""
+        return any(corpus.generated for corpus in self.train.values())
+
+    @property
+    def blend(self) -> dict[str, CorpusConfig]:
+        """The corpora of the training blend: those that training draws from."""
+        return {name: corpus for name, corpus in self.train.items() if corpus.share > 0}
 
     def corpora(self) -> dict[str, CorpusConfig]:
         """Return every corpus under a name of its own: `train.NAME` and `heldout.NAME`, which may share NAME."""

@@ -53,15 +53,25 @@ def correction_settings(config: Config) -> dict[str, Any]:
 
 def training_text(config: Config) -> dict[str, Any]:
     """Return what decides which tokens a sample of the training blend holds, and what they see of each other."""
-    total = sum(corpus.share for corpus in config.data.train.values())
+    return _text(config, {name: corpus.share for name, corpus in config.data.blend.items()})
+
+
+def calibration_text(config: Config) -> dict[str, Any]:
+    """Return the same of the calibration samples, which may be of another blend."""
+    return _text(config, config.calibration_shares)
+
+
+def _text(config: Config, shares: dict[str, float]) -> dict[str, Any]:
+    total = sum(shares.values())
+    corpora = {name: config.data.train[name] for name in shares}
     return {
         "data.sequence_length": config.data.sequence_length,
         "data.mask_documents": config.data.mask_documents,
         "data.document_end": config.data.document_end if config.data.mask_documents else None,
         "data.bos": config.data.bos,
         "data.train": {
-            name: [corpus.path, corpus.share / total, *([corpus.loss.name] if corpus.loss else [])]
-            for name, corpus in config.data.train.items()
+            name: [corpus.source, shares[name] / total, *([corpus.loss.name] if corpus.loss else [])]
+            for name, corpus in corpora.items()
         },
         "run.seed": config.run.seed,
     }

@@ -24,7 +24,7 @@ from compactlm_nemo.errors import ConfigError, listed
 
 OPEN_KEY = re.compile(
     r"(data\.train|data\.heldout|model\.architecture|search\.multiples|rank\.by|site\.environment"
-    r"|evaluate\.choices|evaluate\.bias|gate\.limits)\.[^.=]+="
+    r"|evaluate\.choices|evaluate\.bias|gate\.limits|score\.data|data\.train\.[^.=]+)\.[^.=]+="
 )
 """A name of the user's choosing, as in `data.train.web=web.jsonl`; Hydra would ask for `++` before it."""
 OVERRIDE = re.compile(r"(?P<sign>\+\+|\+|~)?(?P<key>[^\W\d][^=\s]*)(?P<value>=.*)?$", re.DOTALL)

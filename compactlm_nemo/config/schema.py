@@ -14,6 +14,7 @@ from compactlm_nemo.config.evaluate import EvaluateConfig
 from compactlm_nemo.config.export import ExportConfig
 from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.config.gate import GateConfig
+from compactlm_nemo.config.generate import GenerateConfig
 from compactlm_nemo.config.loss import CROSS_ENTROPY, HiddenConfig
 from compactlm_nemo.config.model import ModelConfig
 from compactlm_nemo.config.parallel import ParallelConfig
@@ -36,6 +37,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
@@ -64,6 +66,17 @@ class Config:
     def meant_ranks(self) -> int:
         """Ranks of the nodes and the cluster that the run is meant for."""
         return self.nodes * self.cluster.devices_per_node
+
+    @property
+    def calibration_shares(self) -> dict[str, float]:
+        """Share of every text that calibration draws from; those of the training blend come first, with 0 too.
+
+        So a text of the blend has the same number in both, and the windows of both are in one order.
+        """
+        if not self.score.data:
+            return {name: corpus.share for name, corpus in self.data.blend.items()}
+        further = [name for name in self.data.train if name in self.score.data and name not in self.data.blend]
+        return {name: float(self.score.data.get(name, 0)) for name in [*self.data.blend, *further]}
 
     @property
     def teacher_parallel(self) -> ParallelConfig:

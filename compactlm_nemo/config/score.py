@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from compactlm_nemo.config.fingerprint import setting
 from compactlm_nemo.errors import require
@@ -84,6 +85,9 @@ class Neurons(Enum):
 class ScoreConfig:
     samples: int = setting(1024)
     """Calibration samples of `data.sequence_length` tokens (the paper: 1024)."""
+    data: dict[str, Any] = setting({}, changes_result=False)
+    """Texts of data.train that calibration draws from, name to share, for scores, second moments and refits; {} takes
+    the training blend. These shares decide the result."""
     micro_batch: int = setting(4, changes_result=False)
     """Samples per forward pass on one rank."""
     width: list[WidthMetric] = setting([WidthMetric.l2_mean])
@@ -116,6 +120,9 @@ class ScoreConfig:
 
     def __post_init__(self) -> None:
         require(self.samples > 0, f"score.samples={self.samples} must be > 0; the paper uses 1024.")
+        for name, share in self.data.items():
+            is_share = isinstance(share, (int, float)) and not isinstance(share, bool) and share > 0
+            require(is_share, f"score.data.{name}={share} must be a number > 0; leave the text out instead.")
         for name in ("micro_batch", "iterations", "task_block", "save_every", "stop_checks"):
             require(getattr(self, name) > 0, f"score.{name}={getattr(self, name)} must be > 0.")
         require(

@@ -187,6 +187,7 @@ class Windows:
         self._corpus_of = numpy.empty(0, dtype=numpy.int16)
         self._rank_of = numpy.empty(0, dtype=numpy.int64)
         self._taken = numpy.zeros(len(corpora), dtype=numpy.int64)
+        self._skipped = [0] * len(corpora)
 
     @property
     def is_marked(self) -> bool:
@@ -196,9 +197,13 @@ class Windows:
     def sample(self, i: int) -> Tensor:
         """Return sample i >= 0: int64 ``[L + 1]``, inputs ``[:-1]`` and targets ``[1:]``, with marks (`data.marks`)."""
         corpus_idx, rank = self.corpus_and_rank(i)
-        stream = self.streams[corpus_idx]
+        stream, rank = self.streams[corpus_idx], rank + self._skipped[corpus_idx]
         pass_idx, position = divmod(rank, stream.num_windows(self.sequence_length))
         return stream.window(int(self._order(corpus_idx, pass_idx)[position]), self.sequence_length)
+
+    def skip(self, counts: list[int]) -> None:
+        """Pass over the first windows of each corpus, in its order; the blend stays as it is."""
+        self._skipped = counts
 
     def corpus_and_rank(self, i: int) -> tuple[int, int]:
         """Return the corpus of sample i, and the number of samples of that corpus before sample i."""
@@ -294,13 +299,29 @@ def calibration_windows(
     return torch.stack([windows.sample(i)[:-1] for i in range(n)])
 
 
-def validation_windows(corpora: Sequence[Corpus], skipped: int, n: int, sequence_length: int, seed: int) -> Tensor:
+def validation_windows(
+    corpora: Sequence[Corpus],
+    skipped: int,
+    n: int,
+    sequence_length: int,
+    seed: int,
+    *,
+    calibration: Sequence[Corpus] | None = None,
+) -> Tensor:
     """Return the n windows after a blend's first `skipped` calibration windows, with targets: int64 ``[n, L + 1]``.
 
     A corpus with fewer windows starts again, with windows that served calibration.
+
+    Args:
+        calibration: Another blend that calibration drew from, which begins with the same corpora; None: this one.
     """
     windows = Windows(corpora, sequence_length, seed, purpose=Purpose.calibration)
-    return torch.stack([windows.sample(skipped + i) for i in range(n)])
+    if calibration is None:
+        return torch.stack([windows.sample(skipped + i) for i in range(n)])
+    drawn = Windows(calibration, sequence_length, seed, purpose=Purpose.calibration)
+    counts = numpy.bincount([drawn.corpus_and_rank(i)[0] for i in range(skipped)], minlength=len(calibration))
+    windows.skip(counts[: len(corpora)].tolist())
+    return torch.stack([windows.sample(i) for i in range(n)])
 
 
 def _open_with_windows(corpus: Corpus, sequence_length: int, vocab_size: int | None) -> TokenStream:

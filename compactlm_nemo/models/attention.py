@@ -49,11 +49,14 @@ class SdpaCoreAttention(MegatronModule):
 
     With sinks a head's softmax is ``exp(s_t) / (exp(sink) + sum over t of exp(s_t))``; then the mask has the columns of
     `SINK_KEYS` keys behind the others. `softmax_offset` `[heads]` is Megatron's name of the sinks of this rank.
+
+    While texts grow token by token, `kept_keys` attends in its place (`decoding.KeptKeys`).
     """
 
     def __init__(self, config: TransformerConfig, *_: object, pg_collection: Any = None, **__: object) -> None:
         super().__init__(config=config)
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.kept_keys: Any = None
         self.softmax_offset: torch.nn.Parameter | None = None
         if config.softmax_type == "learnable":
             heads = config.num_attention_heads // config.tensor_model_parallel_size
@@ -63,6 +66,11 @@ class SdpaCoreAttention(MegatronModule):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *_: object, **__: object
     ) -> Tensor:
+        if self.kept_keys is not None:
+            read: Tensor = self.kept_keys.attend(
+                query, key, value, scale=self.config.softmax_scale, sinks_N=self.softmax_offset
+            )
+            return read
         if self.cp_group is not None:
             key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
         q_BNSD, k_BGTD, v_BGTD = (x.permute(1, 2, 0, 3) for x in (query, key, value))

@@ -61,12 +61,17 @@ class HiddenStateModel(GPTModel):
     rotations: tuple[int, Tensor, Tensor] | None = None
     """A length, and the rotary frequencies of sequences up to it and of longer ones, where these differ."""
 
+    is_decoding: bool = False
+    """Whether places are rows of text that grow (`decoding.Decoding`), which brings masks and angles of its own."""
+
     def forward(self, input_ids: Tensor, position_ids: Tensor, attention_mask: None = None, **others: Any) -> Any:
         """Run `input_ids` `[b, s]`, with or without marks (`data.marks`), of this context-parallel rank.
 
         The attention mask is made here, once for all layers.
         """
         input_ids = ids_of(input_ids)
+        if self.is_decoding:
+            return super().forward(input_ids, position_ids, None, **others)
         mask = self.attention_mask(input_ids, self.document_end)
         if self.rotations is not None:  # Megatron keeps the angles of each length
             limit, short, long = self.rotations

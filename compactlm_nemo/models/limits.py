@@ -57,3 +57,10 @@ def cut_problem(teacher: Dims, student: Dims) -> str | None:
             f"its experts are in {groups} groups, of which equally many stay of each; change it."
         )
     return None
+
+
+def longest_text(dims: Dims) -> int:
+    """Return the most tokens of a text whose keys may be kept: as long as they turn by the same frequencies."""
+    if dims.rope_scaling is not None and dims.rope_scaling["rope_type"] == "longrope":
+        return min(dims.max_position_embeddings, int(dims.rope_scaling["original_max_position_embeddings"]))
+    return dims.max_position_embeddings

@@ -50,7 +50,10 @@ class Planned:
 def planned_stages(config: Config, teacher: Dims, student: Dims, world: int) -> dict[str, Planned]:
     """Return the stages of a run that need a device, in order."""
     plan = _Plan(config, world)
-    stages = [plan.import_model(), plan.score(), plan.search(teacher, student)]
+    stages = [plan.import_model()]
+    if config.data.has_generated:
+        stages.append(Planned("generate", left_out=["generate: the documents, which grow token by token"]))
+    stages += [plan.score(), plan.search(teacher, student)]
     if config.rank.candidates:
         stages.append(plan.rank(teacher, student))
     stages.append(plan.prune(teacher, student, "prune"))

@@ -164,10 +164,18 @@ class Run:
             remove_sealed(path)
 
     def train_corpora(self) -> list[Corpus]:
-        """Return token files, share and counted tokens of every training corpus."""
+        """Return token files, share and counted tokens of every corpus of the training blend."""
+        return self._corpora({name: corpus.share for name, corpus in self.config.data.blend.items()})
+
+    def calibration_corpora(self) -> list[Corpus]:
+        """Return the same of calibration, which `score.data` may draw otherwise."""
+        return self._corpora(self.config.calibration_shares)
+
+    def _corpora(self, shares: dict[str, float]) -> list[Corpus]:
+        loss_of = {name: corpus.loss or LossOn.answer for name, corpus in self.config.data.train.items()}
         return [
-            Corpus(self.token_prefix(f"train.{name}"), corpus.share, corpus.loss or LossOn.answer, self.window_start)
-            for name, corpus in self.config.data.train.items()
+            Corpus(self.token_prefix(f"train.{name}"), share, loss_of[name], self.window_start)
+            for name, share in shares.items()
         ]
 
     def heldout_windows(self, name: str, max_tokens: int) -> Tensor:
@@ -216,8 +224,9 @@ def validation_loss(run: Run, model: ModelChunks, label: str) -> float:
     """Return the LM loss in nats on windows of the training text after the calibration samples. Collective."""
     config = run.config
     windows_NT = validation_windows(
-        run.train_corpora(), config.score.samples, config.prune.samples, config.data.sequence_length, config.run.seed
-    ).to(device())
+        run.train_corpora(), config.score.samples, config.prune.samples, config.data.sequence_length, config.run.seed,
+        calibration=run.calibration_corpora() if config.score.data else None,
+    ).to(device())  # fmt: skip
     with progress_bar(f"validate {label}", len(windows_NT), config.data.sequence_length) as advance:
         result = evaluate_lm_loss(model, windows_NT, micro_batch=config.evaluate.micro_batch, progress=advance)
     return check_loss(result.loss_nats, label)

@@ -144,8 +144,8 @@ def _card(run: Run, dtype: str) -> Card:
     )
     if of is not ExportedModel.distilled:
         return card
-    texts = config.data.train.items()
-    data = {name: f"{Path(str(corpus.path)).name}, weight {corpus.share:g}" for name, corpus in texts}
+    texts = config.data.blend.items()
+    data = {name: f"{Path(str(corpus.source)).name}, weight {corpus.share:g}" for name, corpus in texts}
     return replace(card, data=data, training=_training(run), losses=_losses(run))
 
 

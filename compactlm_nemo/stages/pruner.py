@@ -207,7 +207,7 @@ class Pruner:
         config = self.run.config
         samples = int(load_scores(self.run.path("score")).metadata["samples"])
         return calibration_windows(
-            self.run.train_corpora(), samples, config.data.sequence_length, config.run.seed
+            self.run.calibration_corpora(), samples, config.data.sequence_length, config.run.seed
         ).to(device())  # fmt: skip
 
     def _normed_stream(self, moments: MomentSource) -> NormedStream:

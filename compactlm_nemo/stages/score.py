@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compactlm_nemo.config.fingerprint import result_settings, training_text
+from compactlm_nemo.config.fingerprint import calibration_text, result_settings
 from compactlm_nemo.config.schema import Config
 from compactlm_nemo.config.score import DepthMetric, WidthMetric
 from compactlm_nemo.models.dims import Dims
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def score_settings(config: Config) -> dict[str, Any]:
     """Return what decides the scores; the tasks where layers are ranked by them."""
     tasks = {"evaluate": result_settings(config.evaluate)} if DepthMetric.tasks in config.score.depth else {}
-    return {"score": result_settings(config.score)} | tasks | training_text(config)
+    return {"score": result_settings(config.score)} | tasks | calibration_text(config)
 
 
 def score_problems(config: Config, models: list[Dims]) -> list[str]:
@@ -26,6 +26,11 @@ def score_problems(config: Config, models: list[Dims]) -> list[str]:
     score, problems = config.score, []
     if DepthMetric.tasks in score.depth and not config.evaluate.tasks:
         problems.append("score.depth=[tasks] needs evaluate.tasks; name lm-eval tasks, for example [winogrande].")
+    problems += [
+        f"score.data.{name} is no text of data.train, which has {', '.join(config.data.train)}; give it there as well."
+        for name in score.data
+        if name not in config.data.train
+    ]
     if score.start_from is not None and (score.second_moments or WidthMetric.taylor in score.width):
         problems.append(
             "score.start_from continues activation metrics only; leave out score.second_moments and taylor."
@@ -50,7 +55,9 @@ def score(run: Run, folder: Path) -> dict[str, Any]:
     from compactlm_nemo.stages.score_pass import Scoring, start_state, tokens_hash
 
     config, cfg, dims = run.config, run.config.score, run.dims("teacher")
-    windows_NS = calibration_windows(run.train_corpora(), cfg.samples, config.data.sequence_length, config.run.seed)
+    windows_NS = calibration_windows(
+        run.calibration_corpora(), cfg.samples, config.data.sequence_length, config.run.seed
+    )
     metadata = {
         "model": run.fingerprint("teacher"),
         "calibration": tokens_hash(windows_NS),

@@ -11,6 +11,7 @@ from compactlm_nemo.config.schema import Config
 from compactlm_nemo.data.records import is_hub, missing_sources, sources_of
 from compactlm_nemo.errors import DataError
 from compactlm_nemo.models.dims import Dims
+from compactlm_nemo.stages.generate import FILE as DOCUMENTS
 from compactlm_nemo.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ def corpus_files(config: Config) -> dict[str, Path]:
     template = {} if (given := config.data.chat_template) is None else {"data.chat_template": Path(given)}
     files: dict[str, Path] = {}
     for name, corpus in config.data.corpora().items():
+        if corpus.generated:
+            continue  # an artifact of the run
         if corpus.prefix is not None:
             files |= {f"data.{name}{end}": Path(f"{corpus.prefix}{end}") for end in (".idx", ".bin", ".mask")}
             continue
@@ -40,7 +43,7 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
             f"data.{name}.path={path} does not exist; give a .jsonl file, a folder or glob of texts, a Megatron "
             "prefix, or hf://ORG/NAME for a data set of the Hub."
             for name, corpus in data.corpora().items()
-            if not corpus.is_tokenised
+            if not corpus.is_tokenised and not corpus.generated
             for path in missing_sources(corpus.path)
         ]
     if not config.dry_run:
@@ -51,9 +54,16 @@ def data_problems(config: Config, models: list[Dims]) -> list[str]:
         ]
     if data.chat_template is not None and not config.dry_run and not Path(data.chat_template).is_file():
         problems.append(f"data.chat_template={data.chat_template} does not exist; give a Jinja file, or leave it out.")
+    if data.train and not data.blend and not config.dry_run:
+        problems.append("data.train has no text of a weight > 0; give at least one that training draws from.")
+    problems += [
+        f"data.train.{name}.weight=0 has no effect without score.data.{name}; set it, or remove the text."
+        for name, corpus in data.train.items()
+        if corpus.share == 0 and name not in config.score.data
+    ]
     budgets = [corpus.tokens for corpus in data.train.values() if corpus.tokens is not None]
     trained = config.distill.num_samples * data.sequence_length
-    if budgets and len(budgets) < len(data.train):
+    if budgets and len(budgets) < len(data.blend):
         problems.append("data.train has texts with `tokens` and texts without; give every one a budget, or weights.")
     elif budgets and sum(budgets) < trained:
         problems.append(
@@ -71,7 +81,7 @@ def tokenize_settings(config: Config) -> dict[str, Any]:
     data = config.data
     masks = {"mask_documents": True} if data.mask_documents else {}
     return masks | {
-        "corpora": {name: [corpus.path, corpus.key] for name, corpus in sorted(data.corpora().items())},
+        "corpora": {name: [corpus.source, corpus.key] for name, corpus in sorted(data.corpora().items())},
         "special_tokens": data.special_tokens,
         "document_end": data.document_end,
     }
@@ -98,8 +108,9 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
         corpus = data.corpora()[name]
         if not corpus.is_tokenised:
             is_heldout = name.startswith("heldout.")
+            encodes = replace(encoder, key=corpus.key, refused={} if is_heldout else refused)
             counts[name] = tokenize_corpus(
-                corpus.path, folder / name, replace(encoder, key=corpus.key, refused={} if is_heldout else refused),
+                _source(run, corpus), folder / name, encodes,
                 parts=parts / f"{_digest(run, name, corpus)}.{name}", keeps_digests=is_heldout,
                 bar=partial(byte_bar, f"tokenize {name}"),
             )  # fmt: skip
@@ -119,6 +130,11 @@ def tokenize(run: Run, folder: Path) -> dict[str, Any]:
         "tokens": {name: each.tokens for name, each in counts.items()},
         "documents": {name: {"all": each.documents, **each.troubles} for name, each in counts.items()},
     } | ({"answers": answers} if answers else {})
+
+
+def _source(run: Run, corpus: CorpusConfig) -> Any:
+    """Return where the text of a corpus is."""
+    return str(run.path("generated") / DOCUMENTS) if corpus.generated else corpus.path
 
 
 def _encoder(run: Run) -> DocumentEncoder:
@@ -165,7 +181,8 @@ def _digest(run: Run, name: str, corpus: CorpusConfig) -> str:
         if key == "data.chat_template" or any(key.startswith(f"data.{each}") for each in names)
     }
     settings = {key: value for key, value in tokenize_settings(config).items() if key != "corpora"}
-    decides = [settings_of(settings), corpus.path, corpus.key, stamps, run.fingerprint("teacher")]
+    decides = [settings_of(settings), corpus.source, corpus.key, stamps, run.fingerprint("teacher")]
+    decides += [run.fingerprint("generated")] if corpus.generated else []
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -184,6 +201,7 @@ STAGE = Stage(
     name="tokenize",
     summary="texts and chats -> Megatron `.bin`/`.idx` files",
     reads=("teacher",),
+    may_read={"generated": lambda config: config.data.has_generated},
     writes="tokens",
     settings=tokenize_settings,
     files=corpus_files,

@@ -29,6 +29,7 @@ from compactlm_nemo.report.figures import DISTILLED, PRUNED, Measured, measured
 from compactlm_nemo.training.tracker import LOSS as TRAINED_LOSS
 from compactlm_nemo.training.tracker import METRICS
 from compactlm_nemo.workflow.runner import run_stages
+from compactlm_nemo.workflow.stage_table import stages_of
 
 SHARED = ("teacher", "tokens", "score", "search")
 """Artifacts that all candidates have in common."""
@@ -66,7 +67,7 @@ def rank(config: Config) -> None:
     if config.dry_run:
         return run_stages(config, only="prune")
     if config.rank.only is None:  # the tasks of an array would get in each other's way
-        for stage in ("import_model", "tokenize", "score", "search"):
+        for stage in stages_of(config, "search"):
             run_stages(config, only=stage)
     candidates = json.loads((Path(config.run.dir) / "search" / "candidates.json").read_text())
     alive = list(range(min(config.rank.candidates, len(candidates))))

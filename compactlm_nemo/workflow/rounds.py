@@ -91,6 +91,11 @@ def _token_problems(config: Config) -> list[str]:
 def run_rounds(config: Config) -> None:
     """Run all rounds, the last with every stage."""
     config, teacher = ready(config)
+    if config.data.has_generated and config.rounds.count > 1:
+        raise ConfigError(
+            f"data.train has a generated text, which with rounds.count={config.rounds.count} each round's teacher "
+            "would write; give the documents.jsonl of another run as a path."
+        )
     if problems := _token_problems(config):
         raise ConfigError(listed(problems))
     if config.dry_run:

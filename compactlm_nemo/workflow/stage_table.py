@@ -10,6 +10,7 @@ from compactlm_nemo.stages import (
     distill,
     evaluate,
     export,
+    generate,
     import_model,
     profile,
     prune,
@@ -25,6 +26,7 @@ STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
         import_model.STAGE,
+        generate.STAGE,
         tokenize.STAGE,
         score.STAGE,
         search.STAGE,

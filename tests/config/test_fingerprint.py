@@ -33,7 +33,7 @@ from compactlm_nemo.workflow.stage_table import STAGES, stages_of
 CONFIG = Config(
     run=RunConfig(dir="runs/a"),
     model=ModelConfig(source="teacher"),
-    data=DataConfig(train={"a": "a.jsonl"}, heldout={"b": "b.jsonl"}),
+    data=DataConfig(train={"a": "a.jsonl", "own": {"generated": True}}, heldout={"b": "b.jsonl"}),
     score=ScoreConfig(depth=[DepthMetric.bi, DepthMetric.lm_loss_blocks], block_lengths=[2], second_moments=True),
     prune=PruneConfig(reconstruct=Reconstruct.least_squares, blocks=Blocks.distill),
     correct=CorrectConfig(steps=40, warmup_steps=2),
@@ -46,13 +46,15 @@ CONFIG = Config(
 TEXT = {"score", "correct_teacher", "cache_teacher", "distill"}
 """Stages that draw samples from the training text."""
 READ_BY = {
-    "run": set(), "run.seed": TEXT | {"evaluate"},
+    "run": set(), "run.seed": TEXT | {"evaluate", "generate"},
     "model": set(), "model.precision": {"import_model"}, "model.vocab_texts": {"import_model"},
     "parallel": set(),
-    "data": TEXT, "data.train": TEXT | {"tokenize"}, "data.heldout": {"tokenize", "profile"},
+    "data": TEXT, "data.bos": TEXT | {"generate"},
+    "data.train": TEXT | {"tokenize"}, "data.heldout": {"tokenize", "profile"},
     "data.chat_template": set(),  # its content decides, as that of every file
-    "data.special_tokens": {"tokenize"}, "data.document_end": {"tokenize", "evaluate"},
+    "data.special_tokens": {"tokenize"}, "data.document_end": {"tokenize", "evaluate", "generate"},
     "data.mask_documents": TEXT | {"tokenize"},
+    "generate": {"generate"}, "generate.batch": set(),
     "score": {"score"}, "score.micro_batch": set(),
     "search": {"search"}, "search.latency_profile": set(),  # its content decides
     "prune": {"search", "prune"}, "prune.candidate": {"prune"},
@@ -85,11 +87,13 @@ OTHERS: dict[str, Any] = {
     "run.dir": "runs/b", "model.source": "other", "export.push": "c/d", "export.format": None,
     "model.architecture": {"model_type": "llama"},
     "parallel.pp_split": [1], "parallel.sequence_parallel": None, "parallel.virtual_stages": None,
-    "data.train": {"a": CorpusConfig(path="a.jsonl"), "c": CorpusConfig(path="c.jsonl")},
+    "data.train": {"a": CorpusConfig(path="c.jsonl"), "own": CorpusConfig(generated=True)},
+    "generate.top_p": 0.5, "score.data": {"own": 1.0},
     "model.vocab_texts": CorpusConfig(path="a.jsonl"), "data.heldout": {"c": CorpusConfig(path="b.jsonl")},
     "score.width": [WidthMetric.taylor], "score.depth": [DepthMetric.lm_loss_blocks], "score.block_lengths": [1],
     "score.depth_samples": 3, "score.stop_tolerance": 0.5,
-    "rank.by": {"loss": 2.0}, "search.multiples": {"hidden": 2}, "search.divisors": ["hidden"], "search.ffn_multiples": [1.5],
+    "rank.by": {"loss": 2.0},
+    "search.multiples": {"hidden": 2}, "search.divisors": ["hidden"], "search.ffn_multiples": [1.5],
     "search.latency_profile": None, "search.latency_phase": None, "search.latency_engine": None,
     "profile.engines": [Engine.transformers, Engine.llama_cpp],
     "search.smallest": 0.4, "search.band": 0.1,

@@ -182,6 +182,7 @@ def test_what_cannot_be_trimmed_is_named(tmp_path: Path) -> None:
     assert "is damaged" in str(problem(None))
 
 
+@pytest.mark.slow
 def test_the_bundled_tokenizer_splits_its_texts_as_before(tmp_path: Path) -> None:
     assets = CONF.parent / "runs" / "assets"
     fetch_bundled(assets)

@@ -42,6 +42,7 @@ def run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_and_the_next_start_measures_all(inputs: Path, run: Path, tmp_path: Path) -> None:
     """Killed while a model answers, and started again by a command of the page."""
     words = command(inputs, run, *SMALL, "profile.repeats=1000000", recipe="profile")

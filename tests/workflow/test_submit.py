@@ -189,6 +189,7 @@ def test_words_about_the_job_are_told_from_the_recipes() -> None:
     assert split_words(["compress", "-m", "distill.lr=1,2"]) == ([], ["compress", "distill.lr=1,2", "--multirun"])
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_every_combination_jobs_of_its_own(inputs: Path, checkout: Path) -> None:
     run = checkout.parent / "run"
     words = command(inputs, run)[2:]

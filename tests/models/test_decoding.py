@@ -1,0 +1,97 @@
+"""Texts that grow token by token, against transformers' full pass in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compactlm_nemo.models.decoding import Decoding
+from compactlm_nemo.models.hf import open_hf
+from compactlm_nemo.models.limits import longest_text
+from compactlm_nemo.parallel.collectives import all_gather, all_reduce_sum
+from compactlm_nemo.parallel.mesh import Mesh
+from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
+from tests.support.ranks import run_ranks
+from tests.support.tiny_models import CASES, EAGER, VOCAB, save_tiny
+
+ROWS, LENGTH, LATE = 4, 20, 6
+"""Rows of a test, tokens of a row, and the step at which row 1 begins a second text."""
+QUICK = ("tp2", "pp2", "tp2_sp_cp2", "ep2")
+
+
+def _texts() -> list[Tensor]:
+    """Texts of the rows, and one that begins late in row 1."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, VOCAB, (LENGTH,), generator=generator) for _ in range(ROWS + 1)]
+
+
+def _expected(folder: Path) -> list[Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, **EAGER, dtype=torch.float64).eval()
+    with torch.no_grad():
+        return [model(text[None]).logits[0].log_softmax(-1) for text in _texts()]
+
+
+def _check(mesh: Mesh, folder: Path, max_length: int) -> None:
+    _, model = filled(folder, mesh, dtype=torch.float64)
+    texts, expected = _texts(), torch.load(folder / "expected.pt")
+    late = range(LATE, min(LATE + max_length, LENGTH))
+    with Decoding(model.eval(), ROWS, max_length) as decoding:
+        assert decoding.num_rows % ROWS == 0
+        steps = [(0, 3), *((step, 1) for step in range(3, max_length))]  # the first three tokens at once
+        for step, num in steps:
+            starts_B = torch.full((decoding.num_rows,), step)
+            tokens_BC = torch.stack([texts[row % ROWS][step : step + num] for row in range(decoding.num_rows)])
+            if step in late:
+                starts_B[1], tokens_BC[1] = step - LATE, texts[-1][step - LATE]
+            found_BCV = torch.zeros(decoding.num_rows, num, VOCAB, dtype=torch.float64)
+
+            def visit(rows_R: Tensor, hidden_RCH: Tensor, found_BCV: Tensor = found_BCV) -> None:
+                logits = hidden_RCH @ model.head_weight.T
+                found_BCV[rows_R] = all_gather(logits, mesh.tp_group, dim=-1)[..., :VOCAB].log_softmax(-1)
+
+            decoding.extend(tokens_BC, starts_B, visit)
+            found_BCV = all_reduce_sum(found_BCV, mesh.cp_group)
+            for row in range(decoding.num_rows) if mesh.is_last_stage else ():
+                text, first = (ROWS, step - LATE) if row == 1 and step in late else (row % ROWS, step)
+                wanted = expected[text][first : first + num]
+                torch.testing.assert_close(
+                    found_BCV[row], wanted, rtol=0, atol=1e-5, msg=lambda m: f"{folder.name}: {m}"
+                )
+    assert all(layer.self_attention.core_attention.kept_keys is None for layer in model.layers())
+
+
+def _prepared(case: str, folder: Path) -> int:
+    save_tiny(case, folder)
+    torch.save(_expected(folder), folder / "expected.pt")
+    return min(LENGTH, longest_text(open_hf(folder)[0]))
+
+
+def _check_all(rank: int, world: int, folders: dict[Path, int], layout: dict[str, Any]) -> None:
+    mesh = mesh_of(**layout)
+    for folder, max_length in folders.items():
+        _check(mesh, folder, max_length)
+
+
+def test_each_token_sees_what_a_full_pass_shows_it(tmp_path: Path) -> None:
+    """Of every family; a text of longrope that is longer than its limit would turn otherwise, and is not kept."""
+    folders = {tmp_path / case: _prepared(case, tmp_path / case) for case in CASES}
+    assert folders.pop(tmp_path / "phi3_tied_longrope") == 16 < LENGTH
+    save_tiny("phi3_tied_longrope", tmp_path / "long", original_max_position_embeddings=LENGTH)
+    torch.save(_expected(tmp_path / "long"), tmp_path / "long" / "expected.pt")
+    run_ranks(_check_all, 1, tmp_path, folders | {tmp_path / "long": LENGTH}, {})
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS | EXPERT_LAYOUTS],
+)
+def test_layouts_show_the_same(layout: str, tmp_path: Path) -> None:
+    world, settings = (LAYOUTS | EXPERT_LAYOUTS)[layout]
+    cases = ["gpt_oss", "deepseek_v2"] if layout in EXPERT_LAYOUTS else ["gemma3"]
+    folders = {tmp_path / case: _prepared(case, tmp_path / case) for case in cases}
+    run_ranks(_check_all, world, tmp_path, folders, settings)
