@@ -19,8 +19,8 @@ from tests.support.meshes import EXPERT_LAYOUTS, LAYOUTS, filled, mesh_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny_models import CASES, EAGER, VOCAB, save_tiny
 
-ROWS, LENGTH, LATE = 4, 20, 6
-"""Rows of a test, tokens of a row, and the step at which row 1 begins a second text."""
+ROWS, LENGTH, LATE, SHRINK = 4, 20, 6, 14
+"""Rows of a test, tokens of a row, and the steps at which row 1 begins a second text and at which rows are dropped."""
 QUICK = ("tp2", "pp2", "tp2_sp_cp2", "ep2")
 
 
@@ -39,15 +39,24 @@ def _expected(folder: Path) -> list[Tensor]:
 def _check(mesh: Mesh, folder: Path, max_length: int) -> None:
     _, model = filled(folder, mesh, dtype=torch.float64)
     texts, expected = _texts(), torch.load(folder / "expected.pt")
-    late = range(LATE, min(LATE + max_length, LENGTH))
     with Decoding(model.eval(), ROWS, max_length) as decoding:
         assert decoding.num_rows % ROWS == 0
+        is_second = max_length == LENGTH  # row 1 begins its second text late
+        rows, shrunk = list(range(decoding.num_rows)), False
         steps = [(0, 3), *((step, 1) for step in range(3, max_length))]  # the first three tokens at once
         for step, num in steps:
-            starts_B = torch.full((decoding.num_rows,), step)
-            tokens_BC = torch.stack([texts[row % ROWS][step : step + num] for row in range(decoding.num_rows)])
-            if step in late:
-                starts_B[1], tokens_BC[1] = step - LATE, texts[-1][step - LATE]
+            if step == SHRINK:  # the last row of every four goes on, and row 1
+                is_live_B = torch.tensor([row == 1 or row % ROWS == ROWS - 1 for row in rows])
+                kept_PB = decoding.shrink(is_live_B.expand(mesh.dp_size, -1))
+                shrunk = kept_PB is not None
+                rows = rows if kept_PB is None else kept_PB[mesh.dp_rank].tolist()
+                assert set(is_live_B.nonzero().flatten().tolist()) <= set(rows)
+            late = [row == 1 and is_second and step >= LATE for row in rows]
+            places = [
+                (ROWS, step - LATE) if is_late else (row % ROWS, step) for row, is_late in zip(rows, late, strict=True)
+            ]
+            starts_B = torch.tensor([first for _, first in places])
+            tokens_BC = torch.stack([texts[text][first : first + num] for text, first in places])
             found_BCV = torch.zeros(decoding.num_rows, num, VOCAB, dtype=torch.float64)
 
             def visit(rows_R: Tensor, hidden_RCH: Tensor, found_BCV: Tensor = found_BCV) -> None:
@@ -56,12 +65,12 @@ def _check(mesh: Mesh, folder: Path, max_length: int) -> None:
 
             decoding.extend(tokens_BC, starts_B, visit)
             found_BCV = all_reduce_sum(found_BCV, mesh.cp_group)
-            for row in range(decoding.num_rows) if mesh.is_last_stage else ():
-                text, first = (ROWS, step - LATE) if row == 1 and step in late else (row % ROWS, step)
+            for row, (text, first) in enumerate(places) if mesh.is_last_stage else ():
                 wanted = expected[text][first : first + num]
                 torch.testing.assert_close(
                     found_BCV[row], wanted, rtol=0, atol=1e-5, msg=lambda m: f"{folder.name}: {m}"
                 )
+        assert shrunk or mesh.layout.model_ranks > 1
     assert all(layer.self_attention.core_attention.kept_keys is None for layer in model.layers())
 
 
