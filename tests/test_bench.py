@@ -17,6 +17,7 @@ from tests.support import commands
 BENCH = Path(__file__).parents[1] / "bench"
 OPTIONS = {
     "bench.importance": "--samples",
+    "bench.importance.experts": "--seeds",
     "bench.pruning.pairs": "--samples",
     "bench.pruning": "--seeds",
     "bench.pruning.blocks": "--windows",
