@@ -20,9 +20,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
+from bench.common.teacher import ASSETS
 from compactlm_nemo.data.bundled import WIKI_HELDOUT, WIKI_TRAIN, fetch_bundled
 
-ASSETS = Path("runs/assets")
+RESULTS = Path(__file__).parents[1] / "results" / "experts.json"
 METRICS = ("l2_mean", "mean_mean", "mean_l2", "l2_l2")
 KEPT = 4
 END = "<|end|>"
@@ -43,6 +44,7 @@ def main() -> None:
             train(folder / "model", seed, args.steps)
         for way, loss in measured(folder, args.samples).items():
             losses.setdefault(way, []).append(loss)
+    RESULTS.write_text(json.dumps({"arguments": vars(args), "losses": losses}, indent=1) + "\n")
     print(f"| experts kept by | {' | '.join(f'seed {seed}' for seed in args.seeds)} |")
     print("|---" * (1 + len(args.seeds)) + "|")
     for way, found in losses.items():
