@@ -46,6 +46,11 @@ RUNS: dict[str, list[str]] = {
     "no_teacher": [
         "distill.teacher=none", "distill.loss.forward_kl=0", "distill.loss.cross_entropy=1", "distill.spike_factor=3",
     ],
+    "layers_on_the_students_stream": ["prune.blocks=distill", "prune.block_passes=1"],
+    "layers_on_the_teachers_stream": [*LEAST_SQUARES, "prune.blocks=distill", "prune.block_inputs=teacher"],
+    "generated_text": [
+        "data.train.own.generated=true", "generate.documents=3", "generate.max_tokens=8", "generate.batch=2",
+    ],
     "best_weights": ["distill.eval_every=1", "distill.result=best", "distill.recompute=full", "distill.overlap=true"],
 }  # fmt: skip
 """Further settings of a run of the tiny Llama of `tests.support.tiny_run`."""
