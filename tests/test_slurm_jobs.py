@@ -89,7 +89,9 @@ def _submit(cwd: Path, env: dict[str, str], *words: str) -> str:
 def _has_ended(job: str, env: dict[str, str], state: str = "COMPLETED") -> bool:
     """Whether a job has ended; it must have done so in this state."""
     found = job_facts(job, env)["JobState"]
-    assert found in (state, "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"), f"job {job}: {found}"
+    assert found in (state, "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SIGNALING"), (
+        f"job {job}: {found}"
+    )
     return found == state
 
 
